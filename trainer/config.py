@@ -1,0 +1,297 @@
+"""The one configuration tree: a field's type, default, range and sentence serve the nodes, `--help` and the README."""
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from comfyui_pcpo.credit import CREDITS
+from comfyui_pcpo.transition import METHODS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the number, the rule and the way out."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    name: str = Field("emoji-flow", description="emoji-flow, emoji-eps, a local folder, or a hub name.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:1.")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Precision of the model's forward passes; ratios and losses are float32 always."
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the update: less memory, slower.")
+
+
+class PromptsConfig(Section):
+    lines: tuple[str, ...] = Field((), description="Prompts to train on.")
+    file: Path | None = Field(None, description="Text file with one prompt per line; lines that start with # are left out.")
+    negative: str = Field("", description="Negative prompt of classifier-free guidance.")
+
+    def read(self) -> list[str]:
+        """All prompts, in order, without blanks. Raises ConfigError where there are none."""
+        prompts = list(self.lines)
+        if self.file is not None:
+            if not self.file.is_file():
+                raise ConfigError(f"prompts.file {self.file} does not exist. Give a text file with one prompt per line.")
+            prompts += self.file.read_text(encoding="utf-8").splitlines()
+        prompts = [p.strip() for p in prompts if p.strip() and not p.strip().startswith("#")]
+        if not prompts:
+            source = f"{self.file} holds" if self.file else "prompts.lines and prompts.file hold"
+            raise ConfigError(f"{source} 0 prompts, but training needs at least 1. Write one prompt per line.")
+        return prompts
+
+
+class RolloutConfig(Section):
+    prompts_per_update: int = Field(4, ge=1, description="Prompts drawn for each update.")
+    group_size: int = Field(8, ge=2, description="Images per prompt; advantages compare them with each other.")
+    steps: int = Field(10, ge=2, le=1000, description="Denoising steps.")
+    method: Literal["auto", "ddim", "dance_sde", "flow_sde", "cps"] = Field(
+        "auto", description="Stochastic sampler; auto is ddim for epsilon models and flow_sde for flow models."
+    )
+    noise_level: float | None = Field(
+        None, ge=0, le=2, description="Randomness of the sampler; the method's usual value if left out."
+    )
+    sigma: Literal["native", "paper", "uniform"] = Field("native", description="Standard deviations of ddim steps.")
+    target_weight: float | None = Field(None, gt=0, description="Weight w* that sigma = paper or uniform aims at.")
+    cfg: float = Field(1.0, ge=0, le=30, description="Classifier-free guidance scale, also in training; 1 turns it off.")
+    detach_unconditional: bool = Field(False, description="No gradient through the unconditional branch (Flow-GRPO).")
+    shared_noise: bool = Field(False, description="Start all images of a group from the same noise (DanceGRPO).")
+    sde_window: int = Field(0, ge=0, description="Only so many random neighbouring steps are stochastic; 0 means all.")
+    images_at_once: int = Field(16, ge=1, description="Images per model call; lower it when memory runs out.")
+    height: int | None = Field(None, ge=8, description="Picture height in pixels; the model's own if left out.")
+    width: int | None = Field(None, ge=8, description="Picture width in pixels; the model's own if left out.")
+
+    @field_validator("method")
+    @classmethod
+    def known(cls, value: str) -> str:
+        if value != "auto" and value not in METHODS:
+            raise ValueError(f"{value} is not one of {', '.join(METHODS)}")
+        return value
+
+
+class RewardConfig(Section):
+    weights: dict[str, float] = Field({"alignment": 1.0}, description="Rewards to train on, each with its weight.")
+    standardise: bool = Field(True, description="Z-score each reward within its group before they are added.")
+    held_out: tuple[str, ...] = Field((), description="Rewards that are measured and never trained on.")
+    max_failed: float = Field(0.5, ge=0, le=1, description="Stop when a larger share of one update's scores failed.")
+
+    @field_validator("weights")
+    @classmethod
+    def some(cls, value: dict[str, float]) -> dict[str, float]:
+        if not value:
+            raise ValueError("names 0 rewards, but training needs at least 1. Try {alignment = 1.0}")
+        return value
+
+
+class AdvantageConfig(Section):
+    kind: Literal["group", "window"] = Field("group", description="Compare within the group, or per prompt over time.")
+    spread: Literal["group", "batch"] = Field("group", description="Divide by each group's spread or by the batch's.")
+    clip: float = Field(5.0, gt=0, description="Largest advantage, in standard deviations.")
+    window: int = Field(32, ge=2, description="Rewards remembered per prompt when kind = window.")
+    min_count: int = Field(16, ge=1, description="Below so many remembered rewards the batch's statistics serve.")
+
+
+class ObjectiveConfig(Section):
+    name: Literal["log_hinge", "ppo", "matching"] = Field("log_hinge", description="Surrogate loss; log_hinge is PCPO's.")
+    credit: Literal["proportionate", "native", "uniform", "tempflow", "guard", "guard_dt"] = Field(
+        "proportionate", description="Weight of each denoising step in the loss; proportionate is PCPO's."
+    )
+    form: Literal["exact", "scale", "linear"] = Field("exact", description="How the weight enters the log-ratio.")
+    clip_range: float = Field(1e-3, gt=0, lt=1, description="How far a step's ratio may move before it stops counting.")
+    kl_weight: float = Field(0.0, ge=0, description="Weight of the KL divergence to the model without its LoRA.")
+    kl_images: int = Field(4, ge=0, description="Images per update whose KL is measured when kl_weight is 0.")
+    train_steps: float = Field(1.0, gt=0, le=1, description="Share of the denoising steps trained in each update.")
+    last_step: bool = Field(False, description="Train the last denoising step too; most samplers leave it out.")
+
+    @field_validator("credit")
+    @classmethod
+    def known(cls, value: str) -> str:
+        if value not in CREDITS:
+            raise ValueError(f"{value} is not one of {', '.join(CREDITS)}")
+        return value
+
+
+class LoraConfig(Section):
+    rank: int = Field(8, ge=1, le=1024, description="Rank of the LoRA.")
+    alpha: float | None = Field(None, gt=0, description="LoRA alpha; the rank if left out, so that the scale is 1.")
+    targets: Literal["attention", "linear", "all"] = Field(
+        "linear", description="Trained layers: attention, attention and feed-forward, or these and convolutions."
+    )
+    start: Path | None = Field(None, description="Existing LoRA file to continue from.")
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(3e-4, gt=0, le=1, description="AdamW's learning rate.")
+    minibatches: int = Field(2, ge=1, description="Optimizer steps per update; each takes its share of every group.")
+    epochs: int = Field(1, ge=1, description="Times that each update goes over its images.")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are shortened to this norm.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment.")
+
+
+class RunConfig(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the run's folder.")
+    folder: Path = Field(Path("output/pcpo"), description="Folder that holds the runs.")
+    updates: int = Field(100, ge=1, description="Updates to do; each is a rollout, its scores and its gradient steps.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of prompts, noise and the LoRA's first values.")
+    preview_every: int = Field(5, ge=0, description="Updates between pictures in grids/; 0 means none.")
+    save_every: int = Field(10, ge=1, description="Updates between checkpoints.")
+    tensorboard: bool = Field(False, description="Also write TensorBoard events (needs the tensorboard extra).")
+
+
+class Config(Section):
+    """Everything a run is made of; derived numbers are computed, never asked for."""
+
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    lora: LoraConfig = LoraConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def arithmetic(self) -> "Config":
+        group, parts = self.rollout.group_size, self.optimizer.minibatches
+        if group % parts:
+            raise ValueError(
+                f"rollout.group_size {group} does not split into optimizer.minibatches {parts} equal parts. "
+                f"Use a group size that is a multiple of {parts}, or minibatches = 1."
+            )
+        if self.rollout.sde_window > self.rollout.steps:
+            raise ValueError(
+                f"rollout.sde_window {self.rollout.sde_window} is longer than rollout.steps {self.rollout.steps}. "
+                "Use a window of at most that many steps, or 0 for all."
+            )
+        if self.rollout.sigma != "native" and self.rollout.target_weight is None:
+            raise ValueError(
+                f"rollout.sigma = {self.rollout.sigma} needs rollout.target_weight (the paper uses 4.5 for 50 steps). "
+                "Set it, or use sigma = native."
+            )
+        return self
+
+    @property
+    def images_per_update(self) -> int:
+        return self.rollout.prompts_per_update * self.rollout.group_size
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the tree, in order."""
+    keys = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += known_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def nearest(key: str) -> str:
+    """A sentence that names the known key most like `key`, or where to find them all."""
+    keys = known_keys()
+    short = {k.split(".")[-1]: k for k in keys}
+    found = difflib.get_close_matches(key, keys, 1, 0.6)
+    found = found or [short[k] for k in difflib.get_close_matches(key.split(".")[-1], short, 1, 0.6)]
+    return f"Did you mean {found[0]}?" if found else "`python -m trainer train --help` lists them all."
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{source}: unknown key {key}. {nearest(key)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = f" (given: {item['input']!r})" if key and not isinstance(item["input"], dict) else ""
+            lines.append(f"{source}: {key + ': ' if key else ''}{message}{given}")
+    return "\n".join(lines)
+
+
+def parse_overrides(tokens: list[str]) -> dict[str, Any]:
+    """`--section.field value` or `--section.field=value` tokens as a nested dict; values are read as TOML."""
+    tree: dict[str, Any] = {}
+    keys = known_keys()
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            raise ConfigError(f"`{token}` is not an option. Options look like --rollout.group-size 16.")
+        key, equals, value = token[2:].partition("=")
+        key = key.replace("-", "_")
+        # a map's entry, such as reward.weights.alignment, is addressed by its own name
+        if key not in keys and not key.startswith("reward.weights."):
+            raise ConfigError(f"unknown option --{key.replace('_', '-')}. {nearest(key)}")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"--{key.replace('_', '-')} has no value. Write it behind the option.")
+            value = rest.pop(0)
+        node = tree
+        *path, last = key.split(".")
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = _toml_value(value)
+    return tree
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def build(tree: dict[str, Any], source: str) -> Config:
+    """A validated Config; raises ConfigError that names `source`, the key and the nearest right one."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from None
+
+
+def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
+    """A Config from a TOML file (or none) with overrides laid on it; paths in it are relative to the file."""
+    tree: dict[str, Any] = {}
+    if path is not None:
+        if not path.is_file():
+            raise ConfigError(f"{path} does not exist. Give a TOML file; configs/ holds ready ones.")
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} is not TOML: {error}.") from None
+        prompts = tree.get("prompts", {})
+        if isinstance(prompts, dict) and isinstance(prompts.get("file"), str):
+            prompts["file"] = str(path.parent / prompts["file"])
+    return build(merge(tree, overrides or {}), str(path) if path else "options")
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as TOML; reading it back gives the same Config."""
+    import tomli_w
+
+    tree = config.model_dump(mode="json", exclude_none=True)
+    return tomli_w.dumps(tree)

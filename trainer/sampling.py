@@ -1,0 +1,103 @@
+"""Pictures from a model, with its LoRA, without it, or with several LoRAs composed by implicit reward guidance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from comfyui_pcpo.guidance import ImplicitReward, irg
+from comfyui_pcpo.rollout import GroupNoise, derive_seed, rollout
+from comfyui_pcpo.transition import default_noise_level, transitions
+
+from .config import Config, ConfigError
+from .diffusers_policy import DiffusersPolicy
+from .models import load_pipeline
+from .policy import LoraPairs
+
+
+@dataclass(frozen=True)
+class Guide:
+    """One aligned model: its LoRA and how much of its implicit reward to follow."""
+
+    pairs: LoraPairs
+    reward: ImplicitReward
+
+
+def padded(pairs: LoraPairs, like: LoraPairs) -> LoraPairs:
+    """`pairs` as factors of the modules and the rank of `like`: zeros where there is nothing."""
+    unknown = sorted(set(pairs) - set(like))
+    if unknown:
+        raise ConfigError(
+            f"the LoRA has {len(unknown)} modules that this model does not train, first {unknown[0]}. "
+            "Use a LoRA of the same model, with lora.targets at least as wide as the LoRA's."
+        )
+    full = {}
+    for name, (down, up) in like.items():
+        if name not in pairs:
+            full[name] = (torch.zeros_like(down), torch.zeros_like(up))
+            continue
+        a, b = pairs[name]
+        missing = len(down) - len(a)
+        if missing < 0 or a.shape[1:] != down.shape[1:] or len(b) != len(up):
+            raise ConfigError(
+                f"{name} of the LoRA has shapes {tuple(a.shape)} and {tuple(b.shape)}; the model takes "
+                f"{tuple(down.shape)} and {tuple(up.shape)}. Use a LoRA of the same model, and lora.rank {len(a)} or more."
+            )
+        grown_b = F.pad(b.transpose(0, 1), (*[0] * (2 * (b.ndim - 1)), 0, missing)).transpose(0, 1)
+        full[name] = (F.pad(a, (*[0] * (2 * (a.ndim - 1)), 0, missing)), grown_b)
+    return full
+
+
+def sampling_policy(config: Config, loras: Sequence[LoraPairs]) -> DiffusersPolicy:
+    """The configured model with room for any of `loras`; its own LoRA is off (zero) until one is loaded."""
+    ranks = [len(down) for pairs in loras for down, _ in pairs.values()]
+    wide = any(down.ndim == 4 for pairs in loras for down, _ in pairs.values())
+    targets = "all" if wide else "linear"
+    lora = config.lora.model_copy(update={"rank": max(ranks, default=1), "alpha": None, "targets": targets})
+    return DiffusersPolicy(load_pipeline(config.model.name), config.model_copy(update={"lora": lora}))
+
+
+def sample(
+    policy: DiffusersPolicy,
+    prompts: Sequence[str],
+    guides: Sequence[Guide],
+    seed: int,
+    steps: int,
+    noise_level: float = 0.0,
+    each: int = 1,
+) -> Tensor:
+    """`each` pictures per prompt, -> (P * each, H, W, 3) in [0, 1]; noise depends on seed and place in the list only.
+
+    RLG (arXiv 2508.21016):  out = out_base + sum_k lambda_k (out_k - out_base)
+    """
+    config = policy.config
+    method = "ddim" if policy.kind == "ddim" else "flow_sde"
+    grid = policy.grid(steps)
+    level = noise_level if noise_level >= 0 else default_noise_level(method)
+    path = transitions(grid, method, level)
+    condition = policy.encode(list(prompts)).rows([p for p in range(len(prompts)) for _ in range(each)])
+    room = policy.lora()
+    loras = [padded(guide.pairs, room) for guide in guides]
+    noise = GroupNoise([derive_seed(seed, n) for n in range(len(prompts))], each, policy.latent_shape)
+    times = grid.timesteps.tolist()
+
+    def predict(x: Tensor, t: float, rows: Tensor) -> Tensor:
+        x, batch = x.to(policy.device), condition.rows(rows.tolist())
+        progress = times.index(t) / len(times)
+        weights = [guide.reward.weight_at(progress) for guide in guides]
+        with policy.reference():
+            base = policy.predict(x, t, batch)
+        outs = []
+        for pairs, weight in zip(loras, weights, strict=True):
+            if weight == 0:
+                outs.append(base)
+                continue
+            policy.load_lora(pairs)
+            outs.append(policy.predict(x, t, batch))
+        return irg(base, outs, weights)
+
+    chunks = torch.arange(len(prompts) * each).split(config.rollout.images_at_once)
+    final = rollout(predict, grid, path, noise, list(chunks)).final
+    return torch.cat([policy.decode(x) for x in final.split(config.rollout.images_at_once)])

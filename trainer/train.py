@@ -1,0 +1,131 @@
+"""Puts a run together: model, rewards, folder and loop; what `train`, `resume` and the nodes call."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from comfyui_pcpo.reward import load_reward
+from comfyui_pcpo.reward.base import Reward
+
+from .align import Learner, RunError, Update, align, make_learner
+from .config import Config, ConfigError
+from .diffusers_policy import DiffusersPolicy
+from .models import load_pipeline
+from .processes import Processes
+from .run import RunFolder
+
+log = logging.getLogger("trainer")
+
+
+def load_rewards(config: Config) -> dict[str, Reward]:
+    """The trained and the held-out rewards, by name. Raises ConfigError for a name that is none."""
+    names = [*config.reward.weights, *(n for n in config.reward.held_out if n not in config.reward.weights)]
+    try:
+        return {name: load_reward(name) for name in names}
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"reward: {error.args[0]}") from None
+
+
+def make_policy(config: Config) -> DiffusersPolicy:
+    return DiffusersPolicy(load_pipeline(config.model.name), config)
+
+
+def run_updates(
+    folder: RunFolder,
+    learner: Learner,
+    rewards: dict[str, Reward],
+    prompts: list[str],
+    config: Config,
+    tick: Callable[[], None] = lambda: None,
+    processes: Processes | None = None,
+) -> Iterator[Update]:
+    """`align` with the folder kept: records, pictures, checkpoints; whatever ends it, finished updates are saved."""
+    processes = processes or Processes()
+    board = _tensorboard(folder) if config.run.tensorboard and processes.main else None
+    saved = learner.done
+    try:
+        for update in align(learner, rewards, prompts, config, processes, tick):
+            if processes.main:
+                folder.record(update)
+                every = config.run.preview_every
+                if every and (update.number % every == 0 or update.number == 1):
+                    folder.draw(update, config.rollout.group_size)
+                    folder.draw_curves()
+                if board is not None:
+                    _write_board(board, update)
+                if update.number % config.run.save_every == 0 or update.number == config.run.updates:
+                    folder.save(learner, config)
+                    saved = learner.done
+            yield update
+    finally:
+        if processes.main:
+            if learner.done > saved and not isinstance(sys.exc_info()[1], ConfigError):
+                folder.save(learner, config)
+            folder.draw_curves()
+            if board is not None:
+                board.close()
+
+
+def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> tuple[RunFolder, Iterator[Update]]:
+    """A new run: everything is loaded and checked before the folder is made, -> (folder, updates)."""
+    prompts, rewards = config.prompts.read(), load_rewards(config)
+    policy = make_policy(config)
+    folder = RunFolder(config.run.folder / config.run.name)
+    learner = make_learner(policy, config)
+
+    def updates() -> Iterator[Update]:
+        with folder.locked():
+            folder.start(config)
+            yield from run_updates(folder, learner, rewards, prompts, config, tick)
+
+    return folder, updates()
+
+
+def resume_run(
+    path: Path, which: str = "latest", updates: int | None = None, tick: Callable[[], None] = lambda: None
+) -> tuple[RunFolder, Config, Iterator[Update]]:
+    """Continue a run from a checkpoint, -> (folder, config, updates). Raises ConfigError when it is finished."""
+    folder = RunFolder(path)
+    config = folder.config()
+    if updates is not None:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"updates": updates})})
+    done = int(folder.checkpoint(which).name) if folder.numbers() else 0
+    if done >= config.run.updates:
+        raise ConfigError(
+            f"{path} is finished: {done} of {config.run.updates} updates are done. Give --updates with a larger number."
+        )
+    prompts, rewards = config.prompts.read(), load_rewards(config)
+    learner = make_learner(make_policy(config), config)
+
+    def go() -> Iterator[Update]:
+        with folder.locked():
+            if folder.numbers():
+                folder.load(learner, which)
+            folder.keep_records(learner.done)
+            yield from run_updates(folder, learner, rewards, prompts, config, tick)
+
+    return folder, config, go()
+
+
+def _tensorboard(folder: RunFolder) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "run.tensorboard is true, but TensorBoard is not installed. `pip install tensorboard`, or set it to false."
+        ) from None
+    return SummaryWriter(str(folder.path / "tensorboard"))
+
+
+def _write_board(board: Any, update: Update) -> None:
+    for key, value in update.metrics.items():
+        if isinstance(value, int | float):
+            board.add_scalar(key, value, update.number)
+        elif key in ("rewards", "held_out"):
+            for name, mean in value.items():
+                board.add_scalar(f"{key}/{name}", mean, update.number)
+
+
+__all__ = ["ConfigError", "RunError", "load_rewards", "make_policy", "resume_run", "run_updates", "start_run"]

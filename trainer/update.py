@@ -1,0 +1,175 @@
+"""The gradient steps of one update: each stored denoising step is predicted again and its surrogate differentiated."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from comfyui_pcpo.rollout import Trajectory
+from comfyui_pcpo.surrogate import FORMS, OBJECTIVES, is_clipped, kl, taylor_error
+
+from .config import Config
+from .policy import Policy
+from .processes import Processes
+
+if TYPE_CHECKING:
+    from .align import Learner
+
+Predict = Callable[[Tensor, float, Tensor], Tensor]
+COUNTS = ("count", "log_ratio", "log_ratio_abs", "clipped", "taylor", "kl", "kl_count")
+
+
+@dataclass
+class StepStatistics:
+    """Sums over images, one column per trained step, and gradient norms per optimizer step."""
+
+    steps: list[int]
+    sums: Tensor  # (len(COUNTS), S) float64
+    largest: Tensor  # (S,) largest |log ratio|
+    first_largest: Tensor  # (S,) the same before any optimizer step of this update
+    grad_norms: Tensor  # (minibatches, S) of each step's own share of the gradient
+    totals: Tensor  # (minibatches,) norm of the whole gradient, before clipping
+    loss: float
+
+    def _mean(self, name: str) -> Tensor:
+        count = self.sums[COUNTS.index("kl_count" if name == "kl" else "count")]
+        return self.sums[COUNTS.index(name)] / count
+
+    def per_step(self) -> dict[str, list[float]]:
+        return {
+            "log_ratio": self._mean("log_ratio").tolist(),
+            "log_ratio_abs": self._mean("log_ratio_abs").tolist(),
+            "clip_fraction": self._mean("clipped").tolist(),
+            "taylor_error": self._mean("taylor").tolist(),
+            "kl": self._mean("kl").tolist(),
+            "grad_norm": self.grad_norms.mean(0).tolist(),
+        }
+
+    def overall(self) -> dict[str, float]:
+        whole = self.sums.sum(1)
+        count = whole[COUNTS.index("count")]
+        return {
+            "loss": self.loss,
+            "log_ratio_mean": float(whole[COUNTS.index("log_ratio")] / count),
+            "log_ratio_abs_max": float(self.largest.max()),
+            "first_log_ratio_abs_max": float(self.first_largest.max()),
+            "clip_fraction": float(whole[COUNTS.index("clipped")] / count),
+            "kl": float(whole[COUNTS.index("kl")] / whole[COUNTS.index("kl_count")]),
+            "grad_norm": float(self.totals.mean()),
+        }
+
+
+def improve(
+    learner: "Learner",
+    path: Trajectory,
+    advantage: Tensor,
+    weights: Tensor,
+    trained: Sequence[int],
+    minibatches: Sequence[Sequence[Tensor]],
+    predict: Predict,
+    config: Config,
+    processes: Processes,
+) -> StepStatistics:
+    """One optimizer step per minibatch, `optimizer.epochs` times over; advantage (B,), weights (T,)."""
+    parameters = learner.policy.trainable()
+    rounds = [part for _ in range(config.optimizer.epochs) for part in minibatches]
+    statistics = StepStatistics(
+        list(trained),
+        torch.zeros(len(COUNTS), len(trained), dtype=torch.float64),
+        torch.zeros(len(trained)),
+        torch.zeros(len(trained)),
+        torch.zeros(len(rounds), len(trained)),
+        torch.zeros(len(rounds)),
+        0.0,
+    )
+    for number, chunks in enumerate(rounds):
+        share = 1.0 / (sum(len(rows) for rows in chunks) * len(trained) * processes.size)
+        total = [torch.zeros_like(p) for p in parameters]
+        for column, i in enumerate(trained):
+            for rows in chunks:
+                loss = step_loss(path, i, rows, float(weights[i]), advantage, predict, learner.policy, config, statistics)
+                (loss * share).backward()
+                statistics.loss += loss.item() * share / len(rounds)
+            statistics.grad_norms[number, column] = take_gradients(parameters, total, processes)
+            if number == 0:
+                statistics.first_largest[column] = statistics.largest[column]
+        for p, gradient in zip(parameters, total, strict=True):
+            p.grad = gradient
+        norm = nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+        statistics.totals[number] = norm
+        if not norm.isfinite():
+            raise FloatingPointError(
+                f"the gradient norm is {norm.item()} in minibatch {number + 1}. Nothing was updated. Resume with a "
+                "lower optimizer.learning_rate, or with model.precision = float32."
+            )
+        learner.optimizer.step()
+        learner.optimizer.zero_grad(set_to_none=True)
+    processes.sum(statistics.sums)
+    return statistics
+
+
+def step_loss(
+    path: Trajectory,
+    i: int,
+    rows: Tensor,
+    weight: float,
+    advantage: Tensor,
+    predict: Predict,
+    policy: Policy,
+    config: Config,
+    statistics: StepStatistics,
+) -> Tensor:
+    """Summed surrogate (and KL) of one denoising step over `rows`, (); fills the step's column of `statistics`."""
+    o, transition = config.objective, path.transitions[i]
+    out = predict(path.latents[i, rows], path.timesteps[i], rows)
+    device = out.device
+    d = out.float() - path.outs[i, rows].to(device)
+    log_ratio = FORMS[o.form](d, path.noises[i, rows].to(device), weight, transition.weight)
+    a = advantage[rows].to(device)
+    loss = OBJECTIVES[o.name](log_ratio, a, o.clip_range).sum()
+    watched = len(rows) if o.kl_weight else max(0, o.kl_images - int(rows[0]))
+    divergence = reference_kl(path, i, rows[:watched], out, predict, policy, o.kl_weight > 0)
+    if o.kl_weight:
+        loss = loss + o.kl_weight * divergence.sum()
+    column = statistics.steps.index(i)
+    with torch.no_grad():
+        values = {
+            "count": torch.ones_like(log_ratio),
+            "log_ratio": log_ratio,
+            "log_ratio_abs": log_ratio.abs(),
+            "clipped": is_clipped(log_ratio, a, o.clip_range, o.name),
+            "taylor": taylor_error(log_ratio),
+            "kl": divergence,
+            "kl_count": torch.ones_like(divergence),
+        }
+        sums = torch.stack([values[name].double().sum() for name in COUNTS]).cpu()
+        statistics.sums[:, column] += sums
+        statistics.largest[column] = max(statistics.largest[column].item(), log_ratio.abs().max().item())
+    return loss
+
+
+def reference_kl(
+    path: Trajectory, i: int, rows: Tensor, out: Tensor, predict: Predict, policy: Policy, train: bool
+) -> Tensor:
+    """KL of one step from the model without its LoRA, (len(rows),); differentiable if `train`."""
+    if len(rows) == 0:
+        return out.new_zeros(0, dtype=torch.float32)
+    with torch.no_grad(), policy.reference():
+        reference = predict(path.latents[i, rows], path.timesteps[i], rows).float()
+    new = out[: len(rows)].float()
+    return kl((new if train else new.detach()) - reference, path.transitions[i])
+
+
+def take_gradients(parameters: list[nn.Parameter], total: list[Tensor], processes: Processes) -> float:
+    """Add p.grad, summed over processes, to `total`, clear it, and return its norm."""
+    squares = 0.0
+    for p, kept in zip(parameters, total, strict=True):
+        if p.grad is None:
+            continue
+        gradient = processes.sum(p.grad)
+        squares += float(gradient.double().square().sum())
+        kept += gradient
+        p.grad = None
+    return squares**0.5
