@@ -153,6 +153,11 @@ class DiffusersPolicy:
 
         return {n: m for n, m in sorted(self.denoiser.named_modules()) if isinstance(m, LoraLayer)}
 
+    def module_names(self) -> list[str]:
+        """Every module that could carry a LoRA."""
+        modules = [n for n, m in self.denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        return [n.removesuffix(".base_layer") for n in modules if ".lora_" not in n]
+
     def lora(self) -> LoraPairs:
         return {
             name: (m.lora_A["pcpo"].weight.detach().cpu().clone(), m.lora_B["pcpo"].weight.detach().cpu().clone())

@@ -1,0 +1,374 @@
+"""The command line: thin commands over the library; every error is a sentence, exit status 2."""
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from cyclopts import App, Parameter
+from tqdm import tqdm
+
+from comfyui_pcpo import plot
+from comfyui_pcpo.reward.base import RewardError
+
+from .align import RunError, Update
+from .config import Config, ConfigError, Section, load, parse_overrides
+from .run import RunFolder
+
+app = App(name="python -m trainer", help="Align text-to-image models to a reward with proportionate credit (PCPO).")
+Tokens = Annotated[
+    str,
+    Parameter(
+        name="CONFIG.toml --section.field value",
+        allow_leading_hyphen=True,
+        help="A TOML file (configs/ holds ready ones), then options laid on it; `python -m trainer options` lists them. "
+        "Without a file the embedded model is trained on its defaults.",
+    ),
+]
+ERRORS = (ConfigError, RunError, RewardError, FloatingPointError)
+
+
+def main(tokens: list[str] | None = None) -> int:
+    """Run one command, -> exit status: 0 done, 2 refused, 130 stopped by Ctrl-C."""
+    quieten()
+    try:
+        app(tokens, result_action="return_value")
+    except ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}. Check the path and the free space; finished checkpoints are whole.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def quieten() -> None:
+    """Keep the libraries' chatter out of the progress bar."""
+    warnings.filterwarnings("ignore")
+    for name in ("diffusers", "transformers", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def describe(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
+    """One line per option: name, default, sentence."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield f"\n[{name}]"
+            yield from describe(kind, f"{name}.")
+        else:
+            default = "" if field.default is None else f" [{field.default}]"
+            yield f"  --{(prefix + name).replace('_', '-'):<34}{field.description}{default}"
+
+
+OPTIONS = "\n".join(describe())
+
+
+@app.command
+def train(*tokens: Tokens) -> None:
+    """Train a LoRA: `train sd15.toml --rollout.group-size 16 --run.name cats`."""
+    from .train import start_run
+
+    resolved = _config(list(tokens))
+    with Bar() as bar:
+        folder, updates = start_run(resolved, bar.tick)
+        _follow(folder, updates, resolved, bar, 0)
+
+
+@app.command
+def resume(run: Path, /, *, checkpoint: str = "latest", updates: int | None = None) -> None:
+    """Continue a run where it stopped, to the same numbers as if it had not.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    checkpoint
+        latest, best, or the number of an update.
+    updates
+        New number of updates, to go on with a finished run.
+    """
+    from .train import resume_run
+
+    with Bar() as bar:
+        folder, config, stream = resume_run(run, checkpoint, updates, bar.tick)
+        _follow(folder, stream, config, bar, len(folder.records()))
+
+
+@app.command
+def options() -> None:
+    """List every option of `train` and `check` with its default and what it does."""
+    print(OPTIONS)
+
+
+@app.command
+def check(*tokens: Tokens) -> None:
+    """Show the resolved configuration, its arithmetic and its memory; exit status 2 where something is missing."""
+    from .budget import budget
+    from .config import dump
+    from .train import load_rewards, make_policy
+
+    resolved = _config([token for token in tokens if token != "--json"])
+    prompts = resolved.prompts.read()
+    for reward in load_rewards(resolved).values():
+        reward.load()
+    found = budget(make_policy(resolved), resolved)
+    if "--json" in tokens:
+        print(json.dumps({"config": resolved.model_dump(mode="json"), "budget": vars(found), "prompts": len(prompts)}))
+        return
+    print(dump(resolved))
+    print(f"{len(prompts)} prompts to draw from")
+    print("\n".join(found.lines(resolved)))
+
+
+@app.command
+def demo(*, updates: int = 24, name: str | None = None, folder: Path = Path("output/pcpo"), seed: int = 0) -> None:
+    """Align the embedded model in a minute or two: no download, before and after pictures at the end.
+
+    Parameters
+    ----------
+    updates
+        Updates to do; more go further.
+    name
+        Name of the run; demo, demo-2, ... if left out.
+    folder
+        Folder that holds the runs.
+    seed
+        Seed of the run.
+    """
+    from .demo import compare, demo_config, draw
+    from .train import start_run
+
+    start = time.perf_counter()
+    config = demo_config(name or _free_name(folder, "demo"), folder, updates, seed)
+    print(f"Aligning emoji-flow to {_plus(config)} for {updates} updates of {config.images_per_update} images.")
+    with Bar() as bar:
+        run, stream = start_run(config, bar.tick)
+        _follow(run, stream, config, bar, 0, quiet=True)
+    print("Comparing with the model before, on noise it has not been trained on ...")
+    found = compare(config, run, list(config.prompts.lines), seed=seed + 1, each=4, steps=config.rollout.steps)
+    first = next(iter(config.reward.weights))
+    draw(found, first, run.path / "before_after.png")
+    for reward in found.scores:
+        before, after, deviations = found.gain(reward)
+        role = "held out" if reward in config.reward.held_out else "trained"
+        print(f"  {reward:<24} {before:8.3f} -> {after:8.3f}   {deviations:+.2f} standard deviations  ({role})")
+    print(f"time          {time.perf_counter() - start:.0f} s")
+    print(f"before/after  {(run.path / 'before_after.png').resolve()}")
+    print(f"curves        {run.curves_file.resolve()}")
+    print(f"LoRA          {run.lora_file.resolve()}")
+
+
+@app.command
+def sample(
+    run: str,
+    /,
+    *,
+    prompt: list[str],
+    compare: bool = False,
+    guide: list[str] | None = None,
+    negative: str = "",
+    seed: int = 0,
+    steps: int = 20,
+    cfg: float | None = None,
+    noise_level: float = 0.0,
+    images: int = 4,
+    out: Path = Path("samples.png"),
+) -> None:
+    """Make pictures with a run's LoRA, beside those without it, or with several LoRAs composed.
+
+    Parameters
+    ----------
+    run
+        A run's folder, a LoRA file made by this trainer, or an embedded model's name.
+    prompt
+        What to show; may be given several times.
+    compare
+        Also show the model without the LoRA, on the same noise.
+    guide
+        LORA=WEIGHT, several times: implicit reward guidance over the base model. Weight 1 is that LoRA alone,
+        2 goes beyond it, -1 away from it.
+    negative
+        Negative prompt.
+    seed
+        Seed of the noise.
+    steps
+        Denoising steps.
+    cfg
+        Classifier-free guidance scale; the run's own if left out.
+    noise_level
+        0 samples deterministically; -1 as the run trained.
+    images
+        Pictures per prompt.
+    out
+        Picture file to write.
+    """
+    from .commands import sample_pictures
+
+    path = sample_pictures(run, prompt, compare, guide or [], negative, seed, steps, cfg, noise_level, images, out)
+    print(path.resolve())
+
+
+@app.command
+def score(images: Path, /, *, prompt: str = "", reward: list[str] | None = None, as_json: Annotated[bool, Parameter(name="--json")] = False) -> None:  # fmt: skip
+    """Score pictures with rewards, best first.
+
+    Parameters
+    ----------
+    images
+        A picture, or a folder of pictures.
+    prompt
+        The prompt that they were made for.
+    reward
+        Names of rewards; alignment if left out.
+    as_json
+        Print one JSON list.
+    """
+    from .commands import score_pictures
+
+    rows = score_pictures(images, prompt, reward or ["alignment"])
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print("  ".join(f"{name} {value:9.4f}" for name, value in row["scores"].items()), row["file"])
+
+
+@app.command(name="plot")
+def plot_(*runs: Path, out: Path | None = None) -> None:
+    """Draw a run's curves, or several runs over one another.
+
+    Parameters
+    ----------
+    runs
+        Folders of runs.
+    out
+        Picture file; the run's curves.png, or compare.png for several, if left out.
+    """
+    if not runs:
+        raise ConfigError("0 runs were named. Give one or more run folders.")
+    records = {}
+    for run in runs:
+        RunFolder(run).config()
+        records[run.name if run.name not in records else str(run)] = RunFolder(run).records()
+        if not RunFolder(run).records():
+            raise ConfigError(f"{run} has 0 finished updates, so there is nothing to draw. Train it first.")
+    one = len(runs) == 1
+    path = out or (RunFolder(runs[0]).curves_file if one else Path("compare.png"))
+    picture = plot.curves(next(iter(records.values()))) if one else plot.compare_runs(records)
+    picture.save(path)
+    print(path.resolve())
+
+
+@app.command
+def export(run: Path, /, *, format: str = "comfyui", checkpoint: str = "latest", out: Path | None = None) -> None:
+    """Write a run's LoRA under the names that a program reads.
+
+    Parameters
+    ----------
+    run
+        A run's folder.
+    format
+        comfyui, diffusers or kohya.
+    checkpoint
+        latest, best, or the number of an update.
+    out
+        File to write; RUN/lora-FORMAT.safetensors if left out.
+    """
+    from .commands import export_lora
+
+    print(export_lora(run, format, checkpoint, out).resolve())
+
+
+class Bar:
+    """Progress over the model calls of each update; `tick` is given to the loop."""
+
+    def __enter__(self) -> "Bar":
+        hide = int(os.environ.get("RANK", "0")) > 0
+        self.bar = tqdm(unit="call", desc="loading", leave=False, disable=hide, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+
+    def tick(self) -> None:
+        self.bar.update()
+
+    def next(self, update: Update | None, done: int, total: int) -> None:
+        """Begin the next update's count; the first one shows how many calls an update takes."""
+        if update is not None:
+            self.bar.total = self.bar.n if self.bar.total is None else self.bar.total
+        self.bar.n = 0
+        self.bar.last_print_n = 0
+        self.bar.start_t = self.bar.last_print_t = time.time()
+        self.bar.set_description(f"update {min(done + 1, total)}/{total}")
+
+
+def _follow(
+    folder: RunFolder, updates: Iterator[Update], config: Config, bar: Bar, done: int, quiet: bool = False
+) -> None:
+    """One line per update; on Ctrl-C the loop saves, and the way on is said."""
+    bar.next(None, done, config.run.updates)
+    try:
+        for update in updates:
+            bar.next(update, update.number, config.run.updates)
+            line = summary(update)
+            folder.log(line)
+            if not bar.bar.disable:
+                bar.bar.write(line)
+    except KeyboardInterrupt:
+        latest = folder.checkpoint() if folder.numbers() else None
+        bar.bar.close()
+        if latest is None:
+            print(f"\nstopped before the first update was finished; {folder.path} holds nothing to resume")
+        else:
+            print(f"\nstopped; saved as {latest.resolve()}\ngo on with: python -m trainer resume {folder.path}")
+        raise
+    bar.bar.close()
+    if not quiet:
+        print(folder.lora_file.resolve())
+
+
+def summary(update: Update) -> str:
+    """An update in one line."""
+    m = update.metrics
+    seconds = m["seconds_rollout"] + m["seconds_reward"] + m["seconds_update"]
+    parts = [f"update {update.number:>4}", f"reward {m['reward_mean']:.4f} +- {m['reward_std']:.4f}"]
+    parts += [f"{name} {value:.3f} (held out)" for name, value in m["held_out"].items()]
+    parts += [f"clip {100 * m['clip_fraction']:.0f} %", f"KL {m['kl']:.1e}", f"grad {m['grad_norm']:.1e}"]
+    return "  ".join([*parts, f"{seconds:.1f} s"])
+
+
+def _config(tokens: list[str]) -> Config:
+    """The configuration that `[FILE] --section.field value ...` asks for."""
+    path = Path(tokens.pop(0)) if tokens and not tokens[0].startswith("--") else None
+    return load(path, parse_overrides(tokens))
+
+
+def _free_name(folder: Path, name: str) -> str:
+    taken = 1
+    while (folder / (name if taken == 1 else f"{name}-{taken}")).exists():
+        taken += 1
+    return name if taken == 1 else f"{name}-{taken}"
+
+
+def _plus(config: Config) -> str:
+    return " + ".join(f"{w:g} x {name}" for name, w in config.reward.weights.items())
+
+
+torch.set_float32_matmul_precision("high")
