@@ -14,7 +14,7 @@ from comfyui_pcpo.lora import Family, export_state, parse_state
 from comfyui_pcpo.reward import load_reward
 
 from .config import Config, ConfigError, build, dump, tomllib
-from .models import EMBEDDED
+from comfyui_pcpo.tiny.pipelines import EMBEDDED
 from .policy import LoraPairs
 from .run import RunFolder, load_pairs, read_lora
 from .sampling import Guide, sample, sampling_policy

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderTiny, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -169,7 +169,7 @@ def make_decoder(args: argparse.Namespace) -> None:
     """The decoder learns pictures from linear latents, the encoder learns the linear latents from pictures."""
     drawn = pictures(args)
     codec = linear_codec(args, drawn)
-    vae = make_autoencoder()
+    vae = AutoencoderTiny.from_pretrained(SHARED / "vae").float() if args.go_on else make_autoencoder()
     batches = indices(len(drawn.scenes), args.batch)
 
     def loss() -> Tensor:
@@ -193,6 +193,8 @@ def make_generator(args: argparse.Namespace) -> None:
     flow = args.stage == "flow"
     model, objective = (make_flow(), flow_loss(text)) if flow else (make_eps(), eps_loss(text))
     folder = MODELS / f"emoji-{args.stage}"
+    if args.go_on:
+        model = type(model).from_pretrained(folder / ("transformer" if flow else "unet")).float()
     batches = indices(len(latents), args.batch)
 
     def loss() -> Tensor:
@@ -219,6 +221,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--go-on", action="store_true", help="start from the saved decoder or generator")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

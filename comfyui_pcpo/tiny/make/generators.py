@@ -69,8 +69,13 @@ def flow_loss(text: CLIPTextModelWithProjection) -> Callable[[SD3Transformer2DMo
 
 
 def eps_loss(text: CLIPTextModelWithProjection) -> Callable[[UNet2DConditionModel, Tensor, Tensor], Tensor]:
-    """Noise prediction on SD1.5's schedule, uniform t."""
+    """Noise prediction on SD1.5's schedule; the error counts as that of the picture (1 / alpha_bar, at most 16).
+
+    Unweighted, the noisiest steps, which decide the background's colour, would hardly count.
+    """
     schedule = DDPMScheduler(**SD15)
+    weights = (1 / schedule.alphas_cumprod).clamp(max=16)
+    weights = weights / weights.mean()
 
     def loss(model: UNet2DConditionModel, latents: Tensor, tokens: Tensor) -> Tensor:
         with torch.no_grad():
@@ -78,6 +83,6 @@ def eps_loss(text: CLIPTextModelWithProjection) -> Callable[[UNet2DConditionMode
         t = torch.randint(0, 1000, (len(latents),))
         noise = torch.randn_like(latents)
         out = model(schedule.add_noise(latents, noise, t), t, encoder_hidden_states=hidden).sample
-        return F.mse_loss(out, noise)
+        return ((out - noise).square().flatten(1).mean(1) * weights[t]).mean()
 
     return loss

@@ -1,0 +1,34 @@
+"""How far two sets of pictures are apart, and how different the pictures of one prompt are, from their features."""
+
+import torch
+from torch import Tensor
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Frechet distance between Gaussians fitted to two sets of features, (N, D), (M, D) -> float, in float64.
+
+    Heusel et al. (arXiv 1706.08500):  |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
+    The trace of the root is the sum of the roots of the eigenvalues of S_a^(1/2) S_b S_a^(1/2).
+    """
+    for name, x in (("first", a), ("second", b)):
+        if x.ndim != 2 or len(x) < 2:
+            raise ValueError(f"the {name} set has shape {tuple(x.shape)}, but a covariance needs 2 or more rows (N, D).")
+    a, b = a.double(), b.double()
+    s_a, s_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(s_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ s_b @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + s_a.trace() + s_b.trace() - 2 * cross
+    return float(distance.clamp(min=0))
+
+
+def diversity(features: Tensor, group_size: int) -> float:
+    """Mean distance between pictures of the same prompt, (P * G, D) -> float: 1 - cosine over all pairs of a group."""
+    if group_size < 2 or len(features) % group_size:
+        raise ValueError(
+            f"{len(features)} rows do not split into groups of {group_size}. Use whole groups of 2 or more pictures."
+        )
+    unit = torch.nn.functional.normalize(features.double(), dim=-1).unflatten(0, (-1, group_size))
+    cosine = unit @ unit.transpose(1, 2)
+    pairs = group_size * (group_size - 1)
+    return float(((1 - cosine).sum((1, 2)) / pairs).mean())
