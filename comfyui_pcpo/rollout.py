@@ -1,4 +1,4 @@
-"""Trajectories: pictures sampled from a policy, with everything that the update needs to recompute each step exactly."""
+"""Trajectories: pictures sampled from a policy, with all that the update needs to recompute each step exactly."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,7 +49,9 @@ class GroupNoise:
         """Where the pictures start, -> (P * G, C, H, W); the same for all of a group if `shared_first`."""
         if not self.shared_first:
             return self.next()
-        firsts = [torch.randn(1, *self.shape, generator=g).expand(self.group_size, *self.shape) for g in self.generators]
+        firsts = [
+            torch.randn(1, *self.shape, generator=g).expand(self.group_size, *self.shape) for g in self.generators
+        ]
         return torch.cat(firsts)
 
     def next(self) -> Tensor:
