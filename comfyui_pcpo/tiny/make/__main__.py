@@ -27,13 +27,12 @@ from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, PATTERNS, SIZES, caption
 from comfyui_pcpo.tiny.make.card import write_card
 from comfyui_pcpo.tiny.make.codec import LinearCodec, decoder_loss, fit_linear, make_autoencoder
 from comfyui_pcpo.tiny.make.data import UNSAID, Pictures, compatible, draw_pictures, labels, say
+from comfyui_pcpo.tiny.make.draw import SHEET, draw_sheet
 from comfyui_pcpo.tiny.make.generators import SD15, eps_loss, flow_loss, make_eps, make_flow
 from comfyui_pcpo.tiny.make.text import WIDTH, make_text_encoder, make_tokenizer
+from comfyui_pcpo.tiny.pipelines import MODELS
 
 log = logging.getLogger("make")
-MODELS = Path(__file__).parents[1] / "models"
-SHARED = MODELS / "shared"
-FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 
 
 def pictures(args: argparse.Namespace) -> Pictures:
@@ -42,7 +41,7 @@ def pictures(args: argparse.Namespace) -> Pictures:
     if not path.exists():
         args.work.mkdir(parents=True, exist_ok=True)
         log.info("drawing %d pictures", args.pictures)
-        drawn = draw_pictures(args.font, args.pictures, seed=0)
+        drawn = draw_pictures(args.pictures, seed=0)
         torch.save({"pixels": drawn.pixels, "scenes": drawn.scenes}, path)
     saved = torch.load(path, weights_only=False)  # our own file, made two lines above
     return Pictures(saved["pixels"], saved["scenes"])
@@ -51,14 +50,14 @@ def pictures(args: argparse.Namespace) -> Pictures:
 def linear_codec(args: argparse.Namespace, drawn: Pictures) -> LinearCodec:
     path = args.work / "linear.pt"
     if not path.exists():
-        codec = fit_linear(drawn.images(torch.arange(4000)))
+        codec = fit_linear(drawn.images(torch.arange(min(4000, len(drawn.scenes)))))
         torch.save([codec.mean, codec.down, codec.up], path)
     return LinearCodec(*torch.load(path))
 
 
-def text_parts() -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
-    tokenizer = CLIPTokenizer.from_pretrained(SHARED / "tokenizer")
-    encoder = CLIPTextModelWithProjection.from_pretrained(SHARED / "text_encoder", torch_dtype=torch.float32)
+def text_parts(shared: Path) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
+    tokenizer = CLIPTokenizer.from_pretrained(shared / "tokenizer")
+    encoder = CLIPTextModelWithProjection.from_pretrained(shared / "text_encoder", torch_dtype=torch.float32)
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
@@ -92,7 +91,9 @@ def fit(
         smooth = value.item() if step == 1 else 0.98 * smooth + 0.02 * value.item()
         if done - spoken > 0.04 or done >= 1:
             spoken = done
-            log.info("%5.1f %%  step %d  loss %.4f  %.2f s/step", 100 * done, step, smooth, (time.time() - start) / step)
+            log.info(
+                "%5.1f %%  step %d  loss %.4f  %.2f s/step", 100 * done, step, smooth, (time.time() - start) / step
+            )
             save(average)
 
 
@@ -104,7 +105,7 @@ def indices(count: int, batch: int) -> Iterator[Tensor]:
 def make_text(args: argparse.Namespace) -> None:
     """The text encoder learns to say, from its pooled embedding, everything that a caption says or leaves unsaid."""
     drawn, rng = pictures(args), np.random.default_rng(1)
-    tokenizer = make_tokenizer(SHARED / "tokenizer")
+    tokenizer = make_tokenizer(args.models / "shared" / "tokenizer")
     encoder = make_text_encoder(tokenizer)
     sizes = {"total": 3, "size": len(SIZES) + 1, "color": len(COLORS) + 1, "pattern": len(PATTERNS) + 1}
     heads = nn.ModuleDict({name: nn.Linear(WIDTH, n) for name, n in {"objects": len(OBJECTS), **sizes}.items()})
@@ -121,7 +122,7 @@ def make_text(args: argparse.Namespace) -> None:
         return total
 
     def save(average: nn.Module) -> None:
-        copy.deepcopy(average[0]).half().save_pretrained(SHARED / "text_encoder")  # type: ignore[index]
+        copy.deepcopy(average[0]).half().save_pretrained(args.models / "shared" / "text_encoder")  # type: ignore[index]
 
     fit(both, loss, args, save)
 
@@ -130,7 +131,7 @@ def make_align(args: argparse.Namespace) -> None:
     """Picture against caption (every fitting caption in the batch counts) and reading heads."""
     drawn, rng = pictures(args), np.random.default_rng(2)
     codec = linear_codec(args, drawn)
-    tokenizer, text = text_parts()
+    tokenizer, text = text_parts(args.models / "shared")
     model = AlignImageEncoder(AlignConfig())
     batches = indices(len(drawn.scenes), args.batch)
 
@@ -155,12 +156,15 @@ def make_align(args: argparse.Namespace) -> None:
             total = total + 0.5 * F.cross_entropy(read[name], true[name])
         return total
 
-    folder = MODELS / "emoji-align"
+    folder = args.models / "emoji-align"
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(average: nn.Module) -> None:
         save_config(model.config, folder)
-        save_file({key: value.half().contiguous() for key, value in average.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {key: value.half().contiguous() for key, value in average.state_dict().items()},
+            folder / "model.safetensors",
+        )
 
     fit(model, loss, args, save)
 
@@ -169,7 +173,7 @@ def make_decoder(args: argparse.Namespace) -> None:
     """The decoder learns pictures from linear latents, the encoder learns the linear latents from pictures."""
     drawn = pictures(args)
     codec = linear_codec(args, drawn)
-    vae = AutoencoderTiny.from_pretrained(SHARED / "vae").float() if args.go_on else make_autoencoder()
+    vae = AutoencoderTiny.from_pretrained(args.models / "shared" / "vae").float() if args.go_on else make_autoencoder()
     batches = indices(len(drawn.scenes), args.batch)
 
     def loss() -> Tensor:
@@ -180,7 +184,7 @@ def make_decoder(args: argparse.Namespace) -> None:
         return decoder_loss(vae, noisy, images) + F.mse_loss(vae.encode(images[:half]).latents, latents[:half])
 
     def save(average: nn.Module) -> None:
-        copy.deepcopy(average).half().save_pretrained(SHARED / "vae")  # type: ignore[operator]
+        copy.deepcopy(average).half().save_pretrained(args.models / "shared" / "vae")  # type: ignore[operator]
 
     fit(vae, loss, args, save)
 
@@ -189,10 +193,10 @@ def make_generator(args: argparse.Namespace) -> None:
     drawn, rng = pictures(args), np.random.default_rng(3)
     codec = linear_codec(args, drawn)
     latents = torch.cat([codec.encode(drawn.images(i)) for i in torch.arange(len(drawn.scenes)).split(1000)])
-    tokenizer, text = text_parts()
+    tokenizer, text = text_parts(args.models / "shared")
     flow = args.stage == "flow"
     model, objective = (make_flow(), flow_loss(text)) if flow else (make_eps(), eps_loss(text))
-    folder = MODELS / f"emoji-{args.stage}"
+    folder = args.models / f"emoji-{args.stage}"
     if args.go_on:
         model = type(model).from_pretrained(folder / ("transformer" if flow else "unet")).float()
     batches = indices(len(latents), args.batch)
@@ -208,26 +212,44 @@ def make_generator(args: argparse.Namespace) -> None:
     if flow:
         FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     else:
-        DDIMScheduler(**SD15, steps_offset=1, set_alpha_to_one=False, clip_sample=False).save_pretrained(folder / "scheduler")
+        DDIMScheduler(**SD15, steps_offset=1, set_alpha_to_one=False, clip_sample=False).save_pretrained(
+            folder / "scheduler"
+        )
     fit(model, loss, args, save)
 
 
-def main() -> None:
+def make_glyphs(args: argparse.Namespace) -> None:
+    """The sheet of glyphs that the pictures are drawn from; only needed again for other objects."""
+    if args.font is None:
+        raise SystemExit("--font is missing: the glyphs are drawn from Noto Color Emoji. Give its .ttf file.")
+    draw_sheet(args.font).save(SHEET, optimize=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m comfyui_pcpo.tiny.make", description=__doc__)
-    parser.add_argument("stage", choices=("text", "align", "decoder", "flow", "eps", "card"))
+    parser.add_argument("stage", choices=("glyphs", "text", "align", "decoder", "flow", "eps", "card"))
     parser.add_argument("--work", type=Path, required=True, help="folder for the drawn pictures")
-    parser.add_argument("--font", type=Path, default=FONT, help="Noto Color Emoji with colour bitmaps")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder for the models")
+    parser.add_argument("--font", type=Path, help="glyphs: Noto Color Emoji with colour bitmaps")
+    parser.add_argument("--images", type=Path, default=Path("docs/images"), help="card: folder for its pictures")
+    parser.add_argument("--every", type=int, default=1, help="card: measure every n-th held-out prompt")
     parser.add_argument("--pictures", type=int, default=50_000)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--go-on", action="store_true", help="start from the saved decoder or generator")
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    stages = {"text": make_text, "align": make_align, "decoder": make_decoder, "card": write_card}
+    stages = {
+        "glyphs": make_glyphs,
+        "text": make_text,
+        "align": make_align,
+        "decoder": make_decoder,
+        "card": write_card,
+    }
     stages.get(args.stage, make_generator)(args)
 
 

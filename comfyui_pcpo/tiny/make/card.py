@@ -33,9 +33,9 @@ SHOWN = (
 )
 
 
-def generate(name: str, prompts: Sequence[str], seed: int) -> Tensor:
+def generate(name: str, prompts: Sequence[str], seed: int, root: Path = MODELS) -> Tensor:
     """Pictures of the plain diffusers pipeline, -> (B, H, W, 3) in [0, 1]."""
-    pipeline = load_tiny(name)
+    pipeline = load_tiny(name, root)
     pipeline.set_progress_bar_config(disable=True)
     steps, scale = SETTINGS[name]
     more = {"max_sequence_length": 0} if name == "emoji-flow" else {}
@@ -50,9 +50,9 @@ def generate(name: str, prompts: Sequence[str], seed: int) -> Tensor:
     return torch.cat(pictures)
 
 
-def reality(prompts: Sequence[str], font: Path, seed: int) -> Tensor:
+def reality(prompts: Sequence[str], seed: int) -> Tensor:
     """Drawn pictures of the prompts, what is unsaid chosen at random, -> (B, H, W, 3) in [0, 1]."""
-    rng, pictures = np.random.default_rng(seed), glyphs(font)
+    rng, pictures = np.random.default_rng(seed), glyphs()
     drawn = []
     for prompt in prompts:
         scene = parse(prompt)
@@ -90,23 +90,23 @@ def read_right(encoder: AlignImageEncoder, found: Tensor, prompts: Sequence[str]
 
 def write_card(args: argparse.Namespace) -> None:
     """Measure everything; writes models/README.md and docs/images/emoji-*.png."""
-    encoder = load_image_encoder(MODELS / "emoji-align")
-    prompts = [prompt for prompt in held_out_prompts() for _ in range(2)]
-    drawn = features(encoder, reality(prompts, args.font, seed=10))
+    encoder = load_image_encoder(args.models / "emoji-align")
+    prompts = [prompt for prompt in held_out_prompts()[:: args.every] for _ in range(2)]
+    drawn = features(encoder, reality(prompts, seed=10))
     rows = {"drawn pictures": (read_right(encoder, drawn, prompts), 0.0, distance.diversity(drawn, 2))}
-    again = features(encoder, reality(prompts, args.font, seed=11))
+    again = features(encoder, reality(prompts, seed=11))
     rows["drawn pictures"] = (rows["drawn pictures"][0], distance.frechet(drawn, again), rows["drawn pictures"][2])
-    folder = Path(__file__).parents[3] / "docs" / "images"
-    folder.mkdir(parents=True, exist_ok=True)
+    args.images.mkdir(parents=True, exist_ok=True)
     for name in SETTINGS:
-        found = features(encoder, generate(name, prompts, seed=0))
+        found = features(encoder, generate(name, prompts, 0, args.models))
         rows[name] = (
             read_right(encoder, found, prompts), distance.frechet(found, drawn), distance.diversity(found, 2)
         )  # fmt: skip
         log.info("%s %s", name, rows[name])
         shown = [prompt for prompt in SHOWN for _ in range(3)]
-        plot.grid(generate(name, shown, seed=3), shown, columns=6, tile=128).save(folder / f"{name}.png")
-    (MODELS / "README.md").write_text(card_text(rows, len(prompts)), encoding="utf-8")
+        pictures = generate(name, shown, 3, args.models)
+        plot.grid(pictures, shown, columns=6, tile=128).save(args.images / f"{name}.png")
+    (args.models / "README.md").write_text(card_text(rows, len(prompts)), encoding="utf-8")
 
 
 def card_text(rows: dict[str, tuple[dict[str, float], float, float]], count: int) -> str:
@@ -140,8 +140,8 @@ inside this little world and say nothing beyond it.
 ## How they were made
 
 50,000 pictures drawn from the glyphs of Noto Color Emoji (SIL Open Font License 1.1), captions with attributes left out
-at random, 10 % empty captions for classifier-free guidance. A closed-form linear codec fixes the latents; the generators
-train on them while the autoencoder learns to match it. The commands, on two CPU cores:
+at random, 10 % empty captions for classifier-free guidance. A closed-form linear codec fixes the latents; the
+generators train on them while the autoencoder learns to match it. The commands, on two CPU cores:
 
     python -m comfyui_pcpo.tiny.make text    --work build/tiny --minutes 1.3
     python -m comfyui_pcpo.tiny.make align   --work build/tiny --minutes 11

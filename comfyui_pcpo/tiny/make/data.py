@@ -1,7 +1,6 @@
 """The training pictures: drawn once, kept as uint8, captioned afresh at every visit."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,10 +24,10 @@ class Pictures:
         return self.pixels[index].float().div_(127.5).sub_(1)
 
 
-def draw_pictures(font: Path, number: int, seed: int) -> Pictures:
+def draw_pictures(number: int, seed: int) -> Pictures:
     """Draw `number` random pictures whose scenes are not held out."""
     rng = np.random.default_rng(seed)
-    pictures = glyphs(font)
+    pictures = glyphs()
     scenes = [random_scene(rng) for _ in range(number)]
     pixels = np.stack([np.asarray(draw(scene, pictures, rng)) for scene in scenes])
     return Pictures(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), scenes)

@@ -9,6 +9,8 @@ from comfyui_pcpo.tiny.captions import COLORS, COUNTS, OBJECTS, PATTERNS, Scene,
 
 PIXELS = 64
 GLYPH = 109  # the only size that the font's bitmaps come in
+TILE = 144
+SHEET = Path(__file__).parent / "glyphs.png"
 PLACES = {  # (number of objects) -> (size, centres)
     2: (29, ((16, 32), (48, 32))),
     3: (26, ((32, 17), (16, 46), (48, 46))),
@@ -16,18 +18,25 @@ PLACES = {  # (number of objects) -> (size, centres)
 SINGLE = {"small": 28, "big": 48, None: 38}
 
 
-def glyphs(font: Path) -> dict[str, Image.Image]:
-    """One tightly cropped RGBA picture per object."""
+def draw_sheet(font: Path) -> Image.Image:
+    """All glyphs of a font side by side, RGBA, one TILE each."""
     face = ImageFont.truetype(str(font), GLYPH)
-    pictures = {}
-    for name, (_, code) in OBJECTS.items():
-        canvas = Image.new("RGBA", (2 * GLYPH, 2 * GLYPH))
-        ImageDraw.Draw(canvas).text((20, 20), chr(code), font=face, embedded_color=True)
-        box = canvas.getbbox()
+    sheet = Image.new("RGBA", (TILE * len(OBJECTS), TILE))
+    for column, (name, (_, code)) in enumerate(OBJECTS.items()):
+        tile = Image.new("RGBA", (2 * TILE, 2 * TILE))
+        ImageDraw.Draw(tile).text((20, 20), chr(code), font=face, embedded_color=True)
+        box = tile.getbbox()
         if box is None:
             raise ValueError(f"{font} has no glyph for {name} (U+{code:X}). Use Noto Color Emoji with colour bitmaps.")
-        pictures[name] = canvas.crop(box)
-    return pictures
+        sheet.paste(tile.crop(box), (column * TILE, 0))
+    return sheet
+
+
+def glyphs() -> dict[str, Image.Image]:
+    """One tightly cropped RGBA picture per object, from the sheet beside this file."""
+    sheet = Image.open(SHEET).convert("RGBA")
+    tiles = [sheet.crop((n * TILE, 0, (n + 1) * TILE, TILE)) for n in range(len(OBJECTS))]
+    return {name: tile.crop(tile.getbbox()) for name, tile in zip(OBJECTS, tiles, strict=True)}
 
 
 def background(color: str, pattern: str) -> Image.Image:
