@@ -12,9 +12,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
     """
     for name, x in (("first", a), ("second", b)):
         if x.ndim != 2 or len(x) < 2:
-            raise ValueError(
-                f"the {name} set has shape {tuple(x.shape)}, but needs 2 or more rows (N, D)."
-            )
+            raise ValueError(f"the {name} set has shape {tuple(x.shape)}, but needs 2 or more rows (N, D).")
     a, b = a.double(), b.double()
     s_a, s_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(s_a)

@@ -75,7 +75,7 @@ def test_every_stage_runs_and_the_card_is_written(tmp_path):
         main([stage, *common, "--minutes", "0.005", "--threads", "1"])
     main(["decoder", *common, "--minutes", "0.001", "--threads", "1", "--go-on"])
     main(["eps", *common, "--minutes", "0.001", "--threads", "1", "--go-on"])
-    main(["card", *common, "--images", str(tmp_path / "images"), "--every", "48", "--threads", "1"])
+    main(["card", *common, "--images", str(tmp_path / "images"), "--every", "47", "--threads", "1"])
     text = (models / "README.md").read_text(encoding="utf-8")
     assert "| emoji-flow |" in text and "| emoji-eps |" in text
     assert (tmp_path / "images" / "emoji-flow.png").exists()

@@ -1,0 +1,57 @@
+"""Does the picture show what the prompt says? Answered by the embedded tiny image-text encoder."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comfyui_pcpo import tiny
+from comfyui_pcpo.reward.base import Reward
+from comfyui_pcpo.tiny.align import PIXELS, AlignImageEncoder, load_image_encoder
+
+MODELS = Path(tiny.__file__).parent / "models"
+
+
+class TinyEncoder(nn.Module):
+    """The image encoder of emoji-align and the text encoder that the embedded generators are conditioned on."""
+
+    def __init__(self, image: AlignImageEncoder, text: nn.Module):
+        super().__init__()
+        self.image, self.text = image, text
+
+    def forward(self, images: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Cosine of pictures in [-1, 1] and their texts, (B, 3, 64, 64), (B, L), (B, L) -> (B,)."""
+        image = self.image.embed(self.image.encode(images))
+        text = F.normalize(self.text(input_ids=tokens, attention_mask=mask).text_embeds.float(), dim=-1)
+        return (image.float() * text).sum(-1)
+
+
+def small(images: Tensor) -> Tensor:
+    """Pictures as emoji-align reads them, uint8 (B, H, W, 3) -> (B, 3, 64, 64) in [-1, 1]."""
+    pixels = images.permute(0, 3, 1, 2).float() / 255
+    if pixels.shape[-2:] != (PIXELS, PIXELS):
+        pixels = F.interpolate(pixels, (PIXELS, PIXELS), mode="bilinear", antialias=True)
+    return pixels * 2 - 1
+
+
+class Alignment(Reward):
+    """Cosine between picture and prompt in the embedded models' little world of emoji."""
+
+    name = "alignment"
+    typical_range = (-0.2, 0.9)
+    memory = 4_000_000
+
+    def build(self) -> TinyEncoder:
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+        self.tokenizer = CLIPTokenizer.from_pretrained(MODELS / "shared" / "tokenizer")
+        folder = MODELS / "shared" / "text_encoder"
+        text = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder)).float()
+        text.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+        return TinyEncoder(load_image_encoder(MODELS / "emoji-align"), text)
+
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
+        assert isinstance(self.model, TinyEncoder)
+        text = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").to(self.device)
+        return self.model(small(images.to(self.device)), text.input_ids, text.attention_mask)

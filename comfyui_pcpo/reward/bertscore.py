@@ -1,0 +1,87 @@
+"""DDPO's prompt alignment: a model describes the picture, and BERTScore compares description and prompt."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comfyui_pcpo.reward.base import RewardError, RewardFile, RewardSettings, Scores
+from comfyui_pcpo.reward.checkpoint import file_path
+from comfyui_pcpo.reward.endpoint import EndpointReward, Vlm
+
+QUESTION = "Answer concisely: what is going on in this image?"
+LAYER = 40
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Unit vectors of a text's tokens (L, D), and which of them are words (L,), not start or end marks."""
+
+    vectors: Tensor
+    words: Tensor
+
+
+def recall(reference: Embedded, candidate: Embedded) -> float:
+    """Mean over the reference's words of the best cosine with any token of the candidate.
+
+    Zhang et al. 2020, BERTScore, section 3, R_BERT without idf and without rescaling
+    """
+    best = (reference.vectors @ candidate.vectors.T).max(1).values
+    return best[reference.words].mean().item()
+
+
+class BertScore(EndpointReward):
+    """Recall of "The image contains {prompt}" in the model's description.
+
+    Black et al. 2023, Training Diffusion Models with Reinforcement Learning, section 5.2
+    """
+
+    name = "bertscore"
+    typical_range = (0.5, 0.9)
+    files = (RewardFile("microsoft/deberta-xlarge-mnli", "pytorch_model.bin", 3_040_000_000, "MIT"),)
+    memory = 1_500_000_000
+    layer = LAYER
+
+    def __init__(self, settings: RewardSettings | None = None, vlm: Vlm | None = None):
+        super().__init__(settings, vlm)
+        self.tokenizer: Any = None
+
+    def build(self) -> nn.Module:
+        """DeBERTa from its folder of config, tokenizer and weights; layers above the 40th are dropped."""
+        from transformers import AutoModel, AutoTokenizer
+
+        if self.settings.folder is None:
+            raise RewardError("No weight folder is set, but bertscore needs microsoft/deberta-xlarge-mnli. Set it.")
+        folder = file_path(self.settings.folder, self.files[0]).parent
+        if not (folder / "config.json").is_file():
+            raise RewardError(f"{folder} has no config.json. Put microsoft/deberta-xlarge-mnli there.")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=self.settings.dtype)
+        model.encoder.layer = model.encoder.layer[: self.layer]
+        return cast("nn.Module", model)
+
+    def embed(self, text: str) -> Embedded:
+        assert self.model is not None
+        entry = self.tokenizer(
+            text.strip(), truncation=True, max_length=512, return_tensors="pt", return_special_tokens_mask=True
+        )
+        mask = entry.pop("special_tokens_mask")[0]
+        hidden = self.model(**entry.to(self.device)).last_hidden_state[0]
+        return Embedded(F.normalize(hidden.float(), dim=-1), (mask == 0).to(self.device))
+
+    def judge(self, picture: np.ndarray, prompt: str) -> tuple[float, str]:
+        caption = self.vlm.chat(picture, QUESTION, {"max_tokens": 64})["text"]
+        if not caption.strip():
+            return float("nan"), caption
+        return recall(self.embed(f"The image contains {prompt}"), self.embed(caption)), caption
+
+    def unload(self) -> None:
+        super().unload()
+        self.tokenizer = None
+
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Scores:
+        with torch.no_grad():
+            return super().score_batch(images, prompts)

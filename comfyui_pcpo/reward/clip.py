@@ -1,0 +1,82 @@
+"""The CLIP networks that rewards stand on, as open_clip and as transformers lay them out."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
+    from transformers import CLIPModel
+
+CONTEXT, VOCABULARY = 77, 49408
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """Sizes of a CLIP with a vision transformer for pictures of 224 x 224."""
+
+    embed: int
+    width: int
+    layers: int
+    head_width: int
+    patch: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    quick_gelu: bool = False
+
+
+VIT_H_14 = ClipShape(1024, 1280, 32, 80, 14, 1024, 24, 16)
+VIT_L_14 = ClipShape(768, 1024, 24, 64, 14, 768, 12, 12, quick_gelu=True)  # OpenAI's
+
+
+def open_clip_model(shape: ClipShape) -> "CLIP":
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    vision = CLIPVisionCfg(
+        layers=shape.layers, width=shape.width, head_width=shape.head_width, patch_size=shape.patch, image_size=224
+    )
+    text = CLIPTextCfg(
+        context_length=CONTEXT,
+        vocab_size=VOCABULARY,
+        width=shape.text_width,
+        heads=shape.text_heads,
+        layers=shape.text_layers,
+    )
+    return CLIP(shape.embed, vision, text, quick_gelu=shape.quick_gelu)
+
+
+def transformers_clip(shape: ClipShape) -> "CLIPModel":
+    """transformers' CLIP; eos_token_id 2 is what published CLIP configs say: pool at the largest token id."""
+    from transformers import CLIPConfig, CLIPModel
+
+    act = "quick_gelu" if shape.quick_gelu else "gelu"
+    text = {
+        "hidden_size": shape.text_width,
+        "intermediate_size": 4 * shape.text_width,
+        "num_hidden_layers": shape.text_layers,
+        "num_attention_heads": shape.text_heads,
+        "hidden_act": act,
+        "projection_dim": shape.embed,
+        "eos_token_id": 2,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+    }
+    vision = {
+        "hidden_size": shape.width,
+        "intermediate_size": 4 * shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.width // shape.head_width,
+        "hidden_act": act,
+        "patch_size": shape.patch,
+        "image_size": 224,
+        "projection_dim": shape.embed,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=shape.embed))
+
+
+def cosine(left: Tensor, right: Tensor) -> Tensor:
+    """Cosine in float32 whatever the towers' precision, (B, D), (B, D) -> (B,)."""
+    return (F.normalize(left.float(), dim=-1) * F.normalize(right.float(), dim=-1)).sum(-1)

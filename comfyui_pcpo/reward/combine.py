@@ -1,0 +1,58 @@
+"""Several rewards at once, each with its weight."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from comfyui_pcpo.reward.base import Reward, RewardError
+
+
+@dataclass(frozen=True)
+class CombinedScores:
+    """Each reward's own scores (K, B), and their weighted raw sum (B,) in which NaN means that one of them failed."""
+
+    components: Tensor
+    total: Tensor
+
+
+class CombinedReward:
+    """K rewards with weights. `advantage.combine_rewards` z-scores the components; `total` is the plain sum.
+
+    `weights` (K,) point upward: where a lower score is better, the sign is turned here and nowhere else.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]):
+        if not rewards or len(rewards) != len(weights):
+            raise RewardError(f"{len(rewards)} rewards came with {len(weights)} weights. Give each its weight.")
+        self.rewards = list(rewards)
+        self.names = [reward.name for reward in rewards]
+        if len(set(self.names)) < len(self.names):
+            raise RewardError(f"rewards are {', '.join(self.names)}, but each may come once. Add up the weights.")
+        signs = [1.0 if reward.higher_is_better else -1.0 for reward in rewards]
+        self.weights = torch.tensor([s * w for s, w in zip(signs, weights, strict=True)], dtype=torch.float32)
+
+    @property
+    def needs_prompt(self) -> bool:
+        return any(reward.needs_prompt for reward in self.rewards)
+
+    def score(self, images: Tensor, prompts: list[str]) -> CombinedScores:
+        """All rewards' scores, float (B, H, W, C) -> components (K, B) and total (B,)."""
+        components = torch.stack([reward.score(images, prompts) for reward in self.rewards])
+        counted = self.weights != 0  # weight 0: measured, never trained on, and its failures harm nothing
+        return CombinedScores(components, (self.weights[counted, None] * components[counted]).sum(0))
+
+    def load(self) -> "CombinedReward":
+        for reward in self.rewards:
+            reward.load()
+        return self
+
+    def unload(self) -> None:
+        for reward in self.rewards:
+            reward.unload()
+
+    def to(self, device: str | torch.device) -> "CombinedReward":
+        for reward in self.rewards:
+            reward.to(device)
+        return self

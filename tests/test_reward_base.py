@@ -1,0 +1,142 @@
+"""The base place: what it refuses, what it rounds, what it calls failed; and several rewards at once."""
+
+import pytest
+import torch
+
+from comfyui_pcpo.reward import REWARDS, CombinedReward, Reward, RewardError, RewardSettings, Scores, load_reward
+
+torch.set_num_threads(1)
+
+
+class First(Reward):
+    """The first red pixel, with a note."""
+
+    name = "first"
+
+    def score_batch(self, images, prompts):
+        assert images.dtype == torch.uint8 and images.shape[-1] == 3
+        return Scores(images[:, 0, 0, 0], {"note": [f"{prompt}!" for prompt in prompts]})
+
+
+class Given(Reward):
+    """Reads its scores off the prompts; lower is better."""
+
+    name = "given"
+    higher_is_better = False
+
+    def score_batch(self, images, prompts):
+        return torch.tensor([float(prompt) for prompt in prompts])
+
+
+def pictures(*values):
+    return torch.tensor(values)[:, None, None, None].expand(-1, 4, 4, 3).clone()
+
+
+def test_pictures_are_clamped_rounded_and_lose_their_alpha():
+    batch = torch.cat([pictures(-1.0, 0.5, 0.4999 / 255, 2.0), torch.zeros(4, 4, 4, 1)], -1)
+    assert First().score(batch, ["a"] * 4).tolist() == [0, 128, 0, 255]
+
+
+def test_scores_do_not_depend_on_images_at_once():
+    batch, prompts = pictures(*[n / 255 for n in range(7)]), [str(n) for n in range(7)]
+    found = First(RewardSettings(images_at_once=3)).measure(batch, prompts)
+    assert found.values.tolist() == list(range(7))
+    assert found.extras["note"] == [f"{n}!" for n in range(7)]
+
+
+def test_failed_scores_are_nan_never_zero():
+    found = Given().score(pictures(0.0, 0.0, 0.0, 0.5), ["nan", "inf", "-inf", "3"])
+    assert found.isnan().tolist() == [True, True, True, False]
+    broken = pictures(0.5, 0.5)
+    broken[0, 1, 1, 1] = float("nan")
+    assert First().score(broken, ["", ""]).isnan().tolist() == [True, False]
+
+
+def test_no_images_have_no_scores():
+    assert First().score(torch.zeros(0, 4, 4, 3), []).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "said"),
+    [
+        (torch.zeros(2, 3, 8, 8), ["", ""], "Put channels last"),
+        (torch.zeros(8, 8, 3), [""], "Put channels last"),
+        (torch.zeros(1, 0, 8, 3), [""], "Put channels last"),
+        (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), [""], "Divide"),
+        (torch.zeros(2, 8, 8, 3), [""], "2 images came with 1 prompts"),
+        (torch.zeros(2, 8, 8, 3), "ab", "Give a list"),
+    ],
+)
+def test_what_is_no_batch_of_pictures_is_refused(images, prompts, said):
+    with pytest.raises(RewardError, match=said):
+        First().score(images, prompts)
+
+
+def test_a_reward_with_too_few_scores_is_refused():
+    class Short(Given):
+        def score_batch(self, images, prompts):
+            return torch.zeros(1)
+
+    with pytest.raises(RewardError, match=r"shape \(1,\) for 2 images"):
+        Short().score(pictures(0.0, 0.0), ["", ""])
+    with pytest.raises(NotImplementedError, match="lacks score_batch"):
+        Reward().score(pictures(0.0), [""])
+
+
+def test_settings_refuse_what_would_cost_accuracy():
+    with pytest.raises(RewardError, match="bfloat16"):
+        RewardSettings(dtype=torch.bfloat16)
+    with pytest.raises(RewardError, match="images_at_once is 0"):
+        RewardSettings(images_at_once=0)
+
+
+def test_an_unloaded_reward_loads_itself_again():
+    reward = load_reward("alignment").to("cpu")
+    batch, prompts = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0)), ["a fox", "two pigs"]
+    before = reward.score(batch, prompts)
+    loaded = reward.model
+    assert reward.load().model is loaded
+    reward.to("cpu").unload()
+    assert reward.model is None
+    assert torch.equal(reward.score(batch, prompts), before)
+
+
+def test_alignment_is_a_cosine_and_takes_any_size():
+    reward = load_reward("alignment")
+    batch = torch.rand(3, 100, 80, 3, generator=torch.Generator().manual_seed(0))
+    found = reward.score(batch, ["a fox", "", "word " * 1000])
+    assert found.isfinite().all() and (found.abs() <= 1).all()
+    assert torch.allclose(reward.score(batch[1:2], [""]), found[1:2], atol=1e-5)
+
+
+def test_every_reward_states_what_it_is():
+    for name, cls in REWARDS.items():
+        low, high = cls.typical_range
+        assert cls.name == name and low < high and isinstance(cls.needs_prompt, bool) and cls.__doc__
+        assert all(file.bytes > 0 and file.licence and file.hub_id and file.filename for file in cls.files)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(RewardError, match="alignment"):
+        load_reward("nonsense")
+
+
+def test_combined_scores_turn_the_sign_where_lower_is_better():
+    both = CombinedReward([First(), Given()], [2.0, 3.0])
+    found = both.score(pictures(1 / 255, 2 / 255), ["10", "nan"])
+    assert found.components.shape == (2, 2) and found.components[1, 0] == 10
+    assert found.total[0] == 2 * 1 - 3 * 10 and found.total[1].isnan()
+    assert both.weights.tolist() == [2, -3] and both.names == ["first", "given"] and both.needs_prompt
+
+
+def test_a_reward_of_weight_zero_is_measured_and_cannot_spoil_the_total():
+    watched = CombinedReward([First(), Given()], [1.0, 0.0]).load().to("cpu")
+    assert watched.score(pictures(1 / 255), ["nan"]).total.tolist() == [1]
+    watched.unload()
+
+
+def test_combinations_that_mean_nothing_are_refused():
+    with pytest.raises(RewardError, match="1 rewards came with 2 weights"):
+        CombinedReward([First()], [1.0, 2.0])
+    with pytest.raises(RewardError, match="each may come once"):
+        CombinedReward([First(), First()], [1.0, 2.0])

@@ -1,0 +1,88 @@
+"""Rewards of the user's own: one folder, installed packages, module:Class; names and nothing else from workflows."""
+
+import importlib.metadata
+
+import pytest
+import torch
+
+from comfyui_pcpo.reward import REWARDS, Reward, RewardError, available, import_reward, load_reward
+from comfyui_pcpo.reward.jpeg import JpegCompressibility
+from comfyui_pcpo.reward.user import load_file
+
+GOOD = """
+from comfyui_pcpo.reward import Reward
+
+class Darkness(Reward):
+    name = "{name}"
+    needs_prompt = False
+
+    def score_batch(self, images, prompts):
+        return 1 - images.float().mean((1, 2, 3)) / 255
+"""
+
+
+def write(folder, name, text):
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_a_file_in_the_folder_is_a_reward(tmp_path):
+    write(tmp_path, "dark.py", GOOD.format(name="darkness"))
+    write(tmp_path, "_draft.py", "raise RuntimeError")
+    reward = load_reward("darkness", user_folder=tmp_path)
+    assert reward.score(torch.ones(1, 4, 4, 3), [""]).item() == 0
+    assert set(available(tmp_path)) == {*REWARDS, "darkness"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (GOOD.format(name="alignment"), "exists already"),
+        (GOOD.format(name=""), "a name and score_batch"),
+        ("x = 1", "defines 0 rewards"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("def (", "SyntaxError"),
+    ],
+)
+def test_a_file_that_is_no_reward_is_named(text, said, tmp_path):
+    with pytest.raises(RewardError, match=said):
+        available(write(tmp_path, "mine.py", text))
+
+
+def test_a_file_that_is_not_python_is_refused(tmp_path):
+    with pytest.raises(RewardError, match="not a Python file"):
+        load_file(write(tmp_path, "mine.txt", "x") / "mine.txt")
+
+
+def test_installed_packages_offer_rewards_by_entry_point(monkeypatch):
+    class Installed(Reward):
+        name = "installed"
+
+        def score_batch(self, images, prompts):
+            return torch.zeros(len(prompts))
+
+    class Point:
+        name = "installed"
+
+        def load(self):
+            return Installed
+
+    asked = []
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: asked.append(group) or [Point()])
+    assert isinstance(load_reward("installed"), Installed)
+    assert asked == ["pcpo.rewards"]
+
+
+def test_headless_configurations_name_a_class():
+    assert import_reward("comfyui_pcpo.reward.jpeg:JpegCompressibility") is JpegCompressibility
+    for spec in ("nowhere_at_all:X", "json:Nothing", ":X", "json"):
+        with pytest.raises(RewardError, match="module:Class"):
+            import_reward(spec)
+    with pytest.raises(RewardError, match="not a class made from"):
+        import_reward("json:loads")
+
+
+@pytest.mark.parametrize("name", ["comfyui_pcpo.reward.jpeg:JpegCompressibility", "../mine", "http://127.0.0.1"])
+def test_a_name_is_never_code_nor_path_nor_address(name):
+    with pytest.raises(RewardError, match="Use one of"):
+        load_reward(name)
