@@ -1,7 +1,9 @@
 """THE loop: rollout -> score -> advantage -> update -> record."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,7 @@ from comfyui_pcpo.reward.base import Reward
 from comfyui_pcpo.rollout import GroupNoise, Trajectory, derive_seed, rollout
 from comfyui_pcpo.schedule import Grid
 from comfyui_pcpo.transition import Transition, default_noise_level, deterministic, transitions
+
 from .config import Config, ConfigError
 from .policy import Condition, Policy
 from .processes import Processes
@@ -39,6 +42,23 @@ class Learner:
     optimizer: torch.optim.Optimizer
     window: PromptWindow
     done: int = 0  # updates finished
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Whatever ends the body early leaves LoRA, optimizer and window as they were before it."""
+        parameters = self.policy.trainable()
+        values = [p.detach().clone() for p in parameters]
+        optimizer, window = copy.deepcopy(self.optimizer.state_dict()), copy.deepcopy(self.window.state_dict())
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for p, value in zip(parameters, values, strict=True):
+                    p.copy_(value)
+                    p.grad = None
+            self.optimizer.load_state_dict(optimizer)
+            self.window.load_state_dict(window)
+            raise
 
 
 @dataclass
@@ -81,7 +101,10 @@ def plan_steps(policy: Policy, config: Config, grid: Grid, number: int) -> tuple
     """The update's transitions, (T,), and which of them are trained: the window, then a random share."""
     r, method = config.rollout, sampler_method(policy, config)
     level = default_noise_level(method) if r.noise_level is None else r.noise_level
-    steps = transitions(grid, method, level, r.sigma, r.target_weight)
+    try:
+        steps = transitions(grid, method, level, r.sigma, r.target_weight)
+    except ValueError as error:
+        raise ConfigError(f"rollout: {error}") from None
     rng = np.random.default_rng([config.run.seed, number, 1])
     last = grid.steps if config.objective.last_step else grid.steps - 1
     if r.sde_window:
@@ -126,17 +149,15 @@ def score(rewards: dict[str, Reward], images: Tensor, prompts: list[str]) -> dic
 def advantages(scores: Tensor, prompts: Sequence[str], window: PromptWindow, config: Config) -> Tensor:
     """Combined rewards (P, G) -> clipped advantages (P, G); failed samples get 0."""
     a = config.advantage
-    if a.kind == "window":
-        raw = window.advantage(list(prompts), scores)
-    else:
-        raw = group_advantage(scores, a.spread)
+    raw = window.advantage(list(prompts), scores) if a.kind == "window" else group_advantage(scores, a.spread)
     return clip_advantage(raw, a.clip)
 
 
 def check_failures(scores: dict[str, Tensor], config: Config, number: int) -> None:
+    """Raise RunError where more scores of one trained reward failed than the run allows, or all of them."""
     for name in config.reward.weights:
         share = failed_share(scores[name])
-        if share > config.reward.max_failed:
+        if share > config.reward.max_failed or share == 1:
             raise RunError(
                 f"update {number}: {100 * share:.0f} % of the {name} scores failed (NaN or infinite), more than "
                 f"reward.max_failed = {config.reward.max_failed:g} allows. Look at the reward, then resume the run."
@@ -162,42 +183,45 @@ def align(
     condition = policy.encode(list(prompts))
     minibatches = chunked(config, len(groups))
     for number in range(learner.done + 1, config.run.updates + 1):
-        clock, start = Clock(), time.perf_counter()
-        steps, trained = plan_steps(policy, config, grid, number)
-        weights = target_weights(steps, grid, config.objective.credit, trained)
-        chosen = choose_prompts(len(prompts), config.rollout.prompts_per_update, seed, number)
-        mine = [chosen[g] for g in groups]
-        batch = condition.rows([p for p in mine for _ in range(size)])
+        with learner.all_or_nothing():
+            clock, start = Clock(), time.perf_counter()
+            steps, trained = plan_steps(policy, config, grid, number)
+            weights = target_weights(steps, grid, config.objective.credit, trained)
+            chosen = choose_prompts(len(prompts), config.rollout.prompts_per_update, seed, number)
+            mine = [chosen[g] for g in groups]
+            batch = condition.rows([p for p in mine for _ in range(size)])
 
-        def predict(x: Tensor, t: float, rows: Tensor, batch: Condition = batch) -> Tensor:
-            tick()
-            return policy.predict(x.to(policy.device), t, batch.rows(rows.tolist()))
+            def predict(x: Tensor, t: float, rows: Tensor, batch: Condition = batch) -> Tensor:
+                tick()
+                return policy.predict(x.to(policy.device), t, batch.rows(rows.tolist()))
 
-        noise = GroupNoise(
-            [derive_seed(seed, number, g) for g in groups], size, policy.latent_shape, config.rollout.shared_noise
-        )
-        path = rollout(predict, grid, steps, noise, [rows for part in minibatches for rows in part])
-        images = torch.cat([policy.decode(x) for x in path.final.split(config.rollout.images_at_once)])
-        clock.time("rollout", start)
+            noise = GroupNoise(
+                [derive_seed(seed, number, g) for g in groups], size, policy.latent_shape, config.rollout.shared_noise
+            )
+            path = rollout(predict, grid, steps, noise, [rows for part in minibatches for rows in part])
+            images = torch.cat([policy.decode(x) for x in path.final.split(config.rollout.images_at_once)])
+            clock.time("rollout", start)
 
-        start = time.perf_counter()
-        texts = [prompts[p] for p in mine for _ in range(size)]
-        scores = {name: processes.gather(value) for name, value in score(rewards, images, texts).items()}
-        check_failures(scores, config, number)
-        names = list(config.reward.weights)
-        stacked = torch.stack([scores[name].view(-1, size) for name in names])
-        combined = combine_rewards(stacked, list(config.reward.weights.values()), config.reward.standardise)
-        everyone = [prompts[chosen[g]] for g in processes.order(config.rollout.prompts_per_update)]
-        every_advantage = advantages(combined, everyone, learner.window, config)
-        clock.time("reward", start)
+            start = time.perf_counter()
+            texts = [prompts[p] for p in mine for _ in range(size)]
+            scores = {name: processes.gather(value) for name, value in score(rewards, images, texts).items()}
+            check_failures(scores, config, number)
+            names = list(config.reward.weights)
+            stacked = torch.stack([scores[name].view(-1, size) for name in names])
+            combined = combine_rewards(stacked, list(config.reward.weights.values()), config.reward.standardise)
+            everyone = [prompts[chosen[g]] for g in processes.order(config.rollout.prompts_per_update)]
+            every_advantage = advantages(combined, everyone, learner.window, config)
+            clock.time("reward", start)
 
-        start = time.perf_counter()
-        local = every_advantage.flatten()[processes.slice(len(every_advantage) * size)]
-        statistics = improve(learner, path, local, weights, trained, minibatches, predict, config, processes)
-        clock.time("update", start)
-        learner.done = number
-        metrics = record(number, scores, combined, every_advantage, statistics, learner, clock, path, weights, config)
-        mine_only = combined.flatten()[processes.slice(combined.numel())]
+            start = time.perf_counter()
+            local = every_advantage.flatten()[processes.slice(len(every_advantage) * size)]
+            statistics = improve(learner, path, local, weights, trained, minibatches, predict, config, processes)
+            clock.time("update", start)
+            learner.done = number
+            metrics = record(
+                number, scores, combined, every_advantage, statistics, learner, clock, path, weights, config
+            )
+            mine_only = combined.flatten()[processes.slice(combined.numel())]
         yield Update(number, metrics, images, texts, mine_only)
 
 

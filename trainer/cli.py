@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 from tqdm import tqdm
 
 from comfyui_pcpo import plot
@@ -19,7 +19,7 @@ from comfyui_pcpo.reward.base import RewardError
 
 from .align import RunError, Update
 from .config import Config, ConfigError, Section, load, parse_overrides
-from .run import RunFolder
+from .run import RunFolder, finite
 
 app = App(name="python -m trainer", help="Align text-to-image models to a reward with proportionate credit (PCPO).")
 Tokens = Annotated[
@@ -27,10 +27,11 @@ Tokens = Annotated[
     Parameter(
         name="CONFIG.toml --section.field value",
         allow_leading_hyphen=True,
-        help="A TOML file (configs/ holds ready ones), then options laid on it; `python -m trainer options` lists them. "
+        help="A TOML file (configs/ holds ready ones), then options laid on it; `python -m trainer options` lists all. "
         "Without a file the embedded model is trained on its defaults.",
     ),
 ]
+Json = Annotated[bool, Parameter(name="--json")]
 ERRORS = (ConfigError, RunError, RewardError, FloatingPointError)
 
 
@@ -38,12 +39,14 @@ def main(tokens: list[str] | None = None) -> int:
     """Run one command, -> exit status: 0 done, 2 refused, 130 stopped by Ctrl-C."""
     quieten()
     try:
-        app(tokens, result_action="return_value")
+        app(tokens, result_action="return_value", exit_on_error=False)
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error}. Check the path and the free space; finished checkpoints are whole.", file=sys.stderr)
+        return 2
+    except CycloptsError:  # printed already, with the nearest name
         return 2
     except KeyboardInterrupt:
         return 130
@@ -225,7 +228,7 @@ def sample(
 
 
 @app.command
-def score(images: Path, /, *, prompt: str = "", reward: list[str] | None = None, as_json: Annotated[bool, Parameter(name="--json")] = False) -> None:  # fmt: skip
+def score(images: Path, /, *, prompt: str = "", reward: list[str] | None = None, as_json: Json = False) -> None:
     """Score pictures with rewards, best first.
 
     Parameters
@@ -243,7 +246,7 @@ def score(images: Path, /, *, prompt: str = "", reward: list[str] | None = None,
 
     rows = score_pictures(images, prompt, reward or ["alignment"])
     if as_json:
-        print(json.dumps(rows))
+        print(json.dumps(finite(rows)))
         return
     for row in rows:
         print("  ".join(f"{name} {value:9.4f}" for name, value in row["scores"].items()), row["file"])
@@ -328,10 +331,12 @@ def _follow(
         for update in updates:
             bar.next(update, update.number, config.run.updates)
             line = summary(update)
-            folder.log(line)
             if not bar.bar.disable:
+                folder.log(line)
                 bar.bar.write(line)
     except KeyboardInterrupt:
+        if bar.bar.disable:
+            raise
         latest = folder.checkpoint() if folder.numbers() else None
         bar.bar.close()
         if latest is None:
@@ -339,8 +344,9 @@ def _follow(
         else:
             print(f"\nstopped; saved as {latest.resolve()}\ngo on with: python -m trainer resume {folder.path}")
         raise
+    spoken = not (quiet or bar.bar.disable)
     bar.bar.close()
-    if not quiet:
+    if spoken:
         print(folder.lora_file.resolve())
 
 

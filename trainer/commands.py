@@ -12,9 +12,9 @@ from comfyui_pcpo import plot
 from comfyui_pcpo.guidance import ImplicitReward
 from comfyui_pcpo.lora import Family, export_state, parse_state
 from comfyui_pcpo.reward import load_reward
+from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
 from .config import Config, ConfigError, build, dump, tomllib
-from comfyui_pcpo.tiny.pipelines import EMBEDDED
 from .policy import LoraPairs
 from .run import RunFolder, load_pairs, read_lora
 from .sampling import Guide, sample, sampling_policy
@@ -39,7 +39,9 @@ def open_source(source: str) -> tuple[Config, LoraPairs | None]:
     if path.suffix == ".safetensors":
         state, metadata = read_lora(path)
         if "pcpo.config" not in metadata:
-            raise ConfigError(f"{path} does not say which model it belongs to. Give the run's folder, and it as --guide.")
+            raise ConfigError(
+                f"{path} does not name its model. Give a run's folder or a model, and this file as --guide."
+            )
         config = build(tomllib.loads(metadata["pcpo.config"]), str(path))
         return config, named_pairs(config, state)
     if source in EMBEDDED:
@@ -49,7 +51,10 @@ def open_source(source: str) -> tuple[Config, LoraPairs | None]:
 
 def named_pairs(config: Config, state: dict[str, torch.Tensor]) -> LoraPairs:
     """Factors by module name; the model is asked for its names, as some layouts write dots as underscores."""
-    return parse_state(state, sampling_policy(config, []).module_names())
+    try:
+        return parse_state(state, sampling_policy(config, []).module_names())
+    except ValueError as error:
+        raise ConfigError(f"LoRA for {config.model.name}: {error}") from None
 
 
 def parse_guide(text: str, config: Config) -> Guide:

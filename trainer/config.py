@@ -21,7 +21,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -35,7 +35,7 @@ class ModelConfig(Section):
 
 class PromptsConfig(Section):
     lines: tuple[str, ...] = Field((), description="Prompts to train on.")
-    file: Path | None = Field(None, description="Text file with one prompt per line; lines that start with # are left out.")
+    file: Path | None = Field(None, description="Text file, one prompt per line; lines that start with # are left out.")
     negative: str = Field("", description="Negative prompt of classifier-free guidance.")
 
     def read(self) -> list[str]:
@@ -43,7 +43,7 @@ class PromptsConfig(Section):
         prompts = list(self.lines)
         if self.file is not None:
             if not self.file.is_file():
-                raise ConfigError(f"prompts.file {self.file} does not exist. Give a text file with one prompt per line.")
+                raise ConfigError(f"prompts.file {self.file} does not exist. Give a text file, one prompt per line.")
             prompts += self.file.read_text(encoding="utf-8").splitlines()
         prompts = [p.strip() for p in prompts if p.strip() and not p.strip().startswith("#")]
         if not prompts:
@@ -64,7 +64,7 @@ class RolloutConfig(Section):
     )
     sigma: Literal["native", "paper", "uniform"] = Field("native", description="Standard deviations of ddim steps.")
     target_weight: float | None = Field(None, gt=0, description="Weight w* that sigma = paper or uniform aims at.")
-    cfg: float = Field(1.0, ge=0, le=30, description="Classifier-free guidance scale, also in training; 1 turns it off.")
+    cfg: float = Field(1.0, ge=0, le=30, description="Classifier-free guidance scale, in training too; 1 turns it off.")
     detach_unconditional: bool = Field(False, description="No gradient through the unconditional branch (Flow-GRPO).")
     shared_noise: bool = Field(False, description="Start all images of a group from the same noise (DanceGRPO).")
     sde_window: int = Field(0, ge=0, description="Only so many random neighbouring steps are stochastic; 0 means all.")
@@ -99,11 +99,13 @@ class AdvantageConfig(Section):
     spread: Literal["group", "batch"] = Field("group", description="Divide by each group's spread or by the batch's.")
     clip: float = Field(5.0, gt=0, description="Largest advantage, in standard deviations.")
     window: int = Field(32, ge=2, description="Rewards remembered per prompt when kind = window.")
-    min_count: int = Field(16, ge=1, description="Below so many remembered rewards the batch's statistics serve.")
+    min_count: int = Field(16, ge=2, description="Below so many remembered rewards the batch's statistics serve.")
 
 
 class ObjectiveConfig(Section):
-    name: Literal["log_hinge", "ppo", "matching"] = Field("log_hinge", description="Surrogate loss; log_hinge is PCPO's.")
+    name: Literal["log_hinge", "ppo", "matching"] = Field(
+        "log_hinge", description="Surrogate loss; log_hinge is PCPO's."
+    )
     credit: Literal["proportionate", "native", "uniform", "tempflow", "guard", "guard_dt"] = Field(
         "proportionate", description="Weight of each denoising step in the loss; proportionate is PCPO's."
     )
@@ -176,6 +178,11 @@ class Config(Section):
             raise ValueError(
                 f"rollout.sde_window {self.rollout.sde_window} is longer than rollout.steps {self.rollout.steps}. "
                 "Use a window of at most that many steps, or 0 for all."
+            )
+        if self.advantage.kind == "window" and self.advantage.min_count > self.advantage.window:
+            raise ValueError(
+                f"advantage.min_count {self.advantage.min_count} is more than advantage.window {self.advantage.window} "
+                "remembers, so the window would never serve. Use a smaller min_count or a longer window."
             )
         if self.rollout.sigma != "native" and self.rollout.target_weight is None:
             raise ValueError(

@@ -86,8 +86,11 @@ class DiffusersPolicy:
         scheduler = self.pipeline.scheduler
         if self.kind == "ddim":
             c = scheduler.config
-            return ddim_grid(steps, scheduler.alphas_cumprod, c.num_train_timesteps, steps_offset=c.steps_offset,
-                             set_alpha_to_one=c.set_alpha_to_one)  # fmt: skip
+            try:
+                return ddim_grid(steps, scheduler.alphas_cumprod, c.num_train_timesteps, steps_offset=c.steps_offset,
+                                 set_alpha_to_one=c.set_alpha_to_one)  # fmt: skip
+            except ValueError as error:
+                raise ConfigError(f"denoising steps: {error}") from None
         scheduler.set_timesteps(steps)
         return flow_grid_from_sigmas(scheduler.sigmas)
 

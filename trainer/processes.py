@@ -1,10 +1,23 @@
 """One process or many: groups are shared out, scores gathered, gradients summed."""
 
+import os
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from .config import ConfigError
+
+
+def join() -> None:
+    """Meet the other processes if a launcher (`accelerate launch`, torchrun) started several, each on its own GPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
 
 
 class Processes:
@@ -53,6 +66,8 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def wait(self) -> None:
+    def max(self, values: Tensor) -> Tensor:
+        """Largest over processes, in place."""
         if self.many:
-            dist.barrier()
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values

@@ -16,7 +16,7 @@ from typing import Any
 import filelock
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from comfyui_pcpo import plot
 from comfyui_pcpo.lora import export_state
@@ -87,6 +87,18 @@ class RunFolder:
         kept = [row for row in self.records() if row["update"] <= done]
         _replace_text(self.metrics_file, "".join(_line(row) for row in kept))
 
+    def keep_checkpoints(self, done: int) -> None:
+        """Put checkpoints after update `done` aside as NUMBER.old: the run goes on from there along another path."""
+        for number in self.numbers():
+            if number > done:
+                aside = self.checkpoints / f"{number:06d}.old"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.checkpoints / f"{number:06d}").rename(aside)
+
+    def rewrite_config(self, config: Config) -> None:
+        """What a resumed run was given anew holds for the next resume too."""
+        _replace_text(self.config_file, dump(config))
+
     def record(self, update: Update) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(_line(update.metrics))
@@ -126,10 +138,10 @@ class RunFolder:
             self.write_lora(pairs, learner, config)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
             shutil.rmtree(temporary, ignore_errors=True)
             raise ConfigError(
-                f"checkpoint {name} could not be written to {self.checkpoints}: {error.strerror or error}. "
+                f"checkpoint {name} could not be written to {self.checkpoints}: {error}. "
                 f"Earlier checkpoints are whole. Make room, then `python -m trainer resume {self.path}`."
             ) from error
         return final
@@ -175,8 +187,6 @@ class RunFolder:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             learner.window.load_state_dict(state["window"])
             learner.done = state["update"]
-        except ConfigError:
-            raise
         except Exception as error:
             older = [n for n in self.numbers() if n < int(folder.name)]
             way = f"Use --checkpoint {older[-1]}" if older else "Start the run again under another name"
@@ -184,8 +194,8 @@ class RunFolder:
 
 
 def load_pairs(path: Path) -> LoraPairs:
-    """The factors of a checkpoint's LoRA."""
-    flat = load_file(path)
+    """The factors of a checkpoint's LoRA. Raises ConfigError for a missing or damaged file."""
+    flat, _ = read_lora(path)
     return {key[:-2]: (flat[key], flat[key[:-2] + ".B"]) for key in flat if key.endswith(".A")}
 
 
@@ -202,14 +212,15 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def _line(row: dict[str, Any]) -> str:
     """One JSON line; NaN and infinity become null, which every JSON reader takes."""
-    return json.dumps(_finite(row)) + "\n"
+    return json.dumps(finite(row)) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` as JSON has it: NaN and infinity become None."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -43,7 +43,7 @@ def padded(pairs: LoraPairs, like: LoraPairs) -> LoraPairs:
         if missing < 0 or a.shape[1:] != down.shape[1:] or len(b) != len(up):
             raise ConfigError(
                 f"{name} of the LoRA has shapes {tuple(a.shape)} and {tuple(b.shape)}; the model takes "
-                f"{tuple(down.shape)} and {tuple(up.shape)}. Use a LoRA of the same model, and lora.rank {len(a)} or more."
+                f"{tuple(down.shape)} and {tuple(up.shape)}. Use a LoRA of this model, or lora.rank {len(a)} or more."
             )
         grown_b = F.pad(b.transpose(0, 1), (*[0] * (2 * (b.ndim - 1)), 0, missing)).transpose(0, 1)
         full[name] = (F.pad(a, (*[0] * (2 * (a.ndim - 1)), 0, missing)), grown_b)

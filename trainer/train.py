@@ -3,9 +3,13 @@
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from comfyui_pcpo.lora import parse_state
 from comfyui_pcpo.reward import load_reward
 from comfyui_pcpo.reward.base import Reward
 
@@ -13,8 +17,9 @@ from .align import Learner, RunError, Update, align, make_learner
 from .config import Config, ConfigError
 from .diffusers_policy import DiffusersPolicy
 from .models import load_pipeline
-from .processes import Processes
-from .run import RunFolder
+from .processes import Processes, join
+from .run import RunFolder, read_lora
+from .sampling import padded
 
 log = logging.getLogger("trainer")
 
@@ -29,7 +34,25 @@ def load_rewards(config: Config) -> dict[str, Reward]:
 
 
 def make_policy(config: Config) -> DiffusersPolicy:
-    return DiffusersPolicy(load_pipeline(config.model.name), config)
+    """The configured model with a fresh LoRA, or with that of `lora.start`."""
+    policy = DiffusersPolicy(load_pipeline(config.model.name), config)
+    if config.lora.start is not None:
+        start_from(policy, config, config.lora.start)
+    return policy
+
+
+def start_from(policy: DiffusersPolicy, config: Config, path: Path) -> None:
+    """Load a LoRA file; modules and ranks that it lacks keep their fresh values, which add nothing yet."""
+    try:
+        pairs = parse_state(read_lora(path)[0], policy.module_names())
+    except ValueError as error:
+        raise ConfigError(f"lora.start {path}: {error}") from None
+    fresh, scale = policy.lora(), (config.lora.alpha or config.lora.rank) / config.lora.rank
+    start = {}
+    for name, (down, up) in padded(pairs, fresh).items():
+        rank = len(pairs[name][0]) if name in pairs else 0
+        start[name] = (torch.cat([down[:rank], fresh[name][0][rank:]]), up / scale)
+    policy.load_lora(start)
 
 
 def run_updates(
@@ -71,14 +94,16 @@ def run_updates(
 def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> tuple[RunFolder, Iterator[Update]]:
     """A new run: everything is loaded and checked before the folder is made, -> (folder, updates)."""
     prompts, rewards = config.prompts.read(), load_rewards(config)
-    policy = make_policy(config)
+    join()
+    processes = Processes()
+    learner = make_learner(make_policy(config), config)
     folder = RunFolder(config.run.folder / config.run.name)
-    learner = make_learner(policy, config)
 
     def updates() -> Iterator[Update]:
-        with folder.locked():
-            folder.start(config)
-            yield from run_updates(folder, learner, rewards, prompts, config, tick)
+        with folder.locked() if processes.main else nullcontext():
+            if processes.main:
+                folder.start(config)
+            yield from run_updates(folder, learner, rewards, prompts, config, tick, processes)
 
     return folder, updates()
 
@@ -97,14 +122,19 @@ def resume_run(
             f"{path} is finished: {done} of {config.run.updates} updates are done. Give --updates with a larger number."
         )
     prompts, rewards = config.prompts.read(), load_rewards(config)
+    join()
+    processes = Processes()
     learner = make_learner(make_policy(config), config)
 
     def go() -> Iterator[Update]:
-        with folder.locked():
-            if folder.numbers():
-                folder.load(learner, which)
-            folder.keep_records(learner.done)
-            yield from run_updates(folder, learner, rewards, prompts, config, tick)
+        with folder.locked() if processes.main else nullcontext():
+            if done:
+                folder.load(learner, str(done))
+            if processes.main:
+                folder.rewrite_config(config)
+                folder.keep_records(done)
+                folder.keep_checkpoints(done)
+            yield from run_updates(folder, learner, rewards, prompts, config, tick, processes)
 
     return folder, config, go()
 

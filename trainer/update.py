@@ -33,6 +33,13 @@ class StepStatistics:
     totals: Tensor  # (minibatches,) norm of the whole gradient, before clipping
     loss: float
 
+    def reduce(self, processes: Processes) -> None:
+        """Make these the statistics of all processes; gradient norms are so already."""
+        processes.sum(self.sums)
+        processes.max(self.largest)
+        processes.max(self.first_largest)
+        self.loss = float(processes.sum(torch.tensor(self.loss, dtype=torch.float64)))
+
     def _mean(self, name: str) -> Tensor:
         count = self.sums[COUNTS.index("kl_count" if name == "kl" else "count")]
         return self.sums[COUNTS.index(name)] / count
@@ -89,7 +96,9 @@ def improve(
         total = [torch.zeros_like(p) for p in parameters]
         for column, i in enumerate(trained):
             for rows in chunks:
-                loss = step_loss(path, i, rows, float(weights[i]), advantage, predict, learner.policy, config, statistics)
+                loss = step_loss(
+                    path, i, rows, float(weights[i]), advantage, predict, learner.policy, config, statistics
+                )
                 (loss * share).backward()
                 statistics.loss += loss.item() * share / len(rounds)
             statistics.grad_norms[number, column] = take_gradients(parameters, total, processes)
@@ -101,12 +110,12 @@ def improve(
         statistics.totals[number] = norm
         if not norm.isfinite():
             raise FloatingPointError(
-                f"the gradient norm is {norm.item()} in minibatch {number + 1}. Nothing was updated. Resume with a "
-                "lower optimizer.learning_rate, or with model.precision = float32."
+                f"the gradient norm is {norm.item()} in minibatch {number + 1}. This update was undone, finished ones "
+                "are kept. Look at the rewards, or start again with a lower optimizer.learning_rate or in float32."
             )
         learner.optimizer.step()
         learner.optimizer.zero_grad(set_to_none=True)
-    processes.sum(statistics.sums)
+    statistics.reduce(processes)
     return statistics
 
 
@@ -129,7 +138,7 @@ def step_loss(
     log_ratio = FORMS[o.form](d, path.noises[i, rows].to(device), weight, transition.weight)
     a = advantage[rows].to(device)
     loss = OBJECTIVES[o.name](log_ratio, a, o.clip_range).sum()
-    watched = len(rows) if o.kl_weight else max(0, o.kl_images - int(rows[0]))
+    watched = len(rows) if o.kl_weight else int((rows < o.kl_images).sum())
     divergence = reference_kl(path, i, rows[:watched], out, predict, policy, o.kl_weight > 0)
     if o.kl_weight:
         loss = loss + o.kl_weight * divergence.sum()

@@ -1,0 +1,77 @@
+"""What the trainer's tests share: small configurations of the embedded models, and pictures of one update."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ("emoji-flow", "emoji-eps")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Sums in one order, and no two tests fighting for the same cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=MODELS)
+def model(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., Any]:
+    """config(rollout={...}, ...): the smallest run there is, with sections laid on it."""
+    from trainer.config import build, merge
+
+    def config(model: str = "emoji-flow", /, **sections: Any) -> Any:
+        small = {
+            "model": {"name": model, "device": "cpu"},
+            "prompts": {"lines": ["a fox", "a red star", "two frogs"]},
+            "rollout": {"prompts_per_update": 1, "group_size": 2, "steps": 3},
+            "reward": {"weights": {"colorfulness": 1.0}},
+            "objective": {"last_step": True},
+            "lora": {"rank": 2},
+            "optimizer": {"minibatches": 1, "learning_rate": 1e-3},
+            "run": {"name": "run", "folder": str(tmp_path), "updates": 2, "save_every": 1, "preview_every": 0},
+        }
+        return build(merge(small, sections), "test")
+
+    return config
+
+
+@pytest.fixture
+def learn() -> Callable[..., Any]:
+    """learn(config, tick) -> (learner, updates): the loop alone, without a folder."""
+    from trainer.align import align, make_learner
+    from trainer.train import load_rewards, make_policy
+
+    def start(config: Any, tick: Callable[[], None] = lambda: None, rewards: dict[str, Any] | None = None) -> Any:
+        learner = make_learner(make_policy(config), config)
+        return learner, align(learner, rewards or load_rewards(config), config.prompts.read(), config, tick=tick)
+
+    return start
+
+
+@pytest.fixture
+def script() -> Callable[..., subprocess.Popen[str]]:
+    """script(code, *arguments, **environment): another Python with the project on its path, its output captured."""
+
+    def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd=ROOT,
+        )
+
+    return start

@@ -1,0 +1,149 @@
+"""The update: its ratio starts at 1, and its gradient is that of the loss that it reports."""
+
+import math
+
+import pytest
+import torch
+
+from comfyui_pcpo.credit import target_weights
+from comfyui_pcpo.rollout import GroupNoise, rollout
+from trainer.align import Learner, chunked, make_learner, plan_steps
+from trainer.processes import Processes
+from trainer.train import make_policy
+from trainer.update import improve
+
+SAMPLERS = [("emoji-flow", "flow_sde"), ("emoji-flow", "dance_sde"), ("emoji-flow", "cps"), ("emoji-eps", "ddim")]
+XI = 1e-4  # the tightest clip range of the published recipes
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("model", "method"), SAMPLERS)
+def test_ratio_is_one_before_the_first_update(make_config, learn, model, method, precision, cfg):
+    config = make_config(
+        model,
+        model={"precision": precision},
+        rollout={"method": method, "cfg": cfg, "images_at_once": 1},
+        objective={"clip_range": XI, "last_step": method != "cps"},
+    )
+    _, updates = learn(config)
+    for update in updates:  # in the second the LoRA adds something
+        assert update.metrics["first_log_ratio_abs_max"] < 0.01 * XI
+        assert all(abs(value) < 0.01 * XI for value in update.metrics["per_step"]["log_ratio"])
+
+
+@pytest.mark.parametrize("extra", ["detach_unconditional", "gradient_checkpointing"])
+def test_ratio_is_one_before_the_first_update_with(make_config, learn, model, extra):
+    sections = {"detach_unconditional": {"rollout": {extra: True, "cfg": 3.0}}, "gradient_checkpointing": {}}[extra]
+    checkpointing = {"gradient_checkpointing": extra == "gradient_checkpointing", "precision": "bfloat16"}
+    _, updates = learn(make_config(model, model=checkpointing, objective={"clip_range": XI}, **sections))
+    assert max(update.metrics["first_log_ratio_abs_max"] for update in updates) < 0.01 * XI
+
+
+def test_ratio_leaves_one_after_the_first_optimizer_step(make_config, learn, model):
+    config = make_config(model, optimizer={"minibatches": 2, "learning_rate": 1e-2}, run={"updates": 1})
+    metrics = next(learn(config)[1]).metrics
+    assert metrics["log_ratio_abs_max"] > 100 * max(metrics["first_log_ratio_abs_max"], 1e-12)
+
+
+class Problem:
+    """One update's loss as a function of the LoRA, on a stored rollout, at a LoRA that differs from the rollout's."""
+
+    def __init__(self, config):
+        self.config, self.policy = config, make_policy(config)
+        self.learner = make_learner(self.policy, config)
+        self.generator = torch.Generator().manual_seed(0)
+        self.move([0.05 * d for d in self.direction()])
+        grid = self.policy.grid(config.rollout.steps)
+        self.steps, self.trained = plan_steps(self.policy, config, grid, 1)
+        self.weights = target_weights(self.steps, grid, config.objective.credit, self.trained)
+        condition = self.policy.encode(["a fox", "a fox"])
+        self.predict = lambda x, t, rows: self.policy.predict(x, t, condition.rows(rows.tolist()))
+        self.chunks = chunked(config, 1)
+        self.path = rollout(
+            self.predict, grid, self.steps, GroupNoise([1], 2, self.policy.latent_shape), self.chunks[0]
+        )
+        self.move([0.02 * d for d in self.direction()])
+
+    def direction(self):
+        return [torch.randn(p.shape, generator=self.generator) for p in self.policy.trainable()]
+
+    @torch.no_grad()
+    def move(self, direction):
+        for p, d in zip(self.policy.trainable(), direction, strict=True):
+            p += d
+
+    def run(self, learning_rate):
+        """Plain gradient descent in the optimizer's place: the parameters move by exactly -gradient x rate."""
+        sgd = torch.optim.SGD(self.policy.trainable(), lr=learning_rate)
+        learner = Learner(self.policy, sgd, self.learner.window)
+        return improve(
+            learner,
+            self.path,
+            torch.tensor([1.0, -0.5]),
+            self.weights,
+            self.trained,
+            self.chunks,
+            self.predict,
+            self.config,
+            Processes(),
+        )
+
+    def gradient(self):
+        before = [p.detach().clone() for p in self.policy.trainable()]
+        self.run(1.0)
+        gradient = [old - p.detach() for p, old in zip(self.policy.trainable(), before, strict=True)]
+        with torch.no_grad():
+            for p, old in zip(self.policy.trainable(), before, strict=True):
+                p.copy_(old)
+        return gradient
+
+    def slope(self, direction, h):
+        """Central difference of fourth order of the loss along `direction`."""
+        total = 0.0
+        for place, factor in ((-2, 1), (-1, -8), (1, 8), (2, -1)):
+            self.move([place * h * d for d in direction])
+            total += factor * self.run(0.0).loss
+            self.move([-place * h * d for d in direction])
+        return total / (12 * h)
+
+
+@pytest.mark.parametrize(("objective", "kl_weight"), [("matching", 0.0), ("ppo", 0.0), ("matching", 0.3)])
+def test_gradient_of_the_update_is_the_slope_of_its_loss(make_config, model, objective, kl_weight):
+    """float32 models: outputs are right to 1e-6 of their size and moved by 1e-2 of it, so slopes are to about 1e-3."""
+    config = make_config(
+        model,
+        rollout={"cfg": 1.5, "images_at_once": 1},
+        objective={"name": objective, "clip_range": 0.9, "kl_weight": kl_weight},
+        optimizer={"max_grad_norm": 1e9},
+    )
+    problem = Problem(config)
+    gradient = problem.gradient()
+    size = math.sqrt(sum(g.square().sum().item() for g in gradient))
+    noise = problem.direction()
+    length = math.sqrt(sum(d.square().sum().item() for d in noise))
+    # half along the gradient, so that the slope is not lost in rounding, half anywhere
+    direction = [g / size + d / length for g, d in zip(gradient, noise, strict=True)]
+    expected = sum((g * d).sum().item() for g, d in zip(gradient, direction, strict=True))
+    assert size > 0
+    assert problem.slope(direction, 2e-2) == pytest.approx(expected, rel=5e-3)
+
+
+def test_gradient_steps_of_the_update_sum_to_the_whole(make_config, learn, model):
+    """The per-step norms cannot be shorter than the whole gradient, by the triangle inequality."""
+    metrics = next(learn(make_config(model, rollout={"steps": 3}))[1]).metrics
+    assert len(metrics["per_step"]["grad_norm"]) == 3
+    assert sum(metrics["per_step"]["grad_norm"]) >= metrics["grad_norm"] > 0
+
+
+def test_kl_is_measured_on_exactly_the_wanted_images(make_config, learn):
+    sections = {"rollout": {"group_size": 4, "images_at_once": 4}, "optimizer": {"minibatches": 2}}
+    found = {}
+    for count in (0, 3):
+        config = make_config(objective={"kl_images": count}, **sections)
+        policy_calls = []
+        _, updates = learn(config, tick=lambda calls=policy_calls: calls.append(1))
+        found[count] = (next(updates).metrics["kl"], len(policy_calls))
+    assert math.isnan(found[0][0])
+    assert found[3][0] >= 0
+    assert found[3][1] > found[0][1]
