@@ -188,7 +188,6 @@ def test_what_cannot_run_exits_with_2_and_makes_no_folder(tmp_path, capsys, comm
         ("emoji-flow/transformer/diffusion_pytorch_model.safetensors", "missing"),
         ("emoji-flow/transformer/diffusion_pytorch_model.safetensors", "truncated"),
         ("shared/vae/diffusion_pytorch_model.safetensors", "truncated"),
-        ("shared/tokenizer/vocab.json", "missing"),
     ],
 )
 def test_a_missing_or_truncated_model_file_is_named(tmp_path, capsys, monkeypatch, file, damage):

@@ -21,14 +21,15 @@ def load_tiny(name: str, root: Path = MODELS) -> Any:
     if name not in EMBEDDED:
         raise ValueError(f"{name} is not an embedded model. Use one of {', '.join(EMBEDDED)}.")
     shared, wide = root / "shared", {"torch_dtype": torch.float32}
-    vae = diffusers.AutoencoderTiny.from_pretrained(shared / "vae", **wide)
+    strict = {**wide, "use_safetensors": True}
+    vae = diffusers.AutoencoderTiny.from_pretrained(shared / "vae", **strict)
     tokenizer = CLIPTokenizer.from_pretrained(shared / "tokenizer")
     if name == "emoji-eps":
         return diffusers.StableDiffusionPipeline(
             vae=vae,
             text_encoder=CLIPTextModel.from_pretrained(shared / "text_encoder", **wide),
             tokenizer=tokenizer,
-            unet=diffusers.UNet2DConditionModel.from_pretrained(root / name / "unet", **wide),
+            unet=diffusers.UNet2DConditionModel.from_pretrained(root / name / "unet", **strict),
             scheduler=diffusers.DDIMScheduler.from_pretrained(root / name / "scheduler"),
             safety_checker=None,
             feature_extractor=None,
@@ -43,6 +44,6 @@ def load_tiny(name: str, root: Path = MODELS) -> Any:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         tokenizer_3=None,
-        transformer=diffusers.SD3Transformer2DModel.from_pretrained(root / name / "transformer", **wide),
+        transformer=diffusers.SD3Transformer2DModel.from_pretrained(root / name / "transformer", **strict),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(root / name / "scheduler"),
     )
