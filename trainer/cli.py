@@ -21,7 +21,11 @@ from .align import RunError, Update
 from .config import Config, ConfigError, Section, load, parse_overrides
 from .run import RunFolder, finite
 
-app = App(name="python -m trainer", help="Align text-to-image models to a reward with proportionate credit (PCPO).")
+app = App(
+    name="python -m trainer",
+    suppress_keyboard_interrupt=False,  # `main` answers it
+    help="Align text-to-image models to a reward with proportionate credit (PCPO).",
+)
 Tokens = Annotated[
     str,
     Parameter(
