@@ -269,7 +269,8 @@ def test_wrapped_text_fits_its_width_and_rows(text: str):
 
 def test_wrapped_text_keeps_its_words_where_they_fit():
     assert (
-        " ".join(figure.wrap("two small pandas on a blue background", 11, 150)) == "two small pandas on a blue background"
+        " ".join(figure.wrap("two small pandas on a blue background", 11, 150))
+        == "two small pandas on a blue background"
     )
 
 

@@ -1,0 +1,34 @@
+"""ComfyUI's entry: binds comfyui_pcpo under its own name and hands over the nodes. Anywhere else it does nothing."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+_LIBRARY = Path(__file__).resolve().parent / "comfyui_pcpo"
+
+
+def _bind_library() -> None:
+    """Load comfyui_pcpo from this folder once; another copy would give two sets of classes."""
+    loaded = sys.modules.get("comfyui_pcpo")
+    if loaded is not None:
+        found = Path(str(loaded.__file__)).resolve().parent
+        if found != _LIBRARY:
+            raise ImportError(
+                f"2 copies of comfyui_pcpo: {found} is loaded and {_LIBRARY} is this node pack's own. "
+                "Uninstall the first, or keep one copy of the pack in custom_nodes."
+            )
+        return
+    spec = importlib.util.spec_from_file_location("comfyui_pcpo", _LIBRARY / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["comfyui_pcpo"] = module
+    spec.loader.exec_module(module)
+
+
+# ComfyUI names a pack after its path; test runners and installers import this file under other names.
+if ("/" in __name__ or "\\" in __name__) and importlib.util.find_spec("comfy_api") is not None:
+    _bind_library()
+    from .nodes import comfy_entrypoint
+
+    WEB_DIRECTORY = "./web"
+    __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -1,0 +1,42 @@
+"""ComfyUI's face: schemas, and execute()s that call comfyui_pcpo and the trainer."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .guider import ImplicitRewardNode, IRGGuiderNode, IRGKSampler
+from .model import LoadTinyModel, Prompts
+from .rewards import CombineRewards, LoadReward, ScoreImages
+from .runs import LoadRun, PlotRun
+from .sampling import PCPOKSampler, PCPOSampler, PlotCredit
+from .training import Compare, TrainLoRA
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadTinyModel,
+    Prompts,
+    LoadReward,
+    CombineRewards,
+    ScoreImages,
+    TrainLoRA,
+    PlotRun,
+    LoadRun,
+    Compare,
+    PCPOSampler,
+    PCPOKSampler,
+    PlotCredit,
+    ImplicitRewardNode,
+    IRGGuiderNode,
+    IRGKSampler,
+]
+
+
+class PCPOExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        from .files import register_folders
+
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> PCPOExtension:
+    return PCPOExtension()

@@ -1,0 +1,56 @@
+"""Where things lie: reward weights under models/rewards, runs under output/pcpo."""
+
+import re
+from pathlib import Path
+
+import folder_paths
+
+from ..trainer.config import ConfigError
+
+NEWEST = "(newest)"
+
+
+def register_folders() -> None:
+    """Add models/rewards to the host's folders, beside what extra_model_paths.yaml may name already."""
+    folder_paths.add_model_folder_path("rewards", str(Path(folder_paths.models_dir) / "rewards"), is_default=False)
+
+
+def reward_folder(names: list[str]) -> Path | None:
+    """The first reward folder that holds any of these files, else the first there is."""
+    folders = [Path(p) for p in folder_paths.get_folder_paths("rewards")]
+    holding = [f for f in folders if any((f / name).is_file() for name in names)]
+    return next(iter(holding or folders), None)
+
+
+def runs_folder() -> Path:
+    return Path(folder_paths.get_output_directory()) / "pcpo"
+
+
+def run_names() -> list[str]:
+    """Runs, newest first."""
+    folder = runs_folder()
+    if not folder.is_dir():
+        return []
+    runs = [p for p in folder.iterdir() if (p / "config.toml").is_file()]
+    return [p.name for p in sorted(runs, key=lambda p: p.stat().st_mtime, reverse=True)]
+
+
+def find_run(name: str) -> Path:
+    """The folder of a run. Raises ConfigError with the names that exist."""
+    names = run_names()
+    if not names:
+        raise ConfigError(f"there are 0 runs in {runs_folder()}. Train one with Train LoRA (PCPO) first.")
+    if name != NEWEST and name not in names:
+        raise ConfigError(
+            f"run {name!r} is none of the {len(names)} in {runs_folder()}. There are {', '.join(names[:8])}."
+        )
+    return runs_folder() / (names[0] if name == NEWEST else name)
+
+
+def free_name(name: str) -> str:
+    """`name`, or name-2, name-3 ... where a run of that name exists already."""
+    taken = set(run_names())
+    if name not in taken:
+        return name
+    numbers = [int(m[1]) for n in taken if (m := re.fullmatch(re.escape(name) + r"-(\d+)", n))]
+    return f"{name}-{max(numbers, default=1) + 1}"

@@ -1,0 +1,134 @@
+"""A training run inside ComfyUI: widgets to configuration, the trainer's loop, live pictures, the run folder."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management as mm
+import torch
+from comfy.utils import ProgressBar
+from PIL import Image
+from torch import Tensor
+
+from comfyui_pcpo import plot
+from comfyui_pcpo.lora import parse_state
+
+from ..trainer.align import Update, make_learner
+from ..trainer.config import Config, ConfigError, build, dump
+from ..trainer.run import RunFolder
+from ..trainer.train import run_updates
+from .comfy_policy import ComfyPolicy, with_policy
+from .files import free_name, runs_folder
+from .types import EncodedPrompts, RewardSum
+
+log = logging.getLogger("pcpo")
+PREVIEW = 512
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that the Train node is connected to."""
+
+    model: Any
+    vae: Any
+    prompts: EncodedPrompts
+    reward: RewardSum
+    latent: Tensor
+    lora: dict[str, Tensor] | None
+    resume: bool
+
+
+def make_config(task: Task, tree: dict[str, dict[str, Any]]) -> Config:
+    """The trainer's configuration: what the widgets say and what is connected."""
+    combined = task.reward.combined()
+    name = task.model.attachments.get("pcpo_model", type(task.model.model).__name__)
+    scale = task.vae.spacial_compression_decode()
+    height, width = (int(n) * scale for n in task.latent.shape[-2:])
+    run = {"folder": str(runs_folder()), **tree["run"]}
+    if not task.resume:
+        run["name"] = free_name(str(run["name"]))
+    found = {
+        **tree,
+        "model": {"name": name, "device": "auto", **tree["model"]},
+        "prompts": {"lines": task.prompts.lines, "negative": task.prompts.negative_text},
+        "rollout": {**tree["rollout"], "height": height, "width": width},
+        "reward": {
+            "weights": dict(zip(combined.names, combined.weights.tolist(), strict=True)),
+            "standardise": task.reward.standardise,
+        },
+        "run": run,
+    }
+    return build(found, "Train LoRA (PCPO)")
+
+
+def train(task: Task, config: Config) -> RunFolder:
+    """Do the run, or what is left of it. Interrupted or failed, it keeps a checkpoint of the finished updates."""
+    folder = RunFolder(config.run.folder / config.run.name)
+    rewards = {reward.name: reward for reward in task.reward.rewards}
+    bar = ProgressBar(config.run.updates)
+
+    def job(policy: ComfyPolicy) -> None:
+        if task.lora is not None:
+            policy.start_from(parse_state(task.lora, list(policy.layers)))
+        learner = make_learner(policy, config)
+        with folder.locked():
+            begin(folder, learner, config, task.resume)
+            bar.update_absolute(learner.done, config.run.updates)
+            for update in run_updates(folder, learner, rewards, list(task.prompts.lines), config, tick):
+                bar.update_absolute(
+                    update.number, config.run.updates, ("JPEG", preview(update, folder, config), PREVIEW)
+                )
+                folder.log(f"update {update.number}: reward {update.metrics['reward_mean']:.4f}")
+
+    try:
+        with_policy(task.model, task.vae, task.prompts, config, task.latent, job)
+    except mm.InterruptProcessingException:
+        log.info("PCPO: cancelled; finished updates are in %s, continue with resume.", folder.path)
+        raise
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(config, error) from error
+    log.info("PCPO: the LoRA is %s", folder.lora_file.resolve())
+    return folder
+
+
+def tick() -> None:
+    """Called before every model call, so that Cancel is felt within one denoising step."""
+    mm.throw_exception_if_processing_interrupted()
+
+
+def begin(folder: RunFolder, learner: Any, config: Config, resume: bool) -> None:
+    """An empty folder, or the newest checkpoint of one."""
+    if resume and folder.numbers():
+        folder.load(learner)
+        folder.keep_records(learner.done)
+        folder.config_file.write_text(dump(config), encoding="utf-8")
+    elif resume and folder.config_file.is_file():
+        folder.keep_records(0)
+        folder.config_file.write_text(dump(config), encoding="utf-8")
+    else:
+        folder.start(config)
+
+
+def out_of_memory(config: Config, error: Exception) -> ConfigError:
+    r = config.rollout
+    return ConfigError(
+        f"out of memory with images_at_once {r.images_at_once} at {r.width} x {r.height} pixels ({error}). "
+        f"Use images_at_once {max(1, r.images_at_once // 2)}, gradient_checkpointing, or a smaller latent; "
+        "with resume on, finished updates are kept."
+    )
+
+
+def preview(update: Update, folder: RunFolder, config: Config) -> Image.Image:
+    """The newest group, best first, over the reward so far."""
+    size = config.rollout.group_size
+    scores = update.scores[-size:].nan_to_num(-torch.inf)
+    order = scores.argsort(descending=True)
+    captions = [f"{float(s):.2f}" for s in scores[order]]
+    group = plot.grid(update.images[-size:][order], captions, columns=min(size, 4), tile=120)
+    records = [{**row, "rewards": {}} for row in folder.records()]  # the total alone
+    curve = plot.curves(records, panels=("reward",))
+    curve = curve.resize((group.width, round(curve.height * group.width / curve.width)))
+    picture = Image.new("RGB", (group.width, group.height + curve.height), "white")
+    picture.paste(group, (0, 0))
+    picture.paste(curve, (0, group.height))
+    return picture

@@ -1,0 +1,62 @@
+"""LoRA beside a module: forward hooks that add up(down(x)) to what it returns, and leave it as it is."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass
+class LowRank:
+    """up(down(x)) of one module; `part` = (first, count) of its output rows, None means all of them."""
+
+    module: nn.Module
+    down: Tensor  # (r, in, ...)
+    up: Tensor  # (out, r, ...)
+    part: tuple[int, int] | None = None
+    scale: float = 1.0
+
+    def add_to(self, total: Tensor, x: Tensor) -> None:
+        """Add scale up(down(x)) to the module's output, in place and in its precision."""
+        x, down, up = (t.to(total.device, total.dtype) for t in (x, self.down, self.up))
+        if isinstance(self.module, nn.Conv2d):
+            m, axis = self.module, 1
+            down = down.view(len(down), m.in_channels, *m.kernel_size)
+            out = F.conv2d(F.conv2d(x, down, None, m.stride, m.padding, m.dilation), up.view(len(up), -1, 1, 1))
+        else:
+            axis, out = -1, F.linear(F.linear(x, down.flatten(1)), up.flatten(1))
+        part = total if self.part is None else total.narrow(axis, *self.part)
+        part.add_(out, alpha=self.scale)
+
+
+@contextmanager
+def attached(layers: Sequence[LowRank], wanted: Callable[[LowRank], bool]) -> Iterator[None]:
+    """While inside, every module adds the layers that are `wanted` at the moment of the call."""
+    by_module: dict[nn.Module, list[LowRank]] = defaultdict(list)
+    for layer in layers:
+        by_module[layer.module].append(layer)
+    handles = [module.register_forward_hook(_hook(found, wanted)) for module, found in by_module.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(layers: list[LowRank], wanted: Callable[[LowRank], bool]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+        active = [layer for layer in layers if wanted(layer)]
+        if not active:
+            return None
+        wide = torch.promote_types(out.dtype, torch.float32)
+        total = out.to(wide, copy=True)
+        for layer in active:
+            layer.add_to(total, args[0])
+        return total.to(out.dtype)
+
+    return hook

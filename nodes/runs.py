@@ -1,0 +1,103 @@
+"""Runs on disk: load one, plot one."""
+
+from comfy_api.latest import io, ui
+
+from comfyui_pcpo import plot
+
+from ..trainer.config import ConfigError
+from ..trainer.policy import LoraPairs
+from ..trainer.run import RunFolder, load_pairs
+from .files import NEWEST, find_run, run_names
+from .pictures import to_image
+from .types import Run, RunType
+
+PANELS = {
+    "all": ("reward", "clip", "kl", "per_step"),
+    "reward": ("reward",),
+    "clip": ("clip",),
+    "kl": ("kl",),
+    "per step": ("per_step",),
+}
+
+
+class PlotRun(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PCPOPlotRun",
+            display_name="Plot Run",
+            category="PCPO/training",
+            description="The curves of a run: reward, clip fraction, KL to the reference, and what each step did.",
+            search_aliases=["training curves", "reward curve", "plot training"],
+            is_output_node=True,
+            inputs=[
+                RunType.Input("run", tooltip="A run, from Train LoRA (PCPO) or Load Run."),
+                io.Float.Input(
+                    "smoothing", default=0.6, min=0.0, max=0.99, step=0.05, tooltip="0 shows the raw numbers."
+                ),
+                io.Combo.Input("panels", options=list(PANELS), default="all", tooltip="Which curves to draw."),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The picture.")],
+        )
+
+    @classmethod
+    def execute(cls, run: Run, smoothing: float, panels: str) -> io.NodeOutput:
+        image = to_image(plot.curves(RunFolder(run.path).records(), smoothing, PANELS[panels]))
+        return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+
+
+class LoadRun(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PCPOLoadRun",
+            display_name="Load Run",
+            category="PCPO/training",
+            description="A run under output/pcpo, whether a node or the command line made it.",
+            search_aliases=["load training run", "load checkpoint lora", "resume"],
+            inputs=[
+                io.Combo.Input(
+                    "run", options=[NEWEST, *run_names()], default=NEWEST, tooltip="Folder under output/pcpo."
+                ),
+                io.String.Input("checkpoint", default="latest", tooltip="latest, best (highest reward) or a number."),
+            ],
+            outputs=[
+                RunType.Output(display_name="run", tooltip="For Plot Run."),
+                io.LoraModel.Output(display_name="lora", tooltip="For Load LoRA Model and Save LoRA."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, run: str = NEWEST) -> bool | str:
+        try:
+            find_run(run)
+        except ConfigError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, run: str = NEWEST, checkpoint: str = "latest") -> str:
+        folder = RunFolder(find_run(run))
+        return f"{folder.path} {folder.checkpoint(checkpoint)} {folder.metrics_file.stat().st_mtime}"
+
+    @classmethod
+    def execute(cls, run: str, checkpoint: str) -> io.NodeOutput:
+        folder = RunFolder(find_run(run))
+        return io.NodeOutput(Run(folder.path), lora_state(folder, checkpoint))
+
+
+def lora_state(folder: RunFolder, checkpoint: str = "latest") -> dict:
+    """A checkpoint's LoRA under the names that ComfyUI reads."""
+    from comfyui_pcpo.lora import export_state
+
+    pairs: LoraPairs = load_pairs(folder.checkpoint(checkpoint.strip().lower()) / "lora.safetensors")
+    lora = folder.config().lora
+    family = family_of(pairs)
+    return export_state(pairs, lora.alpha or float(lora.rank), lora.rank, "comfyui", family)
+
+
+def family_of(pairs: LoraPairs) -> str:
+    """unet, sd3 or flux, told from the names of the modules."""
+    if any(name.startswith(("down_blocks.", "up_blocks.", "mid_block.")) for name in pairs):
+        return "unet"
+    return "flux" if any(name.startswith("single_transformer_blocks.") for name in pairs) else "sd3"

@@ -1,0 +1,107 @@
+"""A ComfyUI server for tests: a process on loopback with a temporary base directory that holds this pack."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import comfy_host
+
+
+class Server:
+    def __init__(self):
+        self.base = Path(tempfile.mkdtemp(prefix="pcpo-server-"))
+        for name in ("custom_nodes", "user", "models", "input"):
+            (self.base / name).mkdir()
+        (self.base / "custom_nodes" / "comfyui_pcpo").symlink_to(comfy_host.PACK)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = (self.base / "server.log").open("w")
+        command = [sys.executable, "main.py", "--cpu", "--base-directory", str(self.base), "--port", str(self.port),
+                   "--preview-method", "latent2rgb"]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        self.process = subprocess.Popen(
+            command, cwd=comfy_host.COMFYUI, stdout=self.log, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait_until_ready(self, seconds: float = 180) -> None:
+        end = time.time() + seconds
+        while time.time() < end and self.process.poll() is None:
+            try:
+                if self.get("/object_info/PCPOTrainLoRA"):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        raise RuntimeError("the server did not start:\n" + (self.base / "server.log").read_text()[-3000:])
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+        self.log.close()
+
+    def get(self, path: str):
+        with urllib.request.urlopen(self.url + path) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body) -> tuple[int, dict]:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request) as answer:
+                text = answer.read()
+                return answer.status, json.loads(text) if text else {}
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read() or b"{}")
+
+    def run(self, prompt: dict, seconds: float = 600, while_running=lambda: None) -> dict:
+        """Queue an API graph and wait, -> its history entry."""
+        status, answer = self.post("/prompt", {"prompt": prompt})
+        assert status == 200, answer
+        end = time.time() + seconds
+        while time.time() < end:
+            history = self.get(f"/history/{answer['prompt_id']}")
+            if history:
+                return history[answer["prompt_id"]]
+            while_running()
+            time.sleep(0.3)
+        raise TimeoutError(f"not done after {seconds} seconds")
+
+
+def api_graph(workflow: dict, info: dict) -> dict:
+    """What the page would queue for a workflow file: node id -> class and inputs, without muted nodes and notes."""
+    links = {link[0]: link for link in workflow["links"]}
+    graph = {}
+    for node in workflow["nodes"]:
+        if node["mode"] != 0 or node["type"] not in info:
+            continue
+        spec = info[node["type"]]["input"]
+        widgets, inputs = list(node.get("widgets_values") or []), {}
+        linked = {i["name"]: links[i["link"]] for i in node["inputs"] if i.get("link") is not None}
+        for name, given in {**spec.get("required", {}), **spec.get("optional", {})}.items():
+            kind, options = given[0], given[1] if len(given) > 1 else {}
+            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                value = widgets.pop(0) if widgets else None
+                if options.get("control_after_generate") or (
+                    name in ("seed", "noise_seed") and widgets[:1] == ["fixed"]
+                ):
+                    widgets.pop(0)
+                if value is not None:
+                    inputs[name] = value
+            if name in linked:
+                inputs[name] = [str(linked[name][1]), linked[name][2]]
+        graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return graph
