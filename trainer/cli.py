@@ -144,7 +144,7 @@ def check(*tokens: Tokens) -> None:
 
 
 @app.command
-def demo(*, updates: int = 30, name: str | None = None, folder: Path = Path("output/pcpo"), seed: int = 0) -> None:
+def demo(*, updates: int = 20, name: str | None = None, folder: Path = Path("output/pcpo"), seed: int = 0) -> None:
     """Align the embedded model in a minute or two: no download, before and after pictures at the end.
 
     Parameters
