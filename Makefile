@@ -1,5 +1,5 @@
 # make demo    install into .venv once, then align the embedded model (no download of weights)
-# make test    all tests          make lint    ruff and pyright
+# make test    all tests          make lint    ruff          make types   pyright
 # make clean   caches and builds  make distclean    the same and .venv
 #
 # PYTHON=python3.12 picks another interpreter; PIP_ARGS is handed to the installer (another package index, say).
@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint install clean distclean
+.PHONY: demo test lint types install clean distclean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -22,6 +22,8 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 install: $(INSTALLED)

@@ -22,7 +22,7 @@ from comfyui_pcpo.credit import target_weights
 from comfyui_pcpo.reward.base import Reward
 from comfyui_pcpo.rollout import GroupNoise, Trajectory, derive_seed, rollout
 from comfyui_pcpo.schedule import Grid
-from comfyui_pcpo.transition import Transition, default_noise_level, deterministic, transitions
+from comfyui_pcpo.transition import Method, Transition, default_noise_level, deterministic, transitions
 
 from .config import Config, ConfigError
 from .policy import Condition, Policy
@@ -90,7 +90,7 @@ def make_learner(policy: Policy, config: Config) -> Learner:
     return Learner(policy, optimizer, PromptWindow(config.advantage.window, config.advantage.min_count))
 
 
-def sampler_method(policy: Policy, config: Config) -> str:
+def sampler_method(policy: Policy, config: Config) -> Method:
     """`auto` resolved: ddim for epsilon models, flow_sde for flow models."""
     if config.rollout.method != "auto":
         return config.rollout.method

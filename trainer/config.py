@@ -13,7 +13,7 @@ from comfyui_pcpo.transition import METHODS
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 
 class ConfigError(ValueError):
@@ -25,18 +25,22 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: str = Field("emoji-flow", description="emoji-flow, emoji-eps, a local folder, or a hub name.")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:1.")
+    name: str = Field(default="emoji-flow", description="emoji-flow, emoji-eps, a local folder, or a hub name.")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:1.")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Precision of the model's forward passes; ratios and losses are float32 always."
+        default="float32", description="Precision of the model's forward passes; ratios and losses are float32 always."
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the update: less memory, slower.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the update: less memory, slower."
+    )
 
 
 class PromptsConfig(Section):
-    lines: tuple[str, ...] = Field((), description="Prompts to train on.")
-    file: Path | None = Field(None, description="Text file, one prompt per line; lines that start with # are left out.")
-    negative: str = Field("", description="Negative prompt of classifier-free guidance.")
+    lines: tuple[str, ...] = Field(default=(), description="Prompts to train on.")
+    file: Path | None = Field(
+        default=None, description="Text file, one prompt per line; lines that start with # are left out."
+    )
+    negative: str = Field(default="", description="Negative prompt of classifier-free guidance.")
 
     def read(self) -> list[str]:
         """All prompts, in order, without blanks. Raises ConfigError where there are none."""
@@ -53,24 +57,36 @@ class PromptsConfig(Section):
 
 
 class RolloutConfig(Section):
-    prompts_per_update: int = Field(4, ge=1, description="Prompts drawn for each update.")
-    group_size: int = Field(8, ge=2, description="Images per prompt; advantages compare them with each other.")
-    steps: int = Field(10, ge=2, le=1000, description="Denoising steps.")
+    prompts_per_update: int = Field(default=4, ge=1, description="Prompts drawn for each update.")
+    group_size: int = Field(default=8, ge=2, description="Images per prompt; advantages compare them with each other.")
+    steps: int = Field(default=10, ge=2, le=1000, description="Denoising steps.")
     method: Literal["auto", "ddim", "dance_sde", "flow_sde", "cps"] = Field(
-        "auto", description="Stochastic sampler; auto is ddim for epsilon models and flow_sde for flow models."
+        default="auto", description="Stochastic sampler; auto is ddim for epsilon models and flow_sde for flow models."
     )
     noise_level: float | None = Field(
-        None, ge=0, le=2, description="Randomness of the sampler; the method's usual value if left out."
+        default=None, ge=0, le=2, description="Randomness of the sampler; the method's usual value if left out."
     )
-    sigma: Literal["native", "paper", "uniform"] = Field("native", description="Standard deviations of ddim steps.")
-    target_weight: float | None = Field(None, gt=0, description="Weight w* that sigma = paper or uniform aims at.")
-    cfg: float = Field(1.0, ge=0, le=30, description="Classifier-free guidance scale, in training too; 1 turns it off.")
-    detach_unconditional: bool = Field(False, description="No gradient through the unconditional branch (Flow-GRPO).")
-    shared_noise: bool = Field(False, description="Start all images of a group from the same noise (DanceGRPO).")
-    sde_window: int = Field(0, ge=0, description="Only so many random neighbouring steps are stochastic; 0 means all.")
-    images_at_once: int = Field(16, ge=1, description="Images per model call; lower it when memory runs out.")
-    height: int | None = Field(None, ge=8, description="Picture height in pixels; the model's own if left out.")
-    width: int | None = Field(None, ge=8, description="Picture width in pixels; the model's own if left out.")
+    sigma: Literal["native", "paper", "uniform"] = Field(
+        default="native", description="Standard deviations of ddim steps."
+    )
+    target_weight: float | None = Field(
+        default=None, gt=0, description="Weight w* that sigma = paper or uniform aims at."
+    )
+    cfg: float = Field(
+        default=1.0, ge=0, le=30, description="Classifier-free guidance scale, in training too; 1 turns it off."
+    )
+    detach_unconditional: bool = Field(
+        default=False, description="No gradient through the unconditional branch (Flow-GRPO)."
+    )
+    shared_noise: bool = Field(
+        default=False, description="Start all images of a group from the same noise (DanceGRPO)."
+    )
+    sde_window: int = Field(
+        default=0, ge=0, description="Only so many random neighbouring steps are stochastic; 0 means all."
+    )
+    images_at_once: int = Field(default=16, ge=1, description="Images per model call; lower it when memory runs out.")
+    height: int | None = Field(default=None, ge=8, description="Picture height in pixels; the model's own if left out.")
+    width: int | None = Field(default=None, ge=8, description="Picture width in pixels; the model's own if left out.")
 
     @field_validator("method")
     @classmethod
@@ -81,10 +97,14 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    weights: dict[str, float] = Field({"alignment": 1.0}, description="Rewards to train on, each with its weight.")
-    standardise: bool = Field(True, description="Z-score each reward within its group before they are added.")
-    held_out: tuple[str, ...] = Field((), description="Rewards that are measured and never trained on.")
-    max_failed: float = Field(0.5, ge=0, le=1, description="Stop when a larger share of one update's scores failed.")
+    weights: dict[str, float] = Field(
+        default={"alignment": 1.0}, description="Rewards to train on, each with its weight."
+    )
+    standardise: bool = Field(default=True, description="Z-score each reward within its group before they are added.")
+    held_out: tuple[str, ...] = Field(default=(), description="Rewards that are measured and never trained on.")
+    max_failed: float = Field(
+        default=0.5, ge=0, le=1, description="Stop when a larger share of one update's scores failed."
+    )
 
     @field_validator("weights")
     @classmethod
@@ -95,26 +115,40 @@ class RewardConfig(Section):
 
 
 class AdvantageConfig(Section):
-    kind: Literal["group", "window"] = Field("group", description="Compare within the group, or per prompt over time.")
-    spread: Literal["group", "batch"] = Field("group", description="Divide by each group's spread or by the batch's.")
-    clip: float = Field(5.0, gt=0, description="Largest advantage, in standard deviations.")
-    window: int = Field(32, ge=2, description="Rewards remembered per prompt when kind = window.")
-    min_count: int = Field(16, ge=2, description="Below so many remembered rewards the batch's statistics serve.")
+    kind: Literal["group", "window"] = Field(
+        default="group", description="Compare within the group, or per prompt over time."
+    )
+    spread: Literal["group", "batch"] = Field(
+        default="group", description="Divide by each group's spread or by the batch's."
+    )
+    clip: float = Field(default=5.0, gt=0, description="Largest advantage, in standard deviations.")
+    window: int = Field(default=32, ge=2, description="Rewards remembered per prompt when kind = window.")
+    min_count: int = Field(
+        default=16, ge=2, description="Below so many remembered rewards the batch's statistics serve."
+    )
 
 
 class ObjectiveConfig(Section):
     name: Literal["log_hinge", "ppo", "matching"] = Field(
-        "log_hinge", description="Surrogate loss; log_hinge is PCPO's."
+        default="log_hinge", description="Surrogate loss; log_hinge is PCPO's."
     )
     credit: Literal["proportionate", "native", "uniform", "tempflow", "guard", "guard_dt"] = Field(
-        "proportionate", description="Weight of each denoising step in the loss; proportionate is PCPO's."
+        default="proportionate", description="Weight of each denoising step in the loss; proportionate is PCPO's."
     )
-    form: Literal["exact", "scale", "linear"] = Field("exact", description="How the weight enters the log-ratio.")
-    clip_range: float = Field(1e-3, gt=0, lt=1, description="How far a step's ratio may move before it stops counting.")
-    kl_weight: float = Field(0.0, ge=0, description="Weight of the KL divergence to the model without its LoRA.")
-    kl_images: int = Field(4, ge=0, description="Images per update whose KL is measured when kl_weight is 0.")
-    train_steps: float = Field(1.0, gt=0, le=1, description="Share of the denoising steps trained in each update.")
-    last_step: bool = Field(False, description="Train the last denoising step too; most samplers leave it out.")
+    form: Literal["exact", "scale", "linear"] = Field(
+        default="exact", description="How the weight enters the log-ratio."
+    )
+    clip_range: float = Field(
+        default=1e-3, gt=0, lt=1, description="How far a step's ratio may move before it stops counting."
+    )
+    kl_weight: float = Field(
+        default=0.0, ge=0, description="Weight of the KL divergence to the model without its LoRA."
+    )
+    kl_images: int = Field(default=4, ge=0, description="Images per update whose KL is measured when kl_weight is 0.")
+    train_steps: float = Field(
+        default=1.0, gt=0, le=1, description="Share of the denoising steps trained in each update."
+    )
+    last_step: bool = Field(default=False, description="Train the last denoising step too; most samplers leave it out.")
 
     @field_validator("credit")
     @classmethod
@@ -125,32 +159,41 @@ class ObjectiveConfig(Section):
 
 
 class LoraConfig(Section):
-    rank: int = Field(8, ge=1, le=1024, description="Rank of the LoRA.")
-    alpha: float | None = Field(None, gt=0, description="LoRA alpha; the rank if left out, so that the scale is 1.")
-    targets: Literal["attention", "linear", "all"] = Field(
-        "linear", description="Trained layers: attention, attention and feed-forward, or these and convolutions."
+    rank: int = Field(default=8, ge=1, le=1024, description="Rank of the LoRA.")
+    alpha: float | None = Field(
+        default=None, gt=0, description="LoRA alpha; the rank if left out, so that the scale is 1."
     )
-    start: Path | None = Field(None, description="Existing LoRA file to continue from.")
+    targets: Literal["attention", "linear", "all"] = Field(
+        default="linear",
+        description="Trained layers: attention, attention and feed-forward, or these and convolutions.",
+    )
+    start: Path | None = Field(default=None, description="Existing LoRA file to continue from.")
 
 
 class OptimizerConfig(Section):
-    learning_rate: float = Field(3e-4, gt=0, le=1, description="AdamW's learning rate.")
-    minibatches: int = Field(2, ge=1, description="Optimizer steps per update; each takes its share of every group.")
-    epochs: int = Field(1, ge=1, description="Times that each update goes over its images.")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW's weight decay.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are shortened to this norm.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment.")
-    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment.")
+    learning_rate: float = Field(default=3e-4, gt=0, le=1, description="AdamW's learning rate.")
+    minibatches: int = Field(
+        default=2, ge=1, description="Optimizer steps per update; each takes its share of every group."
+    )
+    epochs: int = Field(default=1, ge=1, description="Times that each update goes over its images.")
+    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Longer gradients are shortened to this norm.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first moment.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's second moment.")
 
 
 class RunConfig(Section):
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the run's folder.")
-    folder: Path = Field(Path("output/pcpo"), description="Folder that holds the runs.")
-    updates: int = Field(100, ge=1, description="Updates to do; each is a rollout, its scores and its gradient steps.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of prompts, noise and the LoRA's first values.")
-    preview_every: int = Field(5, ge=0, description="Updates between pictures in grids/; 0 means none.")
-    save_every: int = Field(10, ge=1, description="Updates between checkpoints.")
-    tensorboard: bool = Field(False, description="Also write TensorBoard events (needs the tensorboard extra).")
+    name: str = Field(
+        default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the run's folder."
+    )
+    folder: Path = Field(default=Path("output/pcpo"), description="Folder that holds the runs.")
+    updates: int = Field(
+        default=100, ge=1, description="Updates to do; each is a rollout, its scores and its gradient steps."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of prompts, noise and the LoRA's first values.")
+    preview_every: int = Field(default=5, ge=0, description="Updates between pictures in grids/; 0 means none.")
+    save_every: int = Field(default=10, ge=1, description="Updates between checkpoints.")
+    tensorboard: bool = Field(default=False, description="Also write TensorBoard events (needs the tensorboard extra).")
 
 
 class Config(Section):

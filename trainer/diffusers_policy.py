@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from comfyui_pcpo.lora import Family
 from comfyui_pcpo.rollout import derive_seed
 from comfyui_pcpo.schedule import Grid, ddim_grid, flow_grid_from_sigmas
 
@@ -19,7 +20,11 @@ FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_contex
 CONVOLUTIONS = ("conv1", "conv2")
 TARGETS = {"attention": ATTENTION, "linear": (*ATTENTION, *FEED_FORWARD)}
 TARGETS["all"] = (*TARGETS["linear"], *CONVOLUTIONS)
-FAMILIES = {"UNet2DConditionModel": "unet", "SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
+FAMILIES: dict[str, Family] = {
+    "UNet2DConditionModel": "unet",
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,7 +50,7 @@ class DiffusersPolicy:
         name = type(self.denoiser).__name__
         if name not in FAMILIES:
             raise ConfigError(f"{name} is not a denoiser this trainer knows. Known are {', '.join(FAMILIES)}.")
-        self.family = FAMILIES[name]
+        self.family: Family = FAMILIES[name]
         self.kind: Literal["ddim", "flow"] = "ddim" if self.family == "unet" else "flow"
         self.device = pick_device(config.model.device)
         self.dtype = DTYPES[config.model.precision]
@@ -75,7 +80,8 @@ class DiffusersPolicy:
 
         lora, wanted = self.config.lora, TARGETS[self.config.lora.targets]
         modules = [n for n, _ in self.denoiser.named_modules() if n.endswith(tuple("." + w for w in wanted))]
-        adapter = LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=modules)
+        alpha: Any = lora.alpha or lora.rank  # peft declares int and takes any number
+        adapter = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=modules)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.run.seed, 0))
             self.denoiser.add_adapter(adapter, adapter_name="pcpo")
@@ -109,7 +115,7 @@ class DiffusersPolicy:
                 negative_prompt=negative * len(prompts), max_sequence_length=length,
             )  # fmt: skip
             names = ("encoder_hidden_states", "pooled_projections")
-            positive = dict(zip(names, (hidden, pooled), strict=True))
+            positive: dict[str, Tensor] = dict(zip(names, (hidden, pooled), strict=True))
             return Encoded(positive, dict(zip(names, (no, no_pooled), strict=True)) if guided else None)
         raise ConfigError(f"{self.family} models cannot be trained yet. Use an SD1.5- or SD3-type model.")
 

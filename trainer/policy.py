@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from comfyui_pcpo.lora import Family
 from comfyui_pcpo.schedule import Grid
 
 LoraPairs = dict[str, tuple[Tensor, Tensor]]
@@ -25,7 +26,7 @@ class Policy(Protocol):
     """A text-to-image model with a LoRA that can be switched off."""
 
     kind: Literal["ddim", "flow"]
-    family: str  # names the LoRA layout: unet, sd3 or flux
+    family: Family  # names the LoRA layout: unet, sd3 or flux
     latent_shape: tuple[int, int, int]  # (C, H, W) of one picture
     device: torch.device
 
@@ -37,7 +38,7 @@ class Policy(Protocol):
         """One row per prompt; called once per run."""
         ...
 
-    def predict(self, x: Tensor, timestep: float, condition: Condition) -> Tensor:
+    def predict(self, x: Tensor, timestep: float, condition: Any) -> Tensor:
         """Model output (epsilon or velocity, guidance applied), (B, C, H, W) -> (B, C, H, W) float32."""
         ...
 

@@ -15,12 +15,14 @@ def load_tiny(name: str, root: Path = MODELS) -> Any:
 
     Call the former with max_sequence_length=0: it has no T5, and diffusers would pad for one.
     """
-    import diffusers
+    import diffusers as library
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+    diffusers: Any = library
     if name not in EMBEDDED:
         raise ValueError(f"{name} is not an embedded model. Use one of {', '.join(EMBEDDED)}.")
-    shared, wide = root / "shared", {"torch_dtype": torch.float32}
+    shared = root / "shared"
+    wide: dict[str, Any] = {"torch_dtype": torch.float32}
     strict = {**wide, "use_safetensors": True}
     vae = diffusers.AutoencoderTiny.from_pretrained(shared / "vae", **strict)
     tokenizer = CLIPTokenizer.from_pretrained(shared / "tokenizer")

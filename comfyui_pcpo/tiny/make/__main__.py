@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -173,7 +174,9 @@ def make_decoder(args: argparse.Namespace) -> None:
     """The decoder learns pictures from linear latents, the encoder learns the linear latents from pictures."""
     drawn = pictures(args)
     codec = linear_codec(args, drawn)
-    vae = AutoencoderTiny.from_pretrained(args.models / "shared" / "vae").float() if args.go_on else make_autoencoder()
+    vae: Any = (
+        AutoencoderTiny.from_pretrained(args.models / "shared" / "vae").float() if args.go_on else make_autoencoder()
+    )
     batches = indices(len(drawn.scenes), args.batch)
 
     def loss() -> Tensor:
@@ -195,6 +198,8 @@ def make_generator(args: argparse.Namespace) -> None:
     latents = torch.cat([codec.encode(drawn.images(i)) for i in torch.arange(len(drawn.scenes)).split(1000)])
     tokenizer, text = text_parts(args.models / "shared")
     flow = args.stage == "flow"
+    model: Any
+    objective: Any
     model, objective = (make_flow(), flow_loss(text)) if flow else (make_eps(), eps_loss(text))
     folder = args.models / f"emoji-{args.stage}"
     if args.go_on:

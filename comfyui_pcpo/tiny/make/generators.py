@@ -1,6 +1,7 @@
 """The two text-to-image models: an SD3-type flow transformer and an SD1.5-type epsilon UNet on the same latents."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, SD3Transformer2DModel, UNet2DConditionModel
@@ -73,7 +74,7 @@ def eps_loss(text: CLIPTextModelWithProjection) -> Callable[[UNet2DConditionMode
 
     Unweighted, the noisiest steps, which decide the background's colour, would hardly count.
     """
-    schedule = DDPMScheduler(**SD15)
+    schedule: Any = DDPMScheduler(**SD15)
     weights = (1 / schedule.alphas_cumprod).clamp(max=16)
     weights = weights / weights.mean()
 

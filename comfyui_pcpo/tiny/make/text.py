@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
@@ -43,7 +44,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+def make_text_encoder(tokenizer: Any) -> CLIPTextModelWithProjection:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
