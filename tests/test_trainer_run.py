@@ -29,7 +29,10 @@ def tick():
         os.kill(os.getpid(), signal.SIGKILL)
 list(start_run(load(Path(sys.argv[1])), tick)[1])
 """
-COMMAND = "import sys; from trainer.cli import main; sys.exit(main(sys.argv[1:]))"
+COMMAND = (  # a shell that starts us in the background has us ignore Ctrl-C; a terminal does not
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from trainer.cli import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
 def train(config, tick=lambda: None) -> RunFolder:
