@@ -27,6 +27,14 @@ _SUFFIXES = {
 }
 
 
+def family_of(modules: Iterable[str]) -> Family:
+    """unet, sd3 or flux, told from the diffusers names of modules; any transformer that is not FLUX is sd3."""
+    names = list(modules)
+    if any(name.startswith(("down_blocks.", "up_blocks.", "mid_block.")) for name in names):
+        return "unet"
+    return "flux" if any(name.startswith("single_transformer_blocks.") for name in names) else "sd3"
+
+
 def kohya_unet_name(module: str) -> str:
     """kohya's name of a UNet module: `a.b.0.to_q` -> `lora_unet_a_b_0_to_q`."""
     return "lora_unet_" + module.replace(".", "_")

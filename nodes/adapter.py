@@ -61,7 +61,6 @@ def places(model: Any, targets: str) -> list[Place]:
 def fresh_layers(found: list[Place], config: LoraConfig, seed: int, device: torch.device) -> dict[str, LowRank]:
     """A LoRA that changes nothing yet: down as PEFT draws it, up zero, both float32 parameters."""
     generator = torch.Generator().manual_seed(derive_seed(seed, 0))
-    scale = (config.alpha or config.rank) / config.rank
     layers = {}
     for place in found:
         shape = tuple(place.module.weight.shape)
@@ -70,5 +69,5 @@ def fresh_layers(found: list[Place], config: LoraConfig, seed: int, device: torc
         down = (torch.rand(config.rank, *shape[1:], generator=generator) * 2 - 1) * bound
         up = torch.zeros(rows, config.rank, *[1] * (len(shape) - 2))
         factors = (nn.Parameter(t.to(device)) for t in (down, up))
-        layers[place.name] = LowRank(place.module, *factors, place.part, scale)
+        layers[place.name] = LowRank(place.module, *factors, place.part, config.scale)
     return layers

@@ -3,10 +3,10 @@
 from comfy_api.latest import io, ui
 
 from comfyui_pcpo import plot
+from comfyui_pcpo.lora import export_state, family_of
 
 from ..trainer.config import ConfigError
-from ..trainer.policy import LoraPairs
-from ..trainer.run import RunFolder, load_pairs
+from ..trainer.run import RunFolder
 from .files import NEWEST, find_run, run_names
 from .pictures import to_image
 from .types import Run, RunType
@@ -88,16 +88,5 @@ class LoadRun(io.ComfyNode):
 
 def lora_state(folder: RunFolder, checkpoint: str = "latest") -> dict:
     """A checkpoint's LoRA under the names that ComfyUI reads."""
-    from comfyui_pcpo.lora import export_state
-
-    pairs: LoraPairs = load_pairs(folder.checkpoint(checkpoint.strip().lower()) / "lora.safetensors")
-    lora = folder.config().lora
-    family = family_of(pairs)
-    return export_state(pairs, lora.alpha or float(lora.rank), lora.rank, "comfyui", family)
-
-
-def family_of(pairs: LoraPairs) -> str:
-    """unet, sd3 or flux, told from the names of the modules."""
-    if any(name.startswith(("down_blocks.", "up_blocks.", "mid_block.")) for name in pairs):
-        return "unet"
-    return "flux" if any(name.startswith("single_transformer_blocks.") for name in pairs) else "sd3"
+    pairs, rank = folder.lora(checkpoint.strip().lower()), folder.config().lora.rank
+    return export_state(pairs, rank, rank, "comfyui", family_of(pairs))

@@ -87,7 +87,6 @@ def biggest(a, b):
 
 def lora_on(tiny, seed, size=0.05, strength=1.0):
     """A random LoRA loaded by the host's own node."""
-    runs = comfy_host.pack_module("nodes.runs")
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
     core = tiny.pipeline.unet if tiny.name == "emoji-eps" else tiny.pipeline.transformer
@@ -96,9 +95,9 @@ def lora_on(tiny, seed, size=0.05, strength=1.0):
             a = torch.randn(4, module.in_features, generator=generator) * size
             b = torch.randn(module.out_features, 4, generator=generator) * size
             pairs[name] = (a, b)
-    from comfyui_pcpo.lora import export_state
+    from comfyui_pcpo.lora import export_state, family_of
 
-    state = export_state(pairs, 4.0, 4, "comfyui", runs.family_of(pairs))
+    state = export_state(pairs, 4.0, 4, "comfyui", family_of(pairs))
     return run("LoraModelLoader", tiny.model, state, strength)[0]
 
 

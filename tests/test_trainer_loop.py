@@ -9,8 +9,9 @@ import torch
 
 from comfyui_pcpo.reward.color import Colorfulness
 from comfyui_pcpo.rollout import GroupNoise, derive_seed
-from trainer.align import RunError, choose_prompts, chunked, plan_steps
+from trainer.align import RunError
 from trainer.config import ConfigError
+from trainer.plan import choose_prompts, chunked, plan_steps
 from trainer.run import RunFolder
 from trainer.train import make_policy, start_run
 

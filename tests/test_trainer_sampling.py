@@ -7,14 +7,20 @@ from safetensors.torch import load_file
 from comfyui_pcpo.guidance import ImplicitReward
 from comfyui_pcpo.rollout import GroupNoise, derive_seed, rollout
 from comfyui_pcpo.transition import deterministic
-from trainer.commands import export_lora, factors, open_source, parse_guide, sample_pictures
+from trainer.commands import export_lora, sample_pictures
 from trainer.config import ConfigError
+from trainer.diffusers_policy import denoiser_of, module_names
 from trainer.models import load_pipeline
 from trainer.run import RunFolder, load_pairs
 from trainer.sampling import Guide, sample, sampling_policy
+from trainer.source import open_source, parse_guide, read_pairs
 from trainer.train import make_policy, start_run
 
 PROMPT = "two foxes on a striped blue background"
+
+
+def names_of(model):
+    return module_names(denoiser_of(load_pipeline(model)))
 
 
 @pytest.fixture
@@ -99,9 +105,9 @@ def test_the_runs_own_lora_file_is_its_comfyui_export(trained):
 
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers", "kohya"])
 def test_every_layout_reads_back_as_the_same_factors(trained, layout):
-    _, pairs = open_source(str(export_lora(trained.path, layout, "latest", None)))
-    expected = factors(trained.config(), load_pairs(trained.checkpoint() / "lora.safetensors"))
-    assert pairs is not None
+    given = open_source(str(export_lora(trained.path, layout, "latest", None)))
+    assert given.config == trained.config()
+    pairs, expected = read_pairs(given.path, names_of(given.config.model.name)), trained.lora()
     assert pairs.keys() == expected.keys()
     for name, pair in expected.items():
         for ours, theirs in zip(pair, pairs[name], strict=True):
@@ -124,7 +130,7 @@ def test_a_guide_of_weight_one_is_the_run_and_of_weight_zero_the_base(trained, t
 
 def test_weight_zero_is_the_base_and_composition_adds_up(trained):
     config = trained.config()
-    pairs = factors(config, load_pairs(trained.checkpoint() / "lora.safetensors"))
+    pairs = trained.lora()
     policy = sampling_policy(config, [pairs])
 
     def pictures(*weights):
@@ -147,15 +153,15 @@ def test_noise_of_a_picture_depends_on_seed_and_place_alone(make_config, model):
 
 
 @pytest.mark.parametrize("text", ["cats.safetensors", "cats.safetensors=much", "cats.safetensors=nan"])
-def test_a_guide_without_a_weight_is_refused(make_config, text):
+def test_a_guide_without_a_weight_is_refused(text):
     with pytest.raises(ConfigError, match=r"is not LORA=WEIGHT"):
-        parse_guide(text, make_config())
+        parse_guide(text)
 
 
 def test_a_lora_of_another_model_is_refused(make_config, trained, model):
     other = "emoji-eps" if model == "emoji-flow" else "emoji-flow"
     with pytest.raises(ConfigError):
-        pairs = parse_guide(f"{trained.lora_file}=1", make_config(other)).pairs
+        pairs = read_pairs(trained.lora_file, names_of(other))
         sample(sampling_policy(make_config(other), [pairs]), ["a"], [Guide(pairs, ImplicitReward(1))], 0, 2)
 
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from comfyui_pcpo.credit import target_weights
 from comfyui_pcpo.rollout import GroupNoise, rollout
-from trainer.align import Learner, chunked, make_learner, plan_steps
+from trainer.align import Learner, make_learner
+from trainer.plan import make_plan
 from trainer.processes import Processes
 from trainer.train import make_policy
 from trainer.update import improve
@@ -55,14 +55,11 @@ class Problem:
         self.generator = torch.Generator().manual_seed(0)
         self.move([0.05 * d for d in self.direction()])
         grid = self.policy.grid(config.rollout.steps)
-        self.steps, self.trained = plan_steps(self.policy, config, grid, 1)
-        self.weights = target_weights(self.steps, grid, config.objective.credit, self.trained)
+        self.plan = make_plan(self.policy, config, grid, 1, 1, 1)
         condition = self.policy.encode(["a fox", "a fox"])
         self.predict = lambda x, t, rows: self.policy.predict(x, t, condition.rows(rows.tolist()))
-        self.chunks = chunked(config, 1)
-        self.path = rollout(
-            self.predict, grid, self.steps, GroupNoise([1], 2, self.policy.latent_shape), self.chunks[0]
-        )
+        noise = GroupNoise([1], 2, self.policy.latent_shape)
+        self.path = rollout(self.predict, grid, self.plan.transitions, noise, self.plan.minibatches[0])
         self.move([0.02 * d for d in self.direction()])
 
     def direction(self):
@@ -77,17 +74,8 @@ class Problem:
         """Plain gradient descent in the optimizer's place: the parameters move by exactly -gradient x rate."""
         sgd = torch.optim.SGD(self.policy.trainable(), lr=learning_rate)
         learner = Learner(self.policy, sgd, self.learner.window)
-        return improve(
-            learner,
-            self.path,
-            torch.tensor([1.0, -0.5]),
-            self.weights,
-            self.trained,
-            self.chunks,
-            self.predict,
-            self.config,
-            Processes(),
-        )
+        advantage = torch.tensor([1.0, -0.5])
+        return improve(learner, self.plan, self.path, advantage, self.predict, self.config, Processes())
 
     def gradient(self):
         before = [p.detach().clone() for p in self.policy.trainable()]

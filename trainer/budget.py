@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .align import plan_steps
 from .config import Config
 from .diffusers_policy import DiffusersPolicy
+from .plan import plan_steps
 
 
 @dataclass(frozen=True)

@@ -83,9 +83,6 @@ def describe(section: type[Section] = Config, prefix: str = "") -> Iterator[str]
             yield f"  --{(prefix + name).replace('_', '-'):<34}{field.description}{default}"
 
 
-OPTIONS = "\n".join(describe())
-
-
 @app.command
 def train(*tokens: Tokens) -> None:
     """Train a LoRA: `train sd15.toml --rollout.group-size 16 --run.name cats`."""
@@ -120,7 +117,7 @@ def resume(run: Path, /, *, checkpoint: str = "latest", updates: int | None = No
 @app.command
 def options() -> None:
     """List every option of `train` and `check` with its default and what it does."""
-    print(OPTIONS)
+    print("\n".join(describe()))
 
 
 @app.command
@@ -272,8 +269,9 @@ def plot_(*runs: Path, out: Path | None = None) -> None:
     records = {}
     for run in runs:
         RunFolder(run).config()
-        records[run.name if run.name not in records else str(run)] = RunFolder(run).records()
-        if not RunFolder(run).records():
+        found = RunFolder(run).records()
+        records[run.name if run.name not in records else str(run)] = found
+        if not found:
             raise ConfigError(f"{run} has 0 finished updates, so there is nothing to draw. Train it first.")
     one = len(runs) == 1
     path = out or (RunFolder(runs[0]).curves_file if one else Path("compare.png"))

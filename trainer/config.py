@@ -7,9 +7,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from comfyui_pcpo.credit import CREDITS
-from comfyui_pcpo.transition import METHODS
-
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -88,13 +85,6 @@ class RolloutConfig(Section):
     height: int | None = Field(default=None, ge=8, description="Picture height in pixels; the model's own if left out.")
     width: int | None = Field(default=None, ge=8, description="Picture width in pixels; the model's own if left out.")
 
-    @field_validator("method")
-    @classmethod
-    def known(cls, value: str) -> str:
-        if value != "auto" and value not in METHODS:
-            raise ValueError(f"{value} is not one of {', '.join(METHODS)}")
-        return value
-
 
 class RewardConfig(Section):
     weights: dict[str, float] = Field(
@@ -150,13 +140,6 @@ class ObjectiveConfig(Section):
     )
     last_step: bool = Field(default=False, description="Train the last denoising step too; most samplers leave it out.")
 
-    @field_validator("credit")
-    @classmethod
-    def known(cls, value: str) -> str:
-        if value not in CREDITS:
-            raise ValueError(f"{value} is not one of {', '.join(CREDITS)}")
-        return value
-
 
 class LoraConfig(Section):
     rank: int = Field(default=8, ge=1, le=1024, description="Rank of the LoRA.")
@@ -168,6 +151,15 @@ class LoraConfig(Section):
         description="Trained layers: attention, attention and feed-forward, or these and convolutions.",
     )
     start: Path | None = Field(default=None, description="Existing LoRA file to continue from.")
+
+    @property
+    def effective_alpha(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    @property
+    def scale(self) -> float:
+        """What the second factor is multiplied by, alpha / rank."""
+        return self.effective_alpha / self.rank
 
 
 class OptimizerConfig(Section):
@@ -333,10 +325,17 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
             tree = tomllib.loads(path.read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path} is not TOML: {error}.") from None
-        prompts = tree.get("prompts", {})
-        if isinstance(prompts, dict) and isinstance(prompts.get("file"), str):
-            prompts["file"] = str(path.parent / prompts["file"])
+        _resolve(tree, path.parent)
+    _resolve(overrides or {}, Path())
     return build(merge(tree, overrides or {}), str(path) if path else "options")
+
+
+def _resolve(tree: dict[str, Any], folder: Path) -> None:
+    """Make the paths of input files absolute, so that a run can be resumed from anywhere."""
+    for section, key in (("prompts", "file"), ("lora", "start")):
+        values = tree.get(section)
+        if isinstance(values, dict) and isinstance(values.get(key), str):
+            values[key] = str((folder / values[key]).resolve())
 
 
 def dump(config: Config) -> str:

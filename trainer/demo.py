@@ -10,7 +10,7 @@ from comfyui_pcpo import plot
 from comfyui_pcpo.guidance import ImplicitReward
 
 from .config import Config, build
-from .run import RunFolder, load_pairs
+from .run import RunFolder
 from .sampling import Guide, sample, sampling_policy
 from .train import load_rewards
 
@@ -62,10 +62,8 @@ class Comparison:
 
 def compare(config: Config, folder: RunFolder, prompts: list[str], seed: int, each: int, steps: int) -> Comparison:
     """Sample `each` pictures per prompt from the base and from the run's latest checkpoint, and score them."""
-    pairs = load_pairs(folder.checkpoint() / "lora.safetensors")
-    scale = (config.lora.alpha or config.lora.rank) / config.lora.rank
-    policy = sampling_policy(config, [pairs])
-    guide = Guide({name: (down, up * scale) for name, (down, up) in pairs.items()}, ImplicitReward(1.0))
+    guide = Guide(folder.lora(), ImplicitReward(1.0))
+    policy = sampling_policy(config, [guide.pairs])
     before = sample(policy, prompts, [], seed, steps, each=each)
     after = sample(policy, prompts, [guide], seed, steps, each=each)
     texts = [p for p in prompts for _ in range(each)]

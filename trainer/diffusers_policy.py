@@ -46,7 +46,7 @@ class DiffusersPolicy:
 
     def __init__(self, pipeline: Any, config: Config):
         self.pipeline, self.config = pipeline, config
-        self.denoiser: Any = getattr(pipeline, "unet", None) or pipeline.transformer
+        self.denoiser: Any = denoiser_of(pipeline)
         name = type(self.denoiser).__name__
         if name not in FAMILIES:
             raise ConfigError(f"{name} is not a denoiser this trainer knows. Known are {', '.join(FAMILIES)}.")
@@ -80,7 +80,7 @@ class DiffusersPolicy:
 
         lora, wanted = self.config.lora, TARGETS[self.config.lora.targets]
         modules = [n for n, _ in self.denoiser.named_modules() if n.endswith(tuple("." + w for w in wanted))]
-        alpha: Any = lora.alpha or lora.rank  # peft declares int and takes any number
+        alpha: Any = lora.effective_alpha  # peft declares int and takes any number
         adapter = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=modules)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.run.seed, 0))
@@ -164,8 +164,7 @@ class DiffusersPolicy:
 
     def module_names(self) -> list[str]:
         """Every module that could carry a LoRA."""
-        modules = [n for n, m in self.denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        return [n.removesuffix(".base_layer") for n in modules if ".lora_" not in n]
+        return module_names(self.denoiser)
 
     def lora(self) -> LoraPairs:
         return {
@@ -190,6 +189,17 @@ class DiffusersPolicy:
                         "Set lora.rank to the LoRA's rank."
                     )
                 own.weight.copy_(given)
+
+
+def module_names(denoiser: nn.Module) -> list[str]:
+    """Every module that could carry a LoRA, whether or not it does."""
+    modules = [n for n, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return [n.removesuffix(".base_layer") for n in modules if ".lora_" not in n]
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    """The UNet or the transformer of a pipeline."""
+    return getattr(pipeline, "unet", None) or pipeline.transformer
 
 
 def pick_device(name: str) -> torch.device:

@@ -43,10 +43,6 @@ class Processes:
         mine = groups // self.size
         return list(range(self.rank * mine, (self.rank + 1) * mine))
 
-    def order(self, groups: int) -> list[int]:
-        """The groups of all processes in the order in which `gather` returns them."""
-        return list(range(groups))
-
     def slice(self, count: int) -> slice:
         """This process's part of `count` gathered rows."""
         mine = count // self.size

@@ -149,8 +149,7 @@ class RunFolder:
     def write_lora(self, pairs: LoraPairs, learner: Learner, config: Config) -> None:
         """The LoRA under ComfyUI's names, with the configuration in its metadata."""
         rank = config.lora.rank
-        alpha = config.lora.alpha or float(rank)
-        state = export_state(pairs, alpha, rank, "comfyui", learner.policy.family)
+        state = export_state(folded(pairs, config.lora.scale), rank, rank, "comfyui", learner.policy.family)
         metadata = {"pcpo.config": dump(config), "pcpo.updates": str(learner.done), "format": "pt"}
         temporary = self.lora_file.with_suffix(".tmp")
         save_file({k: v.contiguous() for k, v in state.items()}, temporary, metadata)
@@ -178,6 +177,10 @@ class RunFolder:
             raise ConfigError(f"checkpoint {which} is not in {self.path}. There are {', '.join(map(str, numbers))}.")
         return self.checkpoints / f"{number:06d}"
 
+    def lora(self, which: str = "latest") -> LoraPairs:
+        """A checkpoint's factors, with alpha / rank folded into the second."""
+        return folded(load_pairs(self.checkpoint(which) / "lora.safetensors"), self.config().lora.scale)
+
     def load(self, learner: Learner, which: str = "latest") -> None:
         """Bring `learner` to a checkpoint. Raises ConfigError that names a damaged file and an older checkpoint."""
         folder = self.checkpoint(which)
@@ -191,6 +194,11 @@ class RunFolder:
             older = [n for n in self.numbers() if n < int(folder.name)]
             way = f"Use --checkpoint {older[-1]}" if older else "Start the run again under another name"
             raise ConfigError(f"checkpoint {folder} is damaged ({type(error).__name__}: {error}). {way}.") from error
+
+
+def folded(pairs: LoraPairs, scale: float) -> LoraPairs:
+    """Factors whose product is the whole change: `scale`, alpha / rank, goes into the second."""
+    return {name: (down, up * scale) for name, (down, up) in pairs.items()}
 
 
 def load_pairs(path: Path) -> LoraPairs:

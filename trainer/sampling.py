@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from comfyui_pcpo.rollout import GroupNoise, derive_seed, rollout
 from comfyui_pcpo.transition import default_noise_level, transitions
 
 from .config import Config, ConfigError
-from .diffusers_policy import DiffusersPolicy
+from .diffusers_policy import DiffusersPolicy, Encoded
 from .models import load_pipeline
 from .policy import LoraPairs
 
@@ -50,13 +51,13 @@ def padded(pairs: LoraPairs, like: LoraPairs) -> LoraPairs:
     return full
 
 
-def sampling_policy(config: Config, loras: Sequence[LoraPairs]) -> DiffusersPolicy:
-    """The configured model with room for any of `loras`; its own LoRA is off (zero) until one is loaded."""
+def sampling_policy(config: Config, loras: Sequence[LoraPairs], pipeline: Any = None) -> DiffusersPolicy:
+    """The configured model (or `pipeline`, loaded before) with room for any of `loras`; none is loaded yet."""
     ranks = [len(down) for pairs in loras for down, _ in pairs.values()]
     wide = any(down.ndim == 4 for pairs in loras for down, _ in pairs.values())
     targets = "all" if wide else "linear"
     lora = config.lora.model_copy(update={"rank": max(ranks, default=1), "alpha": None, "targets": targets})
-    return DiffusersPolicy(load_pipeline(config.model.name), config.model_copy(update={"lora": lora}))
+    return DiffusersPolicy(pipeline or load_pipeline(config.model.name), config.model_copy(update={"lora": lora}))
 
 
 def sample(
@@ -82,21 +83,24 @@ def sample(
     loras = [padded(guide.pairs, room) for guide in guides]
     noise = GroupNoise([derive_seed(seed, n) for n in range(len(prompts))], each, policy.latent_shape)
     times = grid.timesteps.tolist()
+    if len(loras) == 1:
+        policy.load_lora(loras[0])
+
+    def with_lora(k: int, x: Tensor, t: float, batch: Encoded) -> Tensor:
+        if len(loras) > 1:
+            policy.load_lora(loras[k])
+        return policy.predict(x, t, batch)
 
     def predict(x: Tensor, t: float, rows: Tensor) -> Tensor:
         x, batch = x.to(policy.device), condition.rows(rows.tolist())
         progress = times.index(t) / len(times)
         weights = [guide.reward.weight_at(progress) for guide in guides]
+        active = [k for k, weight in enumerate(weights) if weight != 0]
+        if [weights[k] for k in active] == [1]:  # that model alone, so the base need not be asked
+            return with_lora(active[0], x, t, batch)
         with policy.reference():
             base = policy.predict(x, t, batch)
-        outs = []
-        for pairs, weight in zip(loras, weights, strict=True):
-            if weight == 0:
-                outs.append(base)
-                continue
-            policy.load_lora(pairs)
-            outs.append(policy.predict(x, t, batch))
-        return irg(base, outs, weights)
+        return irg(base, [with_lora(k, x, t, batch) for k in active], [weights[k] for k in active])
 
     chunks = torch.arange(len(prompts) * each).split(config.rollout.images_at_once)
     final = rollout(predict, grid, path, noise, list(chunks)).final

@@ -1,6 +1,5 @@
 """Puts a run together: model, rewards, folder and loop; what `train`, `resume` and the nodes call."""
 
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -20,8 +19,6 @@ from .models import load_pipeline
 from .processes import Processes, join
 from .run import RunFolder, read_lora
 from .sampling import padded
-
-log = logging.getLogger("trainer")
 
 
 def load_rewards(config: Config) -> dict[str, Reward]:
@@ -47,7 +44,7 @@ def start_from(policy: DiffusersPolicy, config: Config, path: Path) -> None:
         pairs = parse_state(read_lora(path)[0], policy.module_names())
     except ValueError as error:
         raise ConfigError(f"lora.start {path}: {error}") from None
-    fresh, scale = policy.lora(), (config.lora.alpha or config.lora.rank) / config.lora.rank
+    fresh, scale = policy.lora(), config.lora.scale
     start = {}
     for name, (down, up) in padded(pairs, fresh).items():
         rank = len(pairs[name][0]) if name in pairs else 0

@@ -1,6 +1,6 @@
 """The gradient steps of one update: each stored denoising step is predicted again and its surrogate differentiated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from comfyui_pcpo.rollout import Trajectory
 from comfyui_pcpo.surrogate import FORMS, OBJECTIVES, is_clipped, kl, taylor_error
 
 from .config import Config
+from .plan import Plan
 from .policy import Policy
 from .processes import Processes
 
@@ -70,20 +71,18 @@ class StepStatistics:
 
 def improve(
     learner: "Learner",
+    plan: Plan,
     path: Trajectory,
     advantage: Tensor,
-    weights: Tensor,
-    trained: Sequence[int],
-    minibatches: Sequence[Sequence[Tensor]],
     predict: Predict,
     config: Config,
     processes: Processes,
 ) -> StepStatistics:
-    """One optimizer step per minibatch, `optimizer.epochs` times over; advantage (B,), weights (T,)."""
-    parameters = learner.policy.trainable()
-    rounds = [part for _ in range(config.optimizer.epochs) for part in minibatches]
+    """One optimizer step per minibatch, `optimizer.epochs` times over; advantage (B,) of this process's pictures."""
+    parameters, trained = learner.policy.trainable(), plan.trained
+    rounds = [part for _ in range(config.optimizer.epochs) for part in plan.minibatches]
     statistics = StepStatistics(
-        list(trained),
+        trained,
         torch.zeros(len(COUNTS), len(trained), dtype=torch.float64),
         torch.zeros(len(trained)),
         torch.zeros(len(trained)),
@@ -97,7 +96,7 @@ def improve(
         for column, i in enumerate(trained):
             for rows in chunks:
                 loss = step_loss(
-                    path, i, rows, float(weights[i]), advantage, predict, learner.policy, config, statistics
+                    path, i, rows, float(plan.weights[i]), advantage, predict, learner.policy, config, statistics
                 )
                 (loss * share).backward()
                 statistics.loss += loss.item() * share / len(rounds)

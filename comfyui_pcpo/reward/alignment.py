@@ -1,16 +1,12 @@
 """Does the picture show what the prompt says? Answered by the embedded tiny image-text encoder."""
 
-from pathlib import Path
-
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_pcpo import tiny
 from comfyui_pcpo.reward.base import Reward
 from comfyui_pcpo.tiny.align import PIXELS, AlignImageEncoder, load_image_encoder
-
-MODELS = Path(tiny.__file__).parent / "models"
+from comfyui_pcpo.tiny.pipelines import MODELS
 
 
 class TinyEncoder(nn.Module):
