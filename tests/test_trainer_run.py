@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer.config import ConfigError
+from trainer.config import ConfigError, merge
 from trainer.run import RunFolder
 from trainer.train import resume_run, start_run
 
+AVERAGE = {"optimizer": {"ema_decay": 0.9, "ema_every": 1}}
 WINDOW = {"advantage": {"kind": "window", "window": 4, "min_count": 2}, "reward": {"standardise": False}}
 KILLED = """
 import os, sys, signal, torch
@@ -67,10 +68,10 @@ def assert_same_run(one: RunFolder, other: RunFolder):
     assert all(torch.equal(exported[0][key], exported[1][key]) for key in exported[0])
 
 
-@pytest.mark.parametrize("sections", [{}, WINDOW], ids=["group", "window"])
+@pytest.mark.parametrize("sections", [{}, WINDOW, AVERAGE], ids=["group", "window", "average"])
 def test_a_resumed_run_equals_an_uninterrupted_one(make_config, model, sections):
     """Interrupted between two optimizer steps of update 3, with a checkpoint after every update."""
-    common = {"optimizer": {"minibatches": 2}, **sections}
+    common = merge({"optimizer": {"minibatches": 2}}, sections)
     whole = train(make_config(model, run={"name": "whole", "updates": 4}, **common))
     calls = []
 

@@ -20,6 +20,7 @@ from comfyui_pcpo.advantage import (
 from comfyui_pcpo.reward.base import Reward
 from comfyui_pcpo.rollout import GroupNoise, derive_seed, rollout
 
+from .average import Average
 from .config import Config
 from .plan import Plan, make_plan
 from .policy import Condition, Policy
@@ -38,14 +39,16 @@ class Learner:
     policy: Policy
     optimizer: torch.optim.Optimizer
     window: PromptWindow
+    average: Average | None = None
     done: int = 0  # updates finished
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Whatever ends the body early leaves LoRA, optimizer and window as they were before it."""
+        """Whatever ends the body early leaves LoRA, its average, optimizer and window as they were before it."""
         parameters = self.policy.trainable()
         values = [p.detach().clone() for p in parameters]
         optimizer, window = copy.deepcopy(self.optimizer.state_dict()), copy.deepcopy(self.window.state_dict())
+        average = copy.deepcopy((self.average.values, self.average.steps)) if self.average else None
         try:
             yield
         except BaseException:
@@ -55,6 +58,8 @@ class Learner:
                     p.grad = None
             self.optimizer.load_state_dict(optimizer)
             self.window.load_state_dict(window)
+            if self.average and average:
+                self.average.values, self.average.steps = average
             raise
 
 
@@ -87,7 +92,8 @@ def make_learner(policy: Policy, config: Config) -> Learner:
     optimizer = torch.optim.AdamW(
         policy.trainable(), lr=o.learning_rate, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay
     )
-    return Learner(policy, optimizer, PromptWindow(config.advantage.window, config.advantage.min_count))
+    average = Average(policy.trainable(), o.ema_decay, o.ema_every) if o.ema_decay else None
+    return Learner(policy, optimizer, PromptWindow(config.advantage.window, config.advantage.min_count), average)
 
 
 def score(rewards: dict[str, Reward], images: Tensor, prompts: list[str]) -> dict[str, Tensor]:

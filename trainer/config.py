@@ -172,6 +172,13 @@ class OptimizerConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0, description="Longer gradients are shortened to this norm.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first moment.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's second moment.")
+    ema_decay: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Decay of a running average of the LoRA, which is then what is kept; 0: none.",
+    )
+    ema_every: int = Field(default=8, ge=1, description="Optimizer steps between two values of that average.")
 
 
 class RunConfig(Section):

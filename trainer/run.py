@@ -130,10 +130,14 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             pairs = learner.policy.lora()
-            flat = {f"{module}.{part}": t for module, pair in pairs.items() for part, t in zip("AB", pair, strict=True)}
-            save_file({k: v.contiguous() for k, v in flat.items()}, temporary / "lora.safetensors")
+            save_pairs(pairs, temporary / "lora.safetensors")
             torch.save(learner.optimizer.state_dict(), temporary / "optimizer.pt")
             state = {"update": learner.done, "window": learner.window.state_dict()}
+            if learner.average is not None:
+                with learner.average.in_place():
+                    pairs = learner.policy.lora()
+                save_pairs(pairs, temporary / "average.safetensors")
+                state["average_steps"] = learner.average.steps
             (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
             self.write_lora(pairs, learner, config)
             shutil.rmtree(final, ignore_errors=True)
@@ -178,16 +182,21 @@ class RunFolder:
         return self.checkpoints / f"{number:06d}"
 
     def lora(self, which: str = "latest") -> LoraPairs:
-        """A checkpoint's factors, with alpha / rank folded into the second."""
-        return folded(load_pairs(self.checkpoint(which) / "lora.safetensors"), self.config().lora.scale)
+        """A checkpoint's factors, averaged if the run keeps an average, with alpha / rank folded into the second."""
+        average = self.checkpoint(which) / "average.safetensors"
+        file = average if average.is_file() else average.with_name("lora.safetensors")
+        return folded(load_pairs(file), self.config().lora.scale)
 
     def load(self, learner: Learner, which: str = "latest") -> None:
         """Bring `learner` to a checkpoint. Raises ConfigError that names a damaged file and an older checkpoint."""
         folder = self.checkpoint(which)
         try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if learner.average is not None:
+                learner.policy.load_lora(load_pairs(folder / "average.safetensors"))
+                learner.average.restart(state["average_steps"])
             learner.policy.load_lora(load_pairs(folder / "lora.safetensors"))
             learner.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             learner.window.load_state_dict(state["window"])
             learner.done = state["update"]
         except Exception as error:
@@ -199,6 +208,12 @@ class RunFolder:
 def folded(pairs: LoraPairs, scale: float) -> LoraPairs:
     """Factors whose product is the whole change: `scale`, alpha / rank, goes into the second."""
     return {name: (down, up * scale) for name, (down, up) in pairs.items()}
+
+
+def save_pairs(pairs: LoraPairs, path: Path) -> None:
+    """Write factors as `load_pairs` reads them."""
+    flat = {f"{module}.{part}": t for module, pair in pairs.items() for part, t in zip("AB", pair, strict=True)}
+    save_file({k: v.contiguous() for k, v in flat.items()}, path)
 
 
 def load_pairs(path: Path) -> LoraPairs:

@@ -113,6 +113,8 @@ def improve(
                 "are kept. Look at the rewards, or start again with a lower optimizer.learning_rate or in float32."
             )
         learner.optimizer.step()
+        if learner.average is not None:
+            learner.average.step()
         learner.optimizer.zero_grad(set_to_none=True)
     statistics.reduce(processes)
     return statistics
