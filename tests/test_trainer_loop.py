@@ -19,7 +19,7 @@ KEYS = {
     *("update", "reward_mean", "reward_std", "reward_groups", "rewards", "held_out", "failed"),
     *("advantage_mean", "advantage_abs_max", "loss", "log_ratio_mean", "log_ratio_abs_max", "first_log_ratio_abs_max"),
     *("clip_fraction", "kl", "grad_norm", "learning_rate", "per_step"),
-    *("seconds_rollout", "seconds_reward", "seconds_update"),
+    *("seconds_rollout", "seconds_reward", "seconds_rewards", "seconds_update"),
 }
 STEP_KEYS = {
     *("steps", "log_ratio", "log_ratio_abs", "clip_fraction", "taylor_error", "kl", "grad_norm"),

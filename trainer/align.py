@@ -88,6 +88,9 @@ class Clock:
 
 
 def make_learner(policy: Policy, config: Config) -> Learner:
+    def rounded(self) -> dict[str, float]:
+        return {name: round(seconds, 4) for name, seconds in self.seconds.items()}
+
     o = config.optimizer
     optimizer = torch.optim.AdamW(
         policy.trainable(), lr=o.learning_rate, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay
@@ -96,9 +99,26 @@ def make_learner(policy: Policy, config: Config) -> Learner:
     return Learner(policy, optimizer, PromptWindow(config.advantage.window, config.advantage.min_count), average)
 
 
-def score(rewards: dict[str, Reward], images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-    """Every reward of every picture, -> name -> (B,)."""
-    return {name: reward.score(images, prompts).float().cpu() for name, reward in rewards.items()}
+@contextmanager
+def at_work(reward: Reward, leaves: bool) -> Iterator[Reward]:
+    """The reward on its own device; where it `leaves` a GPU afterwards, the next rollout has that memory."""
+    reward.to(reward.settings.device)
+    try:
+        yield reward
+    finally:
+        if leaves and reward.device.type != "cpu":
+            reward.to("cpu")
+
+
+def score(
+    rewards: dict[str, Reward], images: Tensor, prompts: list[str], clock: Clock | None = None, offload: bool = True
+) -> dict[str, Tensor]:
+    """Every reward of every picture, -> name -> (B,); each reward's seconds go to the clock."""
+    clock, found = clock or Clock(), {}
+    for name, reward in rewards.items():
+        with clock(name), at_work(reward, offload):
+            found[name] = reward.score(images, prompts).float().cpu()
+    return found
 
 
 def advantages(scores: Tensor, prompts: Sequence[str], window: PromptWindow, config: Config) -> Tensor:
@@ -158,7 +178,7 @@ def align(
     condition = policy.encode(list(prompts))
     for number in range(learner.done + 1, config.run.updates + 1):
         with learner.all_or_nothing():
-            clock = Clock()
+            clock, each = Clock(), Clock()
             with clock("rollout"):
                 plan = make_plan(policy, config, grid, len(prompts), len(groups), number)
                 mine = [plan.prompts[g] for g in groups for _ in range(size)]
@@ -175,14 +195,15 @@ def align(
                 images = torch.cat([policy.decode(x) for x in path.final.split(at_once)])
             with clock("reward"):
                 texts = [prompts[p] for p in mine]
-                scores = {name: processes.gather(value) for name, value in score(rewards, images, texts).items()}
+                found = score(rewards, images, texts, each, config.reward.offload)
+                scores = {name: processes.gather(value) for name, value in found.items()}
                 judged = judge(scores, [prompts[p] for p in plan.prompts], learner.window, config, number)
             with clock("update"):
                 own = processes.slice(judged.advantage.numel())
                 advantage = judged.advantage.flatten()[own]
                 statistics = improve(learner, plan, path, advantage, predict, config, processes)
             learner.done = number
-            metrics = record(plan, judged, statistics, learner, clock, config)
+            metrics = record(plan, judged, statistics, learner, clock, config) | {"seconds_rewards": each.rounded()}
         yield Update(number, metrics, images, texts, judged.combined.flatten()[own])
 
 
@@ -204,7 +225,7 @@ def record(
         "advantage_abs_max": float(judged.advantage.abs().max()),
         **statistics.overall(),
         "learning_rate": learner.optimizer.param_groups[0]["lr"],
-        **{f"seconds_{name}": round(seconds, 4) for name, seconds in clock.seconds.items()},
+        **{f"seconds_{name}": seconds for name, seconds in clock.rounded().items()},
         "per_step": {
             "steps": plan.trained,
             **statistics.per_step(),

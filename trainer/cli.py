@@ -125,12 +125,11 @@ def check(*tokens: Tokens) -> None:
     """Show the resolved configuration, its arithmetic and its memory; exit status 2 where something is missing."""
     from .budget import budget
     from .config import dump
-    from .train import load_rewards, make_policy
+    from .train import make_policy, read_rewards
 
     resolved = _config([token for token in tokens if token != "--json"])
     prompts = resolved.prompts.read()
-    for reward in load_rewards(resolved).values():
-        reward.load()
+    read_rewards(resolved)
     found = budget(make_policy(resolved), resolved)
     if "--json" in tokens:
         print(json.dumps({"config": resolved.model_dump(mode="json"), "budget": vars(found), "prompts": len(prompts)}))

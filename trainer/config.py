@@ -88,7 +88,8 @@ class RolloutConfig(Section):
 
 class RewardConfig(Section):
     weights: dict[str, float] = Field(
-        default={"alignment": 1.0}, description="Rewards to train on, each with its weight."
+        default={"alignment": 1.0},
+        description="Rewards to train on, each with its weight; module:Class names one of your own.",
     )
     standardise: bool = Field(default=True, description="Z-score each reward within its group before they are added.")
     held_out: tuple[str, ...] = Field(default=(), description="Rewards that are measured and never trained on.")
@@ -101,6 +102,19 @@ class RewardConfig(Section):
     def some(cls, value: dict[str, float]) -> dict[str, float]:
         if not value:
             raise ValueError("names 0 rewards, but training needs at least 1. Try {alignment = 1.0}")
+    folder: Path | None = Field(
+        default=None, description="Folder with the rewards' weight files; models/rewards if left out."
+    )
+    device: str = Field(default="auto", description="auto (as the model), cpu, cuda or cuda:1.")
+    precision: Literal["float32", "float16"] = Field(
+        default="float32", description="Precision of the rewards' networks; float16 halves their memory."
+    )
+    images_at_once: int = Field(
+        default=16, ge=1, description="Images per call of a reward's network; lower it when memory runs out."
+    )
+    offload: bool = Field(
+        default=True, description="Rewards leave the GPU between rollouts; false saves the time that moving them takes."
+    )
         return value
 
 
@@ -339,7 +353,7 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
 
 def _resolve(tree: dict[str, Any], folder: Path) -> None:
     """Make the paths of input files absolute, so that a run can be resumed from anywhere."""
-    for section, key in (("prompts", "file"), ("lora", "start")):
+    for section, key in (("prompts", "file"), ("lora", "start"), ("reward", "folder")):
         values = tree.get(section)
         if isinstance(values, dict) and isinstance(values.get(key), str):
             values[key] = str((folder / values[key]).resolve())

@@ -202,13 +202,13 @@ def denoiser_of(pipeline: Any) -> Any:
     return getattr(pipeline, "unet", None) or pipeline.transformer
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, key: str = "model.device") -> torch.device:
     """`auto` is the first GPU if there is one. Raises ConfigError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"model.device is {name}, but PyTorch sees 0 GPUs. Use cpu or auto.")
+        raise ConfigError(f"{key} is {name}, but PyTorch sees 0 GPUs. Use cpu or auto.")
     try:
         return torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"model.device {name} is not a device. Use auto, cpu or cuda.") from None
+        raise ConfigError(f"{key} {name} is not a device. Use auto, cpu or cuda.") from None

@@ -9,25 +9,48 @@ from typing import Any
 import torch
 
 from comfyui_pcpo.lora import parse_state
-from comfyui_pcpo.reward import load_reward
-from comfyui_pcpo.reward.base import Reward
+from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, import_reward, load_reward
 
 from .align import Learner, RunError, Update, align, make_learner
 from .config import Config, ConfigError
-from .diffusers_policy import DiffusersPolicy
+from .diffusers_policy import DiffusersPolicy, pick_device
 from .models import load_pipeline
 from .processes import Processes, join
 from .run import RunFolder, read_lora
 from .sampling import padded
 
+WEIGHTS = Path("models/rewards")
+"""Where reward weights lie unless a configuration or an option says otherwise."""
+
+
+def reward_settings(config: Config) -> RewardSettings:
+    """Where the rewards of a configuration find their weights, and how their networks run."""
+    r = config.reward
+    device = pick_device(config.model.device) if r.device == "auto" else pick_device(r.device, "reward.device")
+    precision = {"float32": torch.float32, "float16": torch.float16}[r.precision]
+    return RewardSettings(r.folder or WEIGHTS, str(device), precision, r.images_at_once)
+
+
+def make_reward(name: str, settings: RewardSettings) -> Reward:
+    """A reward by its name, or the user's own by module:Class. Raises ConfigError for a name that is none."""
+    try:
+        return import_reward(name)(settings) if ":" in name else load_reward(name, settings)
+    except RewardError as error:
+        raise ConfigError(f"reward: {error}") from None
+
 
 def load_rewards(config: Config) -> dict[str, Reward]:
-    """The trained and the held-out rewards, by name. Raises ConfigError for a name that is none."""
-    names = [*config.reward.weights, *(n for n in config.reward.held_out if n not in config.reward.weights)]
-    try:
-        return {name: load_reward(name) for name in names}
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"reward: {error.args[0]}") from None
+    """The trained and the held-out rewards, by name, their weights not read yet."""
+    settings = reward_settings(config)
+    return {name: make_reward(name, settings) for name in (*config.reward.weights, *config.reward.held_out)}
+
+
+def read_rewards(config: Config) -> dict[str, Reward]:
+    """As `load_rewards`, with their weights in the computer's memory: a missing file is named before a rollout."""
+    rewards = load_rewards(config)
+    for reward in rewards.values():
+        reward.to("cpu").load()
+    return rewards
 
 
 def make_policy(config: Config) -> DiffusersPolicy:
@@ -90,7 +113,7 @@ def run_updates(
 
 def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> tuple[RunFolder, Iterator[Update]]:
     """A new run: everything is loaded and checked before the folder is made, -> (folder, updates)."""
-    prompts, rewards = config.prompts.read(), load_rewards(config)
+    prompts, rewards = config.prompts.read(), read_rewards(config)
     join()
     processes = Processes()
     learner = make_learner(make_policy(config), config)
@@ -118,7 +141,7 @@ def resume_run(
         raise ConfigError(
             f"{path} is finished: {done} of {config.run.updates} updates are done. Give --updates with a larger number."
         )
-    prompts, rewards = config.prompts.read(), load_rewards(config)
+    prompts, rewards = config.prompts.read(), read_rewards(config)
     join()
     processes = Processes()
     learner = make_learner(make_policy(config), config)
@@ -155,4 +178,15 @@ def _write_board(board: Any, update: Update) -> None:
                 board.add_scalar(f"{key}/{name}", mean, update.number)
 
 
-__all__ = ["ConfigError", "RunError", "load_rewards", "make_policy", "resume_run", "run_updates", "start_run"]
+__all__ = [
+    "ConfigError",
+    "RunError",
+    "load_rewards",
+    "make_policy",
+    "make_reward",
+    "read_rewards",
+    "resume_run",
+    "reward_settings",
+    "run_updates",
+    "start_run",
+]
