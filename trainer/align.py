@@ -17,11 +17,13 @@ from comfyui_pcpo.advantage import (
     failed_share,
     group_advantage,
 )
+from comfyui_pcpo.forward_process import FORWARD
 from comfyui_pcpo.reward.base import Reward
 from comfyui_pcpo.rollout import GroupNoise, derive_seed, rollout
 
 from .average import Average
 from .config import Config
+from .forward_update import renoise
 from .plan import Plan, make_plan
 from .policy import Condition, Policy
 from .processes import Processes
@@ -201,6 +203,9 @@ def align(
             with clock("update"):
                 own = processes.slice(judged.advantage.numel())
                 advantage = judged.advantage.flatten()[own]
+                if config.objective.name in FORWARD:
+                    seeds = [derive_seed(seed, number, g, 1) for g in groups]
+                    path = renoise(path, grid, plan, GroupNoise(seeds, size, policy.latent_shape), predict)
                 statistics = improve(learner, plan, path, advantage, predict, config, processes)
             learner.done = number
             metrics = record(plan, judged, statistics, learner, clock, config) | {"seconds_rewards": each.rounded()}

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from comfyui_pcpo.forward_process import FORWARD
+
 from .config import Config
 from .diffusers_policy import DiffusersPolicy
 from .plan import plan_steps
@@ -71,6 +73,7 @@ def budget(policy: DiffusersPolicy, config: Config) -> Budget:
     _, trained = plan_steps(policy, config, policy.grid(r.steps), 1)
     images = config.images_per_update
     chunks = o.minibatches * math.ceil(images / o.minibatches / r.images_at_once)
+    again = len(trained) if config.objective.name in FORWARD else 0  # renoised pictures are predicted once more
     modules = [m for m in policy.pipeline.components.values() if isinstance(m, nn.Module)]
     tensors = {p.data_ptr(): p for m in modules for p in m.parameters()}
     lora = sum(p.numel() for p in policy.trainable())
@@ -82,7 +85,7 @@ def budget(policy: DiffusersPolicy, config: Config) -> Budget:
         trained_steps=len(trained),
         transitions=images * len(trained),
         optimizer_steps=config.run.updates * o.minibatches * o.epochs,
-        rollout_calls=r.steps * chunks,
+        rollout_calls=(r.steps + again) * chunks,
         update_calls=len(trained) * chunks * o.epochs,
         weights_bytes=sum(p.numel() * p.element_size() for p in tensors.values()) - 4 * lora,
         lora_bytes=4 * 4 * lora,

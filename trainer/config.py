@@ -133,8 +133,10 @@ class AdvantageConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    name: Literal["log_hinge", "ppo", "matching"] = Field(
-        default="log_hinge", description="Surrogate loss; log_hinge is PCPO's."
+    name: Literal["log_hinge", "ppo", "matching", "awm", "nft"] = Field(
+        default="log_hinge",
+        description="Surrogate loss; log_hinge is PCPO's. awm and nft noise the finished pictures again instead of "
+        "replaying their steps; credit and form do not apply to them.",
     )
     credit: Literal["proportionate", "native", "uniform", "tempflow", "guard", "guard_dt"] = Field(
         default="proportionate", description="Weight of each denoising step in the loss; proportionate is PCPO's."
@@ -144,6 +146,9 @@ class ObjectiveConfig(Section):
     )
     clip_range: float = Field(
         default=1e-3, gt=0, lt=1, description="How far a step's ratio may move before it stops counting."
+    )
+    nft_beta: float = Field(
+        default=1.0, gt=0, le=1, description="nft: how far its good and bad model stand from the sampling one."
     )
     kl_weight: float = Field(
         default=0.0, ge=0, description="Weight of the KL divergence to the model without its LoRA."

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.credit import target_weights
+from comfyui_pcpo.forward_process import FORWARD
 from comfyui_pcpo.schedule import Grid
 from comfyui_pcpo.transition import Method, Transition, default_noise_level, deterministic, transitions
 
@@ -29,11 +30,13 @@ class Plan:
 def make_plan(policy: Policy, config: Config, grid: Grid, prompts: int, groups: int, number: int) -> Plan:
     """Plan update `number` over a list of `prompts`, with `groups` of its groups on this process."""
     steps, trained = plan_steps(policy, config, grid, number)
+    forward = config.objective.name in FORWARD
+    weights = torch.ones(grid.steps) if forward else target_weights(steps, grid, config.objective.credit, trained)
     return Plan(
         number,
         steps,
         trained,
-        target_weights(steps, grid, config.objective.credit, trained),
+        weights,
         choose_prompts(prompts, config.rollout.prompts_per_update, config.run.seed, number),
         chunked(config, groups),
     )
@@ -60,7 +63,7 @@ def plan_steps(policy: Policy, config: Config, grid: Grid, number: int) -> tuple
         start = int(rng.integers(0, max(1, last - r.sde_window + 1)))
         inside = range(start, start + r.sde_window)
         steps = [s if i in inside else ode for i, (s, ode) in enumerate(zip(steps, deterministic(grid), strict=True))]
-    able = [i for i in range(last) if steps[i].std > 0]
+    able = [i for i in range(last) if steps[i].std > 0 or config.objective.name in FORWARD]
     if not able:
         raise ConfigError(
             f"0 of {grid.steps} steps are stochastic ({method}, noise_level {level}), so none can be trained. "

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from comfyui_pcpo.forward_process import output_distance
 from comfyui_pcpo.rollout import Trajectory
 from comfyui_pcpo.surrogate import FORMS, OBJECTIVES, is_clipped, kl, taylor_error
 
 from .config import Config
+from .forward_update import Renoised, forward_terms
 from .plan import Plan
 from .policy import Policy
 from .processes import Processes
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from .align import Learner
 
 Predict = Callable[[Tensor, float, Tensor], Tensor]
+Path = Trajectory | Renoised
+CLIPS = {"awm": "ppo", "nft": "matching"}  # whose flat region a forward-process objective has
 COUNTS = ("count", "log_ratio", "log_ratio_abs", "clipped", "taylor", "kl", "kl_count")
 
 
@@ -72,7 +76,7 @@ class StepStatistics:
 def improve(
     learner: "Learner",
     plan: Plan,
-    path: Trajectory,
+    path: Path,
     advantage: Tensor,
     predict: Predict,
     config: Config,
@@ -121,7 +125,7 @@ def improve(
 
 
 def step_loss(
-    path: Trajectory,
+    path: Path,
     i: int,
     rows: Tensor,
     weight: float,
@@ -132,13 +136,16 @@ def step_loss(
     statistics: StepStatistics,
 ) -> Tensor:
     """Summed surrogate (and KL) of one denoising step over `rows`, (); fills the step's column of `statistics`."""
-    o, transition = config.objective, path.transitions[i]
+    o = config.objective
     out = predict(path.latents[i, rows], path.timesteps[i], rows)
-    device = out.device
-    d = out.float() - path.outs[i, rows].to(device)
-    log_ratio = FORMS[o.form](d, path.noises[i, rows].to(device), weight, transition.weight)
-    a = advantage[rows].to(device)
-    loss = OBJECTIVES[o.name](log_ratio, a, o.clip_range).sum()
+    d = out.float() - path.outs[i, rows].to(out.device)
+    a = advantage[rows].to(out.device)
+    if isinstance(path, Renoised):
+        log_ratio, losses = forward_terms(path, i, rows, d, a, config)
+    else:
+        log_ratio = FORMS[o.form](d, path.noises[i, rows].to(out.device), weight, path.transitions[i].weight)
+        losses = OBJECTIVES[o.name](log_ratio, a, o.clip_range)
+    loss = losses.sum()
     watched = len(rows) if o.kl_weight else int((rows < o.kl_images).sum())
     divergence = reference_kl(path, i, rows[:watched], out, predict, policy, o.kl_weight > 0)
     if o.kl_weight:
@@ -149,7 +156,7 @@ def step_loss(
             "count": torch.ones_like(log_ratio),
             "log_ratio": log_ratio,
             "log_ratio_abs": log_ratio.abs(),
-            "clipped": is_clipped(log_ratio, a, o.clip_range, o.name),
+            "clipped": is_clipped(log_ratio, a, o.clip_range, CLIPS.get(o.name, o.name)),
             "taylor": taylor_error(log_ratio),
             "kl": divergence,
             "kl_count": torch.ones_like(divergence),
@@ -161,15 +168,16 @@ def step_loss(
 
 
 def reference_kl(
-    path: Trajectory, i: int, rows: Tensor, out: Tensor, predict: Predict, policy: Policy, train: bool
+    path: Path, i: int, rows: Tensor, out: Tensor, predict: Predict, policy: Policy, train: bool
 ) -> Tensor:
-    """KL of one step from the model without its LoRA, (len(rows),); differentiable if `train`."""
+    """KL of one step (or distance of outputs) to the model without its LoRA, (len(rows),), with gradient if `train`."""
     if len(rows) == 0:
         return out.new_zeros(0, dtype=torch.float32)
     with torch.no_grad(), policy.reference():
         reference = predict(path.latents[i, rows], path.timesteps[i], rows).float()
     new = out[: len(rows)].float()
-    return kl((new if train else new.detach()) - reference, path.transitions[i])
+    d = (new if train else new.detach()) - reference
+    return output_distance(d) if isinstance(path, Renoised) else kl(d, path.transitions[i])
 
 
 def take_gradients(parameters: list[nn.Parameter], total: list[Tensor], processes: Processes) -> float:

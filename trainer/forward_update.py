@@ -1,0 +1,54 @@
+"""The update of the forward-process objectives: final latents are noised again instead of replaying the trajectory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from comfyui_pcpo.forward_process import image_scale, matching_log_ratio, nft, noised, scales, target
+from comfyui_pcpo.rollout import GroupNoise, Trajectory
+from comfyui_pcpo.schedule import Grid
+from comfyui_pcpo.surrogate import ppo
+
+from .config import Config
+from .plan import Plan
+
+
+@dataclass
+class Renoised:
+    """Final latents noised to the level of each step; tensors float32. Steps that are not trained are left out as 0."""
+
+    latents: Tensor  # (T, B, C, H, W)
+    outs: Tensor  # (T, B, C, H, W) what the model that made the samples predicts there
+    errors: Tensor  # (T, B, C, H, W) that, minus what a perfect model would say
+    scales: list[float]  # (T,) k of x0_predicted - x0 = -k error
+    timesteps: list[float]
+
+
+@torch.no_grad()
+def renoise(
+    path: Trajectory, grid: Grid, plan: Plan, noise: GroupNoise, predict: Callable[[Tensor, float, Tensor], Tensor]
+) -> Renoised:
+    """Noise a rollout's final latents afresh at every trained step and predict them with the model as it is now."""
+    x0, times = path.final, grid.timesteps.tolist()
+    latents, outs, errors = (torch.zeros(grid.steps, *x0.shape) for _ in range(3))
+    levels = scales(grid)
+    for i in plan.trained:
+        eps = noise.next()
+        latents[i] = noised(x0, eps, levels[i])
+        for rows in (rows for part in plan.minibatches for rows in part):
+            outs[i, rows] = predict(latents[i, rows], times[i], rows).float().cpu()
+        errors[i] = outs[i] - target(x0, eps, grid.kind)
+    return Renoised(latents, outs, errors, [image_scale(level, grid.kind) for level in levels], times)
+
+
+def forward_terms(
+    path: Renoised, i: int, rows: Tensor, d: Tensor, advantage: Tensor, config: Config
+) -> tuple[Tensor, Tensor]:
+    """(log-ratio, loss) of renoised samples under awm or nft, each (len(rows),); nft only watches the log-ratio."""
+    o, error = config.objective, path.errors[i, rows].to(d.device)
+    log_ratio = matching_log_ratio(d, error)
+    if o.name == "awm":
+        return log_ratio, ppo(log_ratio, advantage, o.clip_range)
+    return log_ratio, nft(d, error, advantage, path.scales[i], config.advantage.clip, o.nft_beta)
