@@ -4,14 +4,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import comfy.model_management as mm
 import comfy.samplers
+from comfy.model_patcher import MemoryCounter
 from torch import Tensor
 
 from comfyui_pcpo.guidance import irg
 
 from ..trainer.config import ConfigError
-from .lowrank import LowRank, attached
-from .patches import extra_layers
+from .patches import PatchedWeight, extra_patches, patched_weights, switched_on
 from .types import Aligned
 
 KEY = "pcpo_irg"
@@ -20,35 +21,38 @@ KEY = "pcpo_irg"
 class IRGGuider(comfy.samplers.CFGGuider):
     """CFG on a base steered by aligned models.
 
-    LoRAs on the base share its weights, so they are read as factors and switched on by hooks; models with weights of
+    LoRAs on the base share its weights, so their patched weights take turns in the one model; models with weights of
     their own are loaded beside the base.
     """
 
     def __init__(self, model: Any, aligned: Sequence[Aligned]):
         super().__init__(model.clone())
         self.aligned = list(aligned)
-        self.layers: list[list[LowRank]] = [
-            extra_layers(model, a.model, n) if a.model.is_clone(model) else [] for n, a in enumerate(self.aligned, 1)
-        ]
+        self.patches = {
+            k: extra_patches(model, a.model, k + 1) for k, a in enumerate(self.aligned) if a.model.is_clone(model)
+        }
         self.others = [a.model for a in self.aligned if not a.model.is_clone(model)]
         _check_others(self.others)
         self.model_patcher.set_additional_models(KEY, self.others)
-        self.current: int | None = None
+        self.patched: dict[int, list[PatchedWeight]] = {}
 
-    def sample(self, *args: Any, **kwargs: Any) -> Tensor:
-        place = {id(layer): k for k, layers in enumerate(self.layers) for layer in layers}
-        every = [layer for layers in self.layers for layer in layers]
-        with attached(every, lambda layer: place[id(layer)] == self.current):
-            return super().sample(*args, **kwargs)
-
-    def inner_sample(self, *args: Any, **kwargs: Any) -> Tensor:
+    def inner_sample(self, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        room = self.room(noise)
+        self.patched = {k: patched_weights(self.inner_model, p, k + 1, room) for k, p in self.patches.items()}
         for model in self.others:
             model.pre_run()
         try:
-            return super().inner_sample(*args, **kwargs)
+            return super().inner_sample(noise, *args, **kwargs)
         finally:
+            self.patched = {}
             for model in self.others:
                 model.cleanup()
+
+    def room(self, noise: Tensor) -> MemoryCounter:
+        """Free memory for patched weights: all but what the host keeps free and what this batch takes."""
+        batch = [2 * len(noise), *noise.shape[1:]]
+        reserved = 2 * mm.minimum_inference_memory() + self.model_patcher.memory_required(batch)
+        return MemoryCounter(mm.get_free_memory(self.model_patcher.load_device), minimum=reserved)
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: Any = None, seed: int | None = None) -> Tensor:
         options = model_options or {}
@@ -56,10 +60,13 @@ class IRGGuider(comfy.samplers.CFGGuider):
         if math.isclose(self.cfg, 1.0) and not options.get("disable_cfg1_optimization", False):
             negative = None
         conds = [positive, negative]
-        base = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
-        weights = self.weights(timestep, options)
-        outs = [self._ask(k, conds, x, timestep, options) if w else base for k, w in enumerate(weights)]
-        out = [irg(own, [o[part] for o in outs], weights) for part, own in enumerate(base)]
+        active = {k: w for k, w in enumerate(self.weights(timestep, options)) if w}
+        outs = [self._ask(k, conds, x, timestep, options) for k in active]
+        if list(active.values()) == [1]:  # that model alone; the base would add nothing
+            out = outs[0]
+        else:
+            base = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+            out = [irg(own, [o[part] for o in outs], list(active.values())) for part, own in enumerate(base)]
         for function in options.get("sampler_pre_cfg_function", []):
             out = function({
                 "conds": conds, "conds_out": out, "cond_scale": self.cfg, "timestep": timestep, "input": x,
@@ -77,13 +84,10 @@ class IRGGuider(comfy.samplers.CFGGuider):
 
     def _ask(self, k: int, conds: list[Any], x: Tensor, timestep: Tensor, options: Any) -> list[Tensor]:
         """Prediction of aligned model k, conditional and unconditional."""
-        if not self.layers[k]:
+        if k not in self.patched:
             return comfy.samplers.calc_cond_batch(self.aligned[k].model.model, conds, x, timestep, options)
-        self.current = k
-        try:
+        with switched_on(self.patched[k]):
             return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
-        finally:
-            self.current = None
 
 
 def _check_others(others: Sequence[Any]) -> None:

@@ -118,8 +118,10 @@ class PCPOKSampler(io.ComfyNode):
         cls, model, seed, steps, cfg, scheduler, positive, negative, latent_image, denoise, method, noise_level,
         sigma="native", target_weight=0.0,
     ) -> io.NodeOutput:  # fmt: skip
-        whole = scheduler == TRAINING and denoise >= 1
-        choice = StepChoice(method, noise_level, sigma, target_weight, trainer_ends=whole)
+        own = scheduler == TRAINING
+        choice = StepChoice(
+            method, noise_level, sigma, target_weight, trainer_start=own and denoise >= 1, trainer_end=own
+        )
         sigmas, recorder = noise_levels(model, scheduler, steps, denoise), Recorder()
         if len(sigmas) < 2:
             return io.NodeOutput(latent_image, None)

@@ -30,7 +30,8 @@ class StepChoice:
     sigma: str = "native"
     target: float = 0.0
     s_noise: float = 1.0
-    trainer_ends: bool = False  # start and end as the trainer does, at the first and last alpha_bar of its own grid
+    trainer_start: bool = False  # the first latent is noise alone, as the trainer's, not noise of the first level
+    trainer_end: bool = False  # the last level is the picture, whatever noise its alpha_bar has
 
     def resolve(self, kind: str) -> tuple[str, float]:
         method = self.method
@@ -70,7 +71,7 @@ class StochasticSampler(comfy.samplers.KSAMPLER):
         self.choice = choice
 
     def max_denoise(self, model_wrap: Any, sigmas: Tensor) -> bool:
-        return self.choice.trainer_ends or super().max_denoise(model_wrap, sigmas)
+        return self.choice.trainer_start or super().max_denoise(model_wrap, sigmas)
 
 
 @torch.no_grad()
@@ -118,6 +119,6 @@ def record(recorder: Recorder, x: Tensor, noise: Tensor, out: Tensor, step: Tran
 
 def finish(model: Any, x: Tensor, space: Space, sigma: float, extra_args: dict[str, Any], choice: StepChoice) -> Tensor:
     """The host's latent at the end; on the trainer's grid the last level is the picture. Kept parts are whole."""
-    done = choice.trainer_ends or sigma == 0
+    done = choice.trainer_end or sigma == 0
     x, mask = x if done else x * space.scale(sigma), extra_args.get("denoise_mask")
     return x * mask + model.latent_image * (1 - mask) if done and mask is not None else x

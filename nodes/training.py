@@ -205,7 +205,7 @@ def paint(model, vae, prompts, latent: dict, plan: tuple[int, int, float]) -> to
     """One deterministic picture per prompt, (P, H, W, 3); its noise depends on the seed and the place in the list."""
     seed, steps, cfg = plan
     one = {**latent, "samples": latent["samples"][:1]}
-    sampler = StochasticSampler(StepChoice(noise_level=0.0, trainer_ends=True))
+    sampler = StochasticSampler(StepChoice(noise_level=0.0, trainer_start=True, trainer_end=True))
     levels, pictures = noise_levels(model, TRAINING, steps), []
     for place, positive in enumerate(prompts.positive):
         guider = comfy.samplers.CFGGuider(model)

@@ -1,6 +1,7 @@
 """A ComfyUI host for tests: its modules in this process, with this pack loaded as ComfyUI loads it."""
 
 import asyncio
+import functools
 import os
 import sys
 import tempfile
@@ -19,6 +20,7 @@ def skip_without_host() -> None:
         pytest.skip(REASON, allow_module_level=True)
 
 
+@functools.cache
 def load_pack() -> dict:
     """Node classes by id, from this working tree, through the host's own loader."""
     argv, sys.argv = sys.argv, sys.argv[:1]
@@ -51,6 +53,14 @@ def pack_module(name: str):
     import importlib
 
     return importlib.import_module(str(PACK).replace(".", "_x_") + "." + name)
+
+
+def execute(node: str, *args, **kwargs):
+    """What the host does with a node: values in, outputs back, under inference mode."""
+    import torch
+
+    with torch.inference_mode():
+        return load_pack()[node].execute(*args, **kwargs).result
 
 
 def own_nodes() -> list:
