@@ -32,3 +32,15 @@ def diversity(features: Tensor, group_size: int) -> float:
     cosine = unit @ unit.transpose(1, 2)
     pairs = group_size * (group_size - 1)
     return float(((1 - cosine).sum((1, 2)) / pairs).mean())
+
+
+def inception_score(logits: Tensor) -> float:
+    """How sure and how varied a classifier finds pictures, (N, classes) -> float from 1 to classes, in float64.
+
+    Salimans et al. (arXiv 1606.03498):  exp(mean_n KL(p(y | x_n) || p(y))), over all pictures in one split
+    """
+    if logits.ndim != 2 or len(logits) < 2:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}, but need 2 or more rows (N, classes).")
+    each = logits.double().log_softmax(1)
+    overall = each.exp().mean(0).log()
+    return float((each.exp() * (each - overall)).sum(1).mean().exp())

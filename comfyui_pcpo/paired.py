@@ -1,0 +1,62 @@
+"""Before and after over seeds: mean, standard error, and whether the difference could be chance."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean of the finite values and its standard error, NaN where fewer than 2 are finite."""
+
+    mean: float
+    error: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Paired:
+    """after - before, and the two-sided p-value of the paired t-test; p is NaN where it cannot be told."""
+
+    difference: Estimate
+    t: float
+    p: float
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error of the mean, std / sqrt(n)."""
+    finite = [v for v in values if math.isfinite(v)]
+    mean = fmean(finite) if finite else math.nan
+    error = stdev(finite) / math.sqrt(len(finite)) if len(finite) > 1 else math.nan
+    return Estimate(mean, error, len(finite))
+
+
+def paired(before: Sequence[float], after: Sequence[float]) -> Paired:
+    """Student's t-test on the differences of pairs, those with a NaN left out.
+
+    t = mean(d) / (std(d) / sqrt(n)),  n - 1 degrees of freedom
+    """
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} values before and {len(after)} after are no pairs. Give one for each seed.")
+    difference = estimate([b - a for a, b in zip(before, after, strict=True)])
+    if not difference.error > 0:  # one seed, or differences without spread
+        return Paired(difference, math.nan, math.nan)
+    t = difference.mean / difference.error
+    return Paired(difference, t, student(t, difference.count - 1))
+
+
+def student(t: float, freedom: int) -> float:
+    """Probability that Student's t is at least as far from 0, for whole degrees of freedom.
+
+    Abramowitz and Stegun 26.7.3 and 26.7.4, with theta = atan(t / sqrt(freedom))
+    """
+    theta = math.atan(abs(t) / math.sqrt(freedom))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = freedom % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for k in range(2 + odd, freedom + 1, 2):
+        total += term
+        term *= (k - 1) / k * cosine * cosine
+    inside = 2 / math.pi * (theta + sine * total) if odd else sine * total
+    return max(0.0, 1 - inside)
