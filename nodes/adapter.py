@@ -13,7 +13,7 @@ from torch import nn
 from comfyui_pcpo.rollout import derive_seed
 
 from ..trainer.config import ConfigError, LoraConfig
-from ..trainer.diffusers_policy import TARGETS
+from ..trainer.targets import is_target
 from .lowrank import LowRank
 
 
@@ -44,11 +44,10 @@ def places(model: Any, targets: str) -> list[Place]:
         known = comfy.lora.model_lora_keys_unet(model, {})
         names = {k.removeprefix("transformer."): v for k, v in known.items() if k.startswith("transformer.")}
     state = model.state_dict().keys()
-    wanted = tuple("." + suffix for suffix in TARGETS[targets])
     found = []
     for name, key in sorted(names.items()):
         key, part = (key, None) if isinstance(key, str) else (key[0], key[1] and (key[1][1], key[1][2]))
-        if name.endswith(wanted) and key in state:
+        if is_target(name, targets) and key in state:
             found.append(Place(name, model.get_submodule(key.removesuffix(".weight")), part))
     if not found:
         raise ConfigError(

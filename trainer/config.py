@@ -81,6 +81,12 @@ class RolloutConfig(Section):
     sde_window: int = Field(
         default=0, ge=0, description="Only so many random neighbouring steps are stochastic; 0 means all."
     )
+    guidance: float = Field(
+        default=3.5, ge=0, le=30, description="Guidance that a distilled model such as FLUX.1-dev takes as an input."
+    )
+    shift: float | None = Field(
+        default=None, gt=0, le=20, description="Shift of a flow model's noise levels; its own scheduler's if left out."
+    )
     images_at_once: int = Field(default=16, ge=1, description="Images per model call; lower it when memory runs out.")
     height: int | None = Field(default=None, ge=8, description="Picture height in pixels; the model's own if left out.")
     width: int | None = Field(default=None, ge=8, description="Picture width in pixels; the model's own if left out.")

@@ -1,30 +1,22 @@
-"""Policy on a diffusers pipeline: which family it is decides how prompts are encoded and the denoiser is called."""
+"""Policy on a diffusers pipeline: a LoRA on its denoiser, guidance, the reference; families/ has what differs."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from comfyui_pcpo.lora import Family
 from comfyui_pcpo.rollout import derive_seed
-from comfyui_pcpo.schedule import Grid, ddim_grid, flow_grid_from_sigmas
+from comfyui_pcpo.schedule import Grid, Kind
 
 from .config import Config, ConfigError
+from .families import Inputs, denoiser_of, wire
 from .policy import LoraPairs
+from .targets import is_target
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-CONVOLUTIONS = ("conv1", "conv2")
-TARGETS = {"attention": ATTENTION, "linear": (*ATTENTION, *FEED_FORWARD)}
-TARGETS["all"] = (*TARGETS["linear"], *CONVOLUTIONS)
-FAMILIES: dict[str, Family] = {
-    "UNet2DConditionModel": "unet",
-    "SD3Transformer2DModel": "sd3",
-    "FluxTransformer2DModel": "flux",
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,8 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Encoded:
     """Tensors of the denoiser's text inputs, one row per prompt, for the prompt and for the negative prompt."""
 
-    positive: dict[str, Tensor]
-    negative: dict[str, Tensor] | None
+    positive: Inputs
+    negative: Inputs | None
 
     def rows(self, index: Sequence[int]) -> "Encoded":
         pick = list(index)
@@ -46,15 +38,13 @@ class DiffusersPolicy:
 
     def __init__(self, pipeline: Any, config: Config):
         self.pipeline, self.config = pipeline, config
-        self.denoiser: Any = denoiser_of(pipeline)
-        name = type(self.denoiser).__name__
-        if name not in FAMILIES:
-            raise ConfigError(f"{name} is not a denoiser this trainer knows. Known are {', '.join(FAMILIES)}.")
-        self.family: Family = FAMILIES[name]
-        self.kind: Literal["ddim", "flow"] = "ddim" if self.family == "unet" else "flow"
+        self.wiring = wire(pipeline, config.rollout)
+        self.denoiser: Any = self.wiring.denoiser
+        self.family: Family = self.wiring.layout
+        self.kind: Kind = self.wiring.kind
+        self.latent_shape: tuple[int, int, int] = self.wiring.latent_shape
         self.device = pick_device(config.model.device)
         self.dtype = DTYPES[config.model.precision]
-        self.latent_shape = self._latent_shape()
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval().to(self.device)
@@ -62,24 +52,11 @@ class DiffusersPolicy:
         if config.model.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
 
-    def _latent_shape(self) -> tuple[int, int, int]:
-        r, scale = self.config.rollout, self.pipeline.vae_scale_factor
-        sample = self.denoiser.config.sample_size
-        size = []
-        for name, pixels in (("height", r.height), ("width", r.width)):
-            pixels = pixels or sample * scale
-            multiple = scale * (1 if self.family == "unet" else 2)
-            if pixels % multiple:
-                raise ConfigError(f"rollout.{name} {pixels} is not a multiple of {multiple}. Use one, such as "
-                                  f"{max(multiple, pixels // multiple * multiple)}.")  # fmt: skip
-            size.append(pixels // scale)
-        return self.denoiser.config.in_channels, size[0], size[1]
-
     def _add_lora(self) -> None:
         from peft import LoraConfig
 
-        lora, wanted = self.config.lora, TARGETS[self.config.lora.targets]
-        modules = [n for n, _ in self.denoiser.named_modules() if n.endswith(tuple("." + w for w in wanted))]
+        lora = self.config.lora
+        modules = [n for n, _ in self.denoiser.named_modules() if is_target(n, lora.targets)]
         alpha: Any = lora.effective_alpha  # peft declares int and takes any number
         adapter = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=modules)
         with torch.random.fork_rng(devices=[]):
@@ -89,61 +66,38 @@ class DiffusersPolicy:
             p.data = p.data.float()
 
     def grid(self, steps: int) -> Grid:
-        scheduler = self.pipeline.scheduler
-        if self.kind == "ddim":
-            c = scheduler.config
-            try:
-                return ddim_grid(steps, scheduler.alphas_cumprod, c.num_train_timesteps, steps_offset=c.steps_offset,
-                                 set_alpha_to_one=c.set_alpha_to_one)  # fmt: skip
-            except ValueError as error:
-                raise ConfigError(f"denoising steps: {error}") from None
-        scheduler.set_timesteps(steps)
-        return flow_grid_from_sigmas(scheduler.sigmas)
+        return self.wiring.grid(steps)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Encoded:
-        guided = self.config.rollout.cfg != 1
-        negative = [self.config.prompts.negative]
-        pipe = self.pipeline
-        if self.family == "unet":
-            hidden, no = pipe.encode_prompt(list(prompts), self.device, 1, guided, negative * len(prompts))
-            return Encoded({"encoder_hidden_states": hidden}, {"encoder_hidden_states": no} if guided else None)
-        if self.family == "sd3":
-            length = 0 if pipe.text_encoder_3 is None else 256
-            hidden, no, pooled, no_pooled = pipe.encode_prompt(
-                list(prompts), None, None, device=self.device, do_classifier_free_guidance=guided,
-                negative_prompt=negative * len(prompts), max_sequence_length=length,
-            )  # fmt: skip
-            names = ("encoder_hidden_states", "pooled_projections")
-            positive: dict[str, Tensor] = dict(zip(names, (hidden, pooled), strict=True))
-            return Encoded(positive, dict(zip(names, (no, no_pooled), strict=True)) if guided else None)
-        raise ConfigError(f"{self.family} models cannot be trained yet. Use an SD1.5- or SD3-type model.")
+        positive = self.wiring.embed(prompts, self.device)
+        if self.config.rollout.cfg == 1:
+            return Encoded(positive, None)
+        negative = self.wiring.embed([self.config.prompts.negative], self.device)
+        return Encoded(positive, {k: v.expand(len(prompts), *v.shape[1:]) for k, v in negative.items()})
 
     def predict(self, x: Tensor, timestep: float, condition: Encoded) -> Tensor:
-        cfg = self.config.rollout.cfg
-        if condition.negative is None:
-            return self._call(x, timestep, condition.positive)
-        if self.config.rollout.detach_unconditional:
-            cond = self._call(x, timestep, condition.positive)
-            with torch.no_grad():
-                uncond = self._call(x, timestep, condition.negative)
+        positive, negative = condition.positive, condition.negative
+        if negative is None:
+            return self._call(x, timestep, positive)
+        detach = self.config.rollout.detach_unconditional
+        if detach or any(v.shape != positive[k].shape for k, v in negative.items()):
+            cond = self._call(x, timestep, positive)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+                uncond = self._call(x, timestep, negative)
         else:
-            both = {k: torch.cat([v, condition.positive[k]]) for k, v in condition.negative.items()}
+            both = {k: torch.cat([v, positive[k]]) for k, v in negative.items()}
             uncond, cond = self._call(torch.cat([x, x]), timestep, both).chunk(2)
-        return uncond + cfg * (cond - uncond)
+        return self.wiring.guide(uncond, cond, self.config.rollout.cfg)
 
-    def _call(self, x: Tensor, timestep: float, text: dict[str, Tensor]) -> Tensor:
+    def _call(self, x: Tensor, timestep: float, text: Inputs) -> Tensor:
         t = torch.full((len(x),), timestep, device=x.device)
-        key = "sample" if self.family == "unet" else "hidden_states"
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.denoiser(**{key: x, "timestep": t}, **text).sample.float()
+            return self.wiring.call(x, t, text)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        z = latents.to(self.device) / vae.config.scaling_factor
-        z = z + (getattr(vae.config, "shift_factor", None) or 0.0)
-        images = vae.decode(z).sample
+        images = self.wiring.decode(latents.to(self.device))
         return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
 
     def trainable(self) -> list[nn.Parameter]:
@@ -197,11 +151,6 @@ def module_names(denoiser: nn.Module) -> list[str]:
     return [n.removesuffix(".base_layer") for n in modules if ".lora_" not in n]
 
 
-def denoiser_of(pipeline: Any) -> Any:
-    """The UNet or the transformer of a pipeline."""
-    return getattr(pipeline, "unet", None) or pipeline.transformer
-
-
 def pick_device(name: str, key: str = "model.device") -> torch.device:
     """`auto` is the first GPU if there is one. Raises ConfigError for a device that is not there."""
     if name == "auto":
@@ -212,3 +161,6 @@ def pick_device(name: str, key: str = "model.device") -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise ConfigError(f"{key} {name} is not a device. Use auto, cpu or cuda.") from None
+
+
+__all__ = ["DiffusersPolicy", "Encoded", "denoiser_of", "module_names", "pick_device"]

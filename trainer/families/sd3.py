@@ -1,0 +1,23 @@
+"""SD3 and SD3.5: a transformer on velocity, two CLIP text encoders and, if it is there, T5."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import Inputs, Wiring
+
+T5_LENGTH = 256
+
+
+class Sd3(Wiring):
+    def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:
+        """Without T5 its tokens are left out, as ComfyUI does; diffusers would pad with 256 rows of zeros."""
+        length = 0 if self.pipeline.text_encoder_3 is None else T5_LENGTH
+        hidden, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=length
+        )
+        return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+    def call(self, x: Tensor, t: Tensor, text: Inputs) -> Tensor:
+        return self.denoiser(x, timestep=t, **text).sample.float()
