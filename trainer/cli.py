@@ -18,6 +18,7 @@ from comfyui_pcpo import plot
 from comfyui_pcpo.reward.base import RewardError
 
 from .align import RunError, Update
+from .benchmark import benchmark
 from .config import Config, ConfigError, Section, load, parse_overrides
 from .run import RunFolder, finite
 
@@ -378,4 +379,5 @@ def _plus(config: Config) -> str:
     return " + ".join(f"{w:g} x {name}" for name, w in config.reward.weights.items())
 
 
+app.command(benchmark)
 torch.set_float32_matmul_precision("high")

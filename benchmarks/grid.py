@@ -1,0 +1,142 @@
+"""The grid: its cells, their configurations, and which settings the tuning seeds chose."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from comfyui_pcpo.credit import smallest_target
+from trainer.config import Config, build, merge
+from trainer.train import make_policy
+
+from .contenders import CONTENDERS, PROMPTS, RECIPES, Contender, Form
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the contenders compete in."""
+
+    recipe: str
+    reward: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}/{self.reward}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    task: Task
+    contender: str
+    learning_rate: float
+    clip_range: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.contender}/lr{self.learning_rate:g}-clip{self.clip_range:g}-seed{self.seed}"
+
+    def folder(self, out: Path) -> Path:
+        return out / "cells" / self.task.recipe / self.task.reward / self.name
+
+
+Setting = tuple[float, float]  # learning rate, clip range
+
+
+def tasks(form: Form) -> list[Task]:
+    return [Task(*pair) for pair in form.tasks]
+
+
+def competing(form: Form, task: Task) -> list[str]:
+    """The contenders that exist for the task's kind of model."""
+    kind = RECIPES[task.recipe].kind
+    return [name for name in form.contenders if CONTENDERS[name].kind in ("", kind)]
+
+
+def settings(form: Form, contender: str) -> list[Setting]:
+    """Learning rates and clip ranges to choose from, the same for all; without clipping the range says nothing."""
+    clips = form.clip_ranges if CONTENDERS[contender].clips else form.clip_ranges[:1]
+    return [(rate, clip) for rate in form.learning_rates for clip in clips]
+
+
+def tuning_cells(form: Form, task: Task) -> list[Cell]:
+    return [
+        Cell(task, contender, *setting, seed)
+        for contender in competing(form, task)
+        for setting in settings(form, contender)
+        for seed in form.tuning_seeds
+    ]
+
+
+def reported_cells(form: Form, task: Task, chosen: dict[str, Setting]) -> list[Cell]:
+    """Seed after seed, so that a grid that was stopped has whole blocks of contenders."""
+    return [Cell(task, name, *setting, seed) for seed in form.seeds for name, setting in chosen.items()]
+
+
+def read_result(cell: Cell, out: Path) -> dict[str, Any] | None:
+    """What a finished cell found, None while it is not finished."""
+    file = cell.folder(out) / "result.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def choose(form: Form, task: Task, out: Path) -> dict[str, Setting] | None:
+    """Each contender's setting with the highest mean gain over the tuning seeds; None while cells are missing."""
+    chosen = {}
+    for contender in competing(form, task):
+        options = settings(form, contender)
+        means: dict[Setting, float] = {}
+        for setting in options if form.tuning_seeds else ():
+            found = [read_result(Cell(task, contender, *setting, seed), out) for seed in form.tuning_seeds]
+            if None in found:
+                return None
+            means[setting] = sum(r["gains"][-1] for r in found if r) / len(found)
+        chosen[contender] = max(options, key=lambda s: means.get(s, 0.0))
+    return chosen
+
+
+@cache
+def least_target(model: str, steps: int) -> float:
+    """The smallest w* that every step of the model's ddim grid can carry."""
+    config = build({"model": {"name": model, "device": "cpu"}}, model)
+    return smallest_target(make_policy(config).grid(steps))
+
+
+def sampler(form: Form, recipe: str, contender: Contender) -> dict[str, Any]:
+    """The rollout section: the recipe's, with what the contender changes laid on it."""
+    given = RECIPES[recipe]
+    size = {"prompts_per_update": form.prompts_per_update, "group_size": form.group_size, "steps": form.steps}
+    tree = {**size, **given.rollout, **contender.rollout, "images_at_once": 16}
+    if contender.aim:
+        least = least_target(given.model, form.steps)
+        tree["target_weight"] = round(contender.aim * least * (1 + 1e-6) + 5e-5, 4)
+    return tree
+
+
+def cell_config(cell: Cell, form: Form, out: Path) -> Config:
+    """The run that a cell is: the recipe with the contender's objective and the setting."""
+    recipe, contender = RECIPES[cell.task.recipe], CONTENDERS[cell.contender]
+    folder = cell.folder(out)
+    tree = {
+        "model": {"name": recipe.model},
+        "prompts": {"lines": list(PROMPTS)},
+        "rollout": sampler(form, cell.task.recipe, contender),
+        "reward": {"weights": {cell.task.reward: 1.0}},
+        "advantage": recipe.advantage,
+        "objective": {**contender.objective, "clip_range": cell.clip_range},
+        "lora": {"rank": 8, "targets": "all" if recipe.kind == "ddim" else "linear"},
+        "optimizer": {"learning_rate": cell.learning_rate, "minibatches": 2},
+        "run": {"name": folder.name, "folder": str(folder.parent), "updates": form.updates, "seed": cell.seed},
+    }
+    return build(merge(tree, {"run": {"preview_every": 0, "save_every": form.every}}), cell.name)
+
+
+def finished(cells: Sequence[Cell], out: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """The finished ones of `cells` with their results."""
+    for cell in cells:
+        result = read_result(cell, out)
+        if result is not None:
+            yield cell, result

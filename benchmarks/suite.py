@@ -1,0 +1,17 @@
+"""All parts of the benchmark, in order."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .contenders import FORMS
+from .work import progress, work
+
+
+def run(form_name: str, out: Path, part: str, docs: Path | None, say: Callable[[str], None]) -> None:
+    """Do the wanted part (or all) of a form; what is finished already is not done again."""
+    form, out = FORMS[form_name], out / form_name
+    out.mkdir(parents=True, exist_ok=True)
+    if part in ("all", "convergence"):
+        done, total = progress(form, out)
+        say(f"{done} of {total} cells are finished in {out}")
+        work(form, out, say)
