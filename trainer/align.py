@@ -88,11 +88,11 @@ class Clock:
         yield
         self.seconds[name] = time.perf_counter() - start
 
-
-def make_learner(policy: Policy, config: Config) -> Learner:
     def rounded(self) -> dict[str, float]:
         return {name: round(seconds, 4) for name, seconds in self.seconds.items()}
 
+
+def make_learner(policy: Policy, config: Config) -> Learner:
     o = config.optimizer
     optimizer = torch.optim.AdamW(
         policy.trainable(), lr=o.learning_rate, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay

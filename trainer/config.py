@@ -102,12 +102,6 @@ class RewardConfig(Section):
     max_failed: float = Field(
         default=0.5, ge=0, le=1, description="Stop when a larger share of one update's scores failed."
     )
-
-    @field_validator("weights")
-    @classmethod
-    def some(cls, value: dict[str, float]) -> dict[str, float]:
-        if not value:
-            raise ValueError("names 0 rewards, but training needs at least 1. Try {alignment = 1.0}")
     folder: Path | None = Field(
         default=None, description="Folder with the rewards' weight files; models/rewards if left out."
     )
@@ -121,6 +115,12 @@ class RewardConfig(Section):
     offload: bool = Field(
         default=True, description="Rewards leave the GPU between rollouts; false saves the time that moving them takes."
     )
+
+    @field_validator("weights")
+    @classmethod
+    def some(cls, value: dict[str, float]) -> dict[str, float]:
+        if not value:
+            raise ValueError("names 0 rewards, but training needs at least 1. Try {alignment = 1.0}")
         return value
 
 
