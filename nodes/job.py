@@ -14,7 +14,7 @@ from comfyui_pcpo import plot
 from comfyui_pcpo.lora import parse_state
 
 from ..trainer.align import Update, make_learner
-from ..trainer.config import Config, ConfigError, build, dump
+from ..trainer.config import Config, ConfigError, build
 from ..trainer.run import RunFolder
 from ..trainer.train import run_updates
 from .comfy_policy import ComfyPolicy, with_policy
@@ -98,15 +98,13 @@ def tick() -> None:
 
 def begin(folder: RunFolder, learner: Any, config: Config, resume: bool) -> None:
     """An empty folder, or the newest checkpoint of one."""
-    if resume and folder.numbers():
+    if not (resume and folder.config_file.is_file()):
+        return folder.start(config)
+    if folder.numbers():
         folder.load(learner)
-        folder.keep_records(learner.done)
-        folder.config_file.write_text(dump(config), encoding="utf-8")
-    elif resume and folder.config_file.is_file():
-        folder.keep_records(0)
-        folder.config_file.write_text(dump(config), encoding="utf-8")
-    else:
-        folder.start(config)
+    folder.keep_records(learner.done)
+    folder.keep_checkpoints(learner.done)
+    return folder.rewrite_config(config)
 
 
 def out_of_memory(config: Config, error: Exception) -> ConfigError:

@@ -59,8 +59,11 @@ def execute(node: str, *args, **kwargs):
     """What the host does with a node: values in, outputs back, under inference mode."""
     import torch
 
+    found = load_pack()[node]
     with torch.inference_mode():
-        return load_pack()[node].execute(*args, **kwargs).result
+        if hasattr(found, "FUNCTION") and not hasattr(found, "define_schema"):  # an older stock node
+            return getattr(found(), found.FUNCTION)(*args, **kwargs)
+        return found.execute(*args, **kwargs).result
 
 
 def own_nodes() -> list:

@@ -1,16 +1,21 @@
 """Models for the nodes' tests: the embedded ones through their node, and how to sample from them."""
 
+import copy
+
 import comfy_host
 import torch
 
 comfy_host.load_pack()
+import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
+from comfy.patcher_extension import CallbacksMP  # noqa: E402
 
 from comfyui_pcpo.lora import export_state, family_of  # noqa: E402
 from comfyui_pcpo.tiny import pipelines  # noqa: E402
 
 steps = comfy_host.pack_module("nodes.steps")
+LINES = ("a red fox", "a blue rocket")
 
 
 class Tiny:
@@ -21,6 +26,14 @@ class Tiny:
         self.model, self.clip, self.vae = comfy_host.execute("PCPOLoadTinyModel", name)
         self.positive, self.negative = self.encode("a red fox"), self.encode("")
         self.pipeline = pipelines.load_tiny(name, pipelines.MODELS)
+        self.prompts = comfy_host.execute("PCPOPrompts", self.clip, "\n".join(LINES), "")[0]
+        self.reward = comfy_host.execute("PCPOLoadReward", "colorfulness")[0]
+
+    def on(self, model):
+        """The same with another MODEL in it."""
+        found = copy.copy(self)
+        found.model = model
+        return found
 
     def encode(self, text):
         with torch.inference_mode():
@@ -28,6 +41,14 @@ class Tiny:
 
     def latent(self, count=2):
         return {"samples": torch.zeros(count, 16, 8, 8)}
+
+    def train(self, name, updates=2, **widgets):
+        """Train LoRA (PCPO) -> (lora, loss_map, steps, run)."""
+        small = {"prompts_per_update": 2, "group_size": 4, "steps": 4, "rank": 4, "learning_rate": 3e-3}
+        return comfy_host.execute(
+            "PCPOTrainLoRA", model=self.model, vae=self.vae, prompts=self.prompts, reward=self.reward,
+            latent_image=self.latent(1), name=name, updates=updates, **{**small, **widgets},
+        )  # fmt: skip
 
     def sigmas(self, scheduler="normal", count=8):
         return comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), scheduler, count)
@@ -86,3 +107,15 @@ def random_lora(tiny, seed, size=0.05):
 def lora_on(tiny, seed, model=None, strength=1.0):
     """A MODEL behind the host's own LoRA loader."""
     return comfy_host.execute("LoraModelLoader", model or tiny.model, random_lora(tiny, seed), strength)[0]
+
+
+def partly_loaded(model):
+    """A MODEL whose host moves every layer off the device once it is loaded, and patches weights when they are used."""
+    found = model.clone()
+    found.add_callback(CallbacksMP.ON_LOAD, lambda own, *_: own.partially_unload(own.offload_device, 1e12))
+    return found
+
+
+def forget_loaded():
+    """Unload every model, so that the next load starts afresh."""
+    comfy.model_management.unload_all_models()

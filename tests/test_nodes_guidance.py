@@ -14,8 +14,7 @@ comfy_host.skip_without_host()
 import comfy_models  # noqa: E402
 import torch  # noqa: E402
 from comfy.model_patcher import MemoryCounter  # noqa: E402
-from comfy.patcher_extension import CallbacksMP  # noqa: E402
-from comfy_models import biggest, lora_on  # noqa: E402
+from comfy_models import biggest, forget_loaded, lora_on, partly_loaded  # noqa: E402
 
 from comfyui_pcpo.guidance import ImplicitReward  # noqa: E402
 from comfyui_pcpo.tiny import pipelines  # noqa: E402
@@ -58,19 +57,6 @@ def another_checkpoint(tiny, factor):
         for p in other.model.diffusion_model.parameters():
             p.mul_(factor)
     return other
-
-
-def partly_loaded(model):
-    """A MODEL whose host moves every layer off the device after loading it, and so patches weights when they are used."""
-    found = model.clone()
-    found.add_callback(CallbacksMP.ON_LOAD, lambda own, *_: own.partially_unload(own.offload_device, 1e12))
-    return found
-
-
-def forget_loaded():
-    import comfy.model_management as mm
-
-    mm.unload_all_models()
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
