@@ -6,18 +6,22 @@ the update is alpha / r B A.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from .lora_names import Family, Place, family_of, original_names
+
 Layout = Literal["comfyui", "diffusers", "kohya"]
-Family = Literal["unet", "sd3", "flux"]
 Pair = tuple[Tensor, Tensor]
 
-_DOTTED = ("transformer.", "unet.")
+_DOTTED = ("transformer.", "unet.", "diffusion_model.", "base_model.model.")
 _UNDERSCORED = ("lora_transformer_", "lora_unet_")
+_TEXT = ("lora_te", "text_encoder", "clip_", "t5xxl")
+_MLP_RATIO = 4  # of FLUX's single blocks, whose first layer holds q, k, v and the feed-forward part
 _SUFFIXES = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -27,26 +31,9 @@ _SUFFIXES = {
 }
 
 
-def family_of(modules: Iterable[str]) -> Family:
-    """unet, sd3 or flux, told from the diffusers names of modules; any transformer that is not FLUX is sd3."""
-    names = list(modules)
-    if any(name.startswith(("down_blocks.", "up_blocks.", "mid_block.")) for name in names):
-        return "unet"
-    return "flux" if any(name.startswith("single_transformer_blocks.") for name in names) else "sd3"
-
-
 def kohya_unet_name(module: str) -> str:
     """kohya's name of a UNet module: `a.b.0.to_q` -> `lora_unet_a_b_0_to_q`."""
     return "lora_unet_" + module.replace(".", "_")
-
-
-def kohya_transformer_name(module: str) -> str:
-    """The underscored name of an SD3 or FLUX module in diffusers' naming: `a.b` -> `lora_transformer_a_b`.
-
-    OneTrainer's names, which ComfyUI reads. kohya's own lora_unet_ names for these families are those of the original
-    checkpoints, with q, k and v fused, so a diffusers module has none.
-    """
-    return "lora_transformer_" + module.replace(".", "_")
 
 
 def export_state(
@@ -55,42 +42,114 @@ def export_state(
     """The file's tensors by key.
 
     unet, comfyui and kohya    lora_unet_<underscored>.lora_down.weight, .lora_up.weight, .alpha
-    sd3 and flux, kohya        lora_transformer_<underscored>, same suffixes
+    kohya of the others        the same with the original checkpoint's names, q, k and v as one module
     everything else            unet.<name> or transformer.<name> + .lora_A.weight, .lora_B.weight; alpha / rank is in B
     """
     if layout not in ("comfyui", "diffusers", "kohya"):
         raise ValueError(f"layout is {layout!r}, but it must be 'comfyui', 'diffusers' or 'kohya'.")
-    if family not in ("unet", "sd3", "flux"):
-        raise ValueError(f"family is {family!r}, but it must be 'unet', 'sd3' or 'flux'.")
+    if family not in get_args(Family):
+        raise ValueError(f"family is {family!r}, but it must be one of {', '.join(map(repr, get_args(Family)))}.")
     if not pairs:
         raise ValueError("there are 0 LoRA modules, but a file needs at least one. Check the target modules.")
     for module, pair in pairs.items():
         _check_pair(module, pair, rank)
-    underscored = layout == "kohya" or (layout == "comfyui" and family == "unet")
-    return _kohya(pairs, alpha, family) if underscored else _peft(pairs, alpha / rank, family)
+    if layout == "kohya" and family != "unet":
+        return _kohya(fused({name: (a, _fold(b, alpha / rank)) for name, (a, b) in pairs.items()}, family))
+    if family == "unet" and layout != "diffusers":
+        return _kohya({name: (a, b, alpha) for name, (a, b) in pairs.items()})
+    return _peft(pairs, alpha / rank, family)
 
 
 def parse_state(state: Mapping[str, Tensor], module_names: Iterable[str] | None = None) -> dict[str, Pair]:
     """Read any of the layouts back as {diffusers module: (A, B)}, alpha / rank in B.
 
-    Underscored keys do not say where the dots were: they need the model's `module_names`.
+    Underscored keys do not say where the dots were, nor originals what diffusers calls them: they need the model's
+    `module_names`. Keys of text encoders are left out with a warning.
     """
-    dotted = _underscore_index(module_names or ())
+    names = list(module_names or ())
+    dotted, original = _underscore_index(names), _original_index(names)
     parts: dict[str, dict[str, Tensor]] = {}
+    skipped = [key for key in state if key.startswith(_TEXT)]
     for key, tensor in state.items():
-        module, part = _split_key(key, dotted)
-        parts.setdefault(module, {})[part] = tensor
-    return {module: _join(module, found) for module, found in parts.items()}
+        if not key.startswith(_TEXT):
+            name, part = _split_key(key, dotted, original)
+            parts.setdefault(name, {})[part] = tensor
+    if skipped:
+        warnings.warn(
+            f"{len(skipped)} keys of text encoders, such as {skipped[0]}, are left out: only the denoiser has a LoRA.",
+            stacklevel=2,
+        )
+        if not parts:
+            raise ValueError("there are 0 LoRA weights of the denoiser. Use a file that was trained on one.")
+    pairs: dict[str, Pair] = {}
+    for name, found in parts.items():
+        pair = _join(name, found)
+        for module, part in original.get(name) or [(name, None)]:
+            pairs[module] = _part(name, pair, part)
+    return pairs
 
 
-def _kohya(pairs: Mapping[str, Pair], alpha: float, family: Family) -> dict[str, Tensor]:
-    name = kohya_unet_name if family == "unet" else kohya_transformer_name
+def fused(pairs: Mapping[str, Pair], family: Family) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """{original module: (A, B, alpha)}: parts of one original module become blocks of its A and B, alpha its rank."""
+    places = original_names(pairs, family)
+    lost = sorted(set(pairs) - set(places))
+    if lost:
+        raise ValueError(f"{lost[0]} has no name in kohya's layout for {family}. Use the 'diffusers' layout.")
+    groups: dict[str, dict[int | None, Pair]] = {}
+    for module, (name, part) in places.items():
+        groups.setdefault(name, {})[part] = pairs[module]
+    found = {}
+    for name, parts in groups.items():
+        a = torch.cat([pair[0].detach() for pair in parts.values()])
+        found[name] = (a, _blocks(name, parts), float(len(a)))
+    return found
+
+
+def _blocks(name: str, parts: Mapping[int | None, Pair]) -> Tensor:
+    """B of a module from those of its parts, block by block; a part that is not there has rows of zeros."""
+    if None in parts:
+        return parts[None][1].detach()
+    hidden, some = next(iter(parts.values()))[0].shape[1], next(iter(parts.values()))[1]
+    sizes = {0: hidden, 1: hidden, 2: hidden} | ({3: _MLP_RATIO * hidden} if name.endswith("linear1") else {})
+    columns = []
+    for part, (a, b) in parts.items():
+        rows = [b.detach() if k == part else some.new_zeros(size, len(a)) for k, size in sizes.items()]
+        columns.append(torch.cat(rows))
+    return torch.cat(columns, 1)
+
+
+def _part(name: str, pair: Pair, part: int | None) -> Pair:
+    """One part of a module with q, k and v in one; factors that do not reach it are dropped."""
+    a, b = pair
+    if part is None:
+        return pair
+    hidden = a.shape[1]
+    if len(b) < 3 * hidden:
+        raise ValueError(f"{name} has {len(b)} rows, but q, k and v of {hidden} each need {3 * hidden}. The file is "
+                         "of another model.")  # fmt: skip
+    b = b[part * hidden : (part + 1) * hidden] if part < 3 else b[3 * hidden :]
+    used = b.ne(0).any(0)
+    used[0] |= ~used.any()  # a part that was not trained is one factor of zeros
+    return a[used].contiguous(), b[:, used].contiguous()
+
+
+def _original_index(names: list[str]) -> dict[str, list[Place]]:
+    """{original name, dotted and underscored: [(diffusers module, part)]}."""
+    index: dict[str, list[Place]] = {}
+    for module, (name, part) in original_names(names, family_of(names)).items():
+        for spelling in {name, name.replace(".", "_")}:
+            index.setdefault(spelling, []).append((module, part))
+    return index
+
+
+def _kohya(pairs: Mapping[str, tuple[Tensor, Tensor, float]]) -> dict[str, Tensor]:
     _underscore_index(pairs)
     state = {}
-    for module, (a, b) in pairs.items():
-        state[f"{name(module)}.lora_down.weight"] = a.detach().contiguous()
-        state[f"{name(module)}.lora_up.weight"] = b.detach().contiguous()
-        state[f"{name(module)}.alpha"] = torch.tensor(float(alpha))
+    for module, (a, b, alpha) in pairs.items():
+        name = kohya_unet_name(module)
+        state[f"{name}.lora_down.weight"] = a.detach().contiguous()
+        state[f"{name}.lora_up.weight"] = b.detach().contiguous()
+        state[f"{name}.alpha"] = torch.tensor(float(alpha))
     return state
 
 
@@ -133,8 +192,8 @@ def _underscore_index(names: Iterable[str]) -> dict[str, str]:
     return index
 
 
-def _split_key(key: str, dotted: Mapping[str, str]) -> tuple[str, str]:
-    """(diffusers module, "A", "B" or "alpha") of a key."""
+def _split_key(key: str, dotted: Mapping[str, str], original: Mapping[str, list[Place]]) -> tuple[str, str]:
+    """(diffusers or original module, "A", "B" or "alpha") of a key."""
     suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)
     if suffix:
         name = key[: -len(suffix)]
@@ -142,8 +201,9 @@ def _split_key(key: str, dotted: Mapping[str, str]) -> tuple[str, str]:
             if name.startswith(prefix):
                 return name[len(prefix) :], _SUFFIXES[suffix]
         for prefix in _UNDERSCORED:
-            if name.startswith(prefix):
-                return _restore_dots(name[len(prefix) :], key, dotted), _SUFFIXES[suffix]
+            flat = name.removeprefix(prefix)
+            if flat != name:
+                return flat if flat in original else _restore_dots(flat, key, dotted), _SUFFIXES[suffix]
     raise ValueError(
         f"key {key} is not a LoRA weight of the denoiser. Keys start with {', '.join(_DOTTED + _UNDERSCORED)} "
         f"and end with {', '.join(_SUFFIXES)}. Re-export the file in one of these layouts."

@@ -71,7 +71,7 @@ def outputs(policy, x):
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers", "kohya"])
 def test_an_exported_lora_reloads_in_diffusers_as_the_trained_policy(trained, model, layout):
     if layout == "kohya" and model == "emoji-flow":
-        pytest.skip("diffusers reads kohya's names for SD3 only in the original layout")
+        pytest.skip("diffusers reads no kohya file of SD3")
     path = export_lora(trained.path, layout, "latest", None)
     assert path == trained.path / f"lora-{layout}.safetensors"
     policy = make_policy(trained.config())
@@ -110,6 +110,9 @@ def test_every_layout_reads_back_as_the_same_factors(trained, layout):
     pairs, expected = read_pairs(given.path, names_of(given.config.model.name)), trained.lora()
     assert pairs.keys() == expected.keys()
     for name, pair in expected.items():
+        if not pair[1].any():  # in a fused file, such a part of a module has no factors of its own
+            assert not pairs[name][1].any()
+            continue
         for ours, theirs in zip(pair, pairs[name], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 

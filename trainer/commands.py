@@ -16,7 +16,7 @@ from comfyui_pcpo.reward import load_reward
 from .config import ConfigError, dump
 from .diffusers_policy import denoiser_of, module_names
 from .models import load_pipeline
-from .run import RunFolder
+from .run import RunFolder, read_lora
 from .sampling import Guide, sample, sampling_policy
 from .source import open_source, parse_guide, read_pairs
 
@@ -84,7 +84,8 @@ def export_lora(run: Path, layout: str, checkpoint: str, out: Path | None) -> Pa
         raise ConfigError(f"--format {layout} is not one of {', '.join(FORMATS)}.")
     folder = RunFolder(run)
     config, pairs = folder.config(), folder.lora(checkpoint)
-    state = export_state(pairs, config.lora.rank, config.lora.rank, layout, family_of(pairs))
+    family: Any = read_lora(folder.lora_file)[1].get("pcpo.family") or family_of(pairs)
+    state = export_state(pairs, config.lora.rank, config.lora.rank, layout, family)
     path = out or run / f"lora-{layout}.safetensors"
     metadata = {"pcpo.config": dump(config), "format": "pt"}
     save_file({k: v.contiguous() for k, v in state.items()}, path, metadata)

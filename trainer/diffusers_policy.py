@@ -1,6 +1,6 @@
 """Policy on a diffusers pipeline: a LoRA on its denoiser, guidance, the reference; families/ has what differs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,9 +34,9 @@ class Encoded:
 
 
 class DiffusersPolicy:
-    """A pipeline's denoiser with a fresh LoRA; base, text encoders and VAE are frozen."""
+    """A pipeline's denoiser with a fresh LoRA on lora.targets and on `more`; all else is frozen."""
 
-    def __init__(self, pipeline: Any, config: Config):
+    def __init__(self, pipeline: Any, config: Config, more: Collection[str] = ()):
         self.pipeline, self.config = pipeline, config
         self.wiring = wire(pipeline, config.rollout)
         self.denoiser: Any = self.wiring.denoiser
@@ -48,15 +48,15 @@ class DiffusersPolicy:
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval().to(self.device)
-        self._add_lora()
+        self._add_lora(more)
         if config.model.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
 
-    def _add_lora(self) -> None:
+    def _add_lora(self, more: Collection[str]) -> None:
         from peft import LoraConfig
 
         lora = self.config.lora
-        modules = [n for n, _ in self.denoiser.named_modules() if is_target(n, lora.targets)]
+        modules = [n for n, _ in self.denoiser.named_modules() if is_target(n, lora.targets) or n in more]
         alpha: Any = lora.effective_alpha  # peft declares int and takes any number
         adapter = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=modules)
         with torch.random.fork_rng(devices=[]):

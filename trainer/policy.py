@@ -26,7 +26,7 @@ class Policy(Protocol):
     """A text-to-image model with a LoRA that can be switched off."""
 
     kind: Literal["ddim", "flow"]
-    family: Family  # names the LoRA layout: unet, sd3 or flux
+    family: Family  # names the LoRA layout: unet, sd3, flux or plain
     latent_shape: tuple[int, int, int]  # (C, H, W) of one picture
     device: torch.device
 

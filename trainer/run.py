@@ -152,9 +152,14 @@ class RunFolder:
 
     def write_lora(self, pairs: LoraPairs, learner: Learner, config: Config) -> None:
         """The LoRA under ComfyUI's names, with the configuration in its metadata."""
-        rank = config.lora.rank
-        state = export_state(folded(pairs, config.lora.scale), rank, rank, "comfyui", learner.policy.family)
-        metadata = {"pcpo.config": dump(config), "pcpo.updates": str(learner.done), "format": "pt"}
+        rank, family = config.lora.rank, learner.policy.family
+        state = export_state(folded(pairs, config.lora.scale), rank, rank, "comfyui", family)
+        metadata = {
+            "pcpo.config": dump(config),
+            "pcpo.updates": str(learner.done),
+            "pcpo.family": family,
+            "format": "pt",
+        }
         temporary = self.lora_file.with_suffix(".tmp")
         save_file({k: v.contiguous() for k, v in state.items()}, temporary, metadata)
         temporary.replace(self.lora_file)

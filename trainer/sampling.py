@@ -54,10 +54,10 @@ def padded(pairs: LoraPairs, like: LoraPairs) -> LoraPairs:
 def sampling_policy(config: Config, loras: Sequence[LoraPairs], pipeline: Any = None) -> DiffusersPolicy:
     """The configured model (or `pipeline`, loaded before) with room for any of `loras`; none is loaded yet."""
     ranks = [len(down) for pairs in loras for down, _ in pairs.values()]
-    wide = any(down.ndim == 4 for pairs in loras for down, _ in pairs.values())
-    targets = "all" if wide else "linear"
-    lora = config.lora.model_copy(update={"rank": max(ranks, default=1), "alpha": None, "targets": targets})
-    return DiffusersPolicy(pipeline or load_pipeline(config.model.name), config.model_copy(update={"lora": lora}))
+    lora = config.lora.model_copy(update={"rank": max(ranks, default=1), "alpha": None, "targets": "attention"})
+    trained = {name for pairs in loras for name in pairs}
+    pipeline = pipeline or load_pipeline(config.model.name)
+    return DiffusersPolicy(pipeline, config.model_copy(update={"lora": lora}), trained)
 
 
 def sample(

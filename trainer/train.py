@@ -13,8 +13,9 @@ from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, import_rewa
 
 from .align import Learner, RunError, Update, align, make_learner
 from .config import Config, ConfigError
-from .diffusers_policy import DiffusersPolicy, pick_device
+from .diffusers_policy import DiffusersPolicy, denoiser_of, module_names, pick_device
 from .models import load_pipeline
+from .policy import LoraPairs
 from .processes import Processes, join
 from .run import RunFolder, read_lora
 from .sampling import padded
@@ -55,18 +56,20 @@ def read_rewards(config: Config) -> dict[str, Reward]:
 
 def make_policy(config: Config) -> DiffusersPolicy:
     """The configured model with a fresh LoRA, or with that of `lora.start`."""
-    policy = DiffusersPolicy(load_pipeline(config.model.name), config)
-    if config.lora.start is not None:
-        start_from(policy, config, config.lora.start)
+    pipeline, start = load_pipeline(config.model.name), config.lora.start
+    if start is None:
+        return DiffusersPolicy(pipeline, config)
+    try:
+        pairs = parse_state(read_lora(start)[0], module_names(denoiser_of(pipeline)))
+    except ValueError as error:
+        raise ConfigError(f"lora.start {start}: {error}") from None
+    policy = DiffusersPolicy(pipeline, config, pairs)
+    start_from(policy, config, pairs)
     return policy
 
 
-def start_from(policy: DiffusersPolicy, config: Config, path: Path) -> None:
-    """Load a LoRA file; modules and ranks that it lacks keep their fresh values, which add nothing yet."""
-    try:
-        pairs = parse_state(read_lora(path)[0], policy.module_names())
-    except ValueError as error:
-        raise ConfigError(f"lora.start {path}: {error}") from None
+def start_from(policy: DiffusersPolicy, config: Config, pairs: LoraPairs) -> None:
+    """Load a LoRA; modules and ranks that it lacks keep their fresh values, which add nothing yet."""
     fresh, scale = policy.lora(), config.lora.scale
     start = {}
     for name, (down, up) in padded(pairs, fresh).items():

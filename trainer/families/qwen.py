@@ -14,7 +14,7 @@ TEXT_LENGTH = 512
 
 
 class QwenImage(Flux):
-    layout: Family = "sd3"
+    layout: Family = "plain"
 
     def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:
         hidden, mask = self.pipeline.encode_prompt(list(prompts), device, max_sequence_length=TEXT_LENGTH)
