@@ -81,9 +81,10 @@ def load_dino(folder: Path) -> Dino:
     from transformers import Dinov2Model
 
     try:
-        network, report = Dinov2Model.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        loaded: Any = Dinov2Model.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RewardError(f"{folder} cannot be read as DINOv2 ({error}). Get {DINO} again.") from error
+    network, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise RewardError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}. Get {DINO} again.")

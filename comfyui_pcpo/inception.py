@@ -20,8 +20,8 @@ class FrozenNorm(nn.Module):
             self.register_buffer(name, torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = (self.get_buffer(name) for name in ("running_mean", "running_var", "weight", "bias"))
-        return F.batch_norm(x, *parts, eps=1e-3)
+        mean, var, weight, bias = map(self.get_buffer, ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, var, weight, bias, eps=1e-3)
 
 
 class Unit(nn.Module):

@@ -5,14 +5,13 @@ import subprocess
 import sys
 import unicodedata
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_pcpo.reward import RewardError, RewardSettings, download
+from comfyui_pcpo.reward import RewardError, RewardSettings
 from comfyui_pcpo.reward.base import RewardFile
-from comfyui_pcpo.reward.checkpoint import file_path, load_strict, locate, read_state
+from comfyui_pcpo.reward.checkpoint import load_strict, read_state
 from comfyui_pcpo.reward.hpsv2 import HPSv2
 from comfyui_pcpo.reward.tokens import mending_tokenizer, plain_clip_tokens
 
@@ -60,17 +59,6 @@ def test_weights_of_another_model_are_counted(tmp_path):
     model = torch.nn.Linear(2, 2)
     with pytest.raises(RewardError, match=r"lacks 1 weights, has 1 too many and 1 of another shape \(such as bias\)"):
         load_strict(model, {"weight": torch.zeros(3, 2), "other": torch.zeros(1)}, tmp_path / "weights.pt")
-
-
-def test_files_are_downloaded_only_on_request_and_to_the_place_where_they_are_sought(tmp_path, monkeypatch):
-    def fetch(hub_id, filename, local_dir):
-        local_dir.mkdir()
-        (local_dir / filename).touch()
-        return str(local_dir / filename)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    assert download(HPSv2, tmp_path) == [file_path(tmp_path, HPSv2.files[0])]
-    assert locate(RewardSettings(folder=tmp_path), HPSv2.files[0]).is_file()
 
 
 def test_importing_rewards_imports_no_large_library():

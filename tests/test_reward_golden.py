@@ -9,7 +9,7 @@ from comfyui_pcpo.reward import RewardSettings, aesthetic, hpsv2, imagereward, p
 from comfyui_pcpo.reward.aesthetic import Aesthetic
 from comfyui_pcpo.reward.checkpoint import file_path
 from comfyui_pcpo.reward.clip import ClipShape
-from comfyui_pcpo.reward.clipscore import ClipCosine, ClipScore25, ClipScore100
+from comfyui_pcpo.reward.clipscore import ClipCosine, ClipLogits, ClipScore25, ClipScore100
 from comfyui_pcpo.reward.hpsv2 import HPSv21
 from comfyui_pcpo.reward.imagereward import BlipShape, ImageReward, new_name
 from comfyui_pcpo.reward.pickscore import PickScore
@@ -50,6 +50,10 @@ class TinyClip25(ClipScore25):
 
 
 class TinyClip100(ClipScore100):
+    shape = LARGE
+
+
+class TinyLogits(ClipLogits):
     shape = LARGE
 
 
@@ -106,6 +110,13 @@ def test_clipscores_are_scaled_and_never_negative(settings):
     cosine = gold.golden("aesthetic")["clip_cosine"]["exact224"]
     found = TinyClip100(settings).score(gold.image("exact224"), [gold.PROMPTS["exact224"]]).item()
     assert found == pytest.approx(100 * cosine, rel=1e-5)
+
+
+def test_clip_logits_keep_their_sign_and_take_the_scale_of_the_weights(settings):
+    pictures, prompts = gold.image("small96"), [gold.PROMPTS["small96"]]
+    cosine = gold.golden("aesthetic")["clip_cosine"]["small96"]
+    assert cosine < 0
+    assert TinyLogits(settings).score(pictures, prompts).item() == pytest.approx(100 * cosine, rel=1e-5)
 
 
 def test_token_ids_equal_the_reference():

@@ -6,12 +6,12 @@ from comfyui_pcpo.reward.aesthetic import Aesthetic
 from comfyui_pcpo.reward.alignment import Alignment
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardFile, RewardSettings, Scores
 from comfyui_pcpo.reward.bertscore import BertScore
-from comfyui_pcpo.reward.checkpoint import download
-from comfyui_pcpo.reward.clipscore import ClipCosine, ClipScore25, ClipScore100
+from comfyui_pcpo.reward.clipscore import ClipCosine, ClipLogits, ClipScore25, ClipScore100
 from comfyui_pcpo.reward.color import Colorfulness, Redness
 from comfyui_pcpo.reward.combine import CombinedReward, CombinedScores
 from comfyui_pcpo.reward.endpoint import VlmRating, VlmYes
 from comfyui_pcpo.reward.hpsv2 import HPSv2, HPSv21
+from comfyui_pcpo.reward.hub import download
 from comfyui_pcpo.reward.imagereward import ImageReward
 from comfyui_pcpo.reward.jpeg import JpegCompressibility, JpegIncompressibility
 from comfyui_pcpo.reward.ocr import Ocr
@@ -29,6 +29,7 @@ CLASSES: tuple[type[Reward], ...] = (
     ClipCosine,
     ClipScore25,
     ClipScore100,
+    ClipLogits,
     Ocr,
     Colorfulness,
     Redness,

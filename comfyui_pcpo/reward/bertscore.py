@@ -14,6 +14,7 @@ from comfyui_pcpo.reward.endpoint import EndpointReward, Vlm
 
 QUESTION = "Answer concisely: what is going on in this image?"
 LAYER = 40
+HUB_ID = "microsoft/deberta-xlarge-mnli"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,13 @@ class BertScore(EndpointReward):
 
     name = "bertscore"
     typical_range = (0.5, 0.9)
-    files = (RewardFile("microsoft/deberta-xlarge-mnli", "pytorch_model.bin", 3_040_000_000, "MIT"),)
+    files = (
+        RewardFile(HUB_ID, "pytorch_model.bin", 3_040_000_000, "MIT"),
+        RewardFile(HUB_ID, "config.json", 792, "MIT"),
+        RewardFile(HUB_ID, "tokenizer_config.json", 52, "MIT"),
+        RewardFile(HUB_ID, "vocab.json", 899_000, "MIT"),
+        RewardFile(HUB_ID, "merges.txt", 456_000, "MIT"),
+    )
     memory = 1_500_000_000
     layer = LAYER
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from comfyui_pcpo.reward.base import Reward, RewardError, RewardFile, RewardSettings
+from comfyui_pcpo.reward.base import RewardError, RewardFile, RewardSettings
 
 
 def file_path(folder: Path, file: RewardFile) -> Path:
@@ -24,7 +24,9 @@ def locate(settings: RewardSettings, file: RewardFile) -> Path:
         raise RewardError(f"No weight folder is set, but this reward needs {source}. Set the folder of reward weights.")
     path = file_path(settings.folder, file)
     if not path.is_file():
-        raise RewardError(f"{path} does not exist, but this reward needs {source}. Download it to that place.")
+        raise RewardError(
+            f"{path} does not exist, but this reward needs {source}. Put it there: `python -m trainer download` does."
+        )
     return path
 
 
@@ -63,13 +65,3 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
 def without(state: Mapping[str, Tensor], endings: tuple[str, ...]) -> dict[str, Tensor]:
     """The state dict without the entries whose names end like this: buffers and heads that scoring never reads."""
     return {name: tensor for name, tensor in state.items() if not name.endswith(endings)}
-
-
-def download(reward: type[Reward], folder: Path) -> list[Path]:
-    """Fetch a reward's weight files from the hub, only ever when somebody asks for it."""
-    from huggingface_hub import hf_hub_download
-
-    return [
-        Path(hf_hub_download(file.hub_id, file.filename, local_dir=file_path(folder, file).parent))
-        for file in reward.files
-    ]

@@ -59,3 +59,16 @@ class ClipScore100(ClipCosine):
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         return 100 * super().score_batch(images, prompts).clamp(min=0)
+
+
+class ClipLogits(ClipCosine):
+    """exp(logit scale) cos, what CLIP itself was trained with; the scale lies in the weights, about 100.
+
+    Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision, figure 3
+    """
+
+    name = "clip_logits"
+    typical_range = (10.0, 35.0)
+
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return cast("CLIP", self.model).logit_scale.float().exp() * super().score_batch(images, prompts)
