@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from . import guidance, speed
 from .contenders import FORMS
+from .report import report
 from .work import progress, work
 
 
@@ -15,3 +17,9 @@ def run(form_name: str, out: Path, part: str, docs: Path | None, say: Callable[[
         done, total = progress(form, out)
         say(f"{done} of {total} cells are finished in {out}")
         work(form, out, say)
+    if part in ("all", "guidance"):
+        guidance.run(form, out, say)
+    if part in ("all", "speed"):
+        speed.run(out, say)
+    folder = (docs or out).resolve()
+    say(str(report(form_name, form, out, folder, folder / ("images/results" if docs else "images"))))

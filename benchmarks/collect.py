@@ -1,0 +1,113 @@
+"""What a grid found so far: the finished reported cells of a task, contender by contender, seed by seed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comfyui_pcpo.plot import column
+from trainer.run import RunFolder
+
+from .contenders import BASELINE, Form
+from .grid import Setting, Task, choose, finished, reported_cells, tasks
+from .statistics import area, at_reach, first_reach
+
+GOALS = (0.25, 0.5, 0.75, 1.0)  # standard deviations of the base model's rewards above its mean, fixed before any run
+
+
+@dataclass(frozen=True)
+class Run:
+    """One reported cell."""
+
+    contender: str
+    seed: int
+    result: dict[str, Any]
+    folder: Path
+
+    @property
+    def updates(self) -> list[float]:
+        return self.result["updates"]
+
+    @property
+    def gains(self) -> list[float]:
+        return self.result["gains"]
+
+    @cached_property
+    def records(self) -> list[dict[str, Any]]:
+        return RunFolder(self.folder).records()
+
+    def examined(self, key: str) -> list[float]:
+        return [row[key] for row in self.result["rows"]]
+
+    @property
+    def gain(self) -> float:
+        """At the end."""
+        return self.gains[-1]
+
+    @property
+    def area(self) -> float:
+        return area(self.updates, self.gains)
+
+    def reach(self, goal: float) -> float:
+        return first_reach(self.updates, self.gains, goal)
+
+    def matched(self, key: str, goal: float) -> float:
+        """An examined number at the moment when the gain reaches `goal`."""
+        return at_reach(self.updates, self.gains, goal, self.examined(key))
+
+    def per_step(self, key: str) -> tuple[list[int], np.ndarray]:
+        """Every step ever trained, and its metric in every update, (updates, steps); NaN where it was not trained."""
+        tables = [record["per_step"] for record in self.records]
+        steps = sorted({step for table in tables for step in table["steps"]})
+        rows = np.full((len(tables), len(steps)), np.nan)
+        for row, table in zip(rows, tables, strict=True):
+            row[[steps.index(step) for step in table["steps"]]] = table[key]
+        return steps, rows
+
+
+@dataclass(frozen=True)
+class Found:
+    """A task's runs, the contenders in their order."""
+
+    task: Task
+    chosen: dict[str, Setting]
+    runs: dict[str, list[Run]]
+
+    @property
+    def baseline(self) -> str:
+        return BASELINE
+
+    def rows(self, key: str) -> list[tuple[str, str, float]]:
+        """(contender, block, `gain` or `area`), a block being a seed of this task."""
+        every = [run for runs in self.runs.values() for run in runs]
+        return [(run.contender, f"{self.task.name}/{run.seed}", getattr(run, key)) for run in every]
+
+
+def collect(form: Form, out: Path) -> list[Found]:
+    """Every task of which at least the baseline and one other contender have a finished seed."""
+    found = []
+    for task in tasks(form):
+        chosen = choose(form, task, out)
+        if chosen is None:
+            continue
+        runs: dict[str, list[Run]] = {name: [] for name in chosen}
+        for cell, result in finished(reported_cells(form, task, chosen), out):
+            runs[cell.contender].append(Run(cell.contender, cell.seed, result, cell.folder(out)))
+        runs = {name: some for name, some in runs.items() if some}
+        if BASELINE in runs and len(runs) > 1:
+            found.append(Found(task, chosen, runs))
+    return found
+
+
+def pairs(rows: Sequence[tuple[str, str, float]], first: str, second: str) -> list[float]:
+    """first - second in every block that has both."""
+    table = {(name, block): value for name, block, value in rows}
+    blocks = sorted({block for _, block, _ in rows})
+    return [table[first, b] - table[second, b] for b in blocks if (first, b) in table and (second, b) in table]
+
+
+def over_updates(run: Run, key: str) -> list[float]:
+    return column(run.records, key)

@@ -1,0 +1,130 @@
+"""The benchmark's tables, as Markdown."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from .collect import GOALS, Found, Run, pairs
+from .contenders import BASELINE, CONTENDERS, OURS, RECIPES, Form
+from .statistics import Interval, Mixed, bootstrap, holm, mean, median, mixed, sign_flip
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def number(value: float, digits: int = 2) -> str:
+    return "-" if math.isnan(value) else "never" if math.isinf(value) else f"{value:.{digits}f}"
+
+
+def limits(found: Interval, digits: int = 2) -> str:
+    """`value [low, high]`."""
+    if math.isnan(found.value) or math.isinf(found.value):
+        return number(found.value)
+    return f"{number(found.value, digits)} [{number(found.low, digits)}, {number(found.high, digits)}]"
+
+
+def _over(runs: Sequence[Run], of: Callable[[Run], float], statistic=mean) -> Interval:
+    values = [of(run) for run in runs]
+    return bootstrap([v for v in values if not math.isnan(v)], statistic)
+
+
+def gains(found: Found) -> str:
+    """Gain at the end, mean gain on the way, and the chosen setting."""
+    rows = []
+    for name, runs in found.runs.items():
+        rate, clip = found.chosen[name]
+        setting = f"{rate:g}, {clip:g}" if CONTENDERS[name].clips else f"{rate:g}, -"
+        numbers = [limits(_over(runs, lambda r: r.gain)), limits(_over(runs, lambda r: r.area))]
+        rows.append([CONTENDERS[name].title, setting, str(len(runs)), *numbers])
+    return table(["", "learning rate, clip", "seeds", "gain at the end", "mean gain on the way"], rows)
+
+
+def times(found: Found, form: Form) -> str:
+    """Updates to each goal (median, and how many seeds got there), then images and seconds to the first one."""
+    rows = []
+    for name, runs in found.runs.items():
+        cells = []
+        for goal in GOALS:
+            reached = sum(math.isfinite(run.reach(goal)) for run in runs)
+            found_time = _over(runs, lambda r, goal=goal: r.reach(goal), median)
+            cells.append(f"{limits(found_time, 1)} ({reached}/{len(runs)})")
+        first = _over(runs, lambda r: r.reach(GOALS[0]), median).value
+        pace = float(np.median([run.result["seconds_per_update"] for run in runs]))
+        rows.append(
+            [CONTENDERS[name].title, *cells, number(first * form.images_per_update, 0), number(first * pace, 0)]
+        )
+    heads = [f"to +{goal:g}" for goal in GOALS]
+    return table(["updates, median of the seeds", *heads, f"images to +{GOALS[0]:g}", "seconds"], rows)
+
+
+def health(found: Found) -> str:
+    """Means over all updates of all seeds; per-step extremes show how flat a contender is."""
+    rows = []
+    for name, runs in found.runs.items():
+        clip, norm, taylor = (
+            np.array([np.nanmean(run.per_step(key)[1], 0) for run in runs]).mean(0)
+            for key in ("clip_fraction", "grad_norm", "taylor_error")
+        )
+        whole = [[record["grad_norm"] for record in run.records] for run in runs]
+        unsteady = float(np.mean([np.std(w) / np.mean(w) for w in whole]))
+        rows.append(
+            [
+                CONTENDERS[name].title,
+                f"{100 * clip.mean():.1f} %",
+                f"{100 * clip.min():.1f} to {100 * clip.max():.1f} %",
+                f"{np.mean(whole):.2e}",
+                f"{unsteady:.2f}",
+                f"{norm.max() / norm.min():.1f}",
+                f"{taylor.mean():.1e}",
+            ]
+        )
+    head = [
+        "",
+        "clip fraction",
+        "per step",
+        "gradient norm",
+        "its std / mean",
+        "largest / smallest step",
+        "Taylor error",
+    ]
+    return table(head, rows)
+
+
+def matched(found: Found, goal: float) -> str:
+    """What was given up at the moment when the gain reached `goal`; seeds that never did are left out."""
+    keys = (("fd_base", 0), ("fd_drawn", 0), ("diversity", 3), ("object", 3), ("count", 3), ("alignment", 3))
+    rows = []
+    for name, runs in found.runs.items():
+        reached = sum(math.isfinite(run.reach(goal)) for run in runs)
+        cells = [limits(_over(runs, lambda r, key=key: r.matched(key, goal)), digits) for key, digits in keys]
+        rows.append([f"{CONTENDERS[name].title} ({reached}/{len(runs)})", *cells])
+    base = next(iter(found.runs.values()))[0]
+    rows.insert(0, ["base model", *(number(base.examined(key)[0], digits) for key, digits in keys)])
+    return table(["", "FD to base", "FD to drawn", "diversity", "right object", "right count", "alignment"], rows)
+
+
+def against(found: Sequence[Found], reference: str) -> tuple[str, Mixed]:
+    """Every contender against one of them over all tasks: mixed-effects estimate, sign-flip p, Holm's correction."""
+    rows = [row for task in found for row in task.rows("gain")]
+    model = mixed(rows, reference)
+    names = [name for name in CONTENDERS if name in model.effects]
+    differences = {name: pairs(rows, name, reference) for name in names}
+    corrected = holm([sign_flip(differences[name]) for name in names])
+    lines = []
+    for name, p in zip(names, corrected, strict=True):
+        wins = sum(d > 0 for d in differences[name])
+        cells = [limits(model.effects[name]), f"{model.p[name]:.3f}", f"{p:.3f}", f"{wins}/{len(differences[name])}"]
+        lines.append([CONTENDERS[name].title, *cells])
+    head = [f"against {CONTENDERS[reference].title}", "difference in gain", "p (mixed model)", "p (sign flips, Holm)"]
+    return table([*head, "better in"], lines), model
+
+
+def describe(found: Found) -> str:
+    recipe = RECIPES[found.task.recipe]
+    return f"{recipe.model}, {recipe.title}, reward {found.task.reward}"
+
+
+REFERENCES = (BASELINE, OURS)
