@@ -11,7 +11,6 @@ from comfyui_pcpo.credit import CREDITS
 
 from ..trainer import config as settings
 from ..trainer.run import read_lora
-from .job import Task, make_config, train
 from .pictures import to_image
 from .sampling import TRAINING, method_input, noise_level_input, noise_levels, sample_latent
 from .steps import USUAL, StepChoice, StochasticSampler
@@ -126,6 +125,8 @@ class TrainLoRA(io.ComfyNode):
     def execute(
         cls, model, vae, prompts, reward, latent_image, resume=False, lora=None, **widgets: str | float | bool
     ) -> io.NodeOutput:  # fmt: skip
+        from .job import Task, make_config, train  # the trainer is imported when a run starts
+
         samples = comfy.sample.fix_empty_latent_channels(
             model, latent_image["samples"],
             latent_image.get("downscale_ratio_spacial"), latent_image.get("downscale_ratio_temporal"),

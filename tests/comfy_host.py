@@ -1,7 +1,12 @@
-"""A ComfyUI host for tests: its modules in this process, with this pack loaded as ComfyUI loads it."""
+"""A ComfyUI host for tests: its modules in this process, with this pack loaded as ComfyUI loads it.
+
+`COMFYUI_PATH=... python tests/comfy_host.py` writes the golden schemas and the English texts anew, after a change that
+was meant.
+"""
 
 import asyncio
 import functools
+import json
 import os
 import sys
 import tempfile
@@ -94,3 +99,9 @@ def texts() -> dict:
             "outputs": {str(n): {"name": o.display_name, "tooltip": o.tooltip} for n, o in enumerate(schema.outputs)},
         }
     return found
+
+
+if __name__ == "__main__":
+    load_pack()
+    for name, found in (("tests/golden/nodes.json", schemas()), ("locales/en/nodeDefs.json", texts())):
+        (PACK / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
