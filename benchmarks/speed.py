@@ -5,6 +5,7 @@ import multiprocessing
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from PIL import Image
 
 from comfyui_pcpo.figure import Line, Panel, figure
-from trainer.align import align, make_learner
+from comfyui_pcpo.schedule import Grid
+from trainer.align import Update, align, make_learner
 from trainer.config import Config, build, merge
-from trainer.plan import make_plan
+from trainer.plan import Plan, make_plan
 from trainer.train import load_rewards, make_policy
 
 from . import reference_loop
@@ -22,7 +24,7 @@ from .cell import Say, commit
 from .contenders import PROMPTS
 from .tables import number, table
 
-REPEATS = 5
+REPEATS = 9
 BASE = {"prompts_per_update": 2, "group_size": 8, "steps": 8, "images_at_once": 16}
 AXES: dict[str, tuple[int, ...]] = {
     "steps": (4, 8, 16),
@@ -62,40 +64,41 @@ def clock(device: torch.device) -> float:
 def measure(config: Config) -> dict[str, float]:
     """Medians over updates, ours and the reference in turn: seconds per image and per transition, peak memory."""
     policy = make_policy(config)
-    before = peak(policy.device)
+    loaded = peak(policy.device)
     learner, grid = make_learner(policy, config), policy.grid(config.rollout.steps)
-    condition, times = policy.encode(config.prompts.read()), grid.timesteps.tolist()
-    groups, images = config.rollout.prompts_per_update, config.images_per_update
-    plan = make_plan(policy, config, grid, len(PROMPTS), groups, 1)
-    rows = torch.arange(images) // config.rollout.group_size
-    optimizer = torch.optim.AdamW(policy.trainable(), lr=1e-9)
-    seconds: dict[str, list[float]] = {key: [] for key in ("rollout", "update", "least_rollout", "least_update")}
+    plan = make_plan(policy, config, grid, len(PROMPTS), config.rollout.prompts_per_update, 1)
     updates = align(learner, load_rewards(config), config.prompts.read(), config)
     next(updates)  # the first one warms up
-    ours = peak(policy.device)
-    for _ in range(REPEATS):
-        timed(updates, policy, seconds)
-        start = clock(policy.device)
-        chunks = [rows[part] for minibatch in plan.minibatches for part in minibatch]
-        reference_loop.roll_out(policy, condition, times, chunks)
-        seconds["least_rollout"].append(clock(policy.device) - start)
-        start = clock(policy.device)
-        for minibatch in plan.minibatches:
-            parts = [rows[part] for part in minibatch]
-            reference_loop.train(policy, optimizer, condition, [times[i] for i in plan.trained], parts)
-        seconds["least_update"].append(clock(policy.device) - start)
-    found = {key: statistics.median(values) for key, values in seconds.items()}
-    return found | {"images": images, "transitions": images * len(plan.trained), "peak": ours, "loaded": before}
+    memory = peak(policy.device)
+    rounds = [{**timed(updates, policy.device), **least(policy, config, plan, grid)} for _ in range(REPEATS)]
+    found = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+    # a pair of neighbours in time: what slows the machine slows both
+    found["outside"] = statistics.median(1 - r["least"] / r["whole"] for r in rounds)
+    images = config.images_per_update
+    return found | {"images": images, "transitions": images * len(plan.trained), "peak": memory, "loaded": loaded}
 
 
-def timed(updates: Any, policy: Any, seconds: dict[str, list[float]]) -> None:
-    """One update; rollout and update are told apart by the share of the wall clock that each took."""
-    start = clock(policy.device)
+def timed(updates: Iterator[Update], device: torch.device) -> dict[str, float]:
+    """Seconds of one update; rollout and update are told apart by their shares of the wall clock."""
+    start = clock(device)
     metrics = next(updates).metrics
-    whole = clock(policy.device) - start
-    parts = [metrics[f"seconds_{name}"] for name in ("rollout", "reward", "update")]
-    seconds["rollout"].append(whole * parts[0] / sum(parts))
-    seconds["update"].append(whole * parts[2] / sum(parts))
+    whole = clock(device) - start
+    parts = {name: metrics[f"seconds_{name}"] for name in ("rollout", "reward", "update")}
+    total = sum(parts.values())
+    return {"whole": whole, "rollout": whole * parts["rollout"] / total, "update": whole * parts["update"] / total}
+
+
+def least(policy: Any, config: Config, plan: Plan, grid: Grid) -> dict[str, float]:
+    """Seconds of the reference loop over the same chunks and steps."""
+    condition, times = policy.encode(config.prompts.read()), grid.timesteps.tolist()
+    rows = torch.arange(config.images_per_update) // config.rollout.group_size
+    parts = [[rows[chunk] for chunk in minibatch] for minibatch in plan.minibatches]
+    optimizer = torch.optim.SGD(policy.trainable(), lr=0.0)
+    start = clock(policy.device)
+    reference_loop.roll_out(policy, condition, times, [chunk for part in parts for chunk in part])
+    for part in parts:
+        reference_loop.train(policy, optimizer, condition, [times[i] for i in plan.trained], part)
+    return {"least": clock(policy.device) - start}
 
 
 def peak(device: torch.device) -> float:
@@ -137,11 +140,6 @@ def run(out: Path, say: Say, models: tuple[str, ...] = ("emoji-flow", "emoji-eps
                 say(f"speed: {model}, {axis} {value}")
 
 
-def outside(row: dict[str, Any], part: str) -> float:
-    """Share of a part's seconds that the reference does not need."""
-    return 1 - row[f"least_{part}"] / row[part]
-
-
 def report(out: Path, pictures: Path, where: str) -> str:
     """Table and picture; empty where nothing was measured."""
     folder = out / "speed"
@@ -150,25 +148,25 @@ def report(out: Path, pictures: Path, where: str) -> str:
         return ""
     rows.sort(key=lambda r: (r["model"] != "emoji-flow", list(AXES).index(r["axis"]), r["value"]))
     growth(rows).save(pictures / "speed.png")
-    head = ["", "", "ms per image, rollout", "ms per trained transition", "outside model calls: rollout", "update"]
+    head = ["", "", "ms per image, rollout", "ms per trained transition", "outside model calls"]
     lines = [
         [
             row["model"],
             f"{LABELS[row['axis']]} {row['value']}",
             number(1e3 * row["rollout"] / row["images"], 1),
             number(1e3 * row["update"] / row["transitions"], 1),
-            f"{100 * outside(row, 'rollout'):.1f} %",
-            f"{100 * outside(row, 'update'):.1f} %",
+            f"{100 * row['outside']:.1f} %",
             f"{row['peak']:.0f} MB ({row['peak'] - row['loaded']:+.0f})",
         ]
         for row in rows
     ]
     size = ", ".join(f"{LABELS.get(key, 'prompts')} {value}" for key, value in BASE.items())
+    made = (folder / "commit.txt").read_text(encoding="utf-8")
     intro = (
-        f"At commit {(folder / 'commit.txt').read_text(encoding='utf-8')}, one CPU thread, seconds of the process, "
-        f"medians of {REPEATS} updates in turn with `benchmarks/reference_loop.py`, which makes the same model calls "
-        f"forward and backward and nothing else. Unless the row says otherwise: {size}, 64 pixels. Memory is the "
-        "process's peak after one update, in brackets what the loop adds to the loaded model."
+        f"At commit {made}, one CPU thread, seconds of the process, medians of {REPEATS} updates in turn with "
+        "`benchmarks/reference_loop.py`, which makes the same model calls forward and backward and nothing else. "
+        f"Rollout and update are told apart by the wall clock. Unless the row says otherwise: {size}, 64 pixels. "
+        "Memory is the process's peak after one update, in brackets what the loop adds to the loaded model."
     )
     text = table([*head, "peak memory"], lines)
     return f"## Speed and memory\n\n{intro}\n\n![Speed]({where}/speed.png)\n\n{text}"
@@ -182,10 +180,9 @@ def growth(rows: list[dict[str, Any]]) -> Image.Image:
         for color, model in enumerate(("emoji-flow", "emoji-eps")):
             some = [row for row in rows if row["axis"] == axis and row["model"] == model]
             x = [row["value"] for row in some]
-            ours = [row["rollout"] + row["update"] for row in some]
-            least = [row["least_rollout"] + row["least_update"] for row in some]
             if some:
-                lines.append(Line(model, x, ours, style="points", color=color))
-                lines.append(Line(f"{model}, model calls alone", x, least, style="dashed", color=color))
+                lines.append(Line(model, x, [row["whole"] for row in some], style="points", color=color))
+                alone = [row["least"] for row in some]
+                lines.append(Line(f"{model}, model calls alone", x, alone, style="dashed", color=color))
         panels.append(Panel(f"Seconds per update by {label}", label, "CPU seconds", lines))
     return figure(panels, columns=2, size=(520, 340))
