@@ -44,7 +44,7 @@ def sample_pictures(
     p = config.prompts.model_copy(update={"negative": negative})
     config = config.model_copy(update={"rollout": r, "prompts": p})
     wanted = [parse_guide(text) for text in guides] or ([(given.path, 1.0)] if given.path else [])
-    pipeline = load_pipeline(config.model.name)
+    pipeline = load_pipeline(config.model.name, config.model.config)
     names = module_names(denoiser_of(pipeline))
     composed = [Guide(read_pairs(path, names), ImplicitReward(weight)) for path, weight in wanted]
     policy = sampling_policy(config, [guide.pairs for guide in composed], pipeline)

@@ -22,7 +22,13 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: str = Field(default="emoji-flow", description="emoji-flow, emoji-eps, a local folder, or a hub name.")
+    name: str = Field(
+        default="emoji-flow", description="emoji-flow, emoji-eps, a .safetensors checkpoint, a folder, or a hub name."
+    )
+    config: str | None = Field(
+        default=None,
+        description="Folder or hub name of a pipeline of the checkpoint's kind, for the parts that the file lacks.",
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:1.")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Precision of the model's forward passes; ratios and losses are float32 always."
@@ -368,6 +374,11 @@ def _resolve(tree: dict[str, Any], folder: Path) -> None:
         values = tree.get(section)
         if isinstance(values, dict) and isinstance(values.get(key), str):
             values[key] = str((folder / values[key]).resolve())
+    model = tree.get("model")
+    if isinstance(model, dict):
+        for key in {"name", "config"} & model.keys():
+            if (folder / str(model[key])).exists():  # else a hub's or an embedded model
+                model[key] = str((folder / str(model[key])).resolve())
 
 
 def dump(config: Config) -> str:

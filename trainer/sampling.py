@@ -56,7 +56,7 @@ def sampling_policy(config: Config, loras: Sequence[LoraPairs], pipeline: Any = 
     ranks = [len(down) for pairs in loras for down, _ in pairs.values()]
     lora = config.lora.model_copy(update={"rank": max(ranks, default=1), "alpha": None, "targets": "attention"})
     trained = {name for pairs in loras for name in pairs}
-    pipeline = pipeline or load_pipeline(config.model.name)
+    pipeline = pipeline or load_pipeline(config.model.name, config.model.config)
     return DiffusersPolicy(pipeline, config.model_copy(update={"lora": lora}), trained)
 
 

@@ -56,7 +56,7 @@ def read_rewards(config: Config) -> dict[str, Reward]:
 
 def make_policy(config: Config) -> DiffusersPolicy:
     """The configured model with a fresh LoRA, or with that of `lora.start`."""
-    pipeline, start = load_pipeline(config.model.name), config.lora.start
+    pipeline, start = load_pipeline(config.model.name, config.model.config), config.lora.start
     if start is None:
         return DiffusersPolicy(pipeline, config)
     try:
