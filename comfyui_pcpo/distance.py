@@ -8,18 +8,27 @@ def frechet(a: Tensor, b: Tensor) -> float:
     """Frechet distance between Gaussians fitted to two sets of features, (N, D), (M, D) -> float, in float64.
 
     Heusel et al. (arXiv 1706.08500):  |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
-    The trace of the root is the sum of the roots of the eigenvalues of S_a^(1/2) S_b S_a^(1/2).
     """
     for name, x in (("first", a), ("second", b)):
         if x.ndim != 2 or len(x) < 2:
             raise ValueError(f"the {name} set has shape {tuple(x.shape)}, but needs 2 or more rows (N, D).")
     a, b = a.double(), b.double()
-    s_a, s_b = torch.cov(a.T), torch.cov(b.T)
+    x, y = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (a, b))  # S_a = x^T x
+    cross = cross_few(x, y) if min(len(x), len(y)) < x.shape[1] else cross_many(x.T @ x, y.T @ y)
+    distance = (a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * cross
+    return float(distance.clamp(min=0))
+
+
+def cross_many(s_a: Tensor, s_b: Tensor) -> Tensor:
+    """tr (S_a S_b)^(1/2): the roots of the eigenvalues of S_a^(1/2) S_b S_a^(1/2), (D, D), (D, D) -> ()."""
     values, vectors = torch.linalg.eigh(s_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ s_b @ root).clamp(min=0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + s_a.trace() + s_b.trace() - 2 * cross
-    return float(distance.clamp(min=0))
+    return torch.linalg.eigvalsh(root @ s_b @ root).clamp(min=0).sqrt().sum()
+
+
+def cross_few(x: Tensor, y: Tensor) -> Tensor:
+    """The same for S_a = x^T x, S_b = y^T y: the singular values of x y^T, (N, D), (M, D) -> ()."""
+    return torch.linalg.svdvals(x @ y.T).sum()
 
 
 def diversity(features: Tensor, group_size: int) -> float:

@@ -149,6 +149,16 @@ def test_score_sorts_pictures_best_first(tmp_path, capsys):
     assert "a.png" in capsys.readouterr().out
 
 
+def test_score_takes_the_folder_and_the_precision_of_the_weights(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    arguments = ["score", str(tmp_path / "a.png"), "--reward", "hpsv2.1", "--folder", str(tmp_path / "weights")]
+    assert main(arguments) == 2
+    assert str(tmp_path / "weights" / "HPSv2" / "HPS_v2.1_compressed.pt") in capsys.readouterr().err
+    assert main([*arguments, "--precision", "float8"]) == 2
+    assert main([*arguments, "--device", "toaster"]) == 2
+    assert "reward.device toaster is not a device" in capsys.readouterr().err
+
+
 def test_score_names_what_it_cannot_read(tmp_path, capsys):
     assert main(["score", str(tmp_path)]) == 2
     assert "holds 0 pictures" in capsys.readouterr().err

@@ -19,8 +19,9 @@ from comfyui_pcpo.reward.base import RewardError
 
 from .align import RunError, Update
 from .benchmark import benchmark
+from .cli_evaluation import COMMANDS
 from .config import Config, ConfigError, Section, load, parse_overrides
-from .run import RunFolder, finite
+from .run import RunFolder
 
 app = App(
     name="python -m trainer",
@@ -36,7 +37,6 @@ Tokens = Annotated[
         "Without a file the embedded model is trained on its defaults.",
     ),
 ]
-Json = Annotated[bool, Parameter(name="--json")]
 ERRORS = (ConfigError, RunError, RewardError, FloatingPointError)
 
 
@@ -228,29 +228,8 @@ def sample(
     print(path.resolve())
 
 
-@app.command
-def score(images: Path, /, *, prompt: str = "", reward: list[str] | None = None, as_json: Json = False) -> None:
-    """Score pictures with rewards, best first.
-
-    Parameters
-    ----------
-    images
-        A picture, or a folder of pictures.
-    prompt
-        The prompt that they were made for.
-    reward
-        Names of rewards; alignment if left out.
-    as_json
-        Print one JSON list.
-    """
-    from .commands import score_pictures
-
-    rows = score_pictures(images, prompt, reward or ["alignment"])
-    if as_json:
-        print(json.dumps(finite(rows)))
-        return
-    for row in rows:
-        print("  ".join(f"{name} {value:9.4f}" for name, value in row["scores"].items()), row["file"])
+for name, command in COMMANDS.items():
+    app.command(command, name=name)
 
 
 @app.command(name="plot")

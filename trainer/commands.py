@@ -4,24 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
 from safetensors.torch import save_file
 
 from comfyui_pcpo import plot
 from comfyui_pcpo.guidance import ImplicitReward
 from comfyui_pcpo.lora import export_state, family_of
-from comfyui_pcpo.reward import load_reward
+from comfyui_pcpo.reward import RewardSettings
 
 from .config import ConfigError, dump
 from .diffusers_policy import denoiser_of, module_names
+from .measure import PICTURES, read_picture
 from .models import load_pipeline
 from .run import RunFolder, read_lora
 from .sampling import Guide, sample, sampling_policy
 from .source import open_source, parse_guide, read_pairs
+from .train import make_reward
 
 FORMATS = ("comfyui", "diffusers", "kohya")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def sample_pictures(
@@ -59,19 +58,15 @@ def sample_pictures(
     return out
 
 
-def score_pictures(path: Path, prompt: str, rewards: list[str]) -> list[dict[str, Any]]:
+def score_pictures(path: Path, prompt: str, rewards: list[str], settings: RewardSettings) -> list[dict[str, Any]]:
     """Each picture's scores, best by the first reward first; a score that failed is NaN and comes last."""
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
     if not files:
         raise ConfigError(f"{path} holds 0 pictures ({', '.join(PICTURES)}). Give a folder with some, or one picture.")
-    judges = {name: load_reward(name) for name in rewards}
+    judges = {name: make_reward(name, settings) for name in rewards}
     rows = []
     for file in files:
-        try:
-            picture = Image.open(file).convert("RGB")
-        except (UnidentifiedImageError, FileNotFoundError) as error:
-            raise ConfigError(f"{file} is not a picture that can be read ({error}). Leave it out.") from None
-        image = torch.from_numpy(np.asarray(picture, np.float32) / 255)[None]
+        image = read_picture(file)
         scores = {name: float(judge.score(image, [prompt])) for name, judge in judges.items()}
         rows.append({"file": str(file), "scores": scores})
     first = rewards[0]

@@ -19,8 +19,10 @@ class Source:
 
 
 def open_source(source: str) -> Source:
-    """A run's folder, a LoRA file of this trainer, or an embedded model. Raises ConfigError for anything else."""
+    """A run's folder, a LoRA file of this trainer, an embedded model or a model's folder; ConfigError otherwise."""
     path = Path(source)
+    if (path / "model_index.json").is_file():
+        return Source(build({"model": {"name": str(path.resolve())}}, source), None)
     if path.is_dir():
         return Source(RunFolder(path).config(), path)
     if path.suffix == ".safetensors":
