@@ -13,6 +13,8 @@ from pathlib import Path
 
 import comfy_host
 
+WORKFLOWS = sorted((comfy_host.PACK / "workflows").glob("*.json"))
+
 
 class Server:
     def __init__(self):
@@ -79,6 +81,12 @@ class Server:
             while_running()
             time.sleep(0.3)
         raise TimeoutError(f"not done after {seconds} seconds")
+
+
+def seconds(entry: dict) -> float:
+    """How long the server worked on a prompt, from its history."""
+    times = [message[1]["timestamp"] for message in entry["status"]["messages"]]
+    return (times[-1] - times[0]) / 1000
 
 
 def api_graph(workflow: dict, info: dict) -> dict:

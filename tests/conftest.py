@@ -75,3 +75,13 @@ def script() -> Callable[..., subprocess.Popen[str]]:
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def comfyui():
+    """One running ComfyUI with this pack, for the tests of its API and of its page."""
+    import comfy_server
+
+    found = comfy_server.Server()
+    yield found
+    found.stop()

@@ -27,22 +27,14 @@ if not (CHROMIUM and shutil.which("node") and (Path(MODULES) / "node_modules" / 
         allow_module_level=True,
     )
 
-WORKFLOWS = sorted((comfy_host.PACK / "workflows").glob("*.json"))
 
-
-@pytest.fixture(scope="module")
-def server():
-    found = comfy_server.Server()
-    yield found
-    found.stop()
-
-
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
-def test_workflow_opens_and_runs_in_the_page(server, path, tmp_path):
+@pytest.mark.parametrize("path", comfy_server.WORKFLOWS, ids=lambda p: p.stem)
+def test_workflow_opens_and_runs_in_the_page(comfyui, path, tmp_path):
     shots = Path(os.environ.get("PCPO_SHOTS", tmp_path)) / path.stem.split()[0]
     shots.mkdir(parents=True, exist_ok=True)
+    comfyui.post("/free", {"unload_models": True, "free_memory": True})  # nothing from the cache
     done = subprocess.run(
-        ["node", str(Path(__file__).with_name("browser.mjs")), server.url, str(path), str(shots), "600",
+        ["node", str(Path(__file__).with_name("browser.mjs")), comfyui.url, str(path), str(shots), "600",
          str(shots / "saved.json")],
         env={**os.environ, "CHROMIUM": str(CHROMIUM), "PLAYWRIGHT_MODULES": MODULES},
         capture_output=True, text=True, timeout=900,
@@ -52,7 +44,7 @@ def test_workflow_opens_and_runs_in_the_page(server, path, tmp_path):
     assert found["status"] == "success", found
     assert (shots / "done.png").stat().st_size > 50_000
     queued = json.loads((shots / "saved.json").read_text())["api"]
-    ours = comfy_server.api_graph(json.loads(path.read_text()), server.get("/object_info"))
+    ours = comfy_server.api_graph(json.loads(path.read_text()), comfyui.get("/object_info"))
     for node, entry in ours.items():
         assert queued[node]["class_type"] == entry["class_type"]
         for name, value in entry["inputs"].items():

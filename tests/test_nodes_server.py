@@ -1,4 +1,4 @@
-"""Every workflow through the API of a real server, and what the server says about the nodes."""
+"""Every workflow through the API of a real server, and what it says about the nodes."""
 
 import json
 import sys
@@ -14,26 +14,17 @@ comfy_host.skip_without_host()
 
 import comfy_server  # noqa: E402
 
-WORKFLOWS = sorted((comfy_host.PACK / "workflows").glob("*.json"))
-
 
 @pytest.fixture(scope="module")
-def server():
-    found = comfy_server.Server()
-    yield found
-    found.stop()
-
-
-@pytest.fixture(scope="module")
-def info(server):
-    return server.get("/object_info")
+def info(comfyui):
+    return comfyui.get("/object_info")
 
 
 def own(info):
     return {name: node for name, node in info.items() if name.startswith("PCPO")}
 
 
-def test_every_node_has_a_help_page_tooltips_and_texts(server, info):
+def test_every_node_has_a_help_page_tooltips_and_texts(comfyui, info):
     golden = json.loads((comfy_host.PACK / "tests/golden/nodes.json").read_text())
     texts = json.loads((comfy_host.PACK / "locales/en/nodeDefs.json").read_text())
     assert own(info).keys() == golden.keys() == texts.keys()
@@ -45,29 +36,31 @@ def test_every_node_has_a_help_page_tooltips_and_texts(server, info):
         assert node["description"] == texts[name]["description"]
 
 
-def test_the_page_finds_help_templates_and_texts(server, info):
+def test_the_page_finds_help_templates_and_texts(comfyui, info):
     for name in own(info):
-        with urllib.request.urlopen(f"{server.url}/extensions/comfyui_pcpo/docs/{name}.md") as answer:
+        with urllib.request.urlopen(f"{comfyui.url}/extensions/comfyui_pcpo/docs/{name}.md") as answer:
             assert answer.read().startswith(b"# ")
-    assert set(server.get("/workflow_templates")["comfyui_pcpo"]) == {p.stem for p in WORKFLOWS}
-    assert "PCPOTrainLoRA" in server.get("/i18n")["en"]["nodeDefs"]
+    assert set(comfyui.get("/workflow_templates")["comfyui_pcpo"]) == {p.stem for p in comfy_server.WORKFLOWS}
+    assert "PCPOTrainLoRA" in comfyui.get("/i18n")["en"]["nodeDefs"]
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
-def test_workflow_runs(server, info, path):
+@pytest.mark.parametrize("path", comfy_server.WORKFLOWS, ids=lambda p: p.stem)
+def test_workflow_runs(comfyui, info, path):
     workflow = json.loads(path.read_text())
-    entry = server.run(comfy_server.api_graph(workflow, info))
+    entry = comfyui.run(comfy_server.api_graph(workflow, info))
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
+    assert comfy_server.seconds(entry) < 180
     images = [i for out in entry["outputs"].values() for i in out.get("images", ()) if i["type"] == "output"]
     assert images
     for image in images:
-        assert (server.base / "output" / image["subfolder"] / image["filename"]).stat().st_size > 500
+        assert (comfyui.base / "output" / image["subfolder"] / image["filename"]).stat().st_size > 500
     assert path.with_suffix(".jpg").stat().st_size > 5000
     assert any(node["type"] == "MarkdownNote" for node in workflow["nodes"])
 
 
 def train_graph(**changes):
-    widgets = {
+    given = {
+        "model": ["1", 0], "vae": ["1", 2], "prompts": ["2", 0], "reward": ["3", 0], "latent_image": ["4", 0],
         "name": "api", "updates": 1, "prompts_per_update": 1, "group_size": 2, "steps": 3, "learning_rate": 3e-3,
         "rank": 2, "credit": "proportionate", "seed": 0, "resume": False, **changes,
     }  # fmt: skip
@@ -76,46 +69,63 @@ def train_graph(**changes):
         "2": {"class_type": "PCPOPrompts", "inputs": {"clip": ["1", 1], "text": "a fox"}},
         "3": {"class_type": "PCPOLoadReward", "inputs": {"reward": "colorfulness"}},
         "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-        "5": {"class_type": "PCPOTrainLoRA", "inputs": {
-            "model": ["1", 0], "vae": ["1", 2], "prompts": ["2", 0], "reward": ["3", 0], "latent_image": ["4", 0],
-            **widgets,
-        }},
-    }  # fmt: skip
+        "5": {"class_type": "PCPOTrainLoRA", "inputs": {k: v for k, v in given.items() if v is not None}},
+    }
 
 
-@pytest.mark.parametrize(("change", "word"), [({"group_size": 1}, "group_size"), ({"name": "../up"}, "run.name")])
-def test_bad_input_is_refused_before_any_work(server, change, word):
-    status, answer = server.post("/prompt", {"prompt": train_graph(**change)})
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"group_size": 1}, "group_size"),
+        ({"name": "../up"}, "run.name"),
+        ({"vae": None}, "vae"),
+        ({"reward": None}, "reward"),
+        ({"model": ["1", 1]}, "received_type(CLIP) mismatch input_type(MODEL)"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(comfyui, change, word):
+    status, answer = comfyui.post("/prompt", {"prompt": train_graph(**change)})
     assert status == 400
     assert word in json.dumps(answer)
 
 
-def test_interrupt_is_felt_and_the_queue_goes_on(server):
+def test_interrupt_is_felt_and_the_queue_goes_on(comfyui):
     sent = []
 
     def interrupt():
-        metrics = server.base / "output/pcpo/stopped/metrics.jsonl"
+        metrics = comfyui.base / "output/pcpo/stopped/metrics.jsonl"
         if not sent and metrics.is_file() and metrics.read_text():
-            sent.append(server.post("/interrupt", {}))
+            sent.append(comfyui.post("/interrupt", {}))
 
-    entry = server.run(train_graph(name="stopped", updates=500), while_running=interrupt)
+    entry = comfyui.run(train_graph(name="stopped", updates=500), while_running=interrupt)
     assert entry["status"]["status_str"] == "error" and sent
     assert any(m[0] == "execution_interrupted" for m in entry["status"]["messages"])
-    folder = server.base / "output/pcpo/stopped"
+    folder = comfyui.base / "output/pcpo/stopped"
     assert list((folder / "checkpoints").iterdir()) and (folder / "lora.safetensors").is_file()
-    assert server.run(train_graph(name="after"))["status"]["status_str"] == "success"
+    assert comfyui.run(train_graph(name="after"))["status"]["status_str"] == "success"
 
 
-def test_load_run_opens_the_newest(server):
-    server.run(train_graph(name="newest", seed=1))
+def test_load_run_opens_the_newest(comfyui):
+    comfyui.run(train_graph(name="newest", seed=1))
     graph = {
         "1": {"class_type": "PCPOLoadRun", "inputs": {"run": "(newest)", "checkpoint": "best"}},
         "2": {"class_type": "PCPOPlotRun", "inputs": {"run": ["1", 0], "smoothing": 0.5, "panels": "all"}},
         "3": {"class_type": "SaveLoRA", "inputs": {"lora": ["1", 1], "prefix": "loras/found"}},
     }
-    assert server.run(graph)["status"]["status_str"] == "success"
-    assert list((server.base / "output/loras").glob("found*"))
-    status, answer = server.post("/prompt", {"prompt": {**graph, "1": {
+    assert comfyui.run(graph)["status"]["status_str"] == "success"
+    assert list((comfyui.base / "output/loras").glob("found*"))
+    status, answer = comfyui.post("/prompt", {"prompt": {**graph, "1": {
         "class_type": "PCPOLoadRun", "inputs": {"run": "nowhere", "checkpoint": "best"},
     }}})  # fmt: skip
     assert status == 400 and "nowhere" in json.dumps(answer)
+
+
+def test_an_error_reaches_its_node_in_two_sentences(comfyui):
+    comfyui.run(train_graph(name="short"))
+    entry = comfyui.run({
+        "1": {"class_type": "PCPOLoadRun", "inputs": {"run": "short", "checkpoint": "77"}},
+        "2": {"class_type": "PCPOPlotRun", "inputs": {"run": ["1", 0], "smoothing": 0.5, "panels": "all"}},
+    })  # fmt: skip
+    (error,) = [m[1] for m in entry["status"]["messages"] if m[0] == "execution_error"]
+    assert error["node_type"] == "PCPOLoadRun"
+    assert "checkpoint 77 is not in" in error["exception_message"] and "There are 1." in error["exception_message"]

@@ -14,6 +14,7 @@ import torch  # noqa: E402
 
 comfy_host.load_pack()
 import comfy.model_management as mm  # noqa: E402
+import comfy.model_sampling  # noqa: E402
 import comfy.utils  # noqa: E402
 import comfy_models  # noqa: E402
 from comfy_models import LINES, biggest  # noqa: E402
@@ -253,11 +254,19 @@ def test_compare_shows_the_same_noise_on_both_sides(flow):
     assert "before" in report
 
 
+class CosmosSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.COSMOS_RFLOW):
+    """A kind of sampling that is neither epsilon, v nor flow."""
+
+
 def test_refusals_before_any_work(flow):
     refuse = comfy_host.load_pack()["PCPOTrainLoRA"].validate_inputs
     assert "group_size" in str(refuse(name="a", group_size=1))
     assert "run.name" in str(refuse(name="../a", group_size=8))
     assert refuse(name="a", group_size=8) is True
+    odd = flow.model.clone()
+    odd.add_object_patch("model_sampling", CosmosSampling(flow.model.model.model_config))
+    with pytest.raises(ConfigError, match="steps exist for 2 kinds"):
+        flow.on(odd).train("refused", updates=1)
     module = flow.model.model.diffusion_model.x_embedder
     object.__setattr__(module, "forward", module.forward)
     try:
