@@ -123,6 +123,16 @@ def test_a_file_that_cannot_be_loaded_is_refused(key, message, tmp_path):
         load_pipeline(str(tmp_path / "model.safetensors"))
 
 
+def test_a_quantised_file_is_refused(tmp_path):
+    state = {
+        "double_blocks.0.img_mod.lin.weight": torch.zeros(1),
+        "double_blocks.0.img_mod.lin.scale_weight": torch.ones(1),
+    }
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"1 of its tensors are scales, such as double_blocks.*scale_weight"):
+        load_pipeline(str(tmp_path / "model.safetensors"))
+
+
 def test_broken_and_missing_and_pickled_files_are_refused(tmp_path):
     broken = tmp_path / "model.safetensors"
     broken.write_bytes(b"not a model")

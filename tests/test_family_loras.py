@@ -2,6 +2,7 @@
 
 import copy
 
+import diffusers
 import pytest
 import tiny_pipelines
 import torch
@@ -166,3 +167,17 @@ def test_a_lora_of_another_family_is_refused(pipelines, config):
     policy = sampling_policy(config, [pairs], copy.deepcopy(pipelines["sd15"]))
     with pytest.raises(ConfigError, match=r"1 modules that this model does not train, first transformer_blocks.0"):
         padded(pairs, policy.lora())
+
+
+def test_diffusers_reads_a_kohya_file_of_flux_at_its_full_width():
+    """Two blocks are enough: its converter knows the widths, 3072 and four times that, and not the depth."""
+    single, generator = "single_transformer_blocks.0.", torch.Generator().manual_seed(0)
+    outs = {single + "attn.to_k": 3072, single + "proj_mlp": 4 * 3072, "transformer_blocks.0.attn.add_v_proj": 3072}
+    pairs = {
+        name: (torch.randn(2, 3072, generator=generator), torch.randn(out, 2, generator=generator))
+        for name, out in outs.items()
+    }
+    found = diffusers.FluxPipeline.lora_state_dict(export_state(pairs, 2.0, 2, "kohya", "flux"))
+    for name, (down, up) in pairs.items():
+        a, b = (found[f"transformer.{name}.lora_{part}.weight"] for part in "AB")
+        torch.testing.assert_close((b @ a)[:50], (up @ down)[:50])

@@ -40,6 +40,8 @@ KINDS = (
     Kind("double_blocks.0.img_mod.", "FluxPipeline", "FluxTransformer2DModel", "black-forest-labs/FLUX.1-dev"),
 )  # fmt: skip
 SD2 = KINDS[2]
+SCHNELL = "black-forest-labs/FLUX.1-schnell"  # the FLUX.1 that takes no guidance
+SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant")
 PREFIX = "model.diffusion_model."
 WIDE: dict[str, Any] = {"torch_dtype": torch.float32}  # else text encoders keep the file's precision
 
@@ -48,10 +50,17 @@ def load_checkpoint(path: Path, base: str | None) -> Any:
     """The pipeline of a checkpoint; `base` is the folder or hub name of one of its kind. Raises ConfigError."""
     keys = read_keys(path)
     kind = kind_of(keys, path)
+    scales = [key for key in keys if key.endswith(SCALES)]
+    if scales:
+        raise ConfigError(
+            f"{path} is quantised: {len(scales)} of its tensors are scales, such as {min(scales)}, which are not read. "
+            "Give the model in bfloat16, float16 or float32."
+        )
     if base is not None:
         check_base(base, kind)
     if kind.denoiser != "unet":
-        return _with_transformer(path, kind, base or str(kind.base))
+        distilled = kind.pipeline == "FluxPipeline" and not any("guidance_in." in key for key in keys)
+        return _with_transformer(path, kind, base or (SCHNELL if distilled else str(kind.base)))
     if base is None and kind is SD2:
         raise ConfigError(
             f"{path} is an SD2 checkpoint, which does not say whether its model predicts epsilon or v. Set "
