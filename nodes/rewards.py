@@ -1,11 +1,14 @@
 """Rewards: load, combine, and score pictures with them."""
 
+from pathlib import Path
+
 import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from comfyui_pcpo import plot
-from comfyui_pcpo.reward import REWARDS, RewardSettings, available, load_reward
+from comfyui_pcpo.reward import REWARDS, RewardSettings, load_reward, offered
+from comfyui_pcpo.reward.checkpoint import file_path
 
 from .files import reward_folder
 from .pictures import to_image
@@ -18,8 +21,7 @@ def make_reward(name: str, dtype: str = "float32") -> RewardSum:
     """A reward on the host's device; its weights are read when it scores for the first time."""
     import comfy.model_management as mm
 
-    cls = available().get(name)
-    files = [file.filename for file in cls.files] if cls else []
+    files = [str(file_path(Path(), file)) for file in REWARDS[name].files] if name in REWARDS else []
     settings = RewardSettings(folder=reward_folder(files), device=str(mm.get_torch_device()), dtype=DTYPES[dtype])
     return RewardSum((load_reward(name, settings),), (1.0,))
 
@@ -35,7 +37,7 @@ class LoadReward(io.ComfyNode):
             search_aliases=["hpsv2", "pickscore", "imagereward", "aesthetic score", "clip score"],
             inputs=[
                 io.Combo.Input(
-                    "reward", options=list(REWARDS), default="colorfulness",
+                    "reward", options=offered(), default="colorfulness",
                     tooltip="colorfulness, redness, jpeg_* and alignment (for the tiny model) need no files.",
                 ),
                 io.Combo.Input(

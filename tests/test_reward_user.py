@@ -5,7 +5,7 @@ import importlib.metadata
 import pytest
 import torch
 
-from comfyui_pcpo.reward import REWARDS, Reward, RewardError, available, import_reward, load_reward
+from comfyui_pcpo.reward import REWARDS, Reward, RewardError, available, import_reward, load_reward, offered
 from comfyui_pcpo.reward.jpeg import JpegCompressibility
 from comfyui_pcpo.reward.user import load_file
 
@@ -71,6 +71,40 @@ def test_installed_packages_offer_rewards_by_entry_point(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: asked.append(group) or [Point()])
     assert isinstance(load_reward("installed"), Installed)
     assert asked == ["pcpo.rewards"]
+
+
+def test_an_entry_point_bears_its_rewards_name(monkeypatch):
+    class Point:
+        name = "other"
+
+        def load(self):
+            return JpegCompressibility
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [Point()])
+    with pytest.raises(RewardError, match="both must have 1 name"):
+        available()
+
+
+def test_the_environment_names_the_folder_and_listing_it_runs_no_code(tmp_path, monkeypatch):
+    write(tmp_path, "dark.py", GOOD.format(name="darkness"))
+    write(tmp_path, "evil.py", "class Evil(object):\n    name = 'evil'\nraise SystemExit")
+    write(tmp_path, "broken.py", "def (")
+    assert offered() == list(REWARDS)
+    monkeypatch.setenv("PCPO_REWARD_FOLDER", str(tmp_path))
+    assert offered() == [*REWARDS, "darkness", "evil"]
+    with pytest.raises(RewardError, match=r"broken.py failed with SyntaxError"):
+        load_reward("darkness")
+    for name in ("broken.py", "evil.py"):
+        (tmp_path / name).unlink()
+    assert load_reward("darkness").score(torch.ones(1, 4, 4, 3), [""]).item() == 0
+
+
+def test_a_folder_that_is_not_there_is_named_and_costs_the_built_in_rewards_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PCPO_REWARD_FOLDER", str(tmp_path / "gone"))
+    assert offered() == list(REWARDS)
+    assert load_reward("redness").name == "redness"
+    with pytest.raises(RewardError, match="gone, which is no folder"):
+        load_reward("darkness")
 
 
 def test_headless_configurations_name_a_class():

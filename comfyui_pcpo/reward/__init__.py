@@ -17,7 +17,14 @@ from comfyui_pcpo.reward.jpeg import JpegCompressibility, JpegIncompressibility
 from comfyui_pcpo.reward.ocr import Ocr
 from comfyui_pcpo.reward.pickscore import PickScore
 from comfyui_pcpo.reward.remote import Remote
-from comfyui_pcpo.reward.user import import_reward, installed_rewards, named, rewards_in_folder
+from comfyui_pcpo.reward.user import (
+    import_reward,
+    installed_rewards,
+    named,
+    own_folder,
+    own_names,
+    rewards_in_folder,
+)
 
 CLASSES: tuple[type[Reward], ...] = (
     Alignment,
@@ -44,9 +51,15 @@ REWARDS: dict[str, type[Reward]] = {cls.name: cls for cls in CLASSES}
 
 
 def available(user_folder: Path | None = None) -> dict[str, type[Reward]]:
-    """Ours, those of installed packages, and those in the folder of the user's own: name -> class."""
-    own = rewards_in_folder(user_folder) if user_folder is not None else []
+    """Ours, those of installed packages, and those in the user's folder (or PCPO_REWARD_FOLDER): name -> class."""
+    folder = user_folder or own_folder()
+    own = rewards_in_folder(folder) if folder is not None else []
     return REWARDS | named([*installed_rewards(), *own], REWARDS)
+
+
+def offered() -> list[str]:
+    """The names to choose from; none of the users' code is run for it."""
+    return list(dict.fromkeys([*REWARDS, *own_names()]))
 
 
 def load_reward(name: str, settings: RewardSettings | None = None, user_folder: Path | None = None) -> Reward:
@@ -70,4 +83,5 @@ __all__ = [
     "download",
     "import_reward",
     "load_reward",
+    "offered",
 ]

@@ -58,7 +58,7 @@ def ask_hub(file: RewardFile, endpoint: str | None) -> tuple[Any, dict[str, str]
     from huggingface_hub.utils import build_hf_headers
 
     url = hf_hub_url(file.hub_id, file.filename, endpoint=endpoint)
-    told = get_hf_file_metadata(url, endpoint=endpoint)
+    told = get_hf_file_metadata(url)
     headers = build_hf_headers() if urlsplit(told.location).netloc == urlsplit(url).netloc else {}
     return told, {**headers, "Accept-Encoding": "identity"}
 

@@ -1,19 +1,31 @@
 """Rewards that users write: installed packages (entry points), .py files in one folder, or module:Class.
 
-The folder is the installer's choice and headless configurations may name module:Class; a workflow offers names only.
+The folder is the choice of who installs, by the environment variable PCPO_REWARD_FOLDER, and headless configurations
+may name module:Class; a workflow offers names only. Listing the names runs none of the code.
 """
 
+import ast
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 from comfyui_pcpo.reward.base import Reward, RewardError
 
 GROUP = "pcpo.rewards"
+
+
+def own_folder() -> Path | None:
+    """The folder that PCPO_REWARD_FOLDER names; None where it is not set."""
+    text = os.environ.get("PCPO_REWARD_FOLDER", "")
+    folder = Path(text) if text else None
+    if folder is not None and not folder.is_dir():
+        raise RewardError(f"PCPO_REWARD_FOLDER names {folder}, which is no folder. Make it, or unset the variable.")
+    return folder
 
 
 def check_class(found: object, source: str) -> type[Reward]:
@@ -59,13 +71,45 @@ def installed_rewards() -> list[type[Reward]]:
     """The classes that installed packages offer under the entry-point group `pcpo.rewards`."""
     from importlib.metadata import entry_points
 
-    return [check_class(point.load(), f"entry point {point.name}") for point in entry_points(group=GROUP)]
+    found = [
+        (point.name, check_class(point.load(), f"entry point {point.name}")) for point in entry_points(group=GROUP)
+    ]
+    for name, cls in found:
+        if cls.name != name:
+            raise RewardError(f"entry point {name} is the reward {cls.name!r}, but both must have 1 name. Rename one.")
+    return [cls for _, cls in found]
+
+
+def files_in_folder(folder: Path) -> list[Path]:
+    """A folder's own .py files in the order of their names; files named _* are left out."""
+    return sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
 
 
 def rewards_in_folder(folder: Path) -> list[type[Reward]]:
-    """All rewards in a folder's own .py files, in the order of their names; files named _* are left out."""
-    files = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
-    return [cls for path in files for cls in rewards_in_file(path)]
+    """All rewards in a folder's own .py files."""
+    return [cls for path in files_in_folder(folder) for cls in rewards_in_file(path)]
+
+
+def names_in_file(path: Path) -> Iterator[str]:
+    """The `name = "..."` of each class in a file, which is read and not run."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):
+        return  # it is named when somebody asks for a reward of the folder
+    for node in (item for item in tree.body if isinstance(item, ast.ClassDef) and item.bases):
+        for line in (item for item in node.body if isinstance(item, ast.Assign)):
+            to_name = [target.id for target in line.targets if isinstance(target, ast.Name)] == ["name"]
+            if to_name and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str):
+                yield line.value.value
+
+
+def own_names() -> list[str]:
+    """Names of the users' rewards, installed or in the folder, without running their code."""
+    from importlib.metadata import entry_points
+
+    text = os.environ.get("PCPO_REWARD_FOLDER", "")
+    files = files_in_folder(Path(text)) if text else []
+    return [*(point.name for point in entry_points(group=GROUP)), *(n for path in files for n in names_in_file(path))]
 
 
 def named(classes: Iterable[type[Reward]], taken: Iterable[str]) -> dict[str, type[Reward]]:
