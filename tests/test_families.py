@@ -10,12 +10,14 @@ import torch
 from comfyui_pcpo.rollout import GroupNoise, rollout
 from comfyui_pcpo.schedule import flow_grid
 from comfyui_pcpo.transition import deterministic
+from trainer.commands import FORMATS, export_lora
 from trainer.config import ConfigError
-from trainer.diffusers_policy import DiffusersPolicy
+from trainer.diffusers_policy import DiffusersPolicy, denoiser_of, module_names
 from trainer.families import FAMILIES
 from trainer.families.base import resolution_mu
 from trainer.families.flux import pack, unpack
 from trainer.run import RunFolder, load_pairs
+from trainer.source import read_pairs
 from trainer.targets import is_target
 from trainer.train import resume_run, start_run
 
@@ -45,7 +47,8 @@ def policy_of(pipeline, make_config, **sections):
 def plain(name, pipeline, latents, cfg, output):
     """What the pipeline itself makes of the same start in 3 steps."""
     guided = {"true_cfg_scale" if name in PACKED else "guidance_scale": cfg, "negative_prompt": ["dark"] * 2}
-    more = {"flux": {"guidance_scale": 3.5}, "sd35": {"max_sequence_length": 0}}.get(name, {})
+    length = {"max_sequence_length": tiny_pipelines.T5_LENGTH}
+    more = {"flux": {"guidance_scale": 3.5, **length}, "sd3": length, "sd35": {"max_sequence_length": 0}}.get(name, {})
     start = pack(latents) if name in PACKED else latents.clone()
     result = pipeline(PROMPTS, num_inference_steps=3, latents=start, output_type=output, **SIZE, **guided, **more)
     return unpack(result.images, 4, 4) if name in PACKED and output == "latent" else result.images
@@ -98,6 +101,29 @@ def test_a_run_starts_at_ratio_one_learns_and_resumes_to_the_same_numbers(family
     assert all(torch.equal(ours, theirs) for name in lora for ours, theirs in zip(lora[name], again[name], strict=True))
     strip = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.records()]
     assert strip == [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in half.records()]
+
+
+def test_a_runs_export_reloads_as_what_was_trained(family, trained, pipelines):
+    run, expected = trained[0], trained[0].lora()
+    names = module_names(denoiser_of(pipelines[family]))
+    for layout in FORMATS:
+        found = read_pairs(export_lora(run.path, layout, "latest", None), names)
+        assert found.keys() == expected.keys()
+        for name, (down, up) in expected.items():
+            product = found[name][1].flatten(1) @ found[name][0].flatten(1)
+            torch.testing.assert_close(product, up.flatten(1) @ down.flatten(1), rtol=1e-5, atol=1e-7)
+
+
+def test_the_update_repeats_the_rollouts_output_in_bfloat16_with_checkpointing(pipelines, make_config, family):
+    model = {"precision": "bfloat16", "gradient_checkpointing": True}
+    policy = policy_of(pipelines[family], make_config, rollout={"cfg": 2.0}, model=model)
+    x, condition = torch.randn(2, *policy.latent_shape), policy.encode(PROMPTS)
+    with torch.no_grad():
+        old = policy.predict(x, 500, condition)
+    new = policy.predict(x, 500, condition)
+    assert old.dtype == torch.float32 and torch.equal(new, old)
+    new.sum().backward()
+    assert sum(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in policy.trainable()) > 0
 
 
 @pytest.mark.parametrize("detach", [False, True])

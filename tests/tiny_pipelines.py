@@ -10,6 +10,7 @@ import transformers
 TOKENIZER = Path(__file__).parents[1] / "comfyui_pcpo" / "tiny" / "models" / "shared" / "tokenizer"
 SIDE = 16
 LATENT_CHANNELS = 4
+T5_LENGTH = 24
 FLOW = {"base_image_seq_len": 4, "max_image_seq_len": 64, "base_shift": 0.5, "max_shift": 1.15}
 
 
@@ -38,7 +39,7 @@ def t5(width: int) -> Any:
 def t5_tokenizer() -> Any:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
     pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
-    return transformers.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    return transformers.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=T5_LENGTH)
 
 
 def vae(shift: float | None = None) -> Any:

@@ -28,9 +28,8 @@ class Flux(Wiring):
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
 
     def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:
-        hidden, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts), None, device=device, max_sequence_length=TEXT_LENGTH
-        )
+        length = min(TEXT_LENGTH, self.pipeline.tokenizer_2.model_max_length)
+        hidden, pooled, _ = self.pipeline.encode_prompt(list(prompts), None, device=device, max_sequence_length=length)
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
     def call(self, x: Tensor, t: Tensor, text: Inputs) -> Tensor:

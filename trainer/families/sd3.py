@@ -13,8 +13,9 @@ T5_LENGTH = 256
 class Sd3(Wiring):
     def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:
         """Without T5 its tokens are left out, as ComfyUI does; diffusers would pad with 256 rows of zeros."""
-        length = 0 if self.pipeline.text_encoder_3 is None else T5_LENGTH
-        hidden, _, pooled, _ = self.pipeline.encode_prompt(
+        pipe = self.pipeline
+        length = 0 if pipe.text_encoder_3 is None else min(T5_LENGTH, pipe.tokenizer_3.model_max_length)
+        hidden, _, pooled, _ = pipe.encode_prompt(
             list(prompts), None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=length
         )
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
