@@ -51,6 +51,12 @@ class Run:
     def area(self) -> float:
         return area(self.updates, self.gains)
 
+    @property
+    def own(self) -> float:
+        """Mean reward of its own rollouts, by its own sampler, over the last quarter of the updates."""
+        rewards = over_updates(self, "reward_mean")
+        return float(np.mean(rewards[-max(1, len(rewards) // 4) :]))
+
     def reach(self, goal: float) -> float:
         return first_reach(self.updates, self.gains, goal)
 

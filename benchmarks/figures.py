@@ -1,5 +1,6 @@
 """The benchmark's pictures."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -149,8 +150,9 @@ def forest(groups: Sequence[tuple[str, Sequence[tuple[str, Interval]]]], title: 
     left = 24 + max(text_width(CONTENDERS[name].title, 12) for _, effects in groups for name, _ in effects)
     width, top, row = 760, 52, 24
     canvas = Canvas(width, top + rows * row + 52)
-    every = [v for _, effects in groups for _, i in effects for v in (i.low, i.high)] + [0.0]
-    room = 0.05 * (max(every) - min(every))
+    every = [v for _, effects in groups for _, i in effects for v in (i.value, i.low, i.high) if math.isfinite(v)]
+    every.append(0.0)
+    room = 0.05 * (max(every) - min(every)) or 1.0
     axis = Axis(min(every) - room, max(every) + room, left + 20, width - 24)
     canvas.text((24, 24), title, INK, 15)
     foot = top + rows * row
@@ -175,8 +177,9 @@ def _draw_effect(canvas: Canvas, axis: Axis, effect: tuple[str, Interval], left:
     name, found = effect
     color = COLORS[LOOKS[name][0]]
     canvas.text((left, y), CONTENDERS[name].title, INK, 12, "rm")
-    low, high = axis.at(found.low), axis.at(found.high)
-    canvas.line([(low, y), (high, y)], color, 2)
-    for end in (low, high):
-        canvas.line([(end, y - 4), (end, y + 4)], color, 2)
+    if math.isfinite(found.low) and math.isfinite(found.high):
+        low, high = axis.at(found.low), axis.at(found.high)
+        canvas.line([(low, y), (high, y)], color, 2)
+        for end in (low, high):
+            canvas.line([(end, y - 4), (end, y + 4)], color, 2)
     canvas.dot(axis.at(found.value), y, color, 4.5)

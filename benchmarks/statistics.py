@@ -105,7 +105,8 @@ def mixed(rows: Sequence[tuple[str, Hashable, float]], reference: str) -> Mixed:
     """REML fit of  y = contender + block + noise,  block ~ N(0, s_b^2);  rows are (contender, block, y).
 
     Laird and Ware 1982. A block is one seed of one task: all contenders see its prompts and its noise.
-    The ratio s_b^2 / s^2 is found on a fine grid; limits are Student's t with n - contenders - blocks + 1 degrees.
+    The ratio s_b^2 / s^2 is found on a fine grid; limits are Student's t with n - contenders - blocks + 1 degrees, and
+    NaN where that leaves none.
     """
     names = [reference, *sorted({name for name, _, _ in rows} - {reference})]
     blocks = sorted({block for _, block, _ in rows}, key=str)
@@ -117,9 +118,13 @@ def mixed(rows: Sequence[tuple[str, Hashable, float]], reference: str) -> Mixed:
         if name != reference:
             x[i, names.index(name)] = 1
         z[i, blocks.index(block)] = 1
+    freedom = len(rows) - len(names) - len(blocks) + 1
+    if freedom < 1:
+        beta = np.linalg.lstsq(x, y, rcond=None)[0]
+        point = {n: Interval(float(beta[k]), math.nan, math.nan) for k, n in enumerate(names) if n != reference}
+        return Mixed(point, dict.fromkeys(point, math.nan), math.nan, math.nan)
     ratio = max((0.0, *np.geomspace(1e-4, 1e4, 400)), key=lambda r: _likelihood(x, y, z, r)[0])
     _, beta, covariance, variance = _likelihood(x, y, z, ratio)
-    freedom = len(rows) - len(names) - len(blocks) + 1
     errors = np.sqrt(np.diag(covariance))
     reach = stats.t.ppf(0.975, freedom) * errors
     effects = {n: Interval(*map(float, (beta[k], beta[k] - reach[k], beta[k] + reach[k]))) for k, n in enumerate(names)}

@@ -32,14 +32,17 @@ def _over(runs: Sequence[Run], of: Callable[[Run], float], statistic=mean) -> In
 
 
 def gains(found: Found) -> str:
-    """Gain at the end, mean gain on the way, and the chosen setting."""
+    """The chosen setting, gain at the end and on the way, and the reward of the last quarter of its own rollouts."""
     rows = []
     for name, runs in found.runs.items():
         rate, clip = found.chosen[name]
         setting = f"{rate:g}, {clip:g}" if CONTENDERS[name].clips else f"{rate:g}, -"
-        numbers = [limits(_over(runs, lambda r: r.gain)), limits(_over(runs, lambda r: r.area))]
+        numbers = [limits(_over(runs, of)) for of in (lambda r: r.gain, lambda r: r.area)]
+        numbers.append(limits(_over(runs, lambda r: r.own), 3))
         rows.append([CONTENDERS[name].title, setting, str(len(runs)), *numbers])
-    return table(["", "learning rate, clip", "seeds", "gain at the end", "mean gain on the way"], rows)
+    return table(
+        ["", "learning rate, clip", "seeds", "gain at the end", "mean gain on the way", "reward of own rollouts"], rows
+    )
 
 
 def times(found: Found, form: Form) -> str:

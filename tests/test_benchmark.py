@@ -73,7 +73,10 @@ def write(cell: Cell, out, gain: float) -> None:
     }
     (folder / "result.json").write_text(json.dumps(result))
     step = {"steps": [0, 1], "clip_fraction": [0.1, 0.3], "grad_norm": [1.0, 2.0], "taylor_error": [1e-6, 1e-6]}
-    lines = [{"update": u, "clip_fraction": 0.2, "grad_norm": 1.0 + u % 2, "per_step": step} for u in range(1, 11)]
+    lines = [
+        {"update": u, "reward_mean": u / 10, "clip_fraction": 0.2, "grad_norm": 1.0 + u % 2, "per_step": step}
+        for u in range(1, 11)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -300,3 +303,11 @@ def test_matched_reward_is_read_where_each_seed_reaches_it(tmp_path):
     assert [run.matched("fd_base", 0.25) for run in found.runs["pcpo"]] == pytest.approx([105, 105])
     assert all(math.isnan(run.matched("fd_base", 0.25)) for run in found.runs["ppo"])
     assert found.runs["pcpo"][0].area == pytest.approx(0.25)
+    assert found.runs["pcpo"][0].own == pytest.approx(0.95)
+
+
+def test_the_report_says_where_the_best_learning_rate_is_the_largest_tried(tmp_path):
+    form = small(learning_rates=(1e-3, 1e-2), tuning_seeds=(100,))
+    fill(form, tmp_path, lambda cell: cell.learning_rate if cell.contender == "pcpo" else -cell.learning_rate)
+    text = report("quick", form, tmp_path, tmp_path, tmp_path / "images").read_text()
+    assert "Chosen at the upper end of the learning rates, so more might be better: PCPO.\n" in text

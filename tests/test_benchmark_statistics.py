@@ -92,6 +92,13 @@ def test_mixed_model_without_blocks_that_differ_finds_no_block_variance():
     assert found.residual_std == pytest.approx(1, abs=0.2)
 
 
+def test_one_seed_gives_differences_without_limits():
+    found = mixed([("a", 0, 1.0), ("b", 0, 3.0)], "a")
+    assert found.effects["b"].value == pytest.approx(2)
+    assert math.isnan(found.effects["b"].low)
+    assert math.isnan(found.p["b"])
+
+
 def test_mixed_model_uses_blocks_that_lack_a_contender():
     _, rows = balanced()
     found = mixed(rows[:-3], "c0")
