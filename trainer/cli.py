@@ -141,7 +141,7 @@ def check(*tokens: Tokens) -> None:
 
 
 @app.command
-def demo(*, updates: int = 20, name: str | None = None, folder: Path = Path("output/pcpo"), seed: int = 0) -> None:
+def demo(*, updates: int = 30, name: str | None = None, folder: Path = Path("output/pcpo"), seed: int = 0) -> None:
     """Align the embedded model in a minute or two: no download, before and after pictures at the end.
 
     Parameters
@@ -165,7 +165,7 @@ def demo(*, updates: int = 20, name: str | None = None, folder: Path = Path("out
         run, stream = start_run(config, bar.tick)
         _follow(run, stream, config, bar, 0, quiet=True)
     print("Comparing with the model before, on noise it has not been trained on ...")
-    found = compare(config, run, list(config.prompts.lines), seed=seed + 1, each=4, steps=config.rollout.steps)
+    found = compare(config, run, list(config.prompts.lines), seed=seed + 1, each=4)
     first = next(iter(config.reward.weights))
     draw(found, first, run.path / "before_after.png")
     for reward in found.scores:

@@ -29,14 +29,14 @@ PROMPTS = (
 def demo_config(name: str, folder: Path, updates: int, seed: int) -> Config:
     """More colourful pictures, with full PCPO on emoji-flow; alignment, held out, tells what that costs.
 
-    Twenty updates stop before colourfulness dissolves the objects, which thirty do.
+    Thirty updates stop before colourfulness dissolves the objects, which forty do.
     """
     tree = {
         "prompts": {"lines": list(PROMPTS)},
         "rollout": {"prompts_per_update": 4, "group_size": 8, "steps": 10, "images_at_once": 16},
         "reward": {"weights": {"colorfulness": 1.0}, "held_out": ["alignment"]},
         "objective": {"clip_range": 1e-3},
-        "optimizer": {"learning_rate": 8e-3},
+        "optimizer": {"learning_rate": 4e-3},
         "lora": {"rank": 8},
         "run": {"name": name, "folder": str(folder), "updates": updates, "seed": seed, "save_every": 10},
     }
@@ -60,8 +60,16 @@ class Comparison:
         return float(before.mean()), float(after.mean()), rise / spread if spread else float("nan")
 
 
-def compare(config: Config, folder: RunFolder, prompts: list[str], seed: int, each: int, steps: int) -> Comparison:
-    """Sample `each` pictures per prompt from the base and from the run's latest checkpoint, and score them."""
+SHOWN = {"steps": 20, "cfg": 2.5}
+
+
+def compare(config: Config, folder: RunFolder, prompts: list[str], seed: int, each: int) -> Comparison:
+    """Sample `each` pictures per prompt from the base and from the run's latest checkpoint, and score them.
+
+    They are sampled as one would use the model, with more steps than in training and with guidance.
+    """
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update=SHOWN)})
+    steps = config.rollout.steps
     guide = Guide(folder.lora(), ImplicitReward(1.0))
     policy = sampling_policy(config, [guide.pairs])
     before = sample(policy, prompts, [], seed, steps, each=each)
