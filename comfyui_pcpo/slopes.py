@@ -30,8 +30,9 @@ def difference_text(slope: Slope) -> str:
     if not d.count:
         return "no value"
     text = f"{d.mean:+.3g}"
-    if math.isfinite(d.error):
-        text += f" \u00b1 {d.error:.1g}"
+    if d.error > 0 and math.isfinite(d.error):
+        digits = max(0, 1 - math.floor(math.log10(d.error)))  # two digits of the error
+        text = f"{d.mean:+.{digits}f} \u00b1 {d.error:.{digits}f}"
     return text + (f", {chance(found.p)}" if math.isfinite(found.p) else "")
 
 
@@ -65,9 +66,11 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - (abs(low) or 1), high + (abs(high) or 1)
-    room = 0.08 * (high - low)
-    step = nice_step(high - low + 2 * room, 4)
-    return math.floor((low - room) / step) * step, math.ceil((high + room) / step) * step
+    low, high = low - 0.08 * (high - low), high + 0.08 * (high - low)
+    for _ in range(2):  # wider limits may ask for a wider step
+        step = nice_step(high - low, 4)
+        low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    return low, high
 
 
 def _draw(canvas: Canvas, slope: Slope, left: float, top: float) -> None:

@@ -27,9 +27,10 @@ def test_only_what_is_hardly_chance_has_a_colour_and_it_knows_what_is_better(bef
 
 def test_the_difference_is_told_with_as_much_as_is_known():
     assert difference_text(Slope("x", "", [1.0], [1.5])) == "+0.5"
-    assert difference_text(Slope("x", "", [1.0, 2.0], [2.0, 3.2])) == "+1.1 \u00b1 0.1, p = 0.058"
+    assert difference_text(Slope("x", "", [1.0, 2.0], [2.0, 3.2])) == "+1.10 \u00b1 0.10, p = 0.058"
     assert difference_text(Slope("x", "", *RISING)).endswith("p = 0.001")
     assert difference_text(Slope("x", "", [math.nan], [1.0])) == "no value"
+    assert difference_text(Slope("x", "", [0.0, 0.0, 0.0], [500.0, 600.0, 540.0])).startswith("+547 \u00b1 29, ")
 
 
 def test_every_metric_has_its_panel_whatever_its_numbers_are():
