@@ -12,6 +12,7 @@ from trainer.config import Config, build, merge
 from trainer.train import make_policy
 
 from .contenders import CONTENDERS, PROMPTS, RECIPES, Contender, Form
+from .statistics import area
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,10 @@ def read_result(cell: Cell, out: Path) -> dict[str, Any] | None:
 
 
 def choose(form: Form, task: Task, out: Path) -> dict[str, Setting] | None:
-    """Each contender's setting with the highest mean gain over the tuning seeds; None while cells are missing."""
+    """Each contender's setting with the highest mean gain on the way on the tuning seeds; None while cells are missing.
+
+    The area under the curve, not its end: it asks for speed, as the paper does, and no single examination decides.
+    """
     chosen = {}
     for contender in competing(form, task):
         options = settings(form, contender)
@@ -93,7 +97,7 @@ def choose(form: Form, task: Task, out: Path) -> dict[str, Setting] | None:
             found = [read_result(Cell(task, contender, *setting, seed), out) for seed in form.tuning_seeds]
             if None in found:
                 return None
-            means[setting] = sum(r["gains"][-1] for r in found if r) / len(found)
+            means[setting] = sum(area(r["updates"], r["gains"]) for r in found if r) / len(found)
         chosen[contender] = max(options, key=lambda s: means.get(s, 0.0))
     return chosen
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from . import figures, guidance, speed, tables
 from .collect import GOALS, Found, collect
 from .contenders import CONTENDERS, PROMPTS, Form
+from .grid import tasks
 from .statistics import mixed
 
 LINE = "<!-- below: python -m trainer benchmark --part report; what is above this line is kept -->"
@@ -21,7 +22,10 @@ def report(form_name: str, form: Form, out: Path, folder: Path, pictures: Path) 
         parts.append(task_part(task, form, pictures, where))
     if found:
         parts.insert(1, overall(found, pictures, where))
-    parts += [part for part in (guidance.report(out, pictures, where), speed.report(out, pictures, where)) if part]
+    chosen = tuning_part(form, out)
+    parts += [
+        part for part in (chosen, guidance.report(out, pictures, where), speed.report(out, pictures, where)) if part
+    ]
     file = folder / "results.md"
     kept = file.read_text(encoding="utf-8").split(LINE)[0] if file.is_file() else "# Results\n\n"
     file.write_text(kept + LINE + "\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
@@ -40,9 +44,9 @@ def setup(form_name: str, form: Form, found: Sequence[Found]) -> str:
     python -m trainer benchmark --form {form_name}
 
 at commit {", ".join(commits) or "-"}. Every run: {size}, {form.steps} denoising steps, LoRA of rank 8, no guidance.
-Learning rate (out of {rates}) and clip range (out of {clips}) were chosen for each contender by its gain on seeds
-{_list(form.tuning_seeds)}, which are not reported; reported are seeds {_list(form.seeds)}. With the same seed all
-contenders see the same prompts and noise. Every {form.every} updates, and before the first, the model is examined:
+Learning rate (out of {rates}) and clip range (out of {clips}) were chosen for each contender by its mean gain on the
+way on seeds {_list(form.tuning_seeds)}, which are not reported; reported are seeds {_list(form.seeds)}. With the same
+seed all contenders see the same prompts and noise. Every {form.every} updates, and before the first, the model is examined:
 {exam} pictures of the same noise, sampled without noise (ODE). Gains are in standard deviations of the base model's
 rewards on these pictures. Brackets are 95 % bootstrap intervals over seeds unless said otherwise. tempflow and guard
 are one credit (docs/paper.md). Tiny FD is taken from {exam} pictures to {form.reference}, in emoji-align's features:
@@ -53,13 +57,21 @@ def _list(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds)) or "(none: one setting)"
 
 
+def tuning_part(form: Form, out: Path) -> str:
+    """How much each setting gave, task by task; empty where nothing was tuned."""
+    found = {tables.describe(task): tables.tuning(form, task, out) for task in tasks(form)}
+    parts = [f"{name}:\n\n{text}" for name, text in found.items() if text]
+    seeds = f"By learning rate and clip range, on tuning seeds {_list(form.tuning_seeds)} only; bold was chosen."
+    return "\n\n".join(["## Settings", seeds, *parts]) if parts else ""
+
+
 def overall(found: Sequence[Found], pictures: Path, where: str) -> str:
     """All contenders against native PPO and against PCPO, over all tasks."""
     parts = ["## All tasks together"]
     groups = []
     for task in found:
         effects = mixed(task.rows("gain"), tables.REFERENCES[0]).effects
-        groups.append((tables.describe(task), [(name, effects[name]) for name in task.runs if name in effects]))
+        groups.append((tables.describe(task.task), [(name, effects[name]) for name in task.runs if name in effects]))
     figures.forest(
         groups, "Gain over native PPO", "difference in gain at the end, std of the base model's rewards, 95 % limits"
     ).save(pictures / "effects.png")
@@ -87,7 +99,7 @@ def task_part(found: Found, form: Form, pictures: Path, where: str) -> str:
         notes.append(f"Chosen at the upper end of the learning rates, so more might be better: {', '.join(edge)}.")
     return "\n\n".join(
         [
-            f"## {tables.describe(found)}",
+            f"## {tables.describe(found.task)}",
             *notes,
             f"![Convergence]({where}/{stem}-convergence.png)",
             tables.gains(found),

@@ -58,8 +58,8 @@ def median(values: np.ndarray) -> np.ndarray:
 def bootstrap(values: Sequence[float], statistic: Callable[[np.ndarray], np.ndarray] = mean, seed: int = 0) -> Interval:
     """Percentile bootstrap over seeds (Efron 1979). With five seeds it is narrow: read it beside the tests."""
     x = np.asarray(values, float)
-    if not len(x):
-        return Interval(math.nan, math.nan, math.nan)
+    if len(x) < 2:
+        return Interval(float(x[0]) if len(x) else math.nan, math.nan, math.nan)
     draws = x[np.random.default_rng(seed).integers(0, len(x), (RESAMPLES, len(x)))]
     low, high = np.quantile(statistic(draws), (0.025, 0.975), method="nearest")
     return Interval(float(statistic(x)), float(low), float(high))

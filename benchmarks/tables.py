@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from .collect import GOALS, Found, Run, pairs
 from .contenders import BASELINE, CONTENDERS, OURS, RECIPES, Form
-from .statistics import Interval, Mixed, bootstrap, holm, mean, median, mixed, sign_flip
+from .grid import Setting, Task, choose, competing, finished, tuning_cells
+from .statistics import Interval, Mixed, area, bootstrap, holm, mean, median, mixed, sign_flip
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -20,15 +22,34 @@ def number(value: float, digits: int = 2) -> str:
 
 
 def limits(found: Interval, digits: int = 2) -> str:
-    """`value [low, high]`."""
-    if math.isnan(found.value) or math.isinf(found.value):
-        return number(found.value)
+    """`value [low, high]`, without brackets where there are no limits."""
+    if not math.isfinite(found.value) or math.isnan(found.low):
+        return number(found.value, digits)
     return f"{number(found.value, digits)} [{number(found.low, digits)}, {number(found.high, digits)}]"
 
 
 def _over(runs: Sequence[Run], of: Callable[[Run], float], statistic=mean) -> Interval:
     values = [of(run) for run in runs]
     return bootstrap([v for v in values if not math.isnan(v)], statistic)
+
+
+def tuning(form: Form, task: Task, out: Path) -> str:
+    """Mean gain on the way on the tuning seeds by setting, the chosen one in bold; empty where none is finished."""
+    found: dict[tuple[str, Setting], list[float]] = {}
+    for cell, result in finished(tuning_cells(form, task), out):
+        found.setdefault((cell.contender, (cell.learning_rate, cell.clip_range)), []).append(
+            area(result["updates"], result["gains"])
+        )
+    if not found:
+        return ""
+    every, chosen, rows = [(r, c) for r in form.learning_rates for c in form.clip_ranges], choose(form, task, out), []
+    for name in competing(form, task):
+        cells = [number(float(np.mean(found.get((name, setting), [math.nan])))) for setting in every]
+        if chosen:
+            place = every.index(chosen[name])
+            cells[place] = f"**{cells[place]}**"
+        rows.append([CONTENDERS[name].title, *cells])
+    return table(["mean gain on the way", *(f"{rate:g}, {clip:g}" for rate, clip in every)], rows)
 
 
 def gains(found: Found) -> str:
@@ -125,9 +146,9 @@ def against(found: Sequence[Found], reference: str) -> tuple[str, Mixed]:
     return table([*head, "better in"], lines), model
 
 
-def describe(found: Found) -> str:
-    recipe = RECIPES[found.task.recipe]
-    return f"{recipe.model}, {recipe.title}, reward {found.task.reward}"
+def describe(task: Task) -> str:
+    recipe = RECIPES[task.recipe]
+    return f"{recipe.model}, {recipe.title}, reward {task.reward}"
 
 
 REFERENCES = (BASELINE, OURS)
