@@ -118,3 +118,12 @@ def test_overrides_are_read_as_toml_and_laid_on_the_file(tmp_path):
 def test_an_option_without_dashes_or_value_is_refused(tokens, message):
     with pytest.raises(ConfigError, match=message):
         parse_overrides(tokens)
+
+
+def test_a_table_given_whole_replaces_and_an_entry_is_added(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[reward]\nweights = {alignment = 1.0}\n")
+    whole = load(file, parse_overrides(["--reward.weights", "{redness = 2.0}"]))
+    assert whole.reward.weights == {"redness": 2.0}
+    more = load(file, parse_overrides(["--reward.weights.redness", "2.0"]))
+    assert more.reward.weights == {"alignment": 1.0, "redness": 2.0}

@@ -329,18 +329,23 @@ def parse_overrides(tokens: list[str]) -> dict[str, Any]:
     return tree
 
 
+class Whole(dict):
+    """A table that was given as one value, `{a = 1}`: it replaces the one that it is laid on."""
+
+
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"v = {text}")["v"]
+        value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         return text
+    return Whole(value) if isinstance(value, dict) else value
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` laid on `base`, section by section."""
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        both = isinstance(value, dict) and not isinstance(value, Whole) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
 
