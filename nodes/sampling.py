@@ -209,8 +209,9 @@ class PlotCredit(io.ComfyNode):
         targets, native = target_weights(taken, grid, credit, trained).tolist(), [s.weight for s in taken]
         image = to_image(plot.credit(native, targets, [s.std for s in taken], trained))
         head = f"{name}, noise level {level:g}, {steps} steps, {credit} credit; the last step is not trained"
+        columns = "step   level     std   native   target"
         rows = [
-            f"step {i}: level {grid.levels[i]:.4f}  std {s.std:.4f}  native {s.weight:.4f}  target {targets[i]:.4f}"
+            f"{i:4d}  {grid.levels[i]:6.4f}  {s.std:6.4f}  {s.weight:7.4f}  {targets[i]:7.4f}"
             for i, s in enumerate(taken)
         ]
-        return io.NodeOutput(image, "\n".join([head, *rows]), ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(image, "\n".join([head, columns, *rows]), ui=ui.PreviewImage(image, cls=cls))

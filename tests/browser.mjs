@@ -18,7 +18,7 @@ try {
   const page = context.pages()[0];
   page.on('pageerror', e => result.errors.push(e.message));
   await context.route(u => u.hostname !== '127.0.0.1', route => route.abort());
-  const settings = { 'Comfy.TutorialCompleted': true, 'Comfy.Release.Status': 'skipped', 'Comfy.Workflow.Persist': false };
+  const settings = { 'Comfy.TutorialCompleted': true, 'Comfy.Release.Status': 'skipped', 'Comfy.Workflow.Persist': false, 'Comfy.Minimap.Visible': false };
   for (const [key, value] of Object.entries(settings))
     await fetch(`${url}/api/settings/${key}`, { method: 'POST', body: JSON.stringify(value), headers: { 'content-type': 'application/json' } });
   await page.goto(url, { waitUntil: 'domcontentloaded' });

@@ -11,6 +11,8 @@ import comfy_host
 
 comfy_host.skip_without_host()
 
+comfy_host.load_pack()
+import comfy.sd  # noqa: E402
 import comfy_models  # noqa: E402
 import torch  # noqa: E402
 from comfy.model_patcher import MemoryCounter  # noqa: E402
@@ -157,6 +159,20 @@ def test_a_partly_loaded_base_composes(flow):
     found = guided(flow, [aligned(lora, 1.0)], base=base)
     assert base.model.model_lowvram
     assert torch.equal(found, alone)
+    forget_loaded()
+
+
+def test_over_fp8_weights_the_loras_are_not_rounded_to_fp8(flow):
+    """As the host itself does for a layer that is not on the device, and unlike its full load."""
+    state = {k: v.clone() for k, v in flow.model.model.diffusion_model.state_dict().items()}
+    with torch.inference_mode():
+        base = comfy.sd.load_diffusion_model_state_dict(state, {"dtype": torch.float8_e4m3fn})
+    lora = lora_on(flow, 1, base)
+    found = guided(flow, [aligned(lora, 1.0)], base=base)
+    rounded = flow.stock(model=lora)
+    forget_loaded()
+    assert torch.equal(found, flow.stock(model=partly_loaded(lora)))
+    assert biggest(found, rounded) > 1e-3
     forget_loaded()
 
 

@@ -197,6 +197,6 @@ def test_a_method_of_the_other_kind_is_refused(name, method):
 
 def test_plot_credit_refuses_a_grid_without_noise(flow):
     image, report = comfy_host.execute("PCPOPlotCredit", flow.model, 8, "auto", -1.0, "proportionate")
-    assert image.shape[0] == 1 and report.count("\n") == 8
+    assert image.shape[0] == 1 and report.count("\n") == 9
     with pytest.raises(ConfigError, match="0 of 8 steps"):
         comfy_host.execute("PCPOPlotCredit", flow.model, 8, "auto", 0.0, "proportionate")
