@@ -24,6 +24,7 @@ from comfyui_pcpo.rollout import GroupNoise, derive_seed, rollout
 from .average import Average
 from .config import Config
 from .forward_update import renoise
+from .optimizer import make_optimizer
 from .plan import Plan, make_plan
 from .policy import Condition, Policy
 from .processes import Processes
@@ -94,9 +95,7 @@ class Clock:
 
 def make_learner(policy: Policy, config: Config) -> Learner:
     o = config.optimizer
-    optimizer = torch.optim.AdamW(
-        policy.trainable(), lr=o.learning_rate, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay
-    )
+    optimizer = make_optimizer(policy.trainable(), o)
     average = Average(policy.trainable(), o.ema_decay, o.ema_every) if o.ema_decay else None
     return Learner(policy, optimizer, PromptWindow(config.advantage.window, config.advantage.min_count), average)
 

@@ -46,8 +46,16 @@ PREFIX = "model.diffusion_model."
 WIDE: dict[str, Any] = {"torch_dtype": torch.float32}  # else text encoders keep the file's precision
 
 
-def load_checkpoint(path: Path, base: str | None) -> Any:
-    """The pipeline of a checkpoint; `base` is the folder or hub name of one of its kind. Raises ConfigError."""
+def precisions(dtype: torch.dtype) -> dict[str, Any]:
+    """What diffusers is told of a pipeline's precision: `dtype`, and float32 for the VAE."""
+    return WIDE if dtype == torch.float32 else {"torch_dtype": {"default": dtype, "vae": torch.float32}}
+
+
+def load_checkpoint(path: Path, base: str | None, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline of a checkpoint; `base` is the folder or hub name of one of its kind. Raises ConfigError.
+
+    SD and SDXL, which are small, are read in float32 whatever `dtype` is.
+    """
     keys = read_keys(path)
     kind = kind_of(keys, path)
     scales = [key for key in keys if key.endswith(SCALES)]
@@ -60,7 +68,7 @@ def load_checkpoint(path: Path, base: str | None) -> Any:
         check_base(base, kind)
     if kind.denoiser != "unet":
         distilled = kind.pipeline == "FluxPipeline" and not any("guidance_in." in key for key in keys)
-        return _with_transformer(path, kind, base or (SCHNELL if distilled else str(kind.base)))
+        return _with_transformer(path, kind, base or (SCHNELL if distilled else str(kind.base)), dtype)
     if base is None and kind is SD2:
         raise ConfigError(
             f"{path} is an SD2 checkpoint, which does not say whether its model predicts epsilon or v. Set "
@@ -131,13 +139,13 @@ def _whole(path: Path, kind: Kind, config: str) -> Any:
     )
 
 
-def _with_transformer(path: Path, kind: Kind, base: str) -> Any:
+def _with_transformer(path: Path, kind: Kind, base: str, dtype: torch.dtype) -> Any:
     import diffusers
 
     model: Any = getattr(diffusers, kind.denoiser)
-    transformer = model.from_single_file(str(path), config=base, subfolder="transformer", **WIDE)
+    transformer = model.from_single_file(str(path), config=base, subfolder="transformer", torch_dtype=dtype)
     pipeline: Any = getattr(diffusers, kind.pipeline)
-    return pipeline.from_pretrained(base, transformer=transformer, **left_out(Path(base)), **WIDE)
+    return pipeline.from_pretrained(base, transformer=transformer, **left_out(Path(base)), **precisions(dtype))
 
 
 def left_out(folder: Path) -> dict[str, None]:

@@ -31,11 +31,41 @@ class ModelConfig(Section):
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:1.")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="Precision of the model's forward passes; ratios and losses are float32 always."
+        default="float32",
+        description="Precision of the model's frozen weights and forward passes; LoRA, ratios and losses are float32.",
+    )
+    quantize: Literal["none", "fp8", "int8", "4bit"] = Field(
+        default="none",
+        description="Store the frozen layers of the model's blocks in 8 bits (fp8, int8) or 4 bits (4bit needs "
+        "bitsandbytes): less memory, slower.",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the update: less memory, slower."
     )
+    offload: bool = Field(
+        default=True,
+        description="Text encoders and VAE are on the GPU only while they work; false saves the time of moving them.",
+    )
+    compile: bool = Field(
+        default=False, description="Compile the model's blocks with torch.compile: slow to start, then faster."
+    )
+    shard: bool = Field(
+        default=False,
+        description="Each process of `accelerate launch` keeps only its share of the frozen weights (FSDP); one "
+        "process keeps them all.",
+    )
+
+    @model_validator(mode="after")
+    def fits(self) -> "ModelConfig":
+        if self.quantize != "none" and self.precision == "float16":
+            raise ValueError(
+                f"quantize = {self.quantize} does not go with precision = float16, whose range is too small for it. "
+                "Use bfloat16."
+            )
+        if self.shard and (self.quantize != "none" or self.compile):
+            other = "compile = true" if self.compile else f"quantize = {self.quantize}"
+            raise ValueError(f"shard = true does not go with {other}. Use one of the two.")
+        return self
 
 
 class PromptsConfig(Section):
@@ -80,6 +110,10 @@ class RolloutConfig(Section):
     )
     detach_unconditional: bool = Field(
         default=False, description="No gradient through the unconditional branch (Flow-GRPO)."
+    )
+    batch_cfg: bool = Field(
+        default=True,
+        description="Both branches of the guidance in one model call; false takes two, with half the activations each.",
     )
     shared_noise: bool = Field(
         default=False, description="Start all images of a group from the same noise (DanceGRPO)."
@@ -194,6 +228,9 @@ class LoraConfig(Section):
 
 
 class OptimizerConfig(Section):
+    name: Literal["adamw", "adamw8bit"] = Field(
+        default="adamw", description="adamw8bit keeps the moments of large factors in 8 bits; it needs bitsandbytes."
+    )
     learning_rate: float = Field(default=3e-4, gt=0, le=1, description="AdamW's learning rate.")
     minibatches: int = Field(
         default=2, ge=1, description="Optimizer steps per update; each takes its share of every group."

@@ -15,6 +15,9 @@ from comfyui_pcpo.schedule import Grid, Kind
 from .config import Config, ConfigError
 from .families import Inputs, denoiser_of, wire
 from .policy import LoraPairs
+from .residence import Parts, Residence
+from .shard import blocks_of, shard, sharded
+from .storage import store
 from .targets import is_target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,12 +48,31 @@ class DiffusersPolicy:
         self.latent_shape: tuple[int, int, int] = self.wiring.latent_shape
         self.device = pick_device(config.model.device)
         self.dtype = DTYPES[config.model.precision]
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False).eval().to(self.device)
+        modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        for part in modules:
+            part.requires_grad_(False).eval()
         self._add_lora(more)
+        store(self.denoiser, self.dtype, config.model.quantize)
+        self.residence = self._settle(modules)
         if config.model.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
+        if config.model.compile:
+            for block in blocks_of(self.denoiser):
+                block.compile()
+
+    def _settle(self, modules: list[nn.Module]) -> Residence:
+        """Put the pipeline's parts where they belong."""
+        pipeline, m = self.pipeline, self.config.model
+        pipeline.vae.float()  # decoding in half precision is visible, and overflows in SDXL's
+        text = [part for part in modules if part is not self.denoiser and part is not pipeline.vae]
+        parts: Parts = {"denoiser": [self.denoiser], "vae": [pipeline.vae], "text": [*text]}
+        stays = m.quantize == "4bit" or sharded(m)  # cannot be moved once they are set up
+        residence = Residence(parts, self.device, m.offload, ["denoiser"] if stays else [])
+        if sharded(m):
+            shard(self.denoiser, set(self.trainable()), self.device)
+        if residence.offload:
+            pipeline.vae.enable_slicing()  # one picture at a time
+        return residence
 
     def _add_lora(self, more: Collection[str]) -> None:
         from peft import LoraConfig
@@ -70,18 +92,24 @@ class DiffusersPolicy:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Encoded:
+        self.residence.only("text")
         positive = self.wiring.embed(prompts, self.device)
-        if self.config.rollout.cfg == 1:
+        negative = (
+            None if self.config.rollout.cfg == 1 else self.wiring.embed([self.config.prompts.negative], self.device)
+        )
+        self.residence.only("denoiser")
+        if negative is None:
             return Encoded(positive, None)
-        negative = self.wiring.embed([self.config.prompts.negative], self.device)
         return Encoded(positive, {k: v.expand(len(prompts), *v.shape[1:]) for k, v in negative.items()})
 
     def predict(self, x: Tensor, timestep: float, condition: Encoded) -> Tensor:
+        self.residence.only("denoiser")
         positive, negative = condition.positive, condition.negative
         if negative is None:
             return self._call(x, timestep, positive)
         detach = self.config.rollout.detach_unconditional
-        if detach or any(v.shape != positive[k].shape for k, v in negative.items()):
+        apart = detach or not self.config.rollout.batch_cfg
+        if apart or any(v.shape != positive[k].shape for k, v in negative.items()):
             cond = self._call(x, timestep, positive)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
                 uncond = self._call(x, timestep, negative)
@@ -97,7 +125,9 @@ class DiffusersPolicy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        self.residence.only("denoiser", "vae")
         images = self.wiring.decode(latents.to(self.device))
+        self.residence.only("denoiser")
         return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
 
     def trainable(self) -> list[nn.Parameter]:

@@ -3,16 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from comfyui_pcpo.tiny import pipelines
 
-from .checkpoint import WIDE, left_out, load_checkpoint
+from .checkpoint import left_out, load_checkpoint, precisions
 from .config import ConfigError
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
-def load_pipeline(name: str, base: str | None = None) -> Any:
-    """A diffusers pipeline in float32 on the CPU; `base` is model.config. Raises ConfigError for what is not there."""
+def load_pipeline(name: str, base: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """A diffusers pipeline on the CPU; `base` is model.config. Raises ConfigError for what is not there.
+
+    `dtype` saves the computer's memory: denoiser and text encoders are read in it, the embedded models and the VAE in
+    float32, SD and SDXL checkpoints too.
+    """
     if name in pipelines.EMBEDDED:
         try:
             return pipelines.load_tiny(name, pipelines.MODELS)
@@ -28,8 +34,8 @@ def load_pipeline(name: str, base: str | None = None) -> Any:
 
     try:
         if Path(name).suffix == ".safetensors":
-            return load_checkpoint(Path(name), base)
-        return diffusers.DiffusionPipeline.from_pretrained(name, **left_out(Path(name)), **WIDE)
+            return load_checkpoint(Path(name), base, dtype)
+        return diffusers.DiffusionPipeline.from_pretrained(name, **left_out(Path(name)), **precisions(dtype))
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

@@ -13,7 +13,7 @@ from comfyui_pcpo.rollout import GroupNoise, derive_seed, rollout
 from comfyui_pcpo.transition import default_noise_level, transitions
 
 from .config import Config, ConfigError
-from .diffusers_policy import DiffusersPolicy, Encoded
+from .diffusers_policy import DTYPES, DiffusersPolicy, Encoded
 from .models import load_pipeline
 from .policy import LoraPairs
 
@@ -56,7 +56,7 @@ def sampling_policy(config: Config, loras: Sequence[LoraPairs], pipeline: Any = 
     ranks = [len(down) for pairs in loras for down, _ in pairs.values()]
     lora = config.lora.model_copy(update={"rank": max(ranks, default=1), "alpha": None, "targets": "attention"})
     trained = {name for pairs in loras for name in pairs}
-    pipeline = pipeline or load_pipeline(config.model.name, config.model.config)
+    pipeline = pipeline or load_pipeline(config.model.name, config.model.config, DTYPES[config.model.precision])
     return DiffusersPolicy(pipeline, config.model_copy(update={"lora": lora}), trained)
 
 

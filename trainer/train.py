@@ -13,7 +13,7 @@ from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, import_rewa
 
 from .align import Learner, RunError, Update, align, make_learner
 from .config import Config, ConfigError
-from .diffusers_policy import DiffusersPolicy, denoiser_of, module_names, pick_device
+from .diffusers_policy import DTYPES, DiffusersPolicy, denoiser_of, module_names, pick_device
 from .models import load_pipeline
 from .policy import LoraPairs
 from .processes import Processes, join
@@ -56,7 +56,8 @@ def read_rewards(config: Config) -> dict[str, Reward]:
 
 def make_policy(config: Config) -> DiffusersPolicy:
     """The configured model with a fresh LoRA, or with that of `lora.start`."""
-    pipeline, start = load_pipeline(config.model.name, config.model.config), config.lora.start
+    m, start = config.model, config.lora.start
+    pipeline = load_pipeline(m.name, m.config, DTYPES[m.precision])
     if start is None:
         return DiffusersPolicy(pipeline, config)
     try:

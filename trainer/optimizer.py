@@ -1,0 +1,28 @@
+"""AdamW on the LoRA's factors, with its moments in float32 or in 8 bits."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import ConfigError, OptimizerConfig
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The configured optimizer. Raises ConfigError where adamw8bit lacks its package."""
+    kind = torch.optim.AdamW if config.name == "adamw" else bitsandbytes("optimizer.name = adamw8bit").optim.AdamW8bit
+    return kind(
+        parameters, lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+    )
+
+
+def bitsandbytes(wanted: str) -> Any:
+    """The package. Raises ConfigError that names what was `wanted` of it."""
+    try:
+        import bitsandbytes as package  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError(
+            f"{wanted} needs the package bitsandbytes, which is not installed. `pip install bitsandbytes`, or choose "
+            "another."
+        ) from None
+    return package
