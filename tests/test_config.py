@@ -127,3 +127,8 @@ def test_a_table_given_whole_replaces_and_an_entry_is_added(tmp_path):
     assert whole.reward.weights == {"redness": 2.0}
     more = load(file, parse_overrides(["--reward.weights.redness", "2.0"]))
     assert more.reward.weights == {"alignment": 1.0, "redness": 2.0}
+
+
+def test_a_reward_with_a_dot_in_its_name_is_one_option():
+    overrides = parse_overrides(["--reward.weights.hpsv2.1", "0.5", "--reward.weights.my-pack.mod:Judge=2"])
+    assert overrides["reward"]["weights"] == {"hpsv2.1": 0.5, "my-pack.mod:Judge": 2}

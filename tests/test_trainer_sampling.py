@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from comfyui_pcpo.guidance import ImplicitReward
 from comfyui_pcpo.rollout import GroupNoise, derive_seed, rollout
-from comfyui_pcpo.transition import deterministic
+from comfyui_pcpo.transition import deterministic, transitions
 from trainer.commands import export_lora, sample_pictures
 from trainer.config import ConfigError
 from trainer.diffusers_policy import denoiser_of, module_names
@@ -176,3 +176,27 @@ def test_a_damaged_or_missing_lora_is_named(make_config, tmp_path):
         open_source(str(tmp_path / "gone.safetensors"))
     with pytest.raises(ConfigError, match=r"neither a run's folder"):
         open_source("nothing")
+
+
+def test_noise_level_minus_one_samples_as_the_run_trained(make_config):
+    """dance_sde at .15 by the run's configuration, not the kind's usual sampler."""
+    own = {"method": "dance_sde", "noise_level": 0.15}
+    policy = sampling_policy(make_config("emoji-flow", rollout=own), [])
+    grid = policy.grid(2)
+    path = transitions(grid, "dance_sde", 0.15)
+    condition = policy.encode([PROMPT]).rows([0, 0])
+    noise = GroupNoise([derive_seed(3, 0)], 2, policy.latent_shape)
+    expected = rollout(lambda x, t, rows: policy.predict(x, t, condition), grid, path, noise, [torch.arange(2)])
+    found = sample(policy, [PROMPT], [], 3, 2, noise_level=-1, each=2)
+    torch.testing.assert_close(found, policy.decode(expected.final), rtol=0, atol=0)
+
+
+def test_a_runs_negative_prompt_is_its_own_unless_another_is_given(make_config, tmp_path):
+    folder, updates = start_run(make_config(prompts={"negative": "a red star"}, rollout={"cfg": 4.0}))
+    list(updates)
+
+    def picture(name, negative):
+        out = tmp_path / f"{name}.png"
+        return sample_pictures(str(folder.path), [PROMPT], False, [], negative, 0, 2, None, 0.0, 1, out).read_bytes()
+
+    assert picture("own", None) == picture("same", "a red star") != picture("none", "")

@@ -7,10 +7,10 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from cyclopts import App, CycloptsError, Parameter
 from tqdm import tqdm
 
@@ -126,14 +126,20 @@ def check(*tokens: Tokens) -> None:
     """Show the resolved configuration, its arithmetic and its memory; exit status 2 where something is missing."""
     from .budget import budget
     from .config import dump
+    from .diffusers_policy import pick_device
     from .train import make_policy, read_rewards
 
     resolved = _config([token for token in tokens if token != "--json"])
     prompts = resolved.prompts.read()
     read_rewards(resolved)
-    found = budget(make_policy(resolved), resolved)
+    pick_device(resolved.model.device)
+    # sizes are the same on every device, and on the CPU checking cannot run out of a GPU's memory
+    there = resolved.model_copy(update={"model": resolved.model.model_copy(update={"device": "cpu"})})
+    found = budget(make_policy(there), resolved)
     if "--json" in tokens:
-        print(json.dumps({"config": resolved.model_dump(mode="json"), "budget": vars(found), "prompts": len(prompts)}))
+        print(
+            json.dumps({"config": resolved.model_dump(mode="json"), "budget": asdict(found), "prompts": len(prompts)})
+        )
         return
     print(dump(resolved))
     print(f"{len(prompts)} prompts to draw from")
@@ -186,7 +192,7 @@ def sample(
     prompt: list[str],
     compare: bool = False,
     guide: list[str] | None = None,
-    negative: str = "",
+    negative: str | None = None,
     seed: int = 0,
     steps: int = 20,
     cfg: float | None = None,
@@ -208,7 +214,7 @@ def sample(
         LORA=WEIGHT, several times: implicit reward guidance over the base model. Weight 1 is that LoRA alone,
         2 goes beyond it, -1 away from it.
     negative
-        Negative prompt.
+        Negative prompt; the run's own if left out.
     seed
         Seed of the noise.
     steps
@@ -359,4 +365,3 @@ def _plus(config: Config) -> str:
 
 
 app.command(benchmark)
-torch.set_float32_matmul_precision("high")

@@ -10,6 +10,7 @@ from comfyui_pcpo import plot
 from comfyui_pcpo.guidance import ImplicitReward
 from comfyui_pcpo.lora import export_state, family_of
 from comfyui_pcpo.reward import RewardSettings
+from comfyui_pcpo.rollout import derive_seed
 
 from .config import ConfigError, dump
 from .diffusers_policy import denoiser_of, module_names
@@ -28,7 +29,7 @@ def sample_pictures(
     prompts: list[str],
     compare: bool,
     guides: list[str],
-    negative: str,
+    negative: str | None,
     seed: int,
     steps: int,
     cfg: float | None,
@@ -40,13 +41,14 @@ def sample_pictures(
     given = open_source(source)
     config = given.config
     r = config.rollout.model_copy(update={} if cfg is None else {"cfg": cfg})
-    p = config.prompts.model_copy(update={"negative": negative})
+    p = config.prompts.model_copy(update={} if negative is None else {"negative": negative})
     config = config.model_copy(update={"rollout": r, "prompts": p})
     wanted = [parse_guide(text) for text in guides] or ([(given.path, 1.0)] if given.path else [])
     pipeline = load_pipeline(config.model.name, config.model.config)
     names = module_names(denoiser_of(pipeline))
     composed = [Guide(read_pairs(path, names), ImplicitReward(weight)) for path, weight in wanted]
     policy = sampling_policy(config, [guide.pairs for guide in composed], pipeline)
+    seed = derive_seed(seed, 0, 0, 2)  # other noise than any update's, though both seeds may be 0
     after = sample(policy, prompts, composed, seed, steps, noise_level, images)
     texts = [prompt for prompt in prompts for _ in range(images)]
     if compare:

@@ -324,7 +324,7 @@ def nearest(key: str) -> str:
     short = {k.split(".")[-1]: k for k in keys}
     found = difflib.get_close_matches(key, keys, 1, 0.6)
     found = found or [short[k] for k in difflib.get_close_matches(key.split(".")[-1], short, 1, 0.6)]
-    return f"Did you mean {found[0]}?" if found else "`python -m trainer train --help` lists them all."
+    return f"Did you mean {found[0]}?" if found else "`python -m trainer options` lists them all."
 
 
 def _explain(error: ValidationError, source: str) -> str:
@@ -349,21 +349,25 @@ def parse_overrides(tokens: list[str]) -> dict[str, Any]:
         token = rest.pop(0)
         if not token.startswith("--"):
             raise ConfigError(f"`{token}` is not an option. Options look like --rollout.group-size 16.")
-        key, equals, value = token[2:].partition("=")
-        key = key.replace("-", "_")
-        # a map's entry, such as reward.weights.alignment, is addressed by its own name
-        if key not in keys and not key.startswith("reward.weights."):
-            raise ConfigError(f"unknown option --{key.replace('_', '-')}. {nearest(key)}")
+        given, equals, value = token[2:].partition("=")
+        path = _key_path(given)
+        if ".".join(path) not in keys and path[:-1] != ["reward", "weights"]:
+            raise ConfigError(f"unknown option --{given}. {nearest('.'.join(path))}")
         if not equals:
             if not rest:
-                raise ConfigError(f"--{key.replace('_', '-')} has no value. Write it behind the option.")
+                raise ConfigError(f"--{given} has no value. Write it behind the option.")
             value = rest.pop(0)
         node = tree
-        *path, last = key.split(".")
-        for part in path:
+        for part in path[:-1]:
             node = node.setdefault(part, {})
-        node[last] = _toml_value(value)
+        node[path[-1]] = _toml_value(value)
     return tree
+
+
+def _key_path(option: str) -> list[str]:
+    """`rollout.group-size` -> its parts; behind `reward.weights.` stands a reward's own name, dots and all."""
+    head, found, name = option.partition("reward.weights.")
+    return ["reward", "weights", name] if found and not head else option.replace("-", "_").split(".")
 
 
 class Whole(dict):

@@ -49,14 +49,19 @@ def sampler_method(policy: Policy, config: Config) -> Method:
     return "ddim" if policy.kind == "ddim" else "flow_sde"
 
 
-def plan_steps(policy: Policy, config: Config, grid: Grid, number: int) -> tuple[list[Transition], list[int]]:
-    """The update's transitions, (T,), and which of them are trained: the window, then a random share."""
+def training_transitions(policy: Policy, config: Config, grid: Grid) -> list[Transition]:
+    """The stochastic steps that the configuration asks for, (T,), before any window."""
     r, method = config.rollout, sampler_method(policy, config)
     level = default_noise_level(method) if r.noise_level is None else r.noise_level
     try:
-        steps = transitions(grid, method, level, r.sigma, r.target_weight)
+        return transitions(grid, method, level, r.sigma, r.target_weight)
     except ValueError as error:
         raise ConfigError(f"rollout: {error}") from None
+
+
+def plan_steps(policy: Policy, config: Config, grid: Grid, number: int) -> tuple[list[Transition], list[int]]:
+    """The update's transitions, (T,), and which of them are trained: the window, then a random share."""
+    r, steps = config.rollout, training_transitions(policy, config, grid)
     rng = np.random.default_rng([config.run.seed, number, 1])
     last = grid.steps if config.objective.last_step else grid.steps - 1
     if r.sde_window:
@@ -66,7 +71,7 @@ def plan_steps(policy: Policy, config: Config, grid: Grid, number: int) -> tuple
     able = [i for i in range(last) if steps[i].std > 0 or config.objective.name in FORWARD]
     if not able:
         raise ConfigError(
-            f"0 of {grid.steps} steps are stochastic ({method}, noise_level {level}), so none can be trained. "
+            f"0 of {grid.steps} steps are stochastic (noise_level {r.noise_level}), so none can be trained. "
             "Use a noise_level above 0."
         )
     share = max(1, round(len(able) * config.objective.train_steps))

@@ -201,7 +201,8 @@ class RunFolder:
                 learner.policy.load_lora(load_pairs(folder / "average.safetensors"))
                 learner.average.restart(state["average_steps"])
             learner.policy.load_lora(load_pairs(folder / "lora.safetensors"))
-            learner.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+            moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            learner.optimizer.load_state_dict(moments)
             learner.window.load_state_dict(state["window"])
             learner.done = state["update"]
         except Exception as error:

@@ -10,11 +10,13 @@ from torch.nn import functional as F
 
 from comfyui_pcpo.guidance import ImplicitReward, irg
 from comfyui_pcpo.rollout import GroupNoise, derive_seed, rollout
-from comfyui_pcpo.transition import default_noise_level, transitions
+from comfyui_pcpo.schedule import Grid
+from comfyui_pcpo.transition import Transition, transitions
 
 from .config import Config, ConfigError
 from .diffusers_policy import DTYPES, DiffusersPolicy, Encoded
 from .models import load_pipeline
+from .plan import training_transitions
 from .policy import LoraPairs
 
 
@@ -60,6 +62,11 @@ def sampling_policy(config: Config, loras: Sequence[LoraPairs], pipeline: Any = 
     return DiffusersPolicy(pipeline, config.model_copy(update={"lora": lora}), trained)
 
 
+def noisy(policy: DiffusersPolicy, grid: Grid, noise_level: float) -> list[Transition]:
+    """The usual sampler of the model's kind with so much noise."""
+    return transitions(grid, "ddim" if policy.kind == "ddim" else "flow_sde", noise_level)
+
+
 def sample(
     policy: DiffusersPolicy,
     prompts: Sequence[str],
@@ -71,13 +78,13 @@ def sample(
 ) -> Tensor:
     """`each` pictures per prompt, -> (P * each, H, W, 3) in [0, 1]; noise depends on seed and place in the list only.
 
+    A `noise_level` below 0 samples as in training: its method, noise level and sigma.
+
     RLG (arXiv 2508.21016):  out = out_base + sum_k lambda_k (out_k - out_base)
     """
     config = policy.config
-    method = "ddim" if policy.kind == "ddim" else "flow_sde"
     grid = policy.grid(steps)
-    level = noise_level if noise_level >= 0 else default_noise_level(method)
-    path = transitions(grid, method, level)
+    path = training_transitions(policy, config, grid) if noise_level < 0 else noisy(policy, grid, noise_level)
     condition = policy.encode(list(prompts)).rows([p for p in range(len(prompts)) for _ in range(each)])
     room = policy.lora()
     loras = [padded(guide.pairs, room) for guide in guides]
