@@ -27,10 +27,12 @@ class Place:
 
 
 def family_of(model: Any) -> str:
-    """The layout of the exported LoRA: unet, flux, or sd3 for every other transformer."""
+    """The layout of the exported LoRA: unet, flux, sd3, or plain for every other transformer."""
     if isinstance(model, comfy.model_base.Flux):
         return "flux"
-    return "unet" if comfy.utils.unet_to_diffusers(model.model_config.unet_config) else "sd3"
+    if comfy.utils.unet_to_diffusers(model.model_config.unet_config):
+        return "unet"
+    return "sd3" if isinstance(model, comfy.model_base.SD3) else "plain"
 
 
 def places(model: Any, targets: str) -> list[Place]:

@@ -241,3 +241,17 @@ def saved(folder: RunFolder):
     from trainer.run import load_pairs
 
     return load_pairs(folder.checkpoint() / "lora.safetensors")
+
+
+def test_an_update_that_is_stopped_while_it_is_recorded_was_not_done(make_config, learn, monkeypatch):
+    learner, updates = learn(make_config(run={"updates": 2}))
+    before = parameters(learner)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.align.record", stop)
+    with pytest.raises(KeyboardInterrupt):
+        next(updates)
+    assert learner.done == 0
+    assert same(before, parameters(learner))
