@@ -47,11 +47,12 @@ class Learner:
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Whatever ends the body early leaves LoRA, its average, optimizer and window as they were before it."""
-        parameters = self.policy.trainable()
-        values = [p.detach().clone() for p in parameters]
-        optimizer, window = copy.deepcopy(self.optimizer.state_dict()), copy.deepcopy(self.window.state_dict())
-        average = copy.deepcopy((self.average.values, self.average.steps)) if self.average else None
+        """Whatever ends the body early leaves LoRA, its average, optimizer, window and count as they were before it."""
+        parameters, done = self.policy.trainable(), self.done
+        values = cloned([p.detach() for p in parameters])
+        optimizer, window = cloned(self.optimizer.state_dict()), copy.deepcopy(self.window.state_dict())
+        average = cloned(self.average.values) if self.average else []
+        steps = self.average.steps if self.average else 0
         try:
             yield
         except BaseException:
@@ -61,9 +62,22 @@ class Learner:
                     p.grad = None
             self.optimizer.load_state_dict(optimizer)
             self.window.load_state_dict(window)
-            if self.average and average:
-                self.average.values, self.average.steps = average
+            self.done = done
+            if self.average:
+                self.average.values, self.average.steps = (
+                    [v.to(p) for v, p in zip(average, parameters, strict=True)],
+                    steps,
+                )
             raise
+
+
+def cloned(tree: Any) -> Any:
+    """A state dict whose tensors are copies in the computer's memory, which takes none of a GPU's."""
+    if isinstance(tree, Tensor):
+        return tree.to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: cloned(value) for key, value in tree.items()}
+    return [cloned(value) for value in tree] if isinstance(tree, list) else tree
 
 
 @dataclass

@@ -1,21 +1,67 @@
 """The arithmetic of a configuration: how many pictures, transitions and model calls, and how much memory."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from comfyui_pcpo.forward_process import FORWARD
 
 from .config import Config
 from .diffusers_policy import DiffusersPolicy
+from .footprint import peak_bytes
 from .plan import plan_steps
+
+PACKED = 4096
+"""adamw8bit keeps the moments of smaller tensors in float32."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the model's device; the rewards' own are left out."""
+
+    denoiser: int
+    text: int  # text encoders
+    vae: int
+    lora: int  # LoRA, its gradients, the optimizer's moments, the average
+    update: int  # activations of one forward and backward pass, at their peak
+    decode: int  # the same of one call of the VAE
+    offload: bool
+
+    def phases(self) -> dict[str, int]:
+        """What each part of the work takes; with offload the others' weights are away."""
+        resting = 0 if self.offload else self.text + self.vae
+        core = self.denoiser + self.lora
+        return {
+            "update": core + self.update + resting,
+            "pictures": core + self.decode + (self.vae if self.offload else resting),
+            "prompts": self.text if self.offload else core + resting,
+        }
+
+    def lines(self) -> list[str]:
+        found = self.phases()
+        most = max(found, key=lambda name: found[name])
+        parts = {
+            "model": self.denoiser,
+            "text encoders": self.text,
+            "VAE": self.vae,
+            "LoRA and optimizer": self.lora,
+            "activations of the update": self.update,
+            "of the VAE": self.decode,
+        }
+        return [
+            f"memory on the model's device: {_gib(found[most])} GiB at most, in the {most}, without the rewards' own ("
+            + ", ".join(f"{_gib(size)} {name}" for name, size in found.items()) + ")",
+            "of which " + ", ".join(f"{_gib(size)} {name}" for name, size in parts.items())
+            + ("; text encoders and VAE wait in the computer's memory" if self.offload else ""),
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Counts per update and for the whole run; memory in bytes on the model's device."""
+    """Counts per update and for the whole run, and memory."""
 
     prompts: int
     images: int
@@ -25,14 +71,11 @@ class Budget:
     optimizer_steps: int  # whole run
     rollout_calls: int  # model calls per update
     update_calls: int  # forward and backward passes per update
-    weights_bytes: int
-    lora_bytes: int  # LoRA, its gradients and AdamW's two moments
-    activation_bytes: int  # kept for the backward pass of one micro-batch
     trajectory_bytes: int  # in the computer's memory
+    memory: Memory
 
     def lines(self, config: Config) -> list[str]:
-        r, gib = config.rollout, 2**30
-        device = self.weights_bytes + self.lora_bytes + self.activation_bytes
+        r = config.rollout
         return [
             f"{self.prompts} prompts x {r.group_size} images = {self.images} images per update",
             f"{self.images} images x {self.trained_steps} trained of {self.steps} steps = "
@@ -41,31 +84,9 @@ class Budget:
             f"optimizer steps = {self.optimizer_steps} optimizer steps",
             f"{self.rollout_calls} model calls for the rollout and {self.update_calls} forward and backward passes "
             f"per update, {r.images_at_once} images at once at most",
-            f"memory on the model's device: {device / gib:.2f} GiB "
-            f"({self.weights_bytes / gib:.2f} weights, {self.lora_bytes / gib:.2f} LoRA and optimizer, "
-            f"{self.activation_bytes / gib:.2f} activations), without the rewards' own",
-            f"trajectories in the computer's memory: {self.trajectory_bytes / gib:.2f} GiB",
+            *self.memory.lines(),
+            f"trajectories in the computer's memory: {_gib(self.trajectory_bytes)} GiB",
         ]
-
-
-def saved_bytes(policy: DiffusersPolicy) -> int:
-    """Bytes that autograd keeps for one image, measured by running one."""
-    seen: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in policy.denoiser.parameters()}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    condition = policy.encode(["measure"]).rows([0])
-    x = torch.zeros(1, *policy.latent_shape, device=policy.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = policy.predict(x, policy.grid(2).timesteps[0].item(), condition)
-    total = sum(seen.values())
-    del out
-    return total
 
 
 def budget(policy: DiffusersPolicy, config: Config) -> Budget:
@@ -74,10 +95,6 @@ def budget(policy: DiffusersPolicy, config: Config) -> Budget:
     images = config.images_per_update
     chunks = o.minibatches * math.ceil(images / o.minibatches / r.images_at_once)
     again = len(trained) if config.objective.name in FORWARD else 0  # renoised pictures are predicted once more
-    modules = [m for m in policy.pipeline.components.values() if isinstance(m, nn.Module)]
-    tensors = {p.data_ptr(): p for m in modules for p in m.parameters()}
-    lora = sum(p.numel() for p in policy.trainable())
-    latent = math.prod(policy.latent_shape) * 4
     return Budget(
         prompts=r.prompts_per_update,
         images=images,
@@ -87,8 +104,72 @@ def budget(policy: DiffusersPolicy, config: Config) -> Budget:
         optimizer_steps=config.run.updates * o.minibatches * o.epochs,
         rollout_calls=(r.steps + again) * chunks,
         update_calls=len(trained) * chunks * o.epochs,
-        weights_bytes=sum(p.numel() * p.element_size() for p in tensors.values()) - 4 * lora,
-        lora_bytes=4 * 4 * lora,
-        activation_bytes=saved_bytes(policy) * min(r.images_at_once, images // o.minibatches),
-        trajectory_bytes=images * latent * (3 * r.steps + 1),
+        trajectory_bytes=images * math.prod(policy.latent_shape) * 4 * (3 * r.steps + 1),
+        memory=memory(policy, config, min(r.images_at_once, images // o.minibatches)),
     )
+
+
+def memory(policy: DiffusersPolicy, config: Config, at_once: int) -> Memory:
+    """The device's memory with `at_once` images in a model call. Nothing is computed but sizes."""
+    pipeline, lora = policy.pipeline, policy.trainable()
+    modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    text = [part for part in modules if part is not policy.denoiser and part is not pipeline.vae]
+    own = {id(p) for p in lora}
+    return Memory(
+        denoiser=_bytes(t for t in _tensors([policy.denoiser]) if id(t) not in own),
+        text=_bytes(_tensors(text)),
+        vae=_bytes(_tensors([pipeline.vae])),
+        lora=_training_bytes(lora, config),
+        update=_update_bytes(policy, at_once),
+        decode=_decode_bytes(policy, 1 if config.model.offload else at_once),
+        offload=config.model.offload,
+    )
+
+
+def _training_bytes(lora: list[nn.Parameter], config: Config) -> int:
+    """float32 factors, the gradient of a step and of a minibatch, two moments, and the average."""
+    copies = 3 + bool(config.optimizer.ema_decay)
+    packed = config.optimizer.name == "adamw8bit"
+    moments = sum(2 * p.numel() * (1 if packed and p.numel() >= PACKED else 4) for p in lora)
+    return copies * _bytes(lora) + moments
+
+
+def _update_bytes(policy: DiffusersPolicy, at_once: int) -> int:
+    condition = policy.encode(["measure"]).rows([0] * at_once)
+    time = policy.grid(2).timesteps[0].item()
+
+    def compute() -> None:
+        x = torch.zeros(at_once, *policy.latent_shape, device=policy.device)
+        loss = policy.predict(x, time, condition).square().mean()
+        with torch.no_grad():  # the reference of the KL is asked between the two passes
+            policy.predict(x, time, condition)
+        torch.autograd.grad(loss, policy.trainable(), allow_unused=True)
+
+    gradients = _bytes(policy.trainable())  # counted with the LoRA
+    return max(0, peak_bytes([policy.denoiser], compute, pretends(policy)) - gradients)
+
+
+def pretends(policy: DiffusersPolicy) -> bool:
+    """Whether the model's sizes can be found without computing; bitsandbytes' layers have no contentless copy."""
+    return policy.wiring.pretends and policy.config.model.quantize != "4bit"
+
+
+def _decode_bytes(policy: DiffusersPolicy, at_once: int) -> int:
+    def compute() -> None:
+        with torch.no_grad():
+            policy.wiring.decode(torch.zeros(at_once, *policy.latent_shape, device=policy.device))
+
+    return peak_bytes([policy.pipeline.vae], compute)
+
+
+def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers, each once."""
+    return list({id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values())
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"

@@ -24,6 +24,7 @@ Predict = Callable[[Tensor, float, Tensor], Tensor]
 Path = Trajectory | Renoised
 CLIPS = {"awm": "ppo", "nft": "matching"}  # whose flat region a forward-process objective has
 COUNTS = ("count", "log_ratio", "log_ratio_abs", "clipped", "taylor", "kl", "kl_count")
+ROWS = (*COUNTS, "loss", "largest")
 
 
 @dataclass
@@ -37,9 +38,24 @@ class StepStatistics:
     grad_norms: Tensor  # (minibatches, S) of each step's own share of the gradient
     totals: Tensor  # (minibatches,) norm of the whole gradient, before clipping
     loss: float
+    waiting: list[tuple[int, bool, Tensor]]  # (column, in the first minibatch, (len(ROWS),)) on the model's device
+    norms: list[Tensor]  # grad_norms, row after row, on the model's device
+
+    def settle(self) -> None:
+        """Fetch all that was measured from the model's device, at once: to wait for each would idle a GPU."""
+        values = torch.stack([row for _, _, row in self.waiting]).double().cpu()
+        for (column, first, _), row in zip(self.waiting, values, strict=True):
+            self.sums[:, column] += row[: len(COUNTS)]
+            self.loss += float(row[ROWS.index("loss")])
+            largest = row[ROWS.index("largest")].float()
+            self.largest[column] = torch.maximum(self.largest[column], largest)
+            if first:
+                self.first_largest[column] = torch.maximum(self.first_largest[column], largest)
+        self.grad_norms = torch.stack(self.norms).cpu().view(self.grad_norms.shape)
 
     def reduce(self, processes: Processes) -> None:
         """Make these the statistics of all processes; gradient norms are so already."""
+        self.settle()
         processes.sum(self.sums)
         processes.max(self.largest)
         processes.max(self.first_largest)
@@ -93,20 +109,19 @@ def improve(
         torch.zeros(len(rounds), len(trained)),
         torch.zeros(len(rounds)),
         0.0,
+        [],
+        [],
     )
     for number, chunks in enumerate(rounds):
         share = 1.0 / (sum(len(rows) for rows in chunks) * len(trained) * processes.size)
         total = [torch.zeros_like(p) for p in parameters]
         for column, i in enumerate(trained):
             for rows in chunks:
-                loss = step_loss(
-                    path, i, rows, float(plan.weights[i]), advantage, predict, learner.policy, config, statistics
-                )
+                loss, row = step_loss(path, i, rows, float(plan.weights[i]), advantage, predict, learner.policy, config)
                 (loss * share).backward()
-                statistics.loss += loss.item() * share / len(rounds)
-            statistics.grad_norms[number, column] = take_gradients(parameters, total, processes)
-            if number == 0:
-                statistics.first_largest[column] = statistics.largest[column]
+                row[ROWS.index("loss")] *= share / len(rounds)
+                statistics.waiting.append((column, number == 0, row))
+            statistics.norms.append(take_gradients(parameters, total, processes))
         for p, gradient in zip(parameters, total, strict=True):
             p.grad = gradient
         norm = nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
@@ -133,9 +148,8 @@ def step_loss(
     predict: Predict,
     policy: Policy,
     config: Config,
-    statistics: StepStatistics,
-) -> Tensor:
-    """Summed surrogate (and KL) of one denoising step over `rows`, (); fills the step's column of `statistics`."""
+) -> tuple[Tensor, Tensor]:
+    """Summed surrogate (and KL) of one denoising step over `rows`, (), and what is recorded of it, (len(ROWS),)."""
     o = config.objective
     out = predict(path.latents[i, rows], path.timesteps[i], rows)
     d = out.float() - path.outs[i, rows].to(out.device)
@@ -150,21 +164,21 @@ def step_loss(
     divergence = reference_kl(path, i, rows[:watched], out, predict, policy, o.kl_weight > 0)
     if o.kl_weight:
         loss = loss + o.kl_weight * divergence.sum()
-    column = statistics.steps.index(i)
     with torch.no_grad():
+        clipped = is_clipped(log_ratio, a, o.clip_range, CLIPS.get(o.name, o.name))
         values = {
-            "count": torch.ones_like(log_ratio),
-            "log_ratio": log_ratio,
-            "log_ratio_abs": log_ratio.abs(),
-            "clipped": is_clipped(log_ratio, a, o.clip_range, CLIPS.get(o.name, o.name)),
-            "taylor": taylor_error(log_ratio),
-            "kl": divergence,
-            "kl_count": torch.ones_like(divergence),
+            "count": log_ratio.new_tensor(len(log_ratio)),
+            "log_ratio": log_ratio.sum(),
+            "log_ratio_abs": log_ratio.abs().sum(),
+            "clipped": clipped.sum(),
+            "taylor": taylor_error(log_ratio).sum(),
+            "kl": divergence.sum(),
+            "kl_count": log_ratio.new_tensor(len(divergence)),
+            "loss": loss,
+            "largest": log_ratio.abs().max(),
         }
-        sums = torch.stack([values[name].double().sum() for name in COUNTS]).cpu()
-        statistics.sums[:, column] += sums
-        statistics.largest[column] = max(statistics.largest[column].item(), log_ratio.abs().max().item())
-    return loss
+        row = torch.stack([values[name].float() for name in ROWS])
+    return loss, row
 
 
 def reference_kl(
@@ -180,14 +194,12 @@ def reference_kl(
     return output_distance(d) if isinstance(path, Renoised) else kl(d, path.transitions[i])
 
 
-def take_gradients(parameters: list[nn.Parameter], total: list[Tensor], processes: Processes) -> float:
-    """Add p.grad, summed over processes, to `total`, clear it, and return its norm."""
-    squares = 0.0
-    for p, kept in zip(parameters, total, strict=True):
-        if p.grad is None:
-            continue
-        gradient = processes.sum(p.grad)
-        squares += float(gradient.double().square().sum())
-        kept += gradient
+@torch.no_grad()
+def take_gradients(parameters: list[nn.Parameter], total: list[Tensor], processes: Processes) -> Tensor:
+    """Add p.grad, summed over processes, to `total`, clear it, and return its norm, ()."""
+    found = [(p, kept) for p, kept in zip(parameters, total, strict=True) if p.grad is not None]
+    gradients = [processes.sum(p.grad) for p, _ in found if p.grad is not None]
+    torch._foreach_add_([kept for _, kept in found], gradients)
+    for p, _ in found:
         p.grad = None
-    return squares**0.5
+    return torch.stack(torch._foreach_norm(gradients)).norm()

@@ -23,6 +23,7 @@ class Wiring:
 
     layout: Family = "sd3"  # names of the exported LoRA
     kind: Kind = "flow"
+    pretends = True  # whether its sizes can be found without computing
     token = 2  # side of the latent square that the denoiser reads as one token
 
     def __init__(self, pipeline: Any, rollout: RolloutConfig):

@@ -15,6 +15,7 @@ TEXT_LENGTH = 512
 
 class QwenImage(Flux):
     layout: Family = "plain"
+    pretends = False  # its rotary tables are complex, of which PyTorch makes no contentless copy
 
     def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:
         hidden, mask = self.pipeline.encode_prompt(list(prompts), device, max_sequence_length=TEXT_LENGTH)
