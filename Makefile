@@ -13,11 +13,12 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test lint types install clean distclean
 .DEFAULT_GOAL := demo
 
+# waiting threads sleep: two that spin make the demo ten times slower as soon as anything else runs beside it
 demo: install
-	$(BIN)/python -m trainer demo
+	OMP_WAIT_POLICY=passive $(BIN)/python -m trainer demo
 
 test: install
-	$(BIN)/python -m pytest -q -p no:xdist
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

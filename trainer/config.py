@@ -59,7 +59,7 @@ class ModelConfig(Section):
     def fits(self) -> "ModelConfig":
         if self.precision == "float16":
             raise ValueError(
-                "precision = float16 ends at 6e-8, and the gradients of one step's loss are smaller: they would all be 0. "
+                "precision = float16 ends at 6e-8, and gradients of one step's loss are smaller: all would be 0. "
                 "Use bfloat16 or float32."
             )
         if self.shard and (self.quantize != "none" or self.compile):

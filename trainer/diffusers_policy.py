@@ -20,7 +20,7 @@ from .shard import blocks_of, shard, sharded
 from .storage import store
 from .targets import is_target
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -63,7 +63,8 @@ class DiffusersPolicy:
     def _settle(self, modules: list[nn.Module]) -> Residence:
         """Put the pipeline's parts where they belong."""
         pipeline, m = self.pipeline, self.config.model
-        pipeline.vae.float()  # decoding in half precision is visible, and overflows in SDXL's
+        if pipeline.vae.dtype != torch.float32:
+            pipeline.vae.float()  # decoding in half precision is visible, and overflows in SDXL's
         text = [part for part in modules if part is not self.denoiser and part is not pipeline.vae]
         parts: Parts = {"denoiser": [self.denoiser], "vae": [pipeline.vae], "text": [*text]}
         stays = m.quantize == "4bit" or sharded(m)  # cannot be moved once they are set up
