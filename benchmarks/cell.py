@@ -10,15 +10,17 @@ from typing import Any
 
 from trainer.align import align, make_learner
 from trainer.config import Config
+from trainer.policy import Policy
 from trainer.run import RunFolder, finite
 from trainer.train import load_rewards, make_policy
 
 from .contenders import Form
-from .grid import Cell, cell_config
+from .grid import Cell, cell_config, configuration, require_same
 from .measure import Examiner, make_examiner
 
 ROOT = Path(__file__).resolve().parent.parent
 Say = Callable[[str], None]
+JOURNAL = "examinations.json"
 _examiners: dict[tuple[str, Form], Examiner] = {}
 
 
@@ -42,11 +44,11 @@ def run_cell(cell: Cell, form: Form, out: Path, say: Say) -> None:
     """Run what is left of a cell; its folder is locked by the caller."""
     start = time.perf_counter()
     folder = RunFolder(cell.folder(out))
-    rows = run_examined(cell_config(cell, form, out), folder, form, out)
+    config = cell_config(cell, form, out)
+    rows = run_examined(config, folder, form, out)
     result = summary(cell, folder, rows)
-    temporary = folder.path / "result.tmp"
-    temporary.write_text(json.dumps(finite(result)), encoding="utf-8")
-    temporary.replace(folder.path / "result.json")
+    result["config"] = configuration(config)
+    write_json(folder.path / "result.json", finite(result))
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     say(f"{cell.task.name} {cell.name}: {result['gains'][-1]:+.2f} std in {time.perf_counter() - start:.0f} s")
 
@@ -58,23 +60,56 @@ def run_examined(config: Config, folder: RunFolder, form: Form, out: Path) -> li
     if key not in _examiners:
         _examiners[key] = make_examiner(policy, form, out / "reference")
     examiner, learner = _examiners[key], make_learner(policy, config)
+    rows = resumable(folder, config)
     if folder.numbers():
         folder.load(learner)
     elif not folder.config_file.is_file():
         folder.start(config)
     folder.keep_records(learner.done)
-    journal = folder.path / "examinations.json"
-    rows = [r for r in read_json(journal, []) if r["update"] <= learner.done]
-    if not rows:
-        examiner.before = examiner.before or examiner.measure(policy)  # a fresh LoRA adds nothing
-        rows.append({"update": 0, **examiner.before})
+    rows = rows or [{"update": 0, **base_examination(examiner, policy)}]
     for update in align(learner, load_rewards(config), config.prompts.read(), config):
         folder.record(update)
         if update.number % form.every == 0 or update.number == config.run.updates:
             rows.append({"update": update.number, **examiner.measure(policy)})
-            journal.write_text(json.dumps(rows), encoding="utf-8")
+            write_json(folder.path / JOURNAL, rows)
             folder.save(learner, config)
     return rows
+
+
+def resumable(folder: RunFolder, config: Config) -> list[dict[str, Any]]:
+    """The examinations up to the last checkpoint; a folder that lost some is emptied, so that its run starts again."""
+    if folder.config_file.is_file():
+        require_same(folder.config(), config, folder.path)
+    done = max(folder.numbers(), default=0)
+    rows = [row for row in read_json(folder.path / JOURNAL, []) if row["update"] <= done]
+    if done and (not rows or rows[-1]["update"] != done):
+        clear(folder)
+        return []
+    return rows
+
+
+def clear(folder: RunFolder) -> None:
+    """Remove all but the lock, which the caller holds."""
+    for entry in folder.path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != ".lock":
+            entry.unlink()
+
+
+def base_examination(examiner: Examiner, policy: Policy) -> dict[str, float]:
+    """The model without its LoRA, measured once per examiner."""
+    if examiner.before is None:
+        with policy.reference():
+            examiner.before = examiner.measure(policy)
+    return examiner.before
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Whole or not at all: a process that is killed leaves what was there."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value), encoding="utf-8")
+    temporary.replace(file)
 
 
 def read_json(file: Path, default: Any) -> Any:

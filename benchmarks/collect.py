@@ -87,7 +87,10 @@ class Found:
         return BASELINE
 
     def rows(self, key: str) -> list[tuple[str, str, float]]:
-        """(contender, block, `gain` or `area`), a block being a seed of this task."""
+        """(contender, block, `gain` or `area`), a block being a seed of this task.
+
+        Blocks of one seed share prompts and noise across tasks, so they are not independent draws of tasks.
+        """
         every = [run for runs in self.runs.values() for run in runs]
         return [(run.contender, f"{self.task.name}/{run.seed}", getattr(run, key)) for run in every]
 
@@ -100,7 +103,7 @@ def collect(form: Form, out: Path) -> list[Found]:
         if chosen is None:
             continue
         runs: dict[str, list[Run]] = {name: [] for name in chosen}
-        for cell, result in finished(reported_cells(form, task, chosen), out):
+        for cell, result in finished(reported_cells(form, task, chosen), form, out):
             runs[cell.contender].append(Run(cell.contender, cell.seed, result, cell.folder(out)))
         runs = {name: some for name, some in runs.items() if some}
         if BASELINE in runs and len(runs) > 1:

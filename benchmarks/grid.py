@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from comfyui_pcpo.credit import smallest_target
-from trainer.config import Config, build, merge
+from trainer.config import Config, ConfigError, build, merge
+from trainer.run import RunFolder
 from trainer.train import make_policy
 
 from .contenders import CONTENDERS, PROMPTS, RECIPES, Contender, Form
@@ -78,10 +79,38 @@ def reported_cells(form: Form, task: Task, chosen: dict[str, Setting]) -> list[C
     return [Cell(task, name, *setting, seed) for seed in form.seeds for name, setting in chosen.items()]
 
 
-def read_result(cell: Cell, out: Path) -> dict[str, Any] | None:
-    """What a finished cell found, None while it is not finished."""
-    file = cell.folder(out) / "result.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+def read_result(cell: Cell, form: Form, out: Path) -> dict[str, Any] | None:
+    """What a finished cell found, None while it is not finished. Raises ConfigError where it was another run."""
+    folder = cell.folder(out)
+    file = folder / "result.json"
+    if not file.is_file():
+        return None
+    result = json.loads(file.read_text(encoding="utf-8"))
+    # older results do not hold their configuration, but their folder does
+    ran = build(result["config"], str(file)) if "config" in result else RunFolder(folder).config()
+    require_same(ran, cell_config(cell, form, out), folder)
+    return result
+
+
+def configuration(config: Config) -> dict[str, Any]:
+    """All that a result depends on: everything but where the run lies."""
+    return config.model_dump(mode="json", exclude={"run": {"folder"}})
+
+
+def require_same(ran: Config, wanted: Config, folder: Path) -> None:
+    """Raise ConfigError that names every setting in which what lies in `folder` differs from what is asked for."""
+    old, new = configuration(ran), configuration(wanted)
+    changed = [
+        f"{section}.{key} = {old[section][key]} there, {value} asked for"
+        for section, values in new.items()
+        for key, value in values.items()
+        if old[section][key] != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run of another configuration ({'; '.join(changed)}), and a result counts only for "
+            "the configuration that it was run with. Give another folder with --out, or remove that one."
+        )
 
 
 def choose(form: Form, task: Task, out: Path) -> dict[str, Setting] | None:
@@ -94,7 +123,7 @@ def choose(form: Form, task: Task, out: Path) -> dict[str, Setting] | None:
         options = settings(form, contender)
         means: dict[Setting, float] = {}
         for setting in options if form.tuning_seeds else ():
-            found = [read_result(Cell(task, contender, *setting, seed), out) for seed in form.tuning_seeds]
+            found = [read_result(Cell(task, contender, *setting, seed), form, out) for seed in form.tuning_seeds]
             if None in found:
                 return None
             means[setting] = sum(area(r["updates"], r["gains"]) for r in found if r) / len(found)
@@ -138,9 +167,9 @@ def cell_config(cell: Cell, form: Form, out: Path) -> Config:
     return build(merge(tree, {"run": {"preview_every": 0, "save_every": form.every}}), cell.name)
 
 
-def finished(cells: Sequence[Cell], out: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def finished(cells: Sequence[Cell], form: Form, out: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """The finished ones of `cells` with their results."""
     for cell in cells:
-        result = read_result(cell, out)
+        result = read_result(cell, form, out)
         if result is not None:
             yield cell, result

@@ -15,11 +15,12 @@ from trainer.run import RunFolder
 from trainer.sampling import Guide, sample, sampling_policy
 from trainer.source import read_pairs
 
-from .cell import Say, commit, run_examined
+from .cell import Say, commit, read_json, run_examined, write_json
 from .contenders import CONTENDERS, OURS, PROMPTS, RECIPES, Form
-from .grid import Cell, Task, cell_config, choose
+from .grid import Cell, Task, cell_config, choose, require_same
 from .measure import EXAM, make_examiner
 from .tables import number, table
+from .work import if_free, share
 
 FIRST, SECOND = "colorfulness", "jpeg_compressibility"
 RECIPE = "flow-grpo"
@@ -32,29 +33,51 @@ def run(form: Form, out: Path, say: Say) -> None:
     file = out / "guidance.json"
     if file.is_file():
         return
-    trained = {mix: train(mix, form, out, say) for mix in MIXES}
-    rows = [{"way": "both", "weights": mix, **rows[-1]} for mix, (_, rows) in trained.items()]
-    ends = [trained[mix][0] for mix in (MIXES[0], MIXES[-1])]
-    rows += compose(ends[0].config(), [folder.lora_file for folder in ends], form, out)
-    before = trained[MIXES[0]][1][0]
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"before": before, "rows": rows, "commit": commit()}), encoding="utf-8")
-    temporary.replace(file)
+    share(
+        lambda: [mix for mix in MIXES if examined(mix_config(mix, form, out)) is None],
+        lambda mix: train_if_free(mix, form, out, say),
+    )
+    share(
+        lambda: [] if file.is_file() else [file], lambda f: if_free(out / "guidance", lambda: join(f, form, out, say))
+    )
+
+
+def join(file: Path, form: Form, out: Path, say: Say) -> None:
+    """Write every point of the front, unless another process did in the meantime."""
+    if file.is_file():
+        return
+    configs = [mix_config(mix, form, out) for mix in MIXES]
+    trained = [examined(config) or [] for config in configs]
+    rows = [{"way": "both", "weights": mix, **found[-1]} for mix, found in zip(MIXES, trained, strict=True)]
+    rows += compose(configs[0], [folder_of(config).lora_file for config in (configs[0], configs[-1])], form, out)
+    write_json(file, {"before": trained[0][0], "rows": rows, "commit": commit()})
     say(f"guidance: {len(rows)} points of the front in {file}")
 
 
-def train(mix: tuple[float, float], form: Form, out: Path, say: Say) -> tuple[RunFolder, list[dict[str, Any]]]:
+def folder_of(config: Config) -> RunFolder:
+    return RunFolder(config.run.folder / config.run.name)
+
+
+def examined(config: Config) -> list[dict[str, Any]] | None:
+    """The examinations of a finished mix, None while it is not. Raises ConfigError where it was another run."""
+    folder = folder_of(config)
+    rows = read_json(folder.path / "rows.json", None)
+    if rows is not None:
+        require_same(folder.config(), config, folder.path)
+    return rows
+
+
+def train_if_free(mix: tuple[float, float], form: Form, out: Path, say: Say) -> bool:
     """PCPO on a weighted pair of rewards, at the setting that the convergence part chose if it is there."""
     config = mix_config(mix, form, out)
-    folder = RunFolder(config.run.folder / config.run.name)
-    done = folder.path / "rows.json"
-    if done.is_file():
-        return folder, json.loads(done.read_text(encoding="utf-8"))
-    with folder.locked():
-        rows = run_examined(config, folder, form, out)
-        done.write_text(json.dumps(rows), encoding="utf-8")
-    say(f"guidance: trained on {mix[0]:g} {FIRST} + {mix[1]:g} {SECOND}")
-    return folder, rows
+    folder = folder_of(config)
+
+    def job() -> None:
+        if examined(config) is None:
+            write_json(folder.path / "rows.json", run_examined(config, folder, form, out))
+            say(f"guidance: trained on {mix[0]:g} {FIRST} + {mix[1]:g} {SECOND}")
+
+    return if_free(folder.path, job)
 
 
 def mix_config(mix: tuple[float, float], form: Form, out: Path) -> Config:

@@ -10,6 +10,8 @@ from .grid import tasks
 from .statistics import mixed
 
 LINE = "<!-- below: python -m trainer benchmark --part report; what is above this line is kept -->"
+POOLED = """A seed has the same prompts and noise in every task, so these blocks are not independent of each other:
+pooled limits and p speak of these tasks only, not of tasks in general."""
 
 
 def report(form_name: str, form: Form, out: Path, folder: Path, pictures: Path) -> Path:
@@ -83,6 +85,7 @@ def overall(found: Sequence[Found], pictures: Path, where: str) -> str:
                 f"Blocks (a seed of a task) differ by a std of {model.block_std:.2f}, runs by {model.residual_std:.2f}."
             )
             parts += [text, f"Limits by a random-intercept model (REML). {spread}"]
+    parts.append(POOLED)
     return "\n\n".join(parts)
 
 

@@ -23,7 +23,9 @@ from . import reference_loop
 from .cell import Say, commit
 from .contenders import PROMPTS
 from .tables import number, table
+from .work import if_free, share
 
+Point = tuple[str, str, int]  # model, axis, its value
 REPEATS = 9
 BASE = {"prompts_per_update": 2, "group_size": 8, "steps": 8, "images_at_once": 16}
 AXES: dict[str, tuple[int, ...]] = {
@@ -122,22 +124,34 @@ def child(model: str, axis: str, value: int, file: Path) -> None:
 
 
 def run(out: Path, say: Say, models: tuple[str, ...] = ("emoji-flow", "emoji-eps")) -> None:
-    """Every point that is not measured yet, one after another: speed/*.json."""
+    """Every point that is not measured yet, by one process at a time: two would slow each other. speed/*.json."""
     folder = out / "speed"
-    folder.mkdir(parents=True, exist_ok=True)
+
+    def missing() -> list[Point]:
+        points = [(model, axis, value) for model in models for axis, values in AXES.items() for value in values]
+        return [point for point in points if not file_of(folder, point).is_file()]
+
+    def job() -> None:
+        for point in missing():
+            measure_apart(folder, point)
+            say("speed: {}, {} {}".format(*point))
+
+    share(lambda: [folder] if missing() else [], lambda place: if_free(place, job))
+
+
+def file_of(folder: Path, point: Point) -> Path:
+    return folder / "{}-{}-{}.json".format(*point)
+
+
+def measure_apart(folder: Path, point: Point) -> None:
+    """One point in a process of its own, and the commit beside it."""
     (folder / "commit.txt").write_text(commit(), encoding="utf-8")
-    for model in models:
-        for axis, values in AXES.items():
-            for value in values:
-                file = folder / f"{model}-{axis}-{value}.json"
-                if file.is_file():
-                    continue
-                process = multiprocessing.get_context("spawn").Process(target=child, args=(model, axis, value, file))
-                process.start()
-                process.join()
-                if not file.is_file():
-                    raise RuntimeError(f"speed: {model} with {axis} {value} ended with status {process.exitcode}.")
-                say(f"speed: {model}, {axis} {value}")
+    file = file_of(folder, point)
+    process = multiprocessing.get_context("spawn").Process(target=child, args=(*point, file))
+    process.start()
+    process.join()
+    if not file.is_file():
+        raise RuntimeError("speed: {} with {} {} ended with status {}.".format(*point, process.exitcode))
 
 
 def report(out: Path, pictures: Path, where: str) -> str:

@@ -36,7 +36,7 @@ def _over(runs: Sequence[Run], of: Callable[[Run], float], statistic=mean) -> In
 def tuning(form: Form, task: Task, out: Path) -> str:
     """Mean gain on the way on the tuning seeds by setting, the chosen one in bold; empty where none is finished."""
     found: dict[tuple[str, Setting], list[float]] = {}
-    for cell, result in finished(tuning_cells(form, task), out):
+    for cell, result in finished(tuning_cells(form, task), form, out):
         found.setdefault((cell.contender, (cell.learning_rate, cell.clip_range)), []).append(
             area(result["updates"], result["gains"])
         )

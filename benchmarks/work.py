@@ -1,8 +1,10 @@
 """Works off a grid, alone or beside other processes: each cell has a lock, and a cell that is taken is passed over."""
 
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 from trainer.config import ConfigError
 from trainer.run import RunFolder
@@ -11,7 +13,8 @@ from .cell import Say, run_cell
 from .contenders import Form
 from .grid import Cell, choose, read_result, reported_cells, tasks, tuning_cells
 
-WAIT = 5.0  # seconds between two looks at cells that others are running
+WAIT = 5.0  # seconds between two looks at work that others are doing
+T = TypeVar("T")
 
 
 def work(form: Form, out: Path, say: Say) -> None:
@@ -25,22 +28,39 @@ def work(form: Form, out: Path, say: Say) -> None:
 
 def run_cells(cells: list[Cell], form: Form, out: Path, say: Say) -> None:
     """Run those that are free until all are finished, by this process or by others."""
-    while missing := [cell for cell in cells if read_result(cell, out) is None]:
-        done = [run_if_free(cell, form, out, say) for cell in missing]
+    share(
+        lambda: [cell for cell in cells if read_result(cell, form, out) is None],
+        lambda cell: run_if_free(cell, form, out, say),
+    )
+
+
+def share(missing: Callable[[], Sequence[T]], attempt: Callable[[T], bool]) -> None:
+    """Attempt what is missing until nothing is; wait while all of it is taken by other processes."""
+    while left := missing():
+        done = [attempt(one) for one in left]
         if not any(done):
             time.sleep(WAIT)
 
 
-def run_if_free(cell: Cell, form: Form, out: Path, say: Say) -> bool:
-    """Whether this process ran it; False where another one is at it."""
+def if_free(folder: Path, job: Callable[[], None]) -> bool:
+    """Do `job` with the folder's lock; False where another process holds it."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(RunFolder(cell.folder(out)).locked())
+            stack.enter_context(RunFolder(folder).locked())
         except ConfigError:
             return False
-        if read_result(cell, out) is None:
-            run_cell(cell, form, out, say)
+        job()
     return True
+
+
+def run_if_free(cell: Cell, form: Form, out: Path, say: Say) -> bool:
+    """Whether this process ran it; False where another one is at it."""
+
+    def job() -> None:
+        if read_result(cell, form, out) is None:
+            run_cell(cell, form, out, say)
+
+    return if_free(cell.folder(out), job)
 
 
 def progress(form: Form, out: Path) -> tuple[int, int]:
@@ -51,5 +71,5 @@ def progress(form: Form, out: Path) -> tuple[int, int]:
         chosen = choose(form, task, out)
         reported = reported_cells(form, task, chosen) if chosen else []
         total += len(tuning) + (len(reported) or len(form.seeds) * len({c.contender for c in tuning}))
-        finished += sum(read_result(cell, out) is not None for cell in (*tuning, *reported))
+        finished += sum(read_result(cell, form, out) is not None for cell in (*tuning, *reported))
     return finished, total

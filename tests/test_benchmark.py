@@ -1,12 +1,11 @@
 """The benchmark: each cell is an ordinary run that resumes, is done by one process and reported as it was measured."""
 
-import dataclasses
 import functools
-import json
 import math
 
 import pytest
 import torch
+from benchmark_grids import TASK, small, write
 
 from benchmarks import guidance, reference_loop
 from benchmarks.collect import collect
@@ -17,25 +16,20 @@ from benchmarks.grid import (
     cell_config,
     choose,
     competing,
-    read_result,
     reported_cells,
     settings,
     tuning_cells,
 )
 from benchmarks.measure import EXAM, follows, make_examiner, pictures
 from benchmarks.report import LINE, report
-from benchmarks.work import progress, run_if_free, work
 from comfyui_pcpo.guidance import ImplicitReward
 from comfyui_pcpo.tiny.align import load_image_encoder
 from comfyui_pcpo.tiny.make.card import features, reality
 from comfyui_pcpo.tiny.pipelines import MODELS
 from trainer.config import build
 from trainer.plan import plan_steps
-from trainer.run import RunFolder
 from trainer.sampling import Guide, sample, sampling_policy
 from trainer.train import make_policy
-
-TASK = Task("flow-grpo", "colorfulness")
 
 
 @functools.cache
@@ -43,41 +37,13 @@ def policy_of(model: str):
     return make_policy(build({"model": {"name": model, "device": "cpu"}}, "test"))
 
 
-def small(**changes: object) -> Form:
-    """The smallest grid that still has something to choose and two contenders."""
-    tiny = {"contenders": ("ppo", "pcpo"), "seeds": (0,), "tasks": (("flow-grpo", "colorfulness"),)}
-    sizes = {"group_size": 2, "prompts_per_update": 1, "steps": 3, "updates": 2, "every": 1, "each": 2, "reference": 16}
-    return dataclasses.replace(FORMS["quick"], **{**tiny, **sizes, **changes})
-
-
 def fill(form: Form, out, gain) -> None:
     """Write a grid's results by hand: gain(cell) is each cell's gain at the end, on a straight line."""
     for task in map(lambda t: Task(*t), form.tasks):
         for cell in [*tuning_cells(form, task), *reported_cells(form, task, choose(form, task, out) or {})]:
-            write(cell, out, gain(cell))
+            write(cell, form, out, gain(cell))
         for cell in reported_cells(form, task, choose(form, task, out) or {}):
-            write(cell, out, gain(cell))
-
-
-def write(cell: Cell, out, gain: float) -> None:
-    folder = cell.folder(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    same = {"fd_base": 100.0, "fd_drawn": 200.0, "diversity": 0.1, "object": 1.0, "count": 1.0, "alignment": 0.5}
-    rows = [{"update": u, **same, "fd_base": 100 + u} for u in (0, 5, 10)]
-    result = {
-        "updates": [0, 5, 10],
-        "gains": [0, gain / 2, gain],
-        "rows": rows,
-        "seconds_per_update": 2.0,
-        "commit": "c",
-    }
-    (folder / "result.json").write_text(json.dumps(result))
-    step = {"steps": [0, 1], "clip_fraction": [0.1, 0.3], "grad_norm": [1.0, 2.0], "taylor_error": [1e-6, 1e-6]}
-    lines = [
-        {"update": u, "reward_mean": u / 10, "clip_fraction": 0.2, "grad_norm": 1.0 + u % 2, "per_step": step}
-        for u in range(1, 11)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            write(cell, form, out, gain(cell))
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -132,84 +98,8 @@ def test_the_setting_with_the_highest_mean_gain_on_the_way_over_the_tuning_seeds
         right = (cell.learning_rate, cell.clip_range) == best[cell.contender]
         # one lucky seed of another setting does not win
         lucky = cell.seed == 100 and cell.learning_rate == 1e-2 and cell.clip_range == 1e-3
-        write(cell, tmp_path, 1.0 if right else 1.5 if lucky else 0.1)
+        write(cell, form, tmp_path, 1.0 if right else 1.5 if lucky else 0.1)
     assert choose(form, TASK, tmp_path) == best
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A whole small grid, run once."""
-    out, said = tmp_path_factory.mktemp("grid"), []
-    form = small()
-    work(form, out, said.append)
-    return form, out, said
-
-
-def test_a_grid_leaves_one_result_per_cell_and_is_not_done_again(done):
-    form, out, said = done
-    assert len(said) == 2
-    assert progress(form, out) == (2, 2)
-    work(form, out, said.append)
-    assert len(said) == 2
-
-
-def test_a_cell_is_examined_before_and_at_every_interval_with_gains_in_base_deviations(done):
-    form, out, _ = done
-    for cell in reported_cells(form, TASK, choose(form, TASK, out)):
-        result = read_result(cell, out)
-        assert result["updates"] == [0, 1, 2]
-        rows = result["rows"]
-        expected = [(row["colorfulness"] - rows[0]["colorfulness"]) / rows[0]["colorfulness_std"] for row in rows]
-        assert result["gains"] == pytest.approx(expected)
-        assert len(RunFolder(cell.folder(out)).records()) == 2
-
-
-def test_contenders_start_from_the_same_examination(done):
-    form, out, _ = done
-    first = [read_result(cell, out)["rows"][0] for cell in reported_cells(form, TASK, choose(form, TASK, out))]
-    assert first[0] == first[1]
-
-
-def test_a_cell_that_was_interrupted_ends_like_one_that_was_not(done, tmp_path, monkeypatch):
-    form, out, _ = done
-    cell = Cell(TASK, "pcpo", *settings(form, "pcpo")[0], 0)
-    saved = RunFolder.save
-
-    def stop(self, learner, config):
-        saved(self, learner, config)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run_if_free(cell, form, tmp_path, lambda text: None)
-    assert read_result(cell, tmp_path) is None
-    assert run_if_free(cell, form, tmp_path, lambda text: None)
-    assert read_result(cell, tmp_path)["rows"] == read_result(cell, out)["rows"]
-
-
-WORKER = """
-import sys, dataclasses
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from benchmarks.contenders import FORMS
-from benchmarks.work import work
-import benchmarks.work
-benchmarks.work.WAIT = 0.1
-form = dataclasses.replace(FORMS["quick"], contenders=("ppo", "log-hinge", "pcpo"), seeds=(0, 1),
-    tasks=(("flow-grpo", "colorfulness"),), group_size=2, prompts_per_update=1, steps=2, updates=1, every=1,
-    each=2, reference=16)
-work(form, Path(sys.argv[1]), lambda text: print(text, flush=True))
-"""
-
-
-def test_two_processes_share_a_grid_and_do_each_cell_once(script, tmp_path):
-    workers = [script(WORKER, tmp_path) for _ in range(2)]
-    outputs = [worker.communicate(timeout=300) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
-    lines = [line.split(":")[0] for text, _ in outputs for line in text.splitlines()]
-    assert len(lines) == len(set(lines)) == 6
 
 
 def test_the_examination_reads_drawn_pictures_right():
@@ -231,11 +121,9 @@ def test_the_examination_finds_the_base_model_near_itself_and_far_from_noise(tmp
     assert own == make_examiner(policy, form, tmp_path).measure(policy)
 
 
-def test_guidance_by_one_model_and_a_sum_of_one_lora_are_that_model(done, tmp_path):
+def test_guidance_by_one_model_and_a_sum_of_one_lora_are_that_model(tmp_path):
     """The two ways of composing meet at the ends of the front, and differ between them."""
-    form, out, _ = done
-    folders = [RunFolder(c.folder(out)) for c in reported_cells(form, TASK, choose(form, TASK, out))]
-    config = folders[0].config()
+    config = cell_config(Cell(TASK, "pcpo", 1e-3, 1e-3, 0), small(), tmp_path)
     generator = torch.Generator().manual_seed(0)
     policy = sampling_policy(config, [])
     pairs = [
@@ -288,6 +176,7 @@ def test_the_report_says_what_was_measured_and_keeps_what_was_written_by_hand(tm
     assert "| DiffusionNFT | 0.006, - | 5 | 0.92 [" in text
     assert "| native PPO | -0.20 [-0.20, -0.20] |" in text.split("against PCPO")[1]
     assert "0/5" in text
+    assert "not independent of each other" in text
     # +0.25 of 0.62 in the median seed, on a line that ends at update 10
     assert f"| PCPO | {10 * 0.25 / 0.62:.1f} [" in text
     assert {f.name for f in (tmp_path / "images").iterdir()} == {
