@@ -130,7 +130,8 @@ def step(x: Tensor, out: Tensor, noise: Tensor, tr: Transition) -> Tensor:
 def log_prob(noise: Tensor, tr: Transition) -> Tensor:
     """Log-density of a drawn step, mean over the latent, (B, C, H, W) -> (B,); inf for a step without noise.
 
-    DDPO (arXiv 2305.13301), each step a Gaussian policy:  log N(x'; a x + b out, std^2) = -z^2 / 2 - log std - log(2 pi) / 2
+    DDPO (arXiv 2305.13301), each step a Gaussian policy:
+    log N(x'; a x + b out, std^2) = -z^2 / 2 - log std - log(2 pi) / 2
     """
     if not tr.std:
         return noise.new_full((len(noise),), math.inf, dtype=torch.float32)
