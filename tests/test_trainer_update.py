@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from comfyui_pcpo.rollout import GroupNoise, rollout
-from trainer.align import Learner, make_learner
+from trainer.align import Learner, align, make_learner
 from trainer.plan import make_plan
 from trainer.processes import Processes
-from trainer.train import make_policy
+from trainer.train import load_rewards, make_policy
 from trainer.update import improve
 
 SAMPLERS = [("emoji-flow", "flow_sde"), ("emoji-flow", "dance_sde"), ("emoji-flow", "cps"), ("emoji-eps", "ddim")]
@@ -135,3 +135,17 @@ def test_kl_is_measured_on_exactly_the_wanted_images(make_config, learn):
     assert math.isnan(found[0][0])
     assert found[3][0] >= 0
     assert found[3][1] > found[0][1]
+
+
+def test_each_image_is_predicted_once_per_step_of_the_rollout_and_once_per_trained_step(make_config):
+    """Counted in the model itself; guidance makes one call of it with two rows for each image."""
+    config = make_config(rollout={"group_size": 4, "cfg": 2.0}, objective={"kl_images": 0, "last_step": False})
+    policy = make_policy(config)
+    rows = {True: 0, False: 0}
+
+    def count(_, args, inputs):
+        rows[torch.is_grad_enabled()] += len((*args, *inputs.values())[0])
+
+    policy.denoiser.register_forward_pre_hook(count, with_kwargs=True)
+    next(align(make_learner(policy, config), load_rewards(config), config.prompts.read(), config))
+    assert rows == {False: 2 * 4 * 3, True: 2 * 4 * 2}

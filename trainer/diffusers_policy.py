@@ -16,7 +16,7 @@ from .config import Config, ConfigError
 from .families import Inputs, denoiser_of, wire
 from .policy import LoraPairs
 from .residence import Parts, Residence
-from .shard import blocks_of, shard, sharded
+from .shard import compile_blocks, shard, sharded
 from .storage import store
 from .targets import is_target
 
@@ -57,8 +57,7 @@ class DiffusersPolicy:
         if config.model.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         if config.model.compile:
-            for block in blocks_of(self.denoiser):
-                block.compile()
+            compile_blocks(self.denoiser)
 
     def _settle(self, modules: list[nn.Module]) -> Residence:
         """Put the pipeline's parts where they belong."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -52,8 +52,10 @@ def peak_bytes(modules: list[nn.Module], compute: Callable[[], Any], pretend: bo
     """The most bytes at a time that `compute` takes beyond the weights of `modules`; without `pretend` by doing it."""
     ledger = Ledger()
     weights = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-    with FakeTensorMode(allow_non_fake_inputs=True) if pretend else nullcontext() as mode:
-        kept = [mode.from_tensor(t) for t in weights] if mode else weights
+    fake = next((t.fake_mode for t in weights if isinstance(t, FakeTensor)), None)  # a model that is only shapes
+    fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
+    with fake if pretend else nullcontext() as mode:
+        kept = [t if isinstance(t, FakeTensor) else mode.from_tensor(t) for t in weights] if mode else weights
         for tensor in kept:
             ledger.ignore(tensor)
         with ledger, torch.autograd.set_multithreading_enabled(False):

@@ -14,13 +14,16 @@ Parts = dict[str, list[Movable]]
 
 
 class Residence:
-    """Moves parts by name. With `offload` only those that are asked for are on the device; `fixed` ones never leave."""
+    """Moves parts, which start on the CPU, by name.
+
+    With `offload` only those that are asked for are on the device; `fixed` ones never leave.
+    """
 
     def __init__(self, parts: Parts, device: torch.device, offload: bool, fixed: Iterable[str] = ()):
         self.parts, self.device = parts, device
         self.offload = offload and device.type != "cpu"
         self.fixed = frozenset(fixed)
-        self.present: set[str] = set()
+        self.present: set[str] = set(parts) if device.type == "cpu" else set()
         self.only(*(self.fixed if self.offload else parts))
 
     def only(self, *names: str) -> None:

@@ -1,4 +1,7 @@
-"""FSDP: every process keeps its share of the frozen weights and fetches a block's others while that block runs."""
+"""A model's blocks: compiled, or spread over processes.
+
+FSDP: every process keeps its share of the frozen weights and fetches a block's others while that block runs.
+"""
 
 from collections.abc import Collection
 
@@ -19,6 +22,15 @@ def blocks_of(denoiser: nn.Module, kinds: str = "_repeated_blocks") -> list[nn.M
     """The blocks that a model is made of, as its class names them; inner ones before those around them."""
     names = getattr(denoiser, kinds, None) or getattr(denoiser, "_no_split_modules", None) or ()
     return [m for m in denoiser.modules() if type(m).__name__ in names][::-1]
+
+
+def compile_blocks(denoiser: nn.Module) -> None:
+    """Compile each block; they share their code, and so the number of its versions that PyTorch allows."""
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)  # with and without gradient, LoRA, a full batch
+    for block in blocks_of(denoiser):
+        block.compile()
 
 
 def shard(denoiser: nn.Module, trainable: Collection[nn.Parameter], device: torch.device) -> None:

@@ -78,7 +78,8 @@ def store(denoiser: nn.Module, dtype: torch.dtype, quantize: Quantize = "none") 
         if id(p) not in kept and p.dtype in (torch.float16, torch.bfloat16):
             p.data = p.data.float()
     for name, layer in layers.items():
-        layer.to(dtype)
+        if layer.weight.dtype != dtype:
+            layer.to(dtype)
         if quantize != "none" and isinstance(layer, nn.Linear) and BLOCK.search(name):
             parent, _, last = name.rpartition(".")
             narrow = four_bit(layer, dtype) if quantize == "4bit" else EightBitLinear(layer, quantize)
