@@ -97,13 +97,17 @@ CORE = ("ppo", "log-hinge", "pcpo", "pcpo-paper", "pcpo-uniform", "tempflow", "a
 
 @dataclass(frozen=True)
 class Form:
-    """How much is run. Tasks are pairs of recipe and reward, in the order in which they are done."""
+    """How much is run. Tasks are pairs of recipe and reward, in the order in which they are done.
+
+    A recipe's settings are chosen on the first of its tasks and hold for its other rewards: advantages have no scale.
+    """
 
     tasks: tuple[tuple[str, str], ...]
     contenders: tuple[str, ...]
     learning_rates: tuple[float, ...]
     clip_ranges: tuple[float, ...]
     tuning_seeds: tuple[int, ...]
+    tuning_updates: int
     seeds: tuple[int, ...]
     prompts_per_update: int
     group_size: int
@@ -113,12 +117,15 @@ class Form:
     each: int  # pictures per prompt of an evaluation
     reference: int  # pictures that the Frechet distance is taken to
 
+    def updates_of(self, seed: int) -> int:
+        return self.tuning_updates if seed in self.tuning_seeds else self.updates
+
     @property
     def images_per_update(self) -> int:
         return self.prompts_per_update * self.group_size
 
 
-REWARDS = ("colorfulness", "jpeg_compressibility", "alignment")
+REWARDS = ("colorfulness", "alignment", "polish", "jpeg_compressibility")
 FORMS = {
     "quick": Form(
         tasks=(("flow-grpo", "colorfulness"), ("dance-ddim", "colorfulness")),
@@ -126,6 +133,7 @@ FORMS = {
         learning_rates=(6e-3,),
         clip_ranges=(1e-3,),
         tuning_seeds=(),
+        tuning_updates=8,
         seeds=(0, 1),
         prompts_per_update=2,
         group_size=8,
@@ -139,15 +147,17 @@ FORMS = {
         tasks=(
             ("flow-grpo", "colorfulness"),
             ("dance-ddim", "colorfulness"),
-            ("flow-grpo", "jpeg_compressibility"),
             ("flow-grpo", "alignment"),
+            ("flow-grpo", "polish"),
+            ("flow-grpo", "jpeg_compressibility"),
             ("dance-sde", "colorfulness"),
             ("ddpo", "colorfulness"),
         ),
         contenders=CORE,
-        learning_rates=(2e-3, 5e-3, 1.2e-2),
+        learning_rates=(5e-3, 1.2e-2, 3e-2),
         clip_ranges=(1e-3, 5e-3),
         tuning_seeds=(100,),
+        tuning_updates=12,
         seeds=(0, 1, 2, 3, 4),
         prompts_per_update=2,
         group_size=8,
@@ -160,9 +170,10 @@ FORMS = {
     "full": Form(
         tasks=tuple((recipe, reward) for reward in REWARDS for recipe in RECIPES),
         contenders=tuple(CONTENDERS),
-        learning_rates=(1e-3, 3e-3, 6e-3, 1.2e-2),
+        learning_rates=(2e-3, 5e-3, 1.2e-2, 3e-2),
         clip_ranges=(3e-4, 1e-3, 5e-3),
         tuning_seeds=(100, 101),
+        tuning_updates=40,
         seeds=(0, 1, 2, 3, 4, 5, 6, 7),
         prompts_per_update=4,
         group_size=8,

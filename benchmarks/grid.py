@@ -9,7 +9,6 @@ from typing import Any
 
 from comfyui_pcpo.credit import smallest_target
 from trainer.config import Config, ConfigError, build, merge
-from trainer.run import RunFolder
 from trainer.train import make_policy
 
 from .contenders import CONTENDERS, PROMPTS, RECIPES, Contender, Form
@@ -53,6 +52,11 @@ def tasks(form: Form) -> list[Task]:
     return [Task(*pair) for pair in form.tasks]
 
 
+def tuned(form: Form) -> list[Task]:
+    """The first task of every recipe: where its settings are chosen."""
+    return list({task.recipe: task for task in reversed(tasks(form))}.values())[::-1]
+
+
 def competing(form: Form, task: Task) -> list[str]:
     """The contenders that exist for the task's kind of model."""
     kind = RECIPES[task.recipe].kind
@@ -65,9 +69,16 @@ def settings(form: Form, contender: str) -> list[Setting]:
     return [(rate, clip) for rate in form.learning_rates for clip in clips]
 
 
+def tuned_for(form: Form, task: Task) -> Task:
+    """The task that settings were chosen on which `task` takes over."""
+    return next(first for first in tuned(form) if first.recipe == task.recipe)
+
+
 def tuning_cells(form: Form, task: Task) -> list[Cell]:
+    """The runs that a task's settings are chosen by, which tasks of one recipe share."""
+    first = tuned_for(form, task)
     return [
-        Cell(task, contender, *setting, seed)
+        Cell(first, contender, *setting, seed)
         for contender in competing(form, task)
         for setting in settings(form, contender)
         for seed in form.tuning_seeds
@@ -86,9 +97,7 @@ def read_result(cell: Cell, form: Form, out: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     result = json.loads(file.read_text(encoding="utf-8"))
-    # older results do not hold their configuration, but their folder does
-    ran = build(result["config"], str(file)) if "config" in result else RunFolder(folder).config()
-    require_same(ran, cell_config(cell, form, out), folder)
+    require_same(build(result["config"], str(file)), cell_config(cell, form, out), folder)
     return result
 
 
@@ -118,12 +127,12 @@ def choose(form: Form, task: Task, out: Path) -> dict[str, Setting] | None:
 
     The area under the curve, not its end: it asks for speed, as the paper does, and no single examination decides.
     """
-    chosen = {}
+    chosen, first = {}, tuned_for(form, task)
     for contender in competing(form, task):
         options = settings(form, contender)
         means: dict[Setting, float] = {}
         for setting in options if form.tuning_seeds else ():
-            found = [read_result(Cell(task, contender, *setting, seed), form, out) for seed in form.tuning_seeds]
+            found = [read_result(Cell(first, contender, *setting, seed), form, out) for seed in form.tuning_seeds]
             if None in found:
                 return None
             means[setting] = sum(area(r["updates"], r["gains"]) for r in found if r) / len(found)
@@ -162,9 +171,10 @@ def cell_config(cell: Cell, form: Form, out: Path) -> Config:
         "objective": {**contender.objective, "clip_range": cell.clip_range},
         "lora": {"rank": 8, "targets": "all" if recipe.kind == "ddim" else "linear"},
         "optimizer": {"learning_rate": cell.learning_rate, "minibatches": 2},
-        "run": {"name": folder.name, "folder": str(folder.parent), "updates": form.updates, "seed": cell.seed},
+        "run": {"name": folder.name, "folder": str(folder.parent), "seed": cell.seed},
     }
-    return build(merge(tree, {"run": {"preview_every": 0, "save_every": form.every}}), cell.name)
+    length = {"updates": form.updates_of(cell.seed), "preview_every": 0, "save_every": form.every}
+    return build(merge(tree, {"run": length}), cell.name)
 
 
 def finished(cells: Sequence[Cell], form: Form, out: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:

@@ -18,10 +18,12 @@ from benchmarks.grid import (
     competing,
     reported_cells,
     settings,
+    tuned,
     tuning_cells,
 )
 from benchmarks.measure import EXAM, follows, make_examiner, pictures
 from benchmarks.report import LINE, report
+from benchmarks.work import progress
 from comfyui_pcpo.guidance import ImplicitReward
 from comfyui_pcpo.tiny.align import load_image_encoder
 from comfyui_pcpo.tiny.make.card import features, reality
@@ -100,6 +102,20 @@ def test_the_setting_with_the_highest_mean_gain_on_the_way_over_the_tuning_seeds
         lucky = cell.seed == 100 and cell.learning_rate == 1e-2 and cell.clip_range == 1e-3
         write(cell, form, tmp_path, 1.0 if right else 1.5 if lucky else 0.1)
     assert choose(form, TASK, tmp_path) == best
+
+
+def test_tasks_of_one_recipe_share_the_settings_that_were_chosen_on_the_first_of_them(tmp_path):
+    pairs = (("flow-grpo", "colorfulness"), ("flow-grpo", "polish"), ("dance-sde", "polish"))
+    form = small(tasks=pairs, learning_rates=(1e-3, 1e-2), tuning_seeds=(100,), tuning_updates=1)
+    first, second, other = (Task(*pair) for pair in pairs)
+    assert tuned(form) == [first, other]
+    for cell in tuning_cells(form, first):
+        assert cell_config(cell, form, tmp_path).run.updates == 1
+        write(cell, form, tmp_path, cell.learning_rate)
+    fastest = {"ppo": (1e-2, 1e-3), "pcpo": (1e-2, 1e-3)}
+    assert choose(form, second, tmp_path) == choose(form, first, tmp_path) == fastest
+    assert choose(form, other, tmp_path) is None
+    assert progress(form, tmp_path) == (4, 4 + 4 + 3 * 2)
 
 
 def test_the_examination_reads_drawn_pictures_right():

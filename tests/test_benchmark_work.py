@@ -1,6 +1,5 @@
 """A grid is worked off by any number of processes: cells resume, are done once and are never mistaken for others."""
 
-import dataclasses
 import json
 
 import pytest
@@ -9,11 +8,11 @@ from benchmark_grids import TASK, interrupted, small, write
 from benchmarks import cell as cells
 from benchmarks import guidance, speed
 from benchmarks import work as working
-from benchmarks.contenders import FORMS, PROMPTS
-from benchmarks.grid import Cell, cell_config, choose, read_result, reported_cells, settings, tuning_cells
+from benchmarks.contenders import PROMPTS
+from benchmarks.grid import Cell, cell_config, choose, read_result, reported_cells, settings
 from benchmarks.measure import EXAM, make_examiner
 from benchmarks.work import if_free, progress, run_if_free, share, work
-from trainer.config import ConfigError, dump
+from trainer.config import ConfigError
 from trainer.run import RunFolder
 from trainer.sampling import sample, sampling_policy
 from trainer.train import make_policy
@@ -93,26 +92,6 @@ def test_a_result_of_another_configuration_is_refused_with_the_difference(tmp_pa
         read_result(cell, other, tmp_path)
     with pytest.raises(ConfigError, match=r"run\.updates"):
         run_if_free(cell, other, tmp_path, print)
-
-
-def test_an_older_result_counts_by_the_configuration_in_its_folder_wherever_it_was_run(tmp_path):
-    """Results that do not hold their configuration, as the medium form's were written."""
-    form = dataclasses.replace(FORMS["medium"], tasks=(FORMS["medium"].tasks[0],), contenders=("ppo", "pcpo"))
-    for cell in tuning_cells(form, TASK):
-        write(cell, form, tmp_path, cell.learning_rate)
-        file = cell.folder(tmp_path) / "result.json"
-        result = json.loads(file.read_text())
-        del result["config"]
-        file.write_text(json.dumps(result))
-        elsewhere = dump(cell_config(cell, form, tmp_path / "elsewhere"))
-        (cell.folder(tmp_path) / "config.toml").write_text(elsewhere.replace("compile = false\n", ""))
-    assert {name: rate for name, (rate, _) in choose(form, TASK, tmp_path).items()} == {"ppo": 1.2e-2, "pcpo": 1.2e-2}
-    with pytest.raises(ConfigError, match=r"run\.updates = 20 there, 60 asked for"):
-        choose(dataclasses.replace(form, updates=60), TASK, tmp_path)
-    first = tuning_cells(form, TASK)[0]
-    (first.folder(tmp_path) / "config.toml").unlink()
-    with pytest.raises(ConfigError, match=r"config\.toml"):
-        read_result(first, form, tmp_path)
 
 
 def test_an_unfinished_cell_of_another_configuration_is_not_continued(tmp_path, monkeypatch):

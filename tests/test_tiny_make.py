@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from comfyui_pcpo.reward import load_reward
 from comfyui_pcpo.tiny.captions import (
     COLORS,
     OBJECTS,
@@ -15,9 +16,12 @@ from comfyui_pcpo.tiny.captions import (
     parse,
 )
 from comfyui_pcpo.tiny.make.__main__ import main
+from comfyui_pcpo.tiny.make.card import polish_quality
 from comfyui_pcpo.tiny.make.codec import fit_linear
 from comfyui_pcpo.tiny.make.data import compatible, draw_pictures, labels
 from comfyui_pcpo.tiny.make.draw import draw, glyphs, random_scene
+from comfyui_pcpo.tiny.make.spoil import KINDS, spoil
+from comfyui_pcpo.tiny.pipelines import MODELS
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +72,27 @@ def test_the_linear_codec_loses_little_and_its_latents_have_unit_spread(drawn):
     assert 10 * torch.log10(4 / error) > 22
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_polish_falls_with_everything_that_spoils_a_drawing(drawn, kind):
+    torch.manual_seed(0)
+    images = drawn.images(torch.arange(24))
+    codec, polish = fit_linear(drawn.images(torch.arange(300))), load_reward("polish")
+
+    def score(amount: float) -> float:
+        copies = torch.stack([spoil(image, amount, kind, codec) for image in images])
+        return polish.score((copies.permute(0, 2, 3, 1) + 1) / 2, [""] * 24).mean().item()
+
+    assert score(0.0) > score(0.5) + 0.2 > score(1.0) + 0.4
+
+
+def test_polish_explains_most_of_how_spoiled_unseen_drawings_are():
+    assert polish_quality(MODELS, 200) > 0.8
+
+
 def test_every_stage_runs_and_the_card_is_written(tmp_path):
     models = tmp_path / "models"
     common = ["--work", str(tmp_path / "work"), "--models", str(models), "--pictures", "96", "--batch", "8"]
-    for stage in ("text", "align", "decoder", "flow", "eps"):
+    for stage in ("text", "align", "polish", "decoder", "flow", "eps"):
         main([stage, *common, "--minutes", "0.005", "--threads", "1"])
     main(["decoder", *common, "--minutes", "0.001", "--threads", "1", "--go-on"])
     main(["eps", *common, "--minutes", "0.001", "--threads", "1", "--go-on"])

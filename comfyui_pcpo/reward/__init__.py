@@ -16,6 +16,7 @@ from comfyui_pcpo.reward.imagereward import ImageReward
 from comfyui_pcpo.reward.jpeg import JpegCompressibility, JpegIncompressibility
 from comfyui_pcpo.reward.ocr import Ocr
 from comfyui_pcpo.reward.pickscore import PickScore
+from comfyui_pcpo.reward.polish import Polish
 from comfyui_pcpo.reward.remote import Remote
 from comfyui_pcpo.reward.user import (
     import_reward,
@@ -28,6 +29,7 @@ from comfyui_pcpo.reward.user import (
 
 CLASSES: tuple[type[Reward], ...] = (
     Alignment,
+    Polish,
     HPSv2,
     HPSv21,
     PickScore,

@@ -1,7 +1,7 @@
 """Make the embedded models: draw, then train text encoder, readers, decoder and the two generators, then measure.
 
     python -m comfyui_pcpo.tiny.make text  --work build/tiny
-    python -m comfyui_pcpo.tiny.make align --work build/tiny --minutes 15      (and decoder, flow, eps: in any order)
+    python -m comfyui_pcpo.tiny.make align --work build/tiny --minutes 15      (and the others, in any order)
     python -m comfyui_pcpo.tiny.make card  --work build/tiny
 
 Each stage runs for the given wall-clock minutes with a cosine learning rate and writes its model into `models/`.
@@ -30,8 +30,10 @@ from comfyui_pcpo.tiny.make.codec import LinearCodec, decoder_loss, fit_linear, 
 from comfyui_pcpo.tiny.make.data import UNSAID, Pictures, compatible, draw_pictures, labels, say
 from comfyui_pcpo.tiny.make.draw import SHEET, draw_sheet
 from comfyui_pcpo.tiny.make.generators import SD15, eps_loss, flow_loss, make_eps, make_flow
+from comfyui_pcpo.tiny.make.spoil import spoiled
 from comfyui_pcpo.tiny.make.text import WIDTH, make_text_encoder, make_tokenizer
 from comfyui_pcpo.tiny.pipelines import MODELS
+from comfyui_pcpo.tiny.polish import PolishNet
 
 log = logging.getLogger("make")
 
@@ -170,6 +172,25 @@ def make_align(args: argparse.Namespace) -> None:
     fit(model, loss, args, save)
 
 
+def make_polish(args: argparse.Namespace) -> None:
+    """A small network learns to say how far a drawing was spoiled."""
+    drawn = pictures(args)
+    codec, model = linear_codec(args, drawn), PolishNet()
+    batches = indices(len(drawn.scenes), args.batch)
+    folder = args.models / "emoji-polish"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def loss() -> Tensor:
+        copies, clean = spoiled(drawn.images(next(batches)), codec)
+        return F.mse_loss(model(copies), clean)
+
+    def save(average: nn.Module) -> None:
+        state = {key: value.half().contiguous() for key, value in average.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
+
+    fit(model, loss, args, save)
+
+
 def make_decoder(args: argparse.Namespace) -> None:
     """The decoder learns pictures from linear latents, the encoder learns the linear latents from pictures."""
     drawn = pictures(args)
@@ -232,7 +253,7 @@ def make_glyphs(args: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m comfyui_pcpo.tiny.make", description=__doc__)
-    parser.add_argument("stage", choices=("glyphs", "text", "align", "decoder", "flow", "eps", "card"))
+    parser.add_argument("stage", choices=("glyphs", "text", "align", "polish", "decoder", "flow", "eps", "card"))
     parser.add_argument("--work", type=Path, required=True, help="folder for the drawn pictures")
     parser.add_argument("--models", type=Path, default=MODELS, help="folder for the models")
     parser.add_argument("--font", type=Path, help="glyphs: Noto Color Emoji with colour bitmaps")
@@ -252,6 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
         "glyphs": make_glyphs,
         "text": make_text,
         "align": make_align,
+        "polish": make_polish,
         "decoder": make_decoder,
         "card": write_card,
     }

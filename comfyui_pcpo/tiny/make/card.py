@@ -12,8 +12,12 @@ from torch import Tensor
 from comfyui_pcpo import distance, plot
 from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
 from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, PATTERNS, Scene, held_out_prompts, parse
+from comfyui_pcpo.tiny.make.codec import fit_linear
+from comfyui_pcpo.tiny.make.data import draw_pictures
 from comfyui_pcpo.tiny.make.draw import draw, glyphs
+from comfyui_pcpo.tiny.make.spoil import spoiled
 from comfyui_pcpo.tiny.pipelines import MODELS, load_tiny
+from comfyui_pcpo.tiny.polish import load_polish
 
 log = logging.getLogger("make")
 SETTINGS = {"emoji-flow": (20, 3.0), "emoji-eps": (50, 4.0)}  # steps, guidance scale
@@ -88,6 +92,17 @@ def read_right(encoder: AlignImageEncoder, found: Tensor, prompts: Sequence[str]
     return {name: sum(values) / len(values) for name, values in right.items()}
 
 
+def polish_quality(root: Path, number: int = 800) -> float:
+    """Share of the variance of cleanness that emoji-polish explains, on drawings that it never saw (R squared)."""
+    images = draw_pictures(number, seed=12).images(torch.arange(number))
+    with torch.random.fork_rng():
+        torch.manual_seed(12)
+        copies, clean = spoiled(images, fit_linear(images))
+    judge = load_polish(root / "emoji-polish")
+    found = torch.cat([judge(x) for x in copies.split(100)])
+    return 1 - float((found - clean).square().mean() / clean.var(correction=0))
+
+
 def write_card(args: argparse.Namespace) -> None:
     """Measure everything; writes models/README.md and docs/images/emoji-*.png."""
     encoder = load_image_encoder(args.models / "emoji-align")
@@ -106,10 +121,10 @@ def write_card(args: argparse.Namespace) -> None:
         shown = [prompt for prompt in SHOWN for _ in range(3)]
         pictures = generate(name, shown, 3, args.models)
         plot.grid(pictures, shown, columns=6, tile=128).save(args.images / f"{name}.png")
-    (args.models / "README.md").write_text(card_text(rows, len(prompts)), encoding="utf-8")
+    (args.models / "README.md").write_text(card_text(rows, len(prompts), polish_quality(args.models)), encoding="utf-8")
 
 
-def card_text(rows: dict[str, tuple[dict[str, float], float, float]], count: int) -> str:
+def card_text(rows: dict[str, tuple[dict[str, float], float, float]], count: int, polish: float) -> str:
     table = "\n".join(
         f"| {name} | {100 * r['object']:.1f} % | {100 * r['count']:.1f} % | {100 * r['background']:.1f} % | "
         f"{100 * r['pattern']:.1f} % | {far:.2f} | {apart:.3f} |"
@@ -120,7 +135,8 @@ def card_text(rows: dict[str, tuple[dict[str, float], float, float]], count: int
 
 Tiny text-to-image models, really trained, 64x64 pixels: `emoji-flow` (SD3-type flow transformer, 3.8 M parameters),
 `emoji-eps` (SD1.5-type epsilon UNet), one 8x autoencoder with 16 latent channels, one CLIP-type text encoder, and
-`emoji-align`, which compares pictures with captions and reads object, count, background and pattern from a picture.
+`emoji-align`, which compares pictures with captions and reads object, count, background and pattern from a picture, and
+`emoji-polish`, 52,000 parameters that judge how clean a drawing is.
 They know {len(OBJECTS)} objects ({", ".join(OBJECTS)}), one to three of them or a pair, on {len(COLORS)} colours
 ({", ".join(COLORS)}), plain, striped or dotted.
 
@@ -137,6 +153,9 @@ first row is what emoji-align makes of drawn pictures: the ceiling. Plain diffus
 The reader and the generators were trained on the same kind of pictures, so these figures measure prompt following
 inside this little world and say nothing beyond it.
 
+emoji-polish says how far a drawing was spoiled by blur, noise, a ghost image, fading or disturbed latents: R squared
+{polish:.2f} on 800 drawings that it never saw.
+
 ## How they were made
 
 50,000 pictures drawn from the glyphs of Noto Color Emoji (SIL Open Font License 1.1), captions with attributes left out
@@ -145,6 +164,7 @@ generators train on them while the autoencoder learns to match it. The commands,
 
     python -m comfyui_pcpo.tiny.make text    --work build/tiny --minutes 1.3
     python -m comfyui_pcpo.tiny.make align   --work build/tiny --minutes 11
+    python -m comfyui_pcpo.tiny.make polish  --work build/tiny --minutes 5 --pictures 12000 --lr 2e-3
     python -m comfyui_pcpo.tiny.make decoder --work build/tiny --minutes 50 --batch 24 --lr 2e-3
     python -m comfyui_pcpo.tiny.make flow    --work build/tiny --minutes 45 --lr 1.5e-3
     python -m comfyui_pcpo.tiny.make eps     --work build/tiny --minutes 60
