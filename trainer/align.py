@@ -188,7 +188,7 @@ def align(
     """
     policy, processes = learner.policy, processes or Processes()
     groups = processes.share(config.rollout.prompts_per_update)
-    size, seed, at_once = config.rollout.group_size, config.run.seed, config.rollout.images_at_once
+    size, seed = config.rollout.group_size, config.run.seed
     grid = policy.grid(config.rollout.steps)
     condition = policy.encode(list(prompts))
     for number in range(learner.done + 1, config.run.updates + 1):
@@ -207,7 +207,7 @@ def align(
                 noise = GroupNoise(seeds, size, policy.latent_shape, config.rollout.shared_noise)
                 chunks = [rows for part in plan.minibatches for rows in part]
                 path = rollout(predict, grid, plan.transitions, noise, chunks)
-                images = torch.cat([policy.decode(x) for x in path.final.split(at_once)])
+                images = torch.cat([policy.decode(x) for x in path.final.split(len(chunks[0]))])
             with clock("reward"):
                 texts = [prompts[p] for p in mine]
                 found = score(rewards, images, texts, each, config.reward.offload)

@@ -84,7 +84,8 @@ class DiffusersPolicy:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.run.seed, 0))
             self.denoiser.add_adapter(adapter, adapter_name="pcpo")
-        for p in self.trainable():
+        self._factors = [p for n, p in sorted(self.denoiser.named_parameters()) if ".pcpo." in n]
+        for p in self._factors:
             p.data = p.data.float()
 
     def grid(self, steps: int) -> Grid:
@@ -131,7 +132,7 @@ class DiffusersPolicy:
         return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
 
     def trainable(self) -> list[nn.Parameter]:
-        return [p for n, p in sorted(self.denoiser.named_parameters()) if ".pcpo." in n]
+        return self._factors
 
     @contextmanager
     def reference(self) -> Iterator[None]:
