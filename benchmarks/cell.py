@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.align import align, make_learner
+from trainer.align import Job, align, make_learner
 from trainer.config import Config
 from trainer.policy import Policy
 from trainer.run import RunFolder, finite
@@ -67,7 +67,7 @@ def run_examined(config: Config, folder: RunFolder, form: Form, out: Path) -> li
         folder.start(config)
     folder.keep_records(learner.done)
     rows = rows or [{"update": 0, **base_examination(examiner, policy)}]
-    for update in align(learner, load_rewards(config), config.prompts.read(), config):
+    for update in align(learner, Job(config, config.prompts.read(), load_rewards(config))):
         folder.record(update)
         if update.number % form.every == 0 or update.number == config.run.updates:
             rows.append({"update": update.number, **examiner.measure(policy)})

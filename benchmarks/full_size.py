@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from trainer.align import align, make_learner
+from trainer.align import Job, align, make_learner
 from trainer.budget import memory
-from trainer.config import Config, build
+from trainer.config import Config
 from trainer.diffusers_policy import DiffusersPolicy
+from trainer.options import build
 from trainer.plan import make_plan
 from trainer.train import load_rewards
 
@@ -88,16 +89,16 @@ def run(name: str, config: Config, tiny: bool, updates: int = UPDATES) -> tuple[
     """Some updates, -> their metrics and what they took; each is timed beside the reference loop."""
     torch.manual_seed(0)  # of the text encoders' weights
     policy = DiffusersPolicy(PIPELINES[ROWS[name][0]](tiny, False), config)
-    learner, grid, device = make_learner(policy, config), policy.grid(config.rollout.steps), policy.device
-    stream = align(learner, load_rewards(config), list(PROMPTS), config)
+    learner, device = make_learner(policy, config), policy.device
+    stream = align(learner, Job(config, list(PROMPTS), load_rewards(config)))
     rows, took, least = [], [], []
     for number in range(updates):
         start = clock(device)
         rows.append(next(stream).metrics)
         took.append(clock(device) - start)
         if number:
-            plan = make_plan(policy, config, grid, len(PROMPTS), config.rollout.prompts_per_update, number)
-            least.append(bare(policy, plan, grid.timesteps.tolist(), config))
+            plan = make_plan(policy, config, len(PROMPTS), config.rollout.prompts_per_update, number)
+            least.append(bare(policy, plan, plan.grid.timesteps.tolist(), config))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     ratio = [ours / theirs for ours, theirs in zip(took[1:], least, strict=True)]
     return rows, {

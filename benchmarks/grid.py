@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from comfyui_pcpo.credit import smallest_target
-from trainer.config import Config, ConfigError, build, merge
+from trainer.config import Config, ConfigError
+from trainer.options import build, merge
 from trainer.train import make_policy
 
 from .contenders import CONTENDERS, PROMPTS, RECIPES, Contender, Form

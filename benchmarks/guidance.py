@@ -12,7 +12,7 @@ from comfyui_pcpo.guidance import ImplicitReward
 from trainer.config import Config
 from trainer.policy import LoraPairs
 from trainer.run import RunFolder
-from trainer.sampling import Guide, sample, sampling_policy
+from trainer.sampling import Draw, Guide, sample, sampling_policy
 from trainer.source import read_pairs
 
 from .cell import Say, commit, read_json, run_examined, write_json
@@ -118,7 +118,7 @@ def compose(config: Config, files: list[Path], form: Form, out: Path) -> list[di
         ways = {"irg": guides, "sum": [Guide(summed(loras, weights), ImplicitReward(1.0))]}
         for way, wanted in ways.items():
             room = sampling_policy(config, [guide.pairs for guide in wanted])
-            images = sample(room, PROMPTS, wanted, EXAM, form.steps, 0.0, form.each)
+            images = sample(room, PROMPTS, wanted, Draw(EXAM, form.steps, each=form.each))
             rows.append({"way": way, "weights": weights, **examiner.judge(images)})
     return rows
 

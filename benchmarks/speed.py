@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from comfyui_pcpo.figure import Line, Panel, figure
-from comfyui_pcpo.schedule import Grid
-from trainer.align import Update, align, make_learner
-from trainer.config import Config, build, merge
+from trainer.align import Job, Update, align, make_learner
+from trainer.config import Config
+from trainer.options import build, merge
 from trainer.plan import Plan, make_plan
 from trainer.train import load_rewards, make_policy
 
@@ -67,12 +67,12 @@ def measure(config: Config) -> dict[str, float]:
     """Medians over updates, ours and the reference in turn: seconds per image and per transition, peak memory."""
     policy = make_policy(config)
     loaded = peak(policy.device)
-    learner, grid = make_learner(policy, config), policy.grid(config.rollout.steps)
-    plan = make_plan(policy, config, grid, len(PROMPTS), config.rollout.prompts_per_update, 1)
-    updates = align(learner, load_rewards(config), config.prompts.read(), config)
+    learner = make_learner(policy, config)
+    plan = make_plan(policy, config, len(PROMPTS), config.rollout.prompts_per_update, 1)
+    updates = align(learner, Job(config, config.prompts.read(), load_rewards(config)))
     next(updates)  # the first one warms up
     memory = peak(policy.device)
-    rounds = [{**timed(updates, policy.device), **least(policy, config, plan, grid)} for _ in range(REPEATS)]
+    rounds = [{**timed(updates, policy.device), **least(policy, config, plan)} for _ in range(REPEATS)]
     found = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
     # a pair of neighbours in time: what slows the machine slows both
     found["outside"] = statistics.median(1 - r["least"] / r["whole"] for r in rounds)
@@ -90,9 +90,9 @@ def timed(updates: Iterator[Update], device: torch.device) -> dict[str, float]:
     return {"whole": whole, "rollout": whole * parts["rollout"] / total, "update": whole * parts["update"] / total}
 
 
-def least(policy: Any, config: Config, plan: Plan, grid: Grid) -> dict[str, float]:
+def least(policy: Any, config: Config, plan: Plan) -> dict[str, float]:
     """Seconds of the reference loop over the same chunks and steps."""
-    condition, times = policy.encode(config.prompts.read()), grid.timesteps.tolist()
+    condition, times = policy.encode(config.prompts.read()), plan.grid.timesteps.tolist()
     rows = torch.arange(config.images_per_update) // config.rollout.group_size
     parts = [[rows[chunk] for chunk in minibatch] for minibatch in plan.minibatches]
     optimizer = torch.optim.SGD(policy.trainable(), lr=0.0)

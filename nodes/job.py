@@ -13,8 +13,9 @@ from torch import Tensor
 from comfyui_pcpo import plot
 from comfyui_pcpo.lora import parse_state
 
-from ..trainer.align import Update, make_learner
-from ..trainer.config import Config, ConfigError, build
+from ..trainer.align import Job, Update, make_learner
+from ..trainer.config import Config, ConfigError
+from ..trainer.options import build, without_effect
 from ..trainer.run import RunFolder
 from ..trainer.train import run_updates
 from .comfy_policy import ComfyPolicy, with_policy
@@ -58,7 +59,10 @@ def make_config(task: Task, tree: dict[str, dict[str, Any]]) -> Config:
         },
         "run": run,
     }
-    return build(found, "Train LoRA (PCPO)")
+    config = build(found, "Train LoRA (PCPO)")
+    for sentence in without_effect(config):
+        log.warning("PCPO: %s", sentence)
+    return config
 
 
 def train(task: Task, config: Config) -> RunFolder:
@@ -71,10 +75,11 @@ def train(task: Task, config: Config) -> RunFolder:
         if task.lora is not None:
             policy.start_from(parse_state(task.lora, list(policy.layers)))
         learner = make_learner(policy, config)
+        whole = Job(config, task.prompts.lines, rewards, tick=tick)
         with folder.locked():
             begin(folder, learner, config, task.resume)
             bar.update_absolute(learner.done, config.run.updates)
-            for update in run_updates(folder, learner, rewards, list(task.prompts.lines), config, tick):
+            for update in run_updates(folder, learner, whole):
                 bar.update_absolute(
                     update.number, config.run.updates, ("JPEG", preview(update, folder, config), PREVIEW)
                 )

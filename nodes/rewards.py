@@ -38,7 +38,7 @@ class LoadReward(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "reward", options=offered(), default="colorfulness",
-                    tooltip="colorfulness, redness, jpeg_* and alignment (for the tiny model) need no files.",
+                    tooltip="colorfulness, redness, jpeg_*, alignment and polish (for tiny models) need no files.",
                 ),
                 io.Combo.Input(
                     "dtype", options=list(DTYPES), default="float32", advanced=True, optional=True,

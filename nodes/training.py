@@ -10,6 +10,7 @@ from comfyui_pcpo import plot
 from comfyui_pcpo.credit import CREDITS
 
 from ..trainer import config as settings
+from ..trainer.options import build
 from ..trainer.run import read_lora
 from .pictures import to_image
 from .sampling import TRAINING, method_input, noise_level_input, noise_levels, sample_latent
@@ -48,7 +49,6 @@ class TrainLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         r, o, run = settings.RolloutConfig, settings.ObjectiveConfig, settings.RunConfig
-        more = {"advanced": True, "optional": True}
         return io.Schema(
             node_id="PCPOTrainLoRA",
             display_name="Train LoRA (PCPO)",
@@ -79,30 +79,7 @@ class TrainLoRA(io.ComfyNode):
                 io.Boolean.Input(
                     "resume", default=False, tooltip="Continue the run of this name up to that many updates in all."
                 ),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=30.0, step=0.1, tooltip=field(r, "cfg"), **more),
-                _advanced(method_input()),
-                _advanced(noise_level_input()),
-                io.Combo.Input(
-                    "objective", options=["log_hinge", "ppo", "matching"], default="log_hinge",
-                    tooltip=field(o, "name"), **more,
-                ),
-                io.Float.Input(
-                    "clip_range", default=1e-3, min=1e-7, max=0.99, step=1e-5, round=1e-8,
-                    tooltip=field(o, "clip_range"), **more,
-                ),
-                io.Float.Input(
-                    "kl_weight", default=0.0, min=0.0, max=100.0, step=0.01, tooltip=field(o, "kl_weight"), **more
-                ),
-                io.Float.Input(
-                    "train_steps", default=1.0, min=0.01, max=1.0, step=0.05, tooltip=field(o, "train_steps"), **more
-                ),
-                io.Int.Input("images_at_once", default=16, min=1, max=256, tooltip=field(r, "images_at_once"), **more),
-                io.Boolean.Input(
-                    "gradient_checkpointing", default=False,
-                    tooltip=field(settings.ModelConfig, "gradient_checkpointing"), **more,
-                ),
-                io.Int.Input("preview_every", default=5, min=0, max=10000, tooltip=field(run, "preview_every"), **more),
-                io.Int.Input("save_every", default=10, min=1, max=10000, tooltip=field(run, "save_every"), **more),
+                *advanced_inputs(),
                 io.LoraModel.Input("lora", optional=True, tooltip="A LoRA to go on from, instead of a fresh one."),
             ],
             outputs=[
@@ -116,7 +93,7 @@ class TrainLoRA(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name: str = "run", group_size: int = 8) -> bool | str:
         try:
-            settings.build(sections({"name": name, "group_size": group_size}), "Train LoRA (PCPO)")
+            build(sections({"name": name, "group_size": group_size}), "Train LoRA (PCPO)")
         except settings.ConfigError as error:
             return str(error)
         return True
@@ -137,6 +114,38 @@ class TrainLoRA(io.ComfyNode):
         losses = {"loss": [row["loss"] for row in records]}
         picture = ui.PreviewImage(to_image(plot.curves(records, panels=("reward", "clip"))), cls=cls)
         return io.NodeOutput(read_lora(folder.lora_file)[0], losses, len(records), Run(folder.path), ui=picture)
+
+
+def advanced_inputs() -> list[io.Input]:
+    """What few people change, folded away."""
+    r, o, run = settings.RolloutConfig, settings.ObjectiveConfig, settings.RunConfig
+    more = {"advanced": True, "optional": True}
+    return [
+        io.Float.Input("cfg", default=1.0, min=0.0, max=30.0, step=0.1, tooltip=field(r, "cfg"), **more),
+        _advanced(method_input()),
+        _advanced(noise_level_input()),
+        io.Combo.Input(
+            "objective", options=["log_hinge", "ppo", "matching", "awm", "nft"], default="log_hinge",
+            tooltip=field(o, "name"), **more,
+        ),
+        io.Float.Input(
+            "clip_range", default=1e-3, min=1e-7, max=0.99, step=1e-5, round=1e-8,
+            tooltip=field(o, "clip_range"), **more,
+        ),
+        io.Float.Input(
+            "kl_weight", default=0.0, min=0.0, max=100.0, step=0.01, tooltip=field(o, "kl_weight"), **more
+        ),
+        io.Float.Input(
+            "train_steps", default=1.0, min=0.01, max=1.0, step=0.05, tooltip=field(o, "train_steps"), **more
+        ),
+        io.Int.Input("images_at_once", default=16, min=1, max=256, tooltip=field(r, "images_at_once"), **more),
+        io.Boolean.Input(
+            "gradient_checkpointing", default=False,
+            tooltip=field(settings.ModelConfig, "gradient_checkpointing"), **more,
+        ),
+        io.Int.Input("preview_every", default=5, min=0, max=10000, tooltip=field(run, "preview_every"), **more),
+        io.Int.Input("save_every", default=10, min=1, max=10000, tooltip=field(run, "save_every"), **more),
+    ]  # fmt: skip
 
 
 def _advanced(found: io.Input) -> io.Input:

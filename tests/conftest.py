@@ -28,7 +28,7 @@ def model(request) -> str:
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Any]:
     """config(rollout={...}, ...): the smallest run there is, with sections laid on it."""
-    from trainer.config import build, merge
+    from trainer.options import build, merge
 
     def config(model: str = "emoji-flow", /, **sections: Any) -> Any:
         small = {
@@ -49,12 +49,12 @@ def make_config(tmp_path: Path) -> Callable[..., Any]:
 @pytest.fixture
 def learn() -> Callable[..., Any]:
     """learn(config, tick) -> (learner, updates): the loop alone, without a folder."""
-    from trainer.align import align, make_learner
+    from trainer.align import Job, align, make_learner
     from trainer.train import load_rewards, make_policy
 
     def start(config: Any, tick: Callable[[], None] = lambda: None, rewards: dict[str, Any] | None = None) -> Any:
         learner = make_learner(make_policy(config), config)
-        return learner, align(learner, rewards or load_rewards(config), config.prompts.read(), config, tick=tick)
+        return learner, align(learner, Job(config, config.prompts.read(), rewards or load_rewards(config), tick=tick))
 
     return start
 

@@ -28,9 +28,9 @@ from comfyui_pcpo.guidance import ImplicitReward
 from comfyui_pcpo.tiny.align import load_image_encoder
 from comfyui_pcpo.tiny.make.card import features, reality
 from comfyui_pcpo.tiny.pipelines import MODELS
-from trainer.config import build
+from trainer.options import build
 from trainer.plan import plan_steps
-from trainer.sampling import Guide, sample, sampling_policy
+from trainer.sampling import Draw, Guide, sample, sampling_policy
 from trainer.train import make_policy
 
 
@@ -151,7 +151,7 @@ def test_guidance_by_one_model_and_a_sum_of_one_lora_are_that_model(tmp_path):
     def by(weights, way):
         guides = [Guide(p, ImplicitReward(w)) for p, w in zip(pairs, weights, strict=True)]
         guides = guides if way == "irg" else [Guide(guidance.summed(pairs, weights), ImplicitReward(1.0))]
-        return sample(sampling_policy(config, [g.pairs for g in guides]), ("a fox",), guides, EXAM, 3, 0.0, 2)
+        return sample(sampling_policy(config, [g.pairs for g in guides]), ("a fox",), guides, Draw(EXAM, 3, each=2))
 
     torch.testing.assert_close(by((1.0, 0.0), "irg"), by((1.0, 0.0), "sum"), atol=1e-3, rtol=0)
     assert (by((0.5, 0.5), "irg") - by((0.5, 0.5), "sum")).abs().max() > 0.01
@@ -161,7 +161,7 @@ def test_examination_and_sampling_draw_the_same_pictures(tmp_path):
     config = cell_config(Cell(TASK, "ppo", 1e-3, 1e-3, 0), small(), tmp_path)
     policy = make_policy(config)
     torch.testing.assert_close(
-        sample(policy, PROMPTS, [], EXAM, 3, 0.0, 2), pictures(policy, 2, EXAM, 3), atol=1e-4, rtol=0
+        sample(policy, PROMPTS, [], Draw(EXAM, 3, each=2)), pictures(policy, 2, EXAM, 3), atol=1e-4, rtol=0
     )
 
 

@@ -14,7 +14,7 @@ from benchmarks.measure import EXAM, make_examiner
 from benchmarks.work import if_free, progress, run_if_free, share, work
 from trainer.config import ConfigError
 from trainer.run import RunFolder
-from trainer.sampling import sample, sampling_policy
+from trainer.sampling import Draw, sample, sampling_policy
 from trainer.train import make_policy
 
 
@@ -55,7 +55,7 @@ def test_contenders_start_from_the_same_examination_which_is_the_base_model_s(tm
         first.append(read_result(cell, form, tmp_path)["rows"][0])
     assert first[0] == first[1]
     room = sampling_policy(cell_config(cell, form, tmp_path), [])  # a model that never had a LoRA
-    images = sample(room, PROMPTS, [], EXAM, form.steps, 0.0, form.each)
+    images = sample(room, PROMPTS, [], Draw(EXAM, form.steps, each=form.each))
     base = make_examiner(room, form, tmp_path / "reference").judge(images)
     assert {k: v for k, v in first[0].items() if k != "update"} == pytest.approx(base, rel=1e-3)
 

@@ -9,8 +9,9 @@ import transformers
 from safetensors.torch import save_file
 
 from trainer.checkpoint import KINDS, kind_of
-from trainer.config import ConfigError, load
+from trainer.config import ConfigError
 from trainer.models import load_pipeline
+from trainer.options import load
 from trainer.skeletons import SKELETONS, write_skeleton
 from trainer.train import make_policy, start_run
 

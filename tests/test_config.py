@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-import tomllib
 
-from trainer.config import Config, ConfigError, build, dump, known_keys, load, parse_overrides
+from trainer.cli import main
+from trainer.config import Config, ConfigError
+from trainer.options import build, dump, known_keys, load, parse_overrides, tomllib, without_effect
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.toml"))
 
@@ -132,3 +133,31 @@ def test_a_table_given_whole_replaces_and_an_entry_is_added(tmp_path):
 def test_a_reward_with_a_dot_in_its_name_is_one_option():
     overrides = parse_overrides(["--reward.weights.hpsv2.1", "0.5", "--reward.weights.my-pack.mod:Judge=2"])
     assert overrides["reward"]["weights"] == {"hpsv2.1": 0.5, "my-pack.mod:Judge": 2}
+
+
+@pytest.mark.parametrize(
+    ("tree", "key"),
+    [
+        ({"objective": {"name": "awm", "credit": "native"}}, "objective.credit"),
+        ({"objective": {"name": "nft", "form": "linear"}}, "objective.form"),
+        ({"objective": {"nft_beta": 0.5}}, "objective.nft_beta"),
+        ({"advantage": {"kind": "window", "spread": "batch"}}, "advantage.spread"),
+        ({"advantage": {"window": 64}}, "advantage.window"),
+        ({"rollout": {"detach_unconditional": True}}, "rollout.detach_unconditional"),
+        ({"model": {"config": "somewhere"}}, "model.config"),
+        ({"optimizer": {"ema_every": 4}}, "optimizer.ema_every"),
+    ],
+)
+def test_a_setting_that_does_nothing_beside_the_others_is_named(tree, key):
+    (sentence,) = without_effect(build(tree, "test"))
+    assert sentence.startswith(f"{key} has no effect, because ")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_our_own_configurations_hold_nothing_without_effect(path):
+    assert without_effect(load(path)) == []
+
+
+def test_a_command_says_what_has_no_effect(capsys):
+    assert main(["check", "--objective.nft-beta", "0.5", "--prompts.lines", "['a fox']"]) == 0
+    assert "note: objective.nft_beta has no effect, because objective.name is log_hinge." in capsys.readouterr().err

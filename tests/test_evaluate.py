@@ -27,7 +27,7 @@ PROMPTS = ["a fox", "two frogs"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of emoji-flow whose LoRA moves the pictures plainly."""
-    from trainer.config import build
+    from trainer.options import build
 
     torch.set_num_threads(1)
     tree = {

@@ -8,7 +8,7 @@ import torch
 
 from comfyui_pcpo.transition import transitions
 from trainer.cli import main
-from trainer.config import load
+from trainer.options import load
 from trainer.train import make_policy
 
 CONFIGS = Path(__file__).parents[1] / "configs"

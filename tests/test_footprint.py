@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from trainer.budget import memory, pretends
 from trainer.cli import main
-from trainer.config import dump
 from trainer.diffusers_policy import DiffusersPolicy
 from trainer.footprint import peak_bytes
+from trainer.options import dump
 from trainer.train import make_policy
 
 SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}

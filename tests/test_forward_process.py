@@ -147,7 +147,7 @@ def test_forward_objectives_train_every_step_and_ignore_credit(make_config):
     policy = make_policy(config)
     grid = policy.grid(3)
     assert plan_steps(policy, config, grid, 1)[1] == [0, 1, 2]
-    assert make_plan(policy, config, grid, 1, 1, 1).weights.tolist() == [1, 1, 1]
+    assert make_plan(policy, config, 1, 1, 1).weights.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["awm", "nft"])

@@ -19,12 +19,12 @@ import torch  # noqa: E402
 from comfyui_pcpo.tiny import pipelines  # noqa: E402
 
 comfy_policy = comfy_host.pack_module("nodes.comfy_policy")
-settings = comfy_host.pack_module("trainer.config")
+options = comfy_host.pack_module("trainer.options")
 LINES = comfy_models.LINES
 
 
 def config(lines=LINES, checkpointing=False):
-    return settings.build(
+    return options.build(
         {
             "model": {"name": "emoji-flow", "gradient_checkpointing": checkpointing},
             "prompts": {"lines": list(lines)},

@@ -26,6 +26,7 @@ job = comfy_host.pack_module("nodes.job")
 comfy_policy = comfy_host.pack_module("nodes.comfy_policy")
 types = comfy_host.pack_module("nodes.types")
 settings = comfy_host.pack_module("trainer.config")
+options = comfy_host.pack_module("trainer.options")
 run_module = comfy_host.pack_module("trainer.run")
 train_module = comfy_host.pack_module("trainer.train")
 align = comfy_host.pack_module("trainer.align")
@@ -43,7 +44,7 @@ def flow():
 
 
 def config(name, **run):
-    return settings.build(
+    return options.build(
         {
             "model": {"name": name, "device": "cpu"},
             "prompts": {"lines": list(LINES)},
@@ -87,10 +88,10 @@ def test_one_update_equals_the_trainers(tiny):
     def work(policy):
         assert policy.lora().keys() == pairs.keys()
         policy.load_lora(pairs)
-        return next(align.align(align.make_learner(policy, c), rewards, list(LINES), c))
+        return next(align.align(align.make_learner(policy, c), align.Job(c, LINES, rewards)))
 
     found = inside(tiny, c, work)
-    expected = next(align.align(align.make_learner(reference, c), rewards, list(LINES), c))
+    expected = next(align.align(align.make_learner(reference, c), align.Job(c, LINES, rewards)))
     assert (found.images - expected.images).abs().max() < 2e-3
     assert found.metrics["first_log_ratio_abs_max"] < 1e-5
     for key in ("reward_mean", "loss", "grad_norm"):
@@ -160,7 +161,7 @@ def test_the_run_folder_is_the_command_lines(flow, tmp_path):
 
     assert tree(run) == tree(folder.path)
     mine, theirs = (run_module.RunFolder(p) for p in (run, folder.path))
-    assert settings.dump(theirs.config()) == settings.dump(c)
+    assert options.dump(theirs.config()) == options.dump(c)
     assert [row.keys() for row in mine.records()] == [row.keys() for row in theirs.records()]
     shapes = [{k: v.shape for k, v in run_module.read_lora(f.lora_file)[0].items()} for f in (mine, theirs)]
     assert shapes[0] == shapes[1]

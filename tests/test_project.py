@@ -78,6 +78,6 @@ def test_importing_the_method_imports_no_heavy_library():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=named)
 def test_a_shipped_configuration_loads(path: Path):
-    from trainer.config import load
+    from trainer.options import load
 
     load(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import tomllib
+from trainer.options import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

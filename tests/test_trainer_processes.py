@@ -11,14 +11,14 @@ import tiny_pipelines
 import torch
 from safetensors.torch import load_file
 
-from trainer.config import dump, merge
+from trainer.options import dump, merge
 from trainer.run import RunFolder
 from trainer.train import start_run
 
 WORKER = """
 import os, sys, torch
 from pathlib import Path
-from trainer.config import load
+from trainer.options import load
 from trainer.cli import Bar, main
 torch.set_num_threads(1)
 calls, after = [], int(sys.argv[2])
@@ -114,7 +114,7 @@ def test_a_model_spread_over_two_processes_trains_as_a_whole_one(make_config, sc
 
 SHARE = """
 import sys, torch
-from trainer.config import load
+from trainer.options import load
 from trainer.processes import join
 from trainer.train import make_policy
 torch.set_num_threads(1)

@@ -8,7 +8,8 @@ import torch
 from comfyui_pcpo.reward import RewardError, RewardSettings
 from comfyui_pcpo.reward.color import Colorfulness
 from trainer.align import Clock, at_work, score
-from trainer.config import ConfigError, dump, load
+from trainer.config import ConfigError
+from trainer.options import dump, load
 from trainer.train import load_rewards, start_run
 
 OWN = """

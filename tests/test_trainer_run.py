@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer.config import ConfigError, merge
+from trainer.config import ConfigError
+from trainer.options import merge
 from trainer.run import RunFolder
 from trainer.train import resume_run, start_run
 
@@ -20,7 +21,7 @@ WINDOW = {"advantage": {"kind": "window", "window": 4, "min_count": 2}, "reward"
 KILLED = """
 import os, sys, signal, torch
 from pathlib import Path
-from trainer.config import load
+from trainer.options import load
 from trainer.train import start_run
 torch.set_num_threads(1)
 calls = []

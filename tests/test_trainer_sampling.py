@@ -7,12 +7,12 @@ from safetensors.torch import load_file
 from comfyui_pcpo.guidance import ImplicitReward
 from comfyui_pcpo.rollout import GroupNoise, derive_seed, rollout
 from comfyui_pcpo.transition import deterministic, transitions
-from trainer.commands import export_lora, sample_pictures
+from trainer.commands import Wish, export_lora, sample_pictures
 from trainer.config import ConfigError
 from trainer.diffusers_policy import denoiser_of, module_names
 from trainer.models import load_pipeline
 from trainer.run import RunFolder, load_pairs
-from trainer.sampling import Guide, sample, sampling_policy
+from trainer.sampling import Draw, Guide, sample, sampling_policy
 from trainer.source import open_source, parse_guide, read_pairs
 from trainer.train import make_policy, start_run
 
@@ -117,18 +117,17 @@ def test_every_layout_reads_back_as_the_same_factors(trained, layout):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
-def test_a_guide_of_weight_one_is_the_run_and_of_weight_zero_the_base(trained, tmp_path):
+def test_a_guide_of_weight_one_is_the_run_and_of_weight_zero_the_base(trained):
     file, run = trained.lora_file, str(trained.path)
 
-    def picture(name, source, guides):
-        out = tmp_path / f"{name}.png"
-        return sample_pictures(source, [PROMPT], False, guides, "", 0, 2, None, 0.0, 2, out).read_bytes()
+    def picture(source, guides):
+        return sample_pictures(source, Wish([PROMPT], guides), Draw(0, 2, each=2)).tobytes()
 
-    own = picture("own", run, [])
-    assert picture("guide", run, [f"{file}=1.0"]) == own
-    assert picture("folder", trained.config().model.name, [f"{run}=1.0"]) == own
-    base = picture("base", trained.config().model.name, [])
-    assert picture("zero", run, [f"{file}=0"]) == base != own
+    own = picture(run, [])
+    assert picture(run, [f"{file}=1.0"]) == own
+    assert picture(trained.config().model.name, [f"{run}=1.0"]) == own
+    base = picture(trained.config().model.name, [])
+    assert picture(run, [f"{file}=0"]) == base != own
 
 
 def test_weight_zero_is_the_base_and_composition_adds_up(trained):
@@ -137,7 +136,7 @@ def test_weight_zero_is_the_base_and_composition_adds_up(trained):
     policy = sampling_policy(config, [pairs])
 
     def pictures(*weights):
-        return sample(policy, [PROMPT], [Guide(pairs, ImplicitReward(w)) for w in weights], seed=3, steps=2, each=2)
+        return sample(policy, [PROMPT], [Guide(pairs, ImplicitReward(w)) for w in weights], Draw(3, 2, each=2))
 
     base = pictures()
     assert torch.equal(pictures(0.0), base)
@@ -148,9 +147,9 @@ def test_weight_zero_is_the_base_and_composition_adds_up(trained):
 
 def test_noise_of_a_picture_depends_on_seed_and_place_alone(make_config, model):
     policy = sampling_policy(make_config(model), [])
-    one, both = (sample(policy, prompts, [], 1, 2, each=2) for prompts in ([PROMPT], [PROMPT, "a fox"]))
+    one, both = (sample(policy, prompts, [], Draw(1, 2, each=2)) for prompts in ([PROMPT], [PROMPT, "a fox"]))
     torch.testing.assert_close(one, both[:2], rtol=0, atol=1e-4)
-    noisy = sample(policy, [PROMPT], [], 1, 2, noise_level=-1, each=2)
+    noisy = sample(policy, [PROMPT], [], Draw(1, 2, -1, 2))
     assert not torch.equal(noisy, one)
     assert derive_seed(1, 0) != derive_seed(1, 1)
 
@@ -165,7 +164,7 @@ def test_a_lora_of_another_model_is_refused(make_config, trained, model):
     other = "emoji-eps" if model == "emoji-flow" else "emoji-flow"
     with pytest.raises(ConfigError):
         pairs = read_pairs(trained.lora_file, names_of(other))
-        sample(sampling_policy(make_config(other), [pairs]), ["a"], [Guide(pairs, ImplicitReward(1))], 0, 2)
+        sample(sampling_policy(make_config(other), [pairs]), ["a"], [Guide(pairs, ImplicitReward(1))], Draw(0, 2))
 
 
 def test_a_damaged_or_missing_lora_is_named(make_config, tmp_path):
@@ -187,16 +186,15 @@ def test_noise_level_minus_one_samples_as_the_run_trained(make_config):
     condition = policy.encode([PROMPT]).rows([0, 0])
     noise = GroupNoise([derive_seed(3, 0)], 2, policy.latent_shape)
     expected = rollout(lambda x, t, rows: policy.predict(x, t, condition), grid, path, noise, [torch.arange(2)])
-    found = sample(policy, [PROMPT], [], 3, 2, noise_level=-1, each=2)
+    found = sample(policy, [PROMPT], [], Draw(3, 2, -1, 2))
     torch.testing.assert_close(found, policy.decode(expected.final), rtol=0, atol=0)
 
 
-def test_a_runs_negative_prompt_is_its_own_unless_another_is_given(make_config, tmp_path):
+def test_a_runs_negative_prompt_is_its_own_unless_another_is_given(make_config):
     folder, updates = start_run(make_config(prompts={"negative": "a red star"}, rollout={"cfg": 4.0}))
     list(updates)
 
-    def picture(name, negative):
-        out = tmp_path / f"{name}.png"
-        return sample_pictures(str(folder.path), [PROMPT], False, [], negative, 0, 2, None, 0.0, 1, out).read_bytes()
+    def picture(negative):
+        return sample_pictures(str(folder.path), Wish([PROMPT], [], negative=negative), Draw(0, 2)).tobytes()
 
-    assert picture("own", None) == picture("same", "a red star") != picture("none", "")
+    assert picture(None) == picture("a red star") != picture("")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from comfyui_pcpo.rollout import GroupNoise, rollout
-from trainer.align import Learner, align, make_learner
+from trainer.align import Job, Learner, align, make_learner
+from trainer.lesson import Lesson
 from trainer.plan import make_plan
 from trainer.processes import Processes
 from trainer.train import load_rewards, make_policy
@@ -54,12 +55,11 @@ class Problem:
         self.learner = make_learner(self.policy, config)
         self.generator = torch.Generator().manual_seed(0)
         self.move([0.05 * d for d in self.direction()])
-        grid = self.policy.grid(config.rollout.steps)
-        self.plan = make_plan(self.policy, config, grid, 1, 1, 1)
+        self.plan = make_plan(self.policy, config, 1, 1, 1)
         condition = self.policy.encode(["a fox", "a fox"])
         self.predict = lambda x, t, rows: self.policy.predict(x, t, condition.rows(rows.tolist()))
         noise = GroupNoise([1], 2, self.policy.latent_shape)
-        self.path = rollout(self.predict, grid, self.plan.transitions, noise, self.plan.minibatches[0])
+        self.path = rollout(self.predict, self.plan.grid, self.plan.transitions, noise, self.plan.minibatches[0])
         self.move([0.02 * d for d in self.direction()])
 
     def direction(self):
@@ -75,7 +75,8 @@ class Problem:
         sgd = torch.optim.SGD(self.policy.trainable(), lr=learning_rate)
         learner = Learner(self.policy, sgd, self.learner.window)
         advantage = torch.tensor([1.0, -0.5])
-        return improve(learner, self.plan, self.path, advantage, self.predict, self.config, Processes())
+        lesson = Lesson(self.plan, self.path, advantage, self.predict, self.policy, self.config)
+        return improve(learner, lesson, Processes())
 
     def gradient(self):
         before = [p.detach().clone() for p in self.policy.trainable()]
@@ -147,5 +148,5 @@ def test_each_image_is_predicted_once_per_step_of_the_rollout_and_once_per_train
         rows[torch.is_grad_enabled()] += len((*args, *inputs.values())[0])
 
     policy.denoiser.register_forward_pre_hook(count, with_kwargs=True)
-    next(align(make_learner(policy, config), load_rewards(config), config.prompts.read(), config))
+    next(align(make_learner(policy, config), Job(config, config.prompts.read(), load_rewards(config))))
     assert rows == {False: 2 * 4 * 3, True: 2 * 4 * 2}

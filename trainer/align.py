@@ -24,6 +24,7 @@ from comfyui_pcpo.rollout import GroupNoise, derive_seed, rollout
 from .average import Average
 from .config import Config
 from .forward_update import renoise
+from .lesson import Lesson
 from .optimizer import make_optimizer
 from .plan import Plan, make_plan
 from .policy import Condition, Policy
@@ -114,6 +115,17 @@ def make_learner(policy: Policy, config: Config) -> Learner:
     return Learner(policy, optimizer, PromptWindow(config.advantage.window, config.advantage.min_count), average)
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a learner is to do, and on what."""
+
+    config: Config
+    prompts: Sequence[str]
+    rewards: dict[str, Reward]  # the trained and the held-out ones, by name
+    processes: Processes = field(default_factory=Processes)
+    tick: Callable[[], None] = lambda: None  # called before every model call; may raise
+
+
 @contextmanager
 def at_work(reward: Reward, leaves: bool) -> Iterator[Reward]:
     """The reward on its own device; where it `leaves` a GPU afterwards, the next rollout has that memory."""
@@ -174,43 +186,32 @@ def judge(
     return Judgement(scores, combined, advantages(combined, prompts, window, config))
 
 
-def align(
-    learner: Learner,
-    rewards: dict[str, Reward],
-    prompts: Sequence[str],
-    config: Config,
-    processes: Processes | None = None,
-    tick: Callable[[], None] = lambda: None,
-) -> Iterator[Update]:
-    """Align the learner's policy, one Update after another, from `learner.done` to `config.run.updates`.
-
-    `rewards` holds the trained and the held-out ones by name; `tick` is called before every model call and may raise.
-    """
-    policy, processes = learner.policy, processes or Processes()
+def align(learner: Learner, job: Job) -> Iterator[Update]:
+    """Align the learner's policy, one Update after another, from `learner.done` to `config.run.updates`."""
+    policy, config, prompts, processes = learner.policy, job.config, job.prompts, job.processes
     groups = processes.share(config.rollout.prompts_per_update)
     size, seed = config.rollout.group_size, config.run.seed
-    grid = policy.grid(config.rollout.steps)
     condition = policy.encode(list(prompts))
     for number in range(learner.done + 1, config.run.updates + 1):
         with learner.all_or_nothing():
             clock, each = Clock(), Clock()
             with clock("rollout"):
-                plan = make_plan(policy, config, grid, len(prompts), len(groups), number)
+                plan = make_plan(policy, config, len(prompts), len(groups), number)
                 mine = [plan.prompts[g] for g in groups for _ in range(size)]
                 batch = condition.rows(mine)
 
                 def predict(x: Tensor, t: float, rows: Tensor, batch: Condition = batch) -> Tensor:
-                    tick()
+                    job.tick()
                     return policy.predict(x.to(policy.device), t, batch.rows(rows.tolist()))
 
                 seeds = [derive_seed(seed, number, g) for g in groups]
                 noise = GroupNoise(seeds, size, policy.latent_shape, config.rollout.shared_noise)
                 chunks = [rows for part in plan.minibatches for rows in part]
-                path = rollout(predict, grid, plan.transitions, noise, chunks)
+                path = rollout(predict, plan.grid, plan.transitions, noise, chunks)
                 images = torch.cat([policy.decode(x) for x in path.final.split(len(chunks[0]))])
             with clock("reward"):
                 texts = [prompts[p] for p in mine]
-                found = score(rewards, images, texts, each, config.reward.offload)
+                found = score(job.rewards, images, texts, each, config.reward.offload)
                 scores = {name: processes.gather(value) for name, value in found.items()}
                 judged = judge(scores, [prompts[p] for p in plan.prompts], learner.window, config, number)
             with clock("update"):
@@ -218,17 +219,19 @@ def align(
                 advantage = judged.advantage.flatten()[own]
                 if config.objective.name in FORWARD:
                     seeds = [derive_seed(seed, number, g, 1) for g in groups]
-                    path = renoise(path, grid, plan, GroupNoise(seeds, size, policy.latent_shape), predict)
-                statistics = improve(learner, plan, path, advantage, predict, config, processes)
+                    path = renoise(path, plan, GroupNoise(seeds, size, policy.latent_shape), predict)
+                lesson = Lesson(plan, path, advantage, predict, policy, config)
+                statistics = improve(learner, lesson, processes)
             learner.done = number
-            metrics = record(plan, judged, statistics, learner, clock, config) | {"seconds_rewards": each.rounded()}
+            metrics = record(plan, judged, statistics, config)
+            metrics["learning_rate"] = learner.optimizer.param_groups[0]["lr"]
+            metrics |= {f"seconds_{name}": seconds for name, seconds in clock.rounded().items()}
+            metrics["seconds_rewards"] = each.rounded()
         yield Update(number, metrics, images, texts, judged.combined.flatten()[own])
 
 
-def record(
-    plan: Plan, judged: Judgement, statistics: StepStatistics, learner: Learner, clock: Clock, config: Config
-) -> dict[str, Any]:
-    """One line of metrics.jsonl; docs/metrics.md explains each key."""
+def record(plan: Plan, judged: Judgement, statistics: StepStatistics, config: Config) -> dict[str, Any]:
+    """One line of metrics.jsonl but for its seconds; docs/metrics.md explains each key."""
     scores, combined = judged.scores, judged.combined
     weighted = torch.stack([w * scores[name] for name, w in config.reward.weights.items()]).sum(0)
     return {
@@ -242,8 +245,6 @@ def record(
         "advantage_mean": _mean(judged.advantage),
         "advantage_abs_max": float(judged.advantage.abs().max()),
         **statistics.overall(),
-        "learning_rate": learner.optimizer.param_groups[0]["lr"],
-        **{f"seconds_{name}": seconds for name, seconds in clock.rounded().items()},
         "per_step": {
             "steps": plan.trained,
             **statistics.per_step(),

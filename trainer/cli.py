@@ -2,25 +2,25 @@
 
 import json
 import logging
-import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
-from tqdm import tqdm
 
 from comfyui_pcpo import plot
 from comfyui_pcpo.reward.base import RewardError
 
-from .align import RunError, Update
+from .align import RunError
 from .benchmark import benchmark
 from .cli_evaluation import COMMANDS
-from .config import Config, ConfigError, Section, load, parse_overrides
+from .cli_progress import Bar, follow
+from .config import Config, ConfigError, Section
+from .options import load, parse_overrides, without_effect
 from .run import RunFolder
 
 app = App(
@@ -92,7 +92,7 @@ def train(*tokens: Tokens) -> None:
     resolved = _config(list(tokens))
     with Bar() as bar:
         folder, updates = start_run(resolved, bar.tick)
-        _follow(folder, updates, resolved, bar, 0)
+        follow(folder, updates, resolved.run.updates, bar)
 
 
 @app.command
@@ -112,7 +112,7 @@ def resume(run: Path, /, *, checkpoint: str = "latest", updates: int | None = No
 
     with Bar() as bar:
         folder, config, stream = resume_run(run, checkpoint, updates, bar.tick)
-        _follow(folder, stream, config, bar, len(folder.records()))
+        follow(folder, stream, config.run.updates, bar)
 
 
 @app.command
@@ -125,8 +125,8 @@ def options() -> None:
 def check(*tokens: Tokens) -> None:
     """Show the resolved configuration, its arithmetic and its memory; exit status 2 where something is missing."""
     from .budget import budget
-    from .config import dump
     from .diffusers_policy import pick_device
+    from .options import dump
     from .train import make_policy, read_rewards
 
     resolved = _config([token for token in tokens if token != "--json"])
@@ -169,7 +169,7 @@ def demo(*, updates: int = 30, name: str | None = None, folder: Path = Path("out
     print(f"Aligning emoji-flow to {_plus(config)} for {updates} updates of {config.images_per_update} images.")
     with Bar() as bar:
         run, stream = start_run(config, bar.tick)
-        _follow(run, stream, config, bar, 0, quiet=True)
+        follow(run, stream, updates, bar, quiet=True)
     print("Comparing with the model before, on noise it has not been trained on ...")
     found = compare(config, run, list(config.prompts.lines), seed=seed + 1, each=4)
     first = next(iter(config.reward.weights))
@@ -228,10 +228,12 @@ def sample(
     out
         Picture file to write.
     """
-    from .commands import sample_pictures
+    from .commands import Wish, sample_pictures
+    from .sampling import Draw
 
-    path = sample_pictures(run, prompt, compare, guide or [], negative, seed, steps, cfg, noise_level, images, out)
-    print(path.resolve())
+    wish = Wish(prompt, guide or [], compare, negative, cfg)
+    sample_pictures(run, wish, Draw(seed, steps, noise_level, images)).save(out)
+    print(out.resolve())
 
 
 for name, command in COMMANDS.items():
@@ -285,72 +287,13 @@ def export(run: Path, /, *, format: str = "comfyui", checkpoint: str = "latest",
     print(export_lora(run, format, checkpoint, out).resolve())
 
 
-class Bar:
-    """Progress over the model calls of each update; `tick` is given to the loop."""
-
-    def __enter__(self) -> "Bar":
-        hide = int(os.environ.get("RANK", "0")) > 0
-        self.bar = tqdm(unit="call", desc="loading", leave=False, disable=hide, dynamic_ncols=True)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.close()
-
-    def tick(self) -> None:
-        self.bar.update()
-
-    def next(self, update: Update | None, done: int, total: int) -> None:
-        """Begin the next update's count; the first one shows how many calls an update takes."""
-        if update is not None:
-            self.bar.total = self.bar.n if self.bar.total is None else self.bar.total
-        self.bar.n = 0
-        self.bar.last_print_n = 0
-        self.bar.start_t = self.bar.last_print_t = time.time()
-        self.bar.set_description(f"update {min(done + 1, total)}/{total}")
-
-
-def _follow(
-    folder: RunFolder, updates: Iterator[Update], config: Config, bar: Bar, done: int, quiet: bool = False
-) -> None:
-    """One line per update; on Ctrl-C the loop saves, and the way on is said."""
-    bar.next(None, done, config.run.updates)
-    try:
-        for update in updates:
-            bar.next(update, update.number, config.run.updates)
-            line = summary(update)
-            if not bar.bar.disable:
-                folder.log(line)
-                bar.bar.write(line)
-    except KeyboardInterrupt:
-        if bar.bar.disable:
-            raise
-        latest = folder.checkpoint() if folder.numbers() else None
-        bar.bar.close()
-        if latest is None:
-            print(f"\nstopped before the first update was finished; {folder.path} holds nothing to resume")
-        else:
-            print(f"\nstopped; saved as {latest.resolve()}\ngo on with: python -m trainer resume {folder.path}")
-        raise
-    spoken = not (quiet or bar.bar.disable)
-    bar.bar.close()
-    if spoken:
-        print(folder.lora_file.resolve())
-
-
-def summary(update: Update) -> str:
-    """An update in one line."""
-    m = update.metrics
-    seconds = m["seconds_rollout"] + m["seconds_reward"] + m["seconds_update"]
-    parts = [f"update {update.number:>4}", f"reward {m['reward_mean']:.4f} +- {m['reward_std']:.4f}"]
-    parts += [f"{name} {value:.3f} (held out)" for name, value in m["held_out"].items()]
-    parts += [f"clip {100 * m['clip_fraction']:.0f} %", f"KL {m['kl']:.1e}", f"grad {m['grad_norm']:.1e}"]
-    return "  ".join([*parts, f"{seconds:.1f} s"])
-
-
 def _config(tokens: list[str]) -> Config:
     """The configuration that `[FILE] --section.field value ...` asks for."""
     path = Path(tokens.pop(0)) if tokens and not tokens[0].startswith("--") else None
-    return load(path, parse_overrides(tokens))
+    config = load(path, parse_overrides(tokens))
+    for sentence in without_effect(config):
+        print(f"note: {sentence}", file=sys.stderr)
+    return config
 
 
 def _free_name(folder: Path, name: str) -> str:

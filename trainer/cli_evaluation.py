@@ -237,7 +237,7 @@ def serve_reward(
 
 def _settings(folder: Path | None, device: str, precision: str, images_at_once: int = 16) -> RewardSettings:
     """Settings of a reward that belongs to no run."""
-    from .config import build
+    from .options import build
     from .train import reward_settings
 
     given = {"folder": folder, "device": device, "precision": precision, "images_at_once": images_at_once}

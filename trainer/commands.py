@@ -1,9 +1,11 @@
 """What the smaller commands do: sample, score, export."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from safetensors.torch import save_file
 
 from comfyui_pcpo import plot
@@ -12,52 +14,49 @@ from comfyui_pcpo.lora import export_state, family_of
 from comfyui_pcpo.reward import RewardSettings
 from comfyui_pcpo.rollout import derive_seed
 
-from .config import ConfigError, dump
+from .config import ConfigError
 from .diffusers_policy import denoiser_of, module_names
 from .measure import PICTURES, read_picture
 from .models import load_pipeline
+from .options import dump
 from .run import RunFolder, read_lora
-from .sampling import Guide, sample, sampling_policy
+from .sampling import Draw, Guide, sample, sampling_policy
 from .source import open_source, parse_guide, read_pairs
 from .train import make_reward
 
 FORMATS = ("comfyui", "diffusers", "kohya")
 
 
-def sample_pictures(
-    source: str,
-    prompts: list[str],
-    compare: bool,
-    guides: list[str],
-    negative: str | None,
-    seed: int,
-    steps: int,
-    cfg: float | None,
-    noise_level: float,
-    images: int,
-    out: Path,
-) -> Path:
-    """Make the pictures and write them as one grid, one row per prompt (two with `compare`)."""
-    given = open_source(source)
+@dataclass(frozen=True)
+class Wish:
+    """What `sample` is to show; None is the run's own value."""
+
+    prompts: list[str]
+    guides: list[str]  # LORA=WEIGHT; the source's own LoRA if empty
+    compare: bool = False  # beside the same noise without LoRA
+    negative: str | None = None
+    cfg: float | None = None
+
+
+def sample_pictures(source: str, wish: Wish, draw: Draw) -> Image.Image:
+    """One grid of pictures, one row per prompt (two with `compare`)."""
+    given, prompts = open_source(source), wish.prompts
     config = given.config
-    r = config.rollout.model_copy(update={} if cfg is None else {"cfg": cfg})
-    p = config.prompts.model_copy(update={} if negative is None else {"negative": negative})
+    r = config.rollout.model_copy(update={} if wish.cfg is None else {"cfg": wish.cfg})
+    p = config.prompts.model_copy(update={} if wish.negative is None else {"negative": wish.negative})
     config = config.model_copy(update={"rollout": r, "prompts": p})
-    wanted = [parse_guide(text) for text in guides] or ([(given.path, 1.0)] if given.path else [])
+    wanted = [parse_guide(text) for text in wish.guides] or ([(given.path, 1.0)] if given.path else [])
     pipeline = load_pipeline(config.model.name, config.model.config)
     names = module_names(denoiser_of(pipeline))
     composed = [Guide(read_pairs(path, names), ImplicitReward(weight)) for path, weight in wanted]
     policy = sampling_policy(config, [guide.pairs for guide in composed], pipeline)
-    seed = derive_seed(seed, 0, 0, 2)  # other noise than any update's, though both seeds may be 0
-    after = sample(policy, prompts, composed, seed, steps, noise_level, images)
-    texts = [prompt for prompt in prompts for _ in range(images)]
-    if compare:
-        before = sample(policy, prompts, [], seed, steps, noise_level, images)
-        picture = plot.before_after(before, after, texts)
-    else:
-        picture = plot.grid(after, texts, columns=images)
-    picture.save(out)
-    return out
+    # other noise than any update's, though both seeds may be 0
+    draw = replace(draw, seed=derive_seed(draw.seed, 0, 0, 2))
+    after = sample(policy, prompts, composed, draw)
+    texts = [prompt for prompt in prompts for _ in range(draw.each)]
+    if not wish.compare:
+        return plot.grid(after, texts, columns=draw.each)
+    return plot.before_after(sample(policy, prompts, [], draw), after, texts)
 
 
 def score_pictures(path: Path, prompt: str, rewards: list[str], settings: RewardSettings) -> list[dict[str, Any]]:

@@ -1,16 +1,9 @@
 """The one configuration tree: a field's type, default, range and sentence serve the nodes, `--help` and the README."""
 
-import difflib
-import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class ConfigError(ValueError):
@@ -97,7 +90,10 @@ class RolloutConfig(Section):
         default="auto", description="Stochastic sampler; auto is ddim for epsilon models and flow_sde for flow models."
     )
     noise_level: float | None = Field(
-        default=None, ge=0, le=2, description="Randomness of the sampler; the method's usual value if left out."
+        default=None,
+        ge=0,
+        le=2,
+        description="Randomness of the sampler; if left out the method's usual value, and 0 for awm and nft.",
     )
     sigma: Literal["native", "paper", "uniform"] = Field(
         default="native", description="Standard deviations of ddim steps."
@@ -304,132 +300,3 @@ class Config(Section):
     @property
     def images_per_update(self) -> int:
         return self.rollout.prompts_per_update * self.rollout.group_size
-
-
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the tree, in order."""
-    keys = []
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys += known_keys(kind, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
-
-
-def nearest(key: str) -> str:
-    """A sentence that names the known key most like `key`, or where to find them all."""
-    keys = known_keys()
-    short = {k.split(".")[-1]: k for k in keys}
-    found = difflib.get_close_matches(key, keys, 1, 0.6)
-    found = found or [short[k] for k in difflib.get_close_matches(key.split(".")[-1], short, 1, 0.6)]
-    return f"Did you mean {found[0]}?" if found else "`python -m trainer options` lists them all."
-
-
-def _explain(error: ValidationError, source: str) -> str:
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{source}: unknown key {key}. {nearest(key)}")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            given = f" (given: {item['input']!r})" if key and not isinstance(item["input"], dict) else ""
-            lines.append(f"{source}: {key + ': ' if key else ''}{message}{given}")
-    return "\n".join(lines)
-
-
-def parse_overrides(tokens: list[str]) -> dict[str, Any]:
-    """`--section.field value` or `--section.field=value` tokens as a nested dict; values are read as TOML."""
-    tree: dict[str, Any] = {}
-    keys = known_keys()
-    rest = list(tokens)
-    while rest:
-        token = rest.pop(0)
-        if not token.startswith("--"):
-            raise ConfigError(f"`{token}` is not an option. Options look like --rollout.group-size 16.")
-        given, equals, value = token[2:].partition("=")
-        path = _key_path(given)
-        if ".".join(path) not in keys and path[:-1] != ["reward", "weights"]:
-            raise ConfigError(f"unknown option --{given}. {nearest('.'.join(path))}")
-        if not equals:
-            if not rest:
-                raise ConfigError(f"--{given} has no value. Write it behind the option.")
-            value = rest.pop(0)
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = _toml_value(value)
-    return tree
-
-
-def _key_path(option: str) -> list[str]:
-    """`rollout.group-size` -> its parts; behind `reward.weights.` stands a reward's own name, dots and all."""
-    head, found, name = option.partition("reward.weights.")
-    return ["reward", "weights", name] if found and not head else option.replace("-", "_").split(".")
-
-
-class Whole(dict):
-    """A table that was given as one value, `{a = 1}`: it replaces the one that it is laid on."""
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
-    return Whole(value) if isinstance(value, dict) else value
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, section by section."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and not isinstance(value, Whole) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def build(tree: dict[str, Any], source: str) -> Config:
-    """A validated Config; raises ConfigError that names `source`, the key and the nearest right one."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from None
-
-
-def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
-    """A Config from a TOML file (or none) with overrides laid on it; paths in it are relative to the file."""
-    tree: dict[str, Any] = {}
-    if path is not None:
-        if not path.is_file():
-            raise ConfigError(f"{path} does not exist. Give a TOML file; configs/ holds ready ones.")
-        try:
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is not TOML: {error}.") from None
-        _resolve(tree, path.parent)
-    _resolve(overrides or {}, Path())
-    return build(merge(tree, overrides or {}), str(path) if path else "options")
-
-
-def _resolve(tree: dict[str, Any], folder: Path) -> None:
-    """Make the paths of input files absolute, so that a run can be resumed from anywhere."""
-    for section, key in (("prompts", "file"), ("lora", "start"), ("reward", "folder")):
-        values = tree.get(section)
-        if isinstance(values, dict) and isinstance(values.get(key), str):
-            values[key] = str((folder / values[key]).resolve())
-    model = tree.get("model")
-    if isinstance(model, dict):
-        for key in {"name", "config"} & model.keys():
-            if (folder / str(model[key])).exists():  # else a hub's or an embedded model
-                model[key] = str((folder / str(model[key])).resolve())
-
-
-def dump(config: Config) -> str:
-    """The resolved configuration as TOML; reading it back gives the same Config."""
-    import tomli_w
-
-    tree = config.model_dump(mode="json", exclude_none=True)
-    return tomli_w.dumps(tree)

@@ -9,9 +9,10 @@ from torch import Tensor
 from comfyui_pcpo import plot
 from comfyui_pcpo.guidance import ImplicitReward
 
-from .config import Config, build
+from .config import Config
+from .options import build
 from .run import RunFolder
-from .sampling import Guide, sample, sampling_policy
+from .sampling import Draw, Guide, sample, sampling_policy
 from .train import load_rewards
 
 PROMPTS = (
@@ -69,11 +70,11 @@ def compare(config: Config, folder: RunFolder, prompts: list[str], seed: int, ea
     They are sampled as one would use the model, with more steps than in training and with guidance.
     """
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update=SHOWN)})
-    steps = config.rollout.steps
+    how = Draw(seed, config.rollout.steps, each=each)
     guide = Guide(folder.lora(), ImplicitReward(1.0))
     policy = sampling_policy(config, [guide.pairs])
-    before = sample(policy, prompts, [], seed, steps, each=each)
-    after = sample(policy, prompts, [guide], seed, steps, each=each)
+    before = sample(policy, prompts, [], how)
+    after = sample(policy, prompts, [guide], how)
     texts = [p for p in prompts for _ in range(each)]
     rewards = load_rewards(config)
     scores = {name: (r.score(before, texts), r.score(after, texts)) for name, r in rewards.items()}

@@ -18,7 +18,7 @@ from .measure import Files, Meter, Tally, load_networks
 from .models import load_pipeline
 from .report import MOST_SHOWN, Metric, Report, Shown, save_pictures
 from .run import RunFolder
-from .sampling import Guide, sample, sampling_policy
+from .sampling import Draw, Guide, sample, sampling_policy
 from .source import Source, open_source, read_pairs
 from .train import make_reward, reward_settings
 
@@ -173,7 +173,7 @@ def run_side(bench: Bench, side: str, seed: int, shown: Shown, tick: Callable[[i
     tally, waiting, texts = Tally(bench.meter, group), [], []
     for place, prompt in enumerate(bench.prompts):
         noise = derive_seed(seed, place)
-        images = sample(bench.policy, [prompt], bench.sides[side], noise, request.steps, each=group)
+        images = sample(bench.policy, [prompt], bench.sides[side], Draw(noise, request.steps, each=group))
         waiting.append(images)
         texts += [prompt] * group
         if seed == request.first_seed and place < MOST_SHOWN:

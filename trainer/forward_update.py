@@ -1,6 +1,5 @@
 """The update of the forward-process objectives: final latents are noised again instead of replaying the trajectory."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,10 +7,9 @@ from torch import Tensor
 
 from comfyui_pcpo.forward_process import image_scale, matching_log_ratio, nft, noised, scales, target
 from comfyui_pcpo.rollout import GroupNoise, Trajectory
-from comfyui_pcpo.schedule import Grid
 from comfyui_pcpo.surrogate import ppo
 
-from .config import Config
+from .lesson import Lesson, Predict
 from .plan import Plan
 
 
@@ -27,11 +25,10 @@ class Renoised:
 
 
 @torch.no_grad()
-def renoise(
-    path: Trajectory, grid: Grid, plan: Plan, noise: GroupNoise, predict: Callable[[Tensor, float, Tensor], Tensor]
-) -> Renoised:
+def renoise(path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> Renoised:
     """Noise a rollout's final latents afresh at every trained step and predict them with the model as it is now."""
-    x0, times = path.final, grid.timesteps.tolist()
+    x0, grid = path.final, plan.grid
+    times = grid.timesteps.tolist()
     latents, outs, errors = (torch.zeros(grid.steps, *x0.shape) for _ in range(3))
     levels = scales(grid)
     for i in plan.trained:
@@ -43,12 +40,11 @@ def renoise(
     return Renoised(latents, outs, errors, [image_scale(level, grid.kind) for level in levels], times)
 
 
-def forward_terms(
-    path: Renoised, i: int, rows: Tensor, d: Tensor, advantage: Tensor, config: Config
-) -> tuple[Tensor, Tensor]:
+def forward_terms(lesson: Lesson, path: Renoised, i: int, rows: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """(log-ratio, loss) of renoised samples under awm or nft, each (len(rows),); nft only watches the log-ratio."""
-    o, error = config.objective, path.errors[i, rows].to(d.device)
+    o, error = lesson.config.objective, path.errors[i, rows].to(d.device)
+    advantage = lesson.advantage[rows].to(d.device)
     log_ratio = matching_log_ratio(d, error)
     if o.name == "awm":
         return log_ratio, ppo(log_ratio, advantage, o.clip_range)
-    return log_ratio, nft(d, error, advantage, path.scales[i], config.advantage.clip, o.nft_beta)
+    return log_ratio, nft(d, error, advantage, path.scales[i], lesson.config.advantage.clip, o.nft_beta)

@@ -20,6 +20,7 @@ class Plan:
     """One update's decisions; the same on every process but for `minibatches`, which are rows of its own groups."""
 
     number: int  # from 1
+    grid: Grid  # the noise levels of its T steps
     transitions: list[Transition]  # (T,)
     trained: list[int]  # the steps that are differentiated, rising
     weights: Tensor  # (T,) the credit of each step
@@ -27,13 +28,15 @@ class Plan:
     minibatches: list[list[Tensor]]  # [minibatch][chunk] -> (rows,)
 
 
-def make_plan(policy: Policy, config: Config, grid: Grid, prompts: int, groups: int, number: int) -> Plan:
+def make_plan(policy: Policy, config: Config, prompts: int, groups: int, number: int) -> Plan:
     """Plan update `number` over a list of `prompts`, with `groups` of its groups on this process."""
+    grid = policy.grid(config.rollout.steps)
     steps, trained = plan_steps(policy, config, grid, number)
     forward = config.objective.name in FORWARD
     weights = torch.ones(grid.steps) if forward else target_weights(steps, grid, config.objective.credit, trained)
     return Plan(
         number,
+        grid,
         steps,
         trained,
         weights,
@@ -52,7 +55,8 @@ def sampler_method(policy: Policy, config: Config) -> Method:
 def training_transitions(policy: Policy, config: Config, grid: Grid) -> list[Transition]:
     """The stochastic steps that the configuration asks for, (T,), before any window."""
     r, method = config.rollout, sampler_method(policy, config)
-    level = default_noise_level(method) if r.noise_level is None else r.noise_level
+    usual = 0.0 if config.objective.name in FORWARD else default_noise_level(method)
+    level = usual if r.noise_level is None else r.noise_level
     try:
         return transitions(grid, method, level, r.sigma, r.target_weight)
     except ValueError as error:

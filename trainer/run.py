@@ -22,7 +22,8 @@ from comfyui_pcpo import plot
 from comfyui_pcpo.lora import export_state
 
 from .align import Learner, Update
-from .config import Config, ConfigError, build, dump, tomllib
+from .config import Config, ConfigError
+from .options import build, dump, tomllib
 from .policy import LoraPairs
 
 

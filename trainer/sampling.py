@@ -67,28 +67,28 @@ def noisy(policy: DiffusersPolicy, grid: Grid, noise_level: float) -> list[Trans
     return transitions(grid, "ddim" if policy.kind == "ddim" else "flow_sde", noise_level)
 
 
-def sample(
-    policy: DiffusersPolicy,
-    prompts: Sequence[str],
-    guides: Sequence[Guide],
-    seed: int,
-    steps: int,
-    noise_level: float = 0.0,
-    each: int = 1,
-) -> Tensor:
-    """`each` pictures per prompt, -> (P * each, H, W, 3) in [0, 1]; noise depends on seed and place in the list only.
+@dataclass(frozen=True)
+class Draw:
+    """How pictures are drawn; noise depends on the seed and the prompt's place in the list only."""
 
-    A `noise_level` below 0 samples as in training: its method, noise level and sigma.
+    seed: int
+    steps: int
+    noise_level: float = 0.0  # below 0 as in training: its method, noise level and sigma
+    each: int = 1  # pictures per prompt
+
+
+def sample(policy: DiffusersPolicy, prompts: Sequence[str], guides: Sequence[Guide], draw: Draw) -> Tensor:
+    """Pictures of all prompts, one prompt's beside each other, -> (P * each, H, W, 3) in [0, 1].
 
     RLG (arXiv 2508.21016):  out = out_base + sum_k lambda_k (out_k - out_base)
     """
-    config = policy.config
-    grid = policy.grid(steps)
-    path = training_transitions(policy, config, grid) if noise_level < 0 else noisy(policy, grid, noise_level)
+    config, each, level = policy.config, draw.each, draw.noise_level
+    grid = policy.grid(draw.steps)
+    path = training_transitions(policy, config, grid) if level < 0 else noisy(policy, grid, level)
     condition = policy.encode(list(prompts)).rows([p for p in range(len(prompts)) for _ in range(each)])
     room = policy.lora()
     loras = [padded(guide.pairs, room) for guide in guides]
-    noise = GroupNoise([derive_seed(seed, n) for n in range(len(prompts))], each, policy.latent_shape)
+    noise = GroupNoise([derive_seed(draw.seed, n) for n in range(len(prompts))], each, policy.latent_shape)
     times = grid.timesteps.tolist()
     if len(loras) == 1:
         policy.load_lora(loras[0])

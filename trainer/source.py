@@ -7,7 +7,8 @@ from pathlib import Path
 from comfyui_pcpo.lora import parse_state
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
-from .config import Config, ConfigError, build, tomllib
+from .config import Config, ConfigError
+from .options import build, tomllib
 from .policy import LoraPairs
 from .run import RunFolder, read_lora
 

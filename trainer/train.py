@@ -11,7 +11,7 @@ import torch
 from comfyui_pcpo.lora import parse_state
 from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, import_reward, load_reward
 
-from .align import Learner, RunError, Update, align, make_learner
+from .align import Job, Learner, RunError, Update, align, make_learner
 from .config import Config, ConfigError
 from .diffusers_policy import DTYPES, DiffusersPolicy, denoiser_of, module_names, pick_device
 from .models import load_pipeline
@@ -79,21 +79,13 @@ def start_from(policy: DiffusersPolicy, config: Config, pairs: LoraPairs) -> Non
     policy.load_lora(start)
 
 
-def run_updates(
-    folder: RunFolder,
-    learner: Learner,
-    rewards: dict[str, Reward],
-    prompts: list[str],
-    config: Config,
-    tick: Callable[[], None] = lambda: None,
-    processes: Processes | None = None,
-) -> Iterator[Update]:
+def run_updates(folder: RunFolder, learner: Learner, job: Job) -> Iterator[Update]:
     """`align` with the folder kept: records, pictures, checkpoints; whatever ends it, finished updates are saved."""
-    processes = processes or Processes()
+    config, processes = job.config, job.processes
     board = _tensorboard(folder) if config.run.tensorboard and processes.main else None
     saved = learner.done
     try:
-        for update in align(learner, rewards, prompts, config, processes, tick):
+        for update in align(learner, job):
             if processes.main:
                 folder.record(update)
                 every = config.run.preview_every
@@ -120,6 +112,7 @@ def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> tuple[
     prompts, rewards = config.prompts.read(), read_rewards(config)
     join()
     processes = Processes()
+    job = Job(config, prompts, rewards, processes, tick)
     learner = make_learner(make_policy(config), config)
     folder = RunFolder(config.run.folder / config.run.name)
 
@@ -127,7 +120,7 @@ def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> tuple[
         with folder.locked() if processes.main else nullcontext():
             if processes.main:
                 folder.start(config)
-            yield from run_updates(folder, learner, rewards, prompts, config, tick, processes)
+            yield from run_updates(folder, learner, job)
 
     return folder, updates()
 
@@ -148,6 +141,7 @@ def resume_run(
     prompts, rewards = config.prompts.read(), read_rewards(config)
     join()
     processes = Processes()
+    job = Job(config, prompts, rewards, processes, tick)
     learner = make_learner(make_policy(config), config)
 
     def go() -> Iterator[Update]:
@@ -158,7 +152,7 @@ def resume_run(
                 folder.rewrite_config(config)
                 folder.keep_records(done)
                 folder.keep_checkpoints(done)
-            yield from run_updates(folder, learner, rewards, prompts, config, tick, processes)
+            yield from run_updates(folder, learner, job)
 
     return folder, config, go()
 

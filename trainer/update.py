@@ -1,6 +1,5 @@
 """The gradient steps of one update: each stored denoising step is predicted again and its surrogate differentiated."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -8,20 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from comfyui_pcpo.forward_process import output_distance
-from comfyui_pcpo.rollout import Trajectory
 from comfyui_pcpo.surrogate import FORMS, OBJECTIVES, is_clipped, kl, taylor_error
 
-from .config import Config
 from .forward_update import Renoised, forward_terms
-from .plan import Plan
-from .policy import Policy
+from .lesson import Lesson
 from .processes import Processes
 
 if TYPE_CHECKING:
     from .align import Learner
 
-Predict = Callable[[Tensor, float, Tensor], Tensor]
-Path = Trajectory | Renoised
 CLIPS = {"awm": "ppo", "nft": "matching"}  # whose flat region a forward-process objective has
 COUNTS = ("count", "log_ratio", "log_ratio_abs", "clipped", "taylor", "kl", "kl_count")
 ROWS = (*COUNTS, "loss", "largest")
@@ -89,42 +83,40 @@ class StepStatistics:
         }
 
 
-def improve(
-    learner: "Learner",
-    plan: Plan,
-    path: Path,
-    advantage: Tensor,
-    predict: Predict,
-    config: Config,
-    processes: Processes,
-) -> StepStatistics:
-    """One optimizer step per minibatch, `optimizer.epochs` times over; advantage (B,) of this process's pictures."""
-    parameters, trained = learner.policy.trainable(), plan.trained
-    rounds = [part for _ in range(config.optimizer.epochs) for part in plan.minibatches]
-    statistics = StepStatistics(
-        trained,
-        torch.zeros(len(COUNTS), len(trained), dtype=torch.float64),
-        torch.zeros(len(trained)),
-        torch.zeros(len(trained)),
-        torch.zeros(len(rounds), len(trained)),
-        torch.zeros(len(rounds)),
-        0.0,
-        [],
-        [],
+def no_statistics(steps: list[int], rounds: int) -> StepStatistics:
+    """Of no image yet."""
+    count = len(steps)
+    return StepStatistics(
+        steps,
+        sums=torch.zeros(len(COUNTS), count, dtype=torch.float64),
+        largest=torch.zeros(count),
+        first_largest=torch.zeros(count),
+        grad_norms=torch.zeros(rounds, count),
+        totals=torch.zeros(rounds),
+        loss=0.0,
+        waiting=[],
+        norms=[],
     )
+
+
+def improve(learner: "Learner", lesson: Lesson, processes: Processes) -> StepStatistics:
+    """One optimizer step per minibatch, `optimizer.epochs` times over."""
+    parameters, trained, o = learner.policy.trainable(), lesson.plan.trained, lesson.config.optimizer
+    rounds = [part for _ in range(o.epochs) for part in lesson.plan.minibatches]
+    statistics = no_statistics(trained, len(rounds))
     for number, chunks in enumerate(rounds):
         share = 1.0 / (sum(len(rows) for rows in chunks) * len(trained) * processes.size)
         total = [torch.zeros_like(p) for p in parameters]
         for column, i in enumerate(trained):
             for rows in chunks:
-                loss, row = step_loss(path, i, rows, float(plan.weights[i]), advantage, predict, learner.policy, config)
+                loss, row = step_loss(lesson, i, rows)
                 (loss * share).backward()
                 row[ROWS.index("loss")] *= share / len(rounds)
                 statistics.waiting.append((column, number == 0, row))
             statistics.norms.append(take_gradients(parameters, total, processes))
         for p, gradient in zip(parameters, total, strict=True):
             p.grad = gradient
-        norm = nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, o.max_grad_norm)
         statistics.totals[number] = norm
         if not norm.isfinite():
             raise FloatingPointError(
@@ -139,29 +131,21 @@ def improve(
     return statistics
 
 
-def step_loss(
-    path: Path,
-    i: int,
-    rows: Tensor,
-    weight: float,
-    advantage: Tensor,
-    predict: Predict,
-    policy: Policy,
-    config: Config,
-) -> tuple[Tensor, Tensor]:
+def step_loss(lesson: Lesson, i: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Summed surrogate (and KL) of one denoising step over `rows`, (), and what is recorded of it, (len(ROWS),)."""
-    o = config.objective
-    out = predict(path.latents[i, rows], path.timesteps[i], rows)
+    o, path = lesson.config.objective, lesson.path
+    out = lesson.predict(path.latents[i, rows], path.timesteps[i], rows)
     d = out.float() - path.outs[i, rows].to(out.device)
-    a = advantage[rows].to(out.device)
+    a = lesson.advantage[rows].to(out.device)
     if isinstance(path, Renoised):
-        log_ratio, losses = forward_terms(path, i, rows, d, a, config)
+        log_ratio, losses = forward_terms(lesson, path, i, rows, d)
     else:
+        weight = float(lesson.plan.weights[i])
         log_ratio = FORMS[o.form](d, path.noises[i, rows].to(out.device), weight, path.transitions[i].weight)
         losses = OBJECTIVES[o.name](log_ratio, a, o.clip_range)
     loss = losses.sum()
     watched = len(rows) if o.kl_weight else int((rows < o.kl_images).sum())
-    divergence = reference_kl(path, i, rows[:watched], out, predict, policy, o.kl_weight > 0)
+    divergence = reference_kl(lesson, i, rows[:watched], out)
     if o.kl_weight:
         loss = loss + o.kl_weight * divergence.sum()
     with torch.no_grad():
@@ -181,16 +165,15 @@ def step_loss(
     return loss, row
 
 
-def reference_kl(
-    path: Path, i: int, rows: Tensor, out: Tensor, predict: Predict, policy: Policy, train: bool
-) -> Tensor:
-    """KL of one step (or distance of outputs) to the model without its LoRA, (len(rows),), with gradient if `train`."""
+def reference_kl(lesson: Lesson, i: int, rows: Tensor, out: Tensor) -> Tensor:
+    """KL of one step (or distance of outputs) to the model without its LoRA, (len(rows),); with gradient if trained."""
     if len(rows) == 0:
         return out.new_zeros(0, dtype=torch.float32)
-    with torch.no_grad(), policy.reference():
-        reference = predict(path.latents[i, rows], path.timesteps[i], rows).float()
+    path = lesson.path
+    with torch.no_grad(), lesson.policy.reference():
+        reference = lesson.predict(path.latents[i, rows], path.timesteps[i], rows).float()
     new = out[: len(rows)].float()
-    d = (new if train else new.detach()) - reference
+    d = (new if lesson.config.objective.kl_weight else new.detach()) - reference
     return output_distance(d) if isinstance(path, Renoised) else kl(d, path.transitions[i])
 
 
