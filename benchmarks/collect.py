@@ -1,6 +1,6 @@
 """What a grid found so far: the finished reported cells of a task, contender by contender, seed by seed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +72,24 @@ class Run:
         for row, table in zip(rows, tables, strict=True):
             row[[steps.index(step) for step in table["steps"]]] = table[key]
         return steps, rows
+
+
+Summary = Callable[[np.ndarray], np.ndarray]
+"""(updates, steps) -> (steps,)"""
+
+
+def mean_of_updates(table: np.ndarray) -> np.ndarray:
+    return np.nanmean(table, 0)
+
+
+def by_step(runs: Sequence[Run], key: str, of: Summary = mean_of_updates) -> tuple[list[int], np.ndarray]:
+    """Every step that any run trained, and `of` its metric, mean over the runs that trained it, (steps,)."""
+    found = [run.per_step(key) for run in runs]
+    steps = sorted({step for own, _ in found for step in own})
+    rows = np.full((len(runs), len(steps)), np.nan)
+    for row, (own, table) in zip(rows, found, strict=True):
+        row[[steps.index(step) for step in own]] = of(table)
+    return steps, np.nanmean(rows, 0)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from comfyui_pcpo.figure import (
 from comfyui_pcpo.figure import tick_text as written
 from comfyui_pcpo.plot import smooth
 
-from .collect import Found, Run, over_updates
+from .collect import Found, Run, Summary, by_step, mean_of_updates, over_updates
 from .contenders import BASELINE, CONTENDERS, OURS
 from .statistics import Interval, bootstrap
 
@@ -91,11 +91,10 @@ def convergence(found: Found) -> Image.Image:
     )
 
 
-def _spread(run: Run) -> list[float]:
+def _unsteadiness(table: np.ndarray) -> np.ndarray:
     """Standard deviation over mean of each step's gradient norm, over the last three quarters of the updates."""
-    table = run.per_step("grad_norm")[1]
-    table = table[len(table) // 4 :]
-    return (np.nanstd(table, 0) / np.nanmean(table, 0)).tolist()
+    late = table[len(table) // 4 :]
+    return np.nanstd(late, 0) / np.nanmean(late, 0)
 
 
 def health(found: Found) -> Image.Image:
@@ -104,11 +103,9 @@ def health(found: Found) -> Image.Image:
     def updates(run: Run) -> list[float]:
         return over_updates(run, "update")
 
-    def steps(run: Run) -> list[float]:
-        return [float(i) for i in run.per_step("clip_fraction")[0]]
-
-    def per_step(key: str) -> Callable[[Run], Sequence[float]]:
-        return lambda run: np.nanmean(run.per_step(key)[1], 0).tolist()
+    def steps(key: str, of: Summary = mean_of_updates) -> list[Line]:
+        found_of = {name: by_step(runs, key, of) for name, runs in found.runs.items()}
+        return [line(name, [float(i) for i in x], y.tolist()) for name, (x, y) in found_of.items()]
 
     def curve(key: str) -> Callable[[Run], Sequence[float]]:
         return lambda run: smooth(over_updates(run, key), 0.6)
@@ -116,11 +113,11 @@ def health(found: Found) -> Image.Image:
     axis = "denoising step, noise first"
     panels = [
         Panel("Clip fraction", "update", "share of clipped terms", _each(found, curve("clip_fraction"), updates)),
-        Panel("Clip fraction per step", axis, "share of clipped terms", _each(found, per_step("clip_fraction"), steps)),
-        Panel("Taylor error per step", axis, "|log rho - (rho - 1)|", _each(found, per_step("taylor_error"), steps)),
+        Panel("Clip fraction per step", axis, "share of clipped terms", steps("clip_fraction")),
+        Panel("Taylor error per step", axis, "|log rho - (rho - 1)|", steps("taylor_error")),
         Panel("Gradient norm", "update", "norm", _each(found, curve("grad_norm"), updates)),
-        Panel("Gradient norm per step", axis, "norm of the step's share", _each(found, per_step("grad_norm"), steps)),
-        Panel("Unsteadiness of the gradient norm", axis, "std / mean over updates", _each(found, _spread, steps)),
+        Panel("Gradient norm per step", axis, "norm of the step's share", steps("grad_norm")),
+        Panel("Unsteadiness of the gradient norm", axis, "std / mean over updates", steps("grad_norm", _unsteadiness)),
     ]
     logs = ("Taylor error per step", "Gradient norm", "Gradient norm per step")
     return figure([replace(p, log_y=p.title in logs) for p in panels], columns=3, size=SIZE)

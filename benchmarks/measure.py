@@ -1,5 +1,6 @@
 """The examination: the same prompts and the same noise for every model, on the sampler without noise (the ODE)."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def make_examiner(policy: Any, form: Form, cache: Path) -> Examiner:
         encoder = load_image_encoder(MODELS / "emoji-align")
         state = {"base": features(encoder, base), "drawn": features(encoder, drawn(each, REFERENCE))}
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{id(policy)}.tmp")
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
         save_file(state, temporary)
         temporary.replace(file)
     state = load_file(file)

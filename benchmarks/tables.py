@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .collect import GOALS, Found, Run, pairs
+from .collect import GOALS, Found, Run, by_step, pairs
 from .contenders import BASELINE, CONTENDERS, OURS, RECIPES, Form
 from .grid import Setting, Task, choose, competing, finished, tuning_cells
 from .statistics import Interval, Mixed, area, bootstrap, holm, mean, median, mixed, sign_flip
@@ -88,10 +88,7 @@ def health(found: Found) -> str:
     """Means over all updates of all seeds; per-step extremes show how flat a contender is."""
     rows = []
     for name, runs in found.runs.items():
-        clip, norm, taylor = (
-            np.array([np.nanmean(run.per_step(key)[1], 0) for run in runs]).mean(0)
-            for key in ("clip_fraction", "grad_norm", "taylor_error")
-        )
+        clip, norm, taylor = (by_step(runs, key)[1] for key in ("clip_fraction", "grad_norm", "taylor_error"))
         whole = [[record["grad_norm"] for record in run.records] for run in runs]
         unsteady = float(np.mean([np.std(w) / np.mean(w) for w in whole]))
         rows.append(

@@ -1,11 +1,13 @@
 """The benchmark's statistics equal hand values, closed forms and scipy's."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.collect import Run, by_step
 from benchmarks.statistics import area, at_reach, bootstrap, first_reach, holm, median, mixed, sign_flip
 
 
@@ -103,3 +105,14 @@ def test_mixed_model_uses_blocks_that_lack_a_contender():
     _, rows = balanced()
     found = mixed(rows[:-3], "c0")
     assert found.effects["c2"].low < 2 < found.effects["c2"].high
+
+
+def test_metrics_by_step_join_runs_whose_windows_fell_on_other_steps(tmp_path):
+    def run(name, steps, values):
+        (tmp_path / name).mkdir()
+        records = [{"per_step": {"steps": [s], "grad_norm": [v]}} for s, v in zip(steps, values, strict=True)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
+        return Run("window", 0, {}, tmp_path / name)
+
+    steps, means = by_step([run("a", [0, 1, 1], [1.0, 2.0, 4.0]), run("b", [1, 3], [5.0, 7.0])], "grad_norm")
+    assert steps == [0, 1, 3] and means.tolist() == [1.0, 4.0, 7.0]

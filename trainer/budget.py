@@ -12,7 +12,7 @@ from comfyui_pcpo.forward_process import FORWARD
 from .config import Config
 from .diffusers_policy import DiffusersPolicy
 from .footprint import peak_bytes
-from .plan import plan_steps
+from .plan import chunked, plan_steps
 
 PACKED = 4096
 """adamw8bit keeps the moments of smaller tensors in float32."""
@@ -71,6 +71,7 @@ class Budget:
     optimizer_steps: int  # whole run
     rollout_calls: int  # model calls per update
     update_calls: int  # forward and backward passes per update
+    reference_calls: int  # forward passes of the model without its LoRA, for the KL, per update
     trajectory_bytes: int  # in the computer's memory
     memory: Memory
 
@@ -83,7 +84,8 @@ class Budget:
             f"{config.run.updates} updates x {config.optimizer.minibatches * config.optimizer.epochs} "
             f"optimizer steps = {self.optimizer_steps} optimizer steps",
             f"{self.rollout_calls} model calls for the rollout and {self.update_calls} forward and backward passes "
-            f"per update, {r.images_at_once} images at once at most",
+            f"per update, {self.reference_calls} forward passes without the LoRA, "
+            f"{r.images_at_once} images at once at most",
             *self.memory.lines(),
             f"trajectories in the computer's memory: {_gib(self.trajectory_bytes)} GiB",
         ]
@@ -93,7 +95,9 @@ def budget(policy: DiffusersPolicy, config: Config) -> Budget:
     r, o = config.rollout, config.optimizer
     _, trained = plan_steps(policy, config, policy.grid(r.steps), 1)
     images = config.images_per_update
-    chunks = o.minibatches * math.ceil(images / o.minibatches / r.images_at_once)
+    chunks = [rows for part in chunked(config, r.prompts_per_update) for rows in part]
+    some, every = config.objective.kl_images, config.objective.kl_weight > 0
+    watched = sum(every or bool((rows < some).any()) for rows in chunks)
     again = len(trained) if config.objective.name in FORWARD else 0  # renoised pictures are predicted once more
     return Budget(
         prompts=r.prompts_per_update,
@@ -102,8 +106,9 @@ def budget(policy: DiffusersPolicy, config: Config) -> Budget:
         trained_steps=len(trained),
         transitions=images * len(trained),
         optimizer_steps=config.run.updates * o.minibatches * o.epochs,
-        rollout_calls=(r.steps + again) * chunks,
-        update_calls=len(trained) * chunks * o.epochs,
+        rollout_calls=(r.steps + again) * len(chunks),
+        update_calls=len(trained) * len(chunks) * o.epochs,
+        reference_calls=len(trained) * watched * o.epochs,
         trajectory_bytes=images * math.prod(policy.latent_shape) * 4 * (3 * r.steps + 1),
         memory=memory(policy, config, min(r.images_at_once, images // o.minibatches)),
     )
