@@ -149,7 +149,7 @@ def test_every_step_sends_a_picture_of_its_guess(tiny):
 
 def test_trajectory_equals_the_trainers(tiny):
     """The recorded noises, replayed through the trainer's own rollout on diffusers' model."""
-    config = comfy_host.pack_module("trainer.config").build(
+    config = comfy_host.pack_module("trainer.options").build(
         {"model": {"name": tiny.name}, "rollout": {"cfg": 3.0, "steps": 6}}, "test"
     )
     policy = comfy_host.pack_module("trainer.diffusers_policy").DiffusersPolicy(
