@@ -3,13 +3,14 @@
 import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.request import Request
 
 import pytest
 
 from comfyui_pcpo.reward import REWARDS, Reward, RewardError, RewardSettings, download
 from comfyui_pcpo.reward.base import RewardFile
 from comfyui_pcpo.reward.checkpoint import file_path, locate
-from comfyui_pcpo.reward.hub import is_whole
+from comfyui_pcpo.reward.hub import is_whole, may_login, stream
 from trainer.cli import main
 
 LARGE, SMALL = bytes(range(256)) * 40_000, b'{"hidden_size": 2}'
@@ -89,6 +90,71 @@ class Answer(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+class Sender(ThreadingHTTPServer):
+    """Sends /here on to its own /end and /away to the /end of `other`, and keeps the headers that it was asked with."""
+
+    daemon_threads = True
+
+    def __init__(self, other=""):
+        super().__init__(("127.0.0.1", 0), Redirect)
+        self.places = {"/here": "/end", "/away": f"{other}/end"}
+        self.headers = []
+
+
+class Redirect(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.headers.append(self.headers)
+        place = self.server.places.get(self.path)
+        self.send_response(200 if place is None else 302)
+        if place is not None:
+            self.send_header("Location", place)
+        self.end_headers()
+        self.wfile.write(b"" if place is not None else b"weights")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def senders():
+    """A server at 127.0.0.1 that sends its guests away to another one, which they know as localhost."""
+    other = Sender()
+    one = Sender(f"http://localhost:{other.server_address[1]}")
+    for server in (one, other):
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield one, other
+    for server in (one, other):
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(("path", "shown"), [("/here", "Bearer secret"), ("/away", None)])
+def test_a_redirect_takes_the_login_along_to_the_same_host_only(path, shown, senders, tmp_path):
+    one, other = senders
+    url = f"http://127.0.0.1:{one.server_address[1]}{path}"
+    request = Request(url, headers={"Authorization": "Bearer secret", "Accept-Encoding": "identity"})
+    stream(request, tmp_path / "weights.part", 3, lambda done: None)
+    assert (tmp_path / "weights.part").read_bytes() == b"weights"
+    first, last = [*one.headers, *other.headers]
+    assert first["Authorization"] == "Bearer secret" and last["Authorization"] == shown
+    assert last["Range"] == "bytes=3-" and last["Accept-Encoding"] == "identity"
+
+
+@pytest.mark.parametrize(
+    ("after", "may"),
+    [
+        ("https://hub.example/b", True),
+        ("http://hub.example/a", False),
+        ("https://cdn.hub.example/a", False),
+        ("https://hub.example:8443/a", False),
+        ("https://hub.example@evil.example/a", False),
+    ],
+)
+def test_a_login_stays_with_its_host_and_its_encryption(after, may):
+    assert may_login("https://hub.example/a", after) is may
+    assert may_login("http://hub.example/a", "https://hub.example/a")
 
 
 @pytest.fixture

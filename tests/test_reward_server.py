@@ -9,6 +9,7 @@ import struct
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -188,6 +189,50 @@ def test_a_decompression_bomb_is_refused_by_its_header(side, serve):
     image = base64.b64encode(bomb(side, side)).decode()
     status, answer = post(serve(Moody()), json.dumps({"prompts": [""], "images": [image]}))
     assert status == 400 and ("pixels" in answer["error"] or "cannot be read" in answer["error"])
+
+
+def test_pictures_that_unpack_to_too_much_together_are_refused_by_their_headers(serve):
+    server = serve(Moody(), most_pixels_in_all=100)
+    huge = base64.b64encode(bomb(4000, 4000)).decode()  # unpacking it would be refused as what cannot be read
+    status, answer = post(serve(Moody()), json.dumps({"prompts": [""] * 9, "images": [huge] * 9}))
+    assert status == 413
+    assert "9 images have 144000000 pixels, but at most 134217728" in answer["error"]
+    assert "images_at_once" in answer["error"]
+    image = encode_png(np.zeros((5, 10, 3), np.uint8))
+    assert post(server, json.dumps({"prompts": [""] * 3, "images": [image] * 3}))[0] == 413
+    assert post(server, json.dumps({"prompts": [""] * 2, "images": [image] * 2}))[0] == 200
+
+
+def test_the_reward_is_given_as_many_pictures_as_it_takes_at_once(serve):
+    class Counting(Moody):
+        def score(self, images, prompts):
+            given.append(len(images))
+            return super().score(images, prompts)
+
+    given = []
+    images = [encode_png(np.full((4 + n % 2, 4, 3), n, np.uint8)) for n in range(7)]
+    server = serve(Counting(RewardSettings(images_at_once=3)))
+    assert post(server, json.dumps({"prompts": [""] * 7, "images": images}))[1]["rewards"] == list(range(7))
+    assert given == [3, 1, 3]  # four of one size, three of the other
+
+
+def test_a_picture_whose_pixels_are_broken_is_refused_though_its_header_is_whole(serve):
+    images = [encode_png(np.zeros((4, 4, 3), np.uint8)), base64.b64encode(bomb(4, 4)).decode()]
+    status, answer = post(serve(Moody()), json.dumps({"prompts": [""] * 2, "images": images}))
+    assert status == 400 and "cannot be read" in answer["error"]
+
+
+@pytest.mark.parametrize(("host", "usual"), [("0.0.0.0", "127.0.0.1"), ("::", "127.0.0.1"), ("::1", "::1")])
+def test_the_address_that_a_server_tells_is_one_that_clients_reach(host, usual, serve):
+    try:
+        server = serve(Moody(), host=host)
+    except OSError as error:
+        pytest.skip(f"{host} cannot be listened on here: {error}")
+    assert urlsplit(server.url).hostname not in ("0.0.0.0", "::")
+    usual = f"[{usual}]" if ":" in usual else usual
+    for url in (server.url, f"http://{usual}:{server.server_address[1]}"):
+        assert client(url, retries=0).score(pictures(2), [""] * 2).isfinite().all()
+    assert server.is_everywhere == (host != "::1")
 
 
 def test_only_png_is_opened_and_other_modes_become_rgb():

@@ -99,6 +99,15 @@ def test_the_environment_names_the_folder_and_listing_it_runs_no_code(tmp_path, 
     assert load_reward("darkness").score(torch.ones(1, 4, 4, 3), [""]).item() == 0
 
 
+@pytest.mark.parametrize("annotation", ["", ": str", ": ClassVar[str]"])
+def test_a_name_is_listed_with_or_without_its_type(annotation, tmp_path, monkeypatch):
+    text = GOOD.format(name="darkness").replace("name =", f"other: str\n    name{annotation} =")
+    write(tmp_path, "dark.py", "from typing import ClassVar\n" + text)
+    monkeypatch.setenv("PCPO_REWARD_FOLDER", str(tmp_path))
+    assert offered() == [*REWARDS, "darkness"]
+    assert load_reward("darkness").name == "darkness"
+
+
 def test_a_folder_that_is_not_there_is_named_and_costs_the_built_in_rewards_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("PCPO_REWARD_FOLDER", str(tmp_path / "gone"))
     assert offered() == list(REWARDS)

@@ -67,6 +67,22 @@ def test_eight_clients_score_500_pictures_and_a_killed_server_fails_the_rest(ser
         torch.testing.assert_close(scores[known], local.score(pictures(n, 63), [""] * 63)[known])
 
 
+def test_a_server_on_all_addresses_says_so_and_tells_one_that_clients_reach(script):
+    process = script(SERVE.replace('"0"]', '"0", "--host", "0.0.0.0"]'), PCPO_REWARD_TOKEN=TOKEN)
+    try:
+        said = ""
+        while "PCPO_REWARD_URL" not in said:
+            line = process.stdout.readline()
+            assert line, said + process.stderr.read()
+            said += line
+        told = re.search(r"PCPO_REWARD_URL=(http://\S+)", said)
+        assert "0.0.0.0" not in said and "all addresses" in said and "unencrypted" in said
+        assert client(told[1]).is_healthy()
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to every process of a console")
 def test_ctrl_c_ends_the_server_cleanly(served):
     process, url = served

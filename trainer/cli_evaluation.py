@@ -204,7 +204,7 @@ def serve_reward(
     reward
         Name of a reward, or module:Class.
     host
-        Address to listen on; only this machine reaches 127.0.0.1.
+        Address to listen on; only this machine reaches 127.0.0.1, and 0.0.0.0 is all of its addresses.
     port
         Port to listen on; 0 takes a free one.
     folder
@@ -228,6 +228,8 @@ def serve_reward(
         raise ConfigError(f"{host}:{port} cannot be listened on ({error}). Choose another --host or --port.") from None
     with server:
         print(f"{reward} on {server.url}  (Ctrl-C stops it)", flush=True)
+        if server.is_everywhere:
+            print("It listens on all addresses; token and pictures travel unencrypted: put TLS in front.", flush=True)
         print(f"elsewhere: PCPO_REWARD_URL={server.url} and the same PCPO_REWARD_TOKEN, reward `remote`", flush=True)
         try:
             server.serve_forever()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from comfyui_pcpo.distance import diversity, frechet, inception_score
@@ -138,12 +138,16 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 def read_picture(file: Path) -> Tensor:
-    """A picture as float (1, H, W, 3) in [0, 1]. Raises ConfigError that names what cannot be read."""
+    """A picture turned as its EXIF says, float (1, H, W, 3) in [0, 1]. Raises ConfigError that names a broken one."""
     try:
-        picture = Image.open(file).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ConfigError(f"{file} is not a picture that can be read ({error}). Leave it out.") from None
-    return torch.from_numpy(np.asarray(picture, np.float32) / 255)[None]
+        with Image.open(file) as picture:
+            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"), np.float32)
+    except Exception as error:  # a file may be broken in many places, and Pillow has a kind of error for each
+        raise ConfigError(
+            f"{file} is not a picture that can be read ({type(error).__name__}: {error}). "
+            "Leave it out, or save it anew, smaller if it is large."
+        ) from None
+    return torch.from_numpy(pixels / 255)[None]
 
 
 def batches(files: list[Path], at_once: int) -> Iterator[Tensor]:

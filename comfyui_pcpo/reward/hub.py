@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardFile
 from comfyui_pcpo.reward.checkpoint import file_path
@@ -59,8 +59,24 @@ def ask_hub(file: RewardFile, endpoint: str | None) -> tuple[Any, dict[str, str]
 
     url = hf_hub_url(file.hub_id, file.filename, endpoint=endpoint)
     told = get_hf_file_metadata(url)
-    headers = build_hf_headers() if urlsplit(told.location).netloc == urlsplit(url).netloc else {}
+    headers = build_hf_headers() if may_login(url, told.location) else {}
     return told, {**headers, "Accept-Encoding": "identity"}
+
+
+def may_login(before: str, after: str) -> bool:
+    """Whether a login for one address may be shown to the next: the same host and port, and no less encrypted."""
+    old, new = urlsplit(before), urlsplit(after)
+    return new.netloc == old.netloc and new.scheme in (old.scheme, "https")
+
+
+class Redirects(HTTPRedirectHandler):
+    """Follows redirects as usual, but takes the login along only where it may be shown."""
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        following = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if following is not None and not may_login(req.full_url, newurl):
+            following.remove_header("Authorization")
+        return following
 
 
 def receive(request: Request, part: Path, size: int | None, tick: Callable[[int], None]) -> None:
@@ -86,7 +102,8 @@ def stream(request: Request, part: Path, start: int, tick: Callable[[int], None]
     """Append what the server sends from byte `start` on; a server that cannot do so begins anew."""
     if start:
         request.add_header("Range", f"bytes={start}-")
-    with urlopen(request, timeout=TIMEOUT) as answer, part.open("ab" if answer.status == 206 else "wb") as file:
+    answers = build_opener(Redirects()).open(request, timeout=TIMEOUT)
+    with answers as answer, part.open("ab" if answer.status == 206 else "wb") as file:
         while block := answer.read(BLOCK):
             file.write(block)
             tick(file.tell())

@@ -8,18 +8,22 @@ import json
 import logging
 import math
 import os
+import socket
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardError
-from comfyui_pcpo.reward.wire import decode_png
+from comfyui_pcpo.reward.wire import decode_png, png_size
 
 log = logging.getLogger(__name__)
+Size = tuple[int, int]  # height, width
 
 
 class Refusal(Exception):
@@ -32,13 +36,14 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Where to listen and how much to take: bytes and images per request, pixels per image, seconds per read."""
+    """Where to listen and how much to take: bytes, images, pixels per request, pixels per image, seconds per read."""
 
     host: str = "127.0.0.1"
     port: int = 0
     most_bytes: int = 64_000_000
     most_images: int = 256
     most_pixels: int = 4096 * 4096
+    most_pixels_in_all: int = 8 * 4096 * 4096
     timeout: float = 30.0
     token: str = field(default_factory=lambda: os.environ.get("PCPO_REWARD_TOKEN", ""), repr=False)
 
@@ -59,14 +64,28 @@ class RewardServer(ThreadingHTTPServer):
     def __init__(self, reward: Reward, options: ServerOptions | None = None):
         self.reward, self.options = reward, options or ServerOptions()
         self.lock = threading.Lock()
+        if ":" in self.options.host:
+            self.address_family = socket.AF_INET6
         super().__init__((self.options.host, self.options.port), Handler)
+
+    def server_bind(self) -> None:
+        if self.options.host == "::":  # every address means IPv4's too, which not every system takes for granted
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("A client left in the middle of an answer", exc_info=True)
 
     @property
+    def is_everywhere(self) -> bool:
+        """Whether it listens on every address of this machine."""
+        return self.server_address[0] in ("0.0.0.0", "::")
+
+    @property
     def url(self) -> str:
-        return f"http://{self.options.host}:{self.server_address[1]}"
+        """The address that clients use."""
+        host = outer_address() if self.is_everywhere else self.options.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
 
     def info(self) -> dict[str, Any]:
         ends = [end if math.isfinite(end) else None for end in self.reward.typical_range]
@@ -79,20 +98,26 @@ class RewardServer(ThreadingHTTPServer):
 
     def compute(self, request: Any) -> list[float | None]:
         """Scores in the order of the request; None stands for a failed one."""
-        prompts, pictures = self.read(request)
+        prompts, images, sizes = self.read(request)
         found: list[float | None] = [None] * len(prompts)
-        sizes = {picture.shape[:2] for picture in pictures}
-        for size in sorted(sizes):
-            places = [n for n, picture in enumerate(pictures) if picture.shape[:2] == size]
-            batch = torch.from_numpy(np.stack([pictures[n] for n in places])).float() / 255
+        for places in slices(sizes, self.reward.settings.images_at_once):
+            batch = self.decode([images[n] for n in places])
             with self.lock:
                 scores = self.reward.score(batch, [prompts[n] for n in places]).tolist()
             for n, value in zip(places, scores, strict=True):
                 found[n] = value if math.isfinite(value) else None
         return found
 
-    def read(self, request: Any) -> tuple[list[str], list[np.ndarray]]:
-        """Prompts and pictures of a request, every type checked."""
+    def decode(self, images: list[str]) -> Tensor:
+        """Base64 PNGs of one size -> (B, H, W, 3) in [0, 1]."""
+        try:
+            pictures = [decode_png(image, self.options.most_pixels) for image in images]
+        except RewardError as error:
+            raise Refusal(400, str(error)) from error
+        return torch.from_numpy(np.stack(pictures)).float().div_(255)
+
+    def read(self, request: Any) -> tuple[list[str], list[str], list[Size]]:
+        """Prompts, base64 PNGs and their sizes, every type and limit checked; no pixel is unpacked yet."""
         if not isinstance(request, dict) or set(request) != {"prompts", "images"}:
             raise Refusal(400, "The body must be an object with prompts and images.")
         prompts, images = request["prompts"], request["images"]
@@ -104,9 +129,34 @@ class RewardServer(ThreadingHTTPServer):
         if len(images) > self.options.most_images:
             raise Refusal(413, f"{len(images)} images are more than {self.options.most_images}. Send fewer at once.")
         try:
-            return prompts, [decode_png(image, self.options.most_pixels) for image in images]
+            sizes = [png_size(image, self.options.most_pixels) for image in images]
         except RewardError as error:
             raise Refusal(400, str(error)) from error
+        pixels, most = sum(height * width for height, width in sizes), self.options.most_pixels_in_all
+        if pixels > most:
+            raise Refusal(
+                413,
+                f"{len(images)} images have {pixels} pixels, but at most {most} are taken in one request. "
+                "Send fewer at once (images_at_once of the client), or smaller ones.",
+            )
+        return prompts, images, sizes
+
+
+def slices(sizes: list[Size], most: int) -> Iterator[list[int]]:
+    """The places of pictures that go together: of one size, and no more than `most`."""
+    for size in sorted(set(sizes)):
+        places = [n for n, other in enumerate(sizes) if other == size]
+        yield from (places[start : start + most] for start in range(0, len(places), most))
+
+
+def outer_address() -> str:
+    """The address by which this machine goes out; its name where there is no way out."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # asks for the route and sends nothing; RFC 5737 keeps this address unused
+            return probe.getsockname()[0]
+        except OSError:
+            return socket.gethostname()
 
 
 class Handler(BaseHTTPRequestHandler):

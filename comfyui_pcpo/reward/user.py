@@ -91,14 +91,15 @@ def rewards_in_folder(folder: Path) -> list[type[Reward]]:
 
 
 def names_in_file(path: Path) -> Iterator[str]:
-    """The `name = "..."` of each class in a file, which is read and not run."""
+    """The `name = "..."` or `name: str = "..."` of each class in a file, which is read and not run."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):
         return  # it is named when somebody asks for a reward of the folder
     for node in (item for item in tree.body if isinstance(item, ast.ClassDef) and item.bases):
-        for line in (item for item in node.body if isinstance(item, ast.Assign)):
-            to_name = [target.id for target in line.targets if isinstance(target, ast.Name)] == ["name"]
+        for line in (item for item in node.body if isinstance(item, ast.Assign | ast.AnnAssign)):
+            targets = line.targets if isinstance(line, ast.Assign) else [line.target]
+            to_name = [target.id for target in targets if isinstance(target, ast.Name)] == ["name"]
             if to_name and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str):
                 yield line.value.value
 

@@ -5,6 +5,8 @@ import binascii
 import io
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,8 +46,9 @@ def encode_png(picture: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def decode_png(text: str, most_pixels: int) -> np.ndarray:
-    """The picture in a base64 PNG, uint8 (H, W, 3). Its size is checked before a single pixel is unpacked."""
+@contextmanager
+def opened_png(text: str, most_pixels: int) -> Iterator[Image.Image]:
+    """A base64 PNG with its header read and its size checked, before a single pixel is unpacked."""
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as picture:
             pixels = picture.width * picture.height
@@ -53,11 +56,23 @@ def decode_png(text: str, most_pixels: int) -> np.ndarray:
                 raise RewardError(
                     f"A picture has {pixels} pixels, but at most {most_pixels} are taken. Send it smaller."
                 )
-            return np.array(picture.convert("RGBA").convert("RGB"))
+            yield picture
     except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, RewardError):
             raise
         raise RewardError("A picture cannot be read. Send each as base64 of a PNG file.") from error
+
+
+def png_size(text: str, most_pixels: int) -> tuple[int, int]:
+    """Height and width of a base64 PNG, as its header tells."""
+    with opened_png(text, most_pixels) as picture:
+        return picture.height, picture.width
+
+
+def decode_png(text: str, most_pixels: int) -> np.ndarray:
+    """The picture in a base64 PNG, uint8 (H, W, 3)."""
+    with opened_png(text, most_pixels) as picture:
+        return np.array(picture.convert("RGBA").convert("RGB"))
 
 
 def ask(peer: Peer, path: str, payload: dict[str, Any] | None = None) -> Any:
