@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.align import Job, align, make_learner
+from trainer.align import Job, align
 from trainer.config import Config
+from trainer.learner import make_learner
 from trainer.policy import Policy
 from trainer.run import RunFolder, finite
 from trainer.train import load_rewards, make_policy

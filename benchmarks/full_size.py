@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from trainer.align import Job, align, make_learner
+from trainer.align import Job, align
 from trainer.budget import memory
 from trainer.config import Config
 from trainer.diffusers_policy import DiffusersPolicy
+from trainer.learner import make_learner
 from trainer.options import build
 from trainer.plan import make_plan
 from trainer.train import load_rewards

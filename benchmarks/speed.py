@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from comfyui_pcpo.figure import Line, Panel, figure
-from trainer.align import Job, Update, align, make_learner
+from trainer.align import Job, Update, align
 from trainer.config import Config
+from trainer.learner import make_learner
 from trainer.options import build, merge
 from trainer.plan import Plan, make_plan
 from trainer.train import load_rewards, make_policy

@@ -13,8 +13,9 @@ from torch import Tensor
 from comfyui_pcpo import plot
 from comfyui_pcpo.lora import parse_state
 
-from ..trainer.align import Job, Update, make_learner
+from ..trainer.align import Job, Update
 from ..trainer.config import Config, ConfigError
+from ..trainer.learner import make_learner
 from ..trainer.options import build, without_effect
 from ..trainer.run import RunFolder
 from ..trainer.train import run_updates

@@ -49,7 +49,8 @@ def make_config(tmp_path: Path) -> Callable[..., Any]:
 @pytest.fixture
 def learn() -> Callable[..., Any]:
     """learn(config, tick) -> (learner, updates): the loop alone, without a folder."""
-    from trainer.align import Job, align, make_learner
+    from trainer.align import Job, align
+    from trainer.learner import make_learner
     from trainer.train import load_rewards, make_policy
 
     def start(config: Any, tick: Callable[[], None] = lambda: None, rewards: dict[str, Any] | None = None) -> Any:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from comfyui_pcpo.rollout import GroupNoise, rollout
-from trainer.align import Job, Learner, align, make_learner
+from trainer.align import Job, align
+from trainer.learner import Learner, make_learner
 from trainer.lesson import Lesson
 from trainer.plan import make_plan
 from trainer.processes import Processes

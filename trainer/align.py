@@ -1,6 +1,5 @@
 """THE loop: rollout -> score -> advantage -> update -> record."""
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,64 +20,18 @@ from comfyui_pcpo.forward_process import FORWARD
 from comfyui_pcpo.reward.base import Reward
 from comfyui_pcpo.rollout import GroupNoise, derive_seed, rollout
 
-from .average import Average
 from .config import Config
 from .forward_update import renoise
+from .learner import Learner
 from .lesson import Lesson
-from .optimizer import make_optimizer
 from .plan import Plan, make_plan
-from .policy import Condition, Policy
+from .policy import Condition
 from .processes import Processes
 from .update import StepStatistics, improve
 
 
 class RunError(RuntimeError):
     """A run that cannot go on; the message says why and what to do."""
-
-
-@dataclass
-class Learner:
-    """What changes while a run goes on, and so what a checkpoint holds."""
-
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    window: PromptWindow
-    average: Average | None = None
-    done: int = 0  # updates finished
-
-    @contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
-        """Whatever ends the body early leaves LoRA, its average, optimizer, window and count as they were before it."""
-        parameters, done = self.policy.trainable(), self.done
-        values = cloned([p.detach() for p in parameters])
-        optimizer, window = cloned(self.optimizer.state_dict()), copy.deepcopy(self.window.state_dict())
-        average = cloned(self.average.values) if self.average else []
-        steps = self.average.steps if self.average else 0
-        try:
-            yield
-        except BaseException:
-            with torch.no_grad():
-                for p, value in zip(parameters, values, strict=True):
-                    p.copy_(value)
-                    p.grad = None
-            self.optimizer.load_state_dict(optimizer)
-            self.window.load_state_dict(window)
-            self.done = done
-            if self.average:
-                self.average.values, self.average.steps = (
-                    [v.to(p) for v, p in zip(average, parameters, strict=True)],
-                    steps,
-                )
-            raise
-
-
-def cloned(tree: Any) -> Any:
-    """A state dict whose tensors are copies in the computer's memory, which takes none of a GPU's."""
-    if isinstance(tree, Tensor):
-        return tree.to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: cloned(value) for key, value in tree.items()}
-    return [cloned(value) for value in tree] if isinstance(tree, list) else tree
 
 
 @dataclass
@@ -106,13 +59,6 @@ class Clock:
 
     def rounded(self) -> dict[str, float]:
         return {name: round(seconds, 4) for name, seconds in self.seconds.items()}
-
-
-def make_learner(policy: Policy, config: Config) -> Learner:
-    o = config.optimizer
-    optimizer = make_optimizer(policy.trainable(), o)
-    average = Average(policy.trainable(), o.ema_decay, o.ema_every) if o.ema_decay else None
-    return Learner(policy, optimizer, PromptWindow(config.advantage.window, config.advantage.min_count), average)
 
 
 @dataclass(frozen=True)

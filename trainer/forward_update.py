@@ -1,7 +1,5 @@
 """The update of the forward-process objectives: final latents are noised again instead of replaying the trajectory."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -9,19 +7,8 @@ from comfyui_pcpo.forward_process import image_scale, matching_log_ratio, nft, n
 from comfyui_pcpo.rollout import GroupNoise, Trajectory
 from comfyui_pcpo.surrogate import ppo
 
-from .lesson import Lesson, Predict
+from .lesson import Lesson, Predict, Renoised
 from .plan import Plan
-
-
-@dataclass
-class Renoised:
-    """Final latents noised to the level of each step; tensors float32. Steps that are not trained are left out as 0."""
-
-    latents: Tensor  # (T, B, C, H, W)
-    outs: Tensor  # (T, B, C, H, W) what the model that made the samples predicts there
-    errors: Tensor  # (T, B, C, H, W) that, minus what a perfect model would say
-    scales: list[float]  # (T,) k of x0_predicted - x0 = -k error
-    timesteps: list[float]
 
 
 @torch.no_grad()

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from comfyui_pcpo import plot
 from comfyui_pcpo.lora import export_state
 
-from .align import Learner, Update
+from .align import Update
 from .config import Config, ConfigError
+from .learner import Learner
 from .options import build, dump, tomllib
 from .policy import LoraPairs
 

@@ -11,9 +11,10 @@ import torch
 from comfyui_pcpo.lora import parse_state
 from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, import_reward, load_reward
 
-from .align import Job, Learner, RunError, Update, align, make_learner
+from .align import Job, RunError, Update, align
 from .config import Config, ConfigError
 from .diffusers_policy import DTYPES, DiffusersPolicy, denoiser_of, module_names, pick_device
+from .learner import Learner, make_learner
 from .models import load_pipeline
 from .policy import LoraPairs
 from .processes import Processes, join

@@ -1,7 +1,6 @@
 """The gradient steps of one update: each stored denoising step is predicted again and its surrogate differentiated."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +8,10 @@ from torch import Tensor, nn
 from comfyui_pcpo.forward_process import output_distance
 from comfyui_pcpo.surrogate import FORMS, OBJECTIVES, is_clipped, kl, taylor_error
 
-from .forward_update import Renoised, forward_terms
-from .lesson import Lesson
+from .forward_update import forward_terms
+from .learner import Learner
+from .lesson import Lesson, Renoised
 from .processes import Processes
-
-if TYPE_CHECKING:
-    from .align import Learner
 
 CLIPS = {"awm": "ppo", "nft": "matching"}  # whose flat region a forward-process objective has
 COUNTS = ("count", "log_ratio", "log_ratio_abs", "clipped", "taylor", "kl", "kl_count")
@@ -99,7 +96,7 @@ def no_statistics(steps: list[int], rounds: int) -> StepStatistics:
     )
 
 
-def improve(learner: "Learner", lesson: Lesson, processes: Processes) -> StepStatistics:
+def improve(learner: Learner, lesson: Lesson, processes: Processes) -> StepStatistics:
     """One optimizer step per minibatch, `optimizer.epochs` times over."""
     parameters, trained, o = learner.policy.trainable(), lesson.plan.trained, lesson.config.optimizer
     rounds = [part for _ in range(o.epochs) for part in lesson.plan.minibatches]
