@@ -79,7 +79,10 @@ Summary = Callable[[np.ndarray], np.ndarray]
 
 
 def mean_of_updates(table: np.ndarray) -> np.ndarray:
-    return np.nanmean(table, 0)
+    """Mean of what there is, (N, steps) -> (steps,); NaN where there is nothing."""
+    there = np.isfinite(table)
+    count = there.sum(0)
+    return np.where(count, np.where(there, table, 0).sum(0) / np.maximum(count, 1), np.nan)
 
 
 def by_step(runs: Sequence[Run], key: str, of: Summary = mean_of_updates) -> tuple[list[int], np.ndarray]:
@@ -89,7 +92,7 @@ def by_step(runs: Sequence[Run], key: str, of: Summary = mean_of_updates) -> tup
     rows = np.full((len(runs), len(steps)), np.nan)
     for row, (own, table) in zip(rows, found, strict=True):
         row[[steps.index(step) for step in own]] = of(table)
-    return steps, np.nanmean(rows, 0)
+    return steps, mean_of_updates(rows)
 
 
 @dataclass(frozen=True)

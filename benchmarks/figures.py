@@ -94,7 +94,9 @@ def convergence(found: Found) -> Image.Image:
 def _unsteadiness(table: np.ndarray) -> np.ndarray:
     """Standard deviation over mean of each step's gradient norm, over the last three quarters of the updates."""
     late = table[len(table) // 4 :]
-    return np.nanstd(late, 0) / np.nanmean(late, 0)
+    mean = mean_of_updates(late)
+    spread = np.sqrt(mean_of_updates((late - mean) ** 2)) / mean
+    return np.where(np.isfinite(late).sum(0) > 1, spread, np.nan)  # one update has no spread
 
 
 def health(found: Found) -> Image.Image:

@@ -98,6 +98,8 @@ def read_result(cell: Cell, form: Form, out: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     result = json.loads(file.read_text(encoding="utf-8"))
+    if "config" not in result:
+        raise ConfigError(f"{file} does not say what it was run with. Remove {folder}, or give another --out.")
     require_same(build(result["config"], str(file)), cell_config(cell, form, out), folder)
     return result
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from comfyui_pcpo.transition import Transition, wide
 
 Form = Literal["exact", "scale", "linear"]
-Objective = Literal["ppo", "log_hinge", "matching"]
 Weight = float | Tensor
 
 

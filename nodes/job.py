@@ -72,22 +72,22 @@ def train(task: Task, config: Config) -> RunFolder:
     rewards = {reward.name: reward for reward in task.reward.rewards}
     bar = ProgressBar(config.run.updates)
 
-    def job(policy: ComfyPolicy) -> None:
+    def work(policy: ComfyPolicy) -> None:
         if task.lora is not None:
             policy.start_from(parse_state(task.lora, list(policy.layers)))
         learner = make_learner(policy, config)
-        whole = Job(config, task.prompts.lines, rewards, tick=tick)
+        job = Job(config, task.prompts.lines, rewards, tick=tick)
         with folder.locked():
             begin(folder, learner, config, task.resume)
             bar.update_absolute(learner.done, config.run.updates)
-            for update in run_updates(folder, learner, whole):
+            for update in run_updates(folder, learner, job):
                 bar.update_absolute(
                     update.number, config.run.updates, ("JPEG", preview(update, folder, config), PREVIEW)
                 )
                 folder.log(f"update {update.number}: reward {update.metrics['reward_mean']:.4f}")
 
     try:
-        with_policy(task.model, task.vae, task.prompts, config, task.latent, job)
+        with_policy(task.model, task.vae, task.prompts, config, task.latent, work)
     except mm.InterruptProcessingException:
         log.info("PCPO: cancelled; finished updates are in %s, continue with resume.", folder.path)
         raise

@@ -28,10 +28,10 @@ def method_input() -> io.Combo.Input:
     )  # fmt: skip
 
 
-def noise_level_input() -> io.Float.Input:
+def noise_level_input(usual: str = "the method's published value") -> io.Float.Input:
     return io.Float.Input(
         "noise_level", default=USUAL, min=-1.0, max=2.0, step=0.05,
-        tooltip="Randomness of the steps: 0 is the deterministic sampler, -1 the method's published value.",
+        tooltip=f"Randomness of the steps: 0 is the deterministic sampler, -1 {usual}.",
     )  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def advanced_inputs() -> list[io.Input]:
     return [
         io.Float.Input("cfg", default=1.0, min=0.0, max=30.0, step=0.1, tooltip=field(r, "cfg"), **more),
         _advanced(method_input()),
-        _advanced(noise_level_input()),
+        _advanced(noise_level_input("the method's published value, and 0 for the objectives awm and nft")),
         io.Combo.Input(
             "objective", options=["log_hinge", "ppo", "matching", "awm", "nft"], default="log_hinge",
             tooltip=field(o, "name"), **more,

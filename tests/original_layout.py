@@ -130,7 +130,7 @@ def prefixed(prefix, state):
 
 
 def write(pipeline, path: Path, **marks: torch.Tensor) -> Path:
-    """SD1.x and SDXL whole, of SD3 the transformer."""
+    """SD1.x, SD2.x and SDXL whole, of SD3 the transformer."""
     name = type(pipeline).__name__
     if name == "StableDiffusion3Pipeline":
         state = prefixed("model.diffusion_model.", sd3(pipeline.transformer))
@@ -138,7 +138,11 @@ def write(pipeline, path: Path, **marks: torch.Tensor) -> Path:
         state = prefixed("model.diffusion_model.", unet(pipeline.unet)) | prefixed(
             "first_stage_model.", vae(pipeline.vae)
         )
-        if name == "StableDiffusionPipeline":
+        if pipeline.text_encoder.config.hidden_act == "gelu":  # SD2's comes from open_clip
+            width = pipeline.text_encoder.config.hidden_size
+            state |= prefixed("cond_stage_model.model.", open_clip(pipeline.text_encoder))
+            state["cond_stage_model.model.text_projection"] = torch.eye(width)  # in the file and not used
+        elif name == "StableDiffusionPipeline":
             state |= prefixed("cond_stage_model.transformer.", clip(pipeline.text_encoder))
         else:
             state |= prefixed("conditioner.embedders.0.transformer.", clip(pipeline.text_encoder))

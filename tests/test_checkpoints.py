@@ -18,7 +18,7 @@ from trainer.train import make_policy, start_run
 SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "sd35"])
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl", "sd3", "sd35"])
 def test_a_file_is_the_pipeline_it_was_written_from(family, tmp_path):
     pipeline = tiny_pipelines.build(family)
     folder = tiny_pipelines.save(family, tmp_path)
@@ -29,6 +29,28 @@ def test_a_file_is_the_pipeline_it_was_written_from(family, tmp_path):
             ours, theirs = getattr(found, name).state_dict(), part.state_dict()
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+
+
+FROM_THE_HUB = """
+from trainer.models import load_pipeline
+pipeline = load_pipeline("somebody/tiny")
+print(type(pipeline).__name__, pipeline.unet.conv_in.weight.sum().item())
+"""
+
+
+def test_a_hub_name_loads_from_the_hubs_cache(tmp_path, script):
+    """The cache as a download leaves it, and no network."""
+    pipeline, revision = tiny_pipelines.build("sd15"), "0" * 40
+    cache = tmp_path / "hub" / "models--somebody--tiny"
+    pipeline.save_pretrained(cache / "snapshots" / revision)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(revision)
+    child = script(FROM_THE_HUB, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    out, error = child.communicate(timeout=300)
+    assert child.returncode == 0, error[-2000:]
+    name, value = out.split()
+    assert name == "StableDiffusionPipeline"
+    assert float(value) == pytest.approx(pipeline.unet.conv_in.weight.sum().item())
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])

@@ -39,6 +39,11 @@ def finished(tmp_path_factory):
     return RunFolder(folder / "first")
 
 
+def colors(picture: Image.Image) -> int:
+    """How many there are: an empty picture has one."""
+    return len(picture.convert("RGB").getcolors(1 << 24))
+
+
 @pytest.fixture
 def run(finished, tmp_path):
     return RunFolder(shutil.copytree(finished.path, tmp_path / "first"))
@@ -48,7 +53,7 @@ def test_train_leaves_the_whole_run_folder(finished):
     for file in (finished.config_file, finished.metrics_file, finished.lora_file, finished.log_file):
         assert file.stat().st_size > 0
     for picture in (finished.curves_file, finished.grids / "000001.jpg"):
-        assert Image.open(picture).size > (0, 0)
+        assert colors(Image.open(picture)) > 20
     assert {p.name for p in finished.checkpoint().iterdir()} == {"lora.safetensors", "optimizer.pt", "state.json"}
     assert list((finished.path / "tensorboard").glob("events.*"))
 
@@ -87,6 +92,21 @@ def test_options_lists_every_option(capsys):
     assert "[8]" in out
 
 
+def test_the_demo_ends_with_the_gain_and_what_it_made(tmp_path, capsys):
+    assert main(["demo", "--updates", "1", "--folder", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rewards = ("colorfulness", "alignment")
+    color, alignment = (next(line.split() for line in lines if line.startswith(f"  {name} ")) for name in rewards)
+    assert float(color[1]) == pytest.approx(0.389, abs=0.02) and color[-1] == "(trained)"
+    assert alignment[-2:] == ["(held", "out)"]
+    for name in ("before_after.png", "curves.png", "lora.safetensors"):
+        assert str((tmp_path / "demo" / name).resolve()) in " ".join(lines)
+    before_after = Image.open(tmp_path / "demo" / "before_after.png")
+    assert colors(before_after) > 1000
+    assert main(["demo", "--updates", "1", "--folder", str(tmp_path), "--name", "demo"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
 def test_resume_goes_on_with_more_updates(run):
     assert main(["resume", str(run.path)]) == 2
     assert main(["resume", str(run.path), "--updates", "2"]) == 0
@@ -97,8 +117,8 @@ def test_resume_goes_on_with_more_updates(run):
 def test_plot_draws_one_run_and_several(run, finished, tmp_path, capsys):
     assert main(["plot", str(run.path), "--out", str(tmp_path / "one.png")]) == 0
     assert main(["plot", str(run.path), str(finished.path), "--out", str(tmp_path / "two.png")]) == 0
-    assert Image.open(tmp_path / "one.png").size > (0, 0)
-    assert Image.open(tmp_path / "two.png").size > (0, 0)
+    assert colors(Image.open(tmp_path / "one.png")) > 20 < colors(Image.open(tmp_path / "two.png"))
+    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "two.png").read_bytes()
     run.curves_file.unlink()
     assert main(["plot", str(run.path)]) == 0
     assert run.curves_file.exists()
@@ -130,11 +150,13 @@ def test_sample_compares_before_and_after(run, tmp_path):
     out = tmp_path / "both.png"
     arguments = ["--prompt", "a fox", "--steps", "2", "--images", "2"]
     assert main(["sample", str(run.path), *arguments, "--compare", "--out", str(out)]) == 0
-    assert Image.open(out).size > (0, 0)
+    both = Image.open(out)
     guided = tmp_path / "guided.png"
     guide = ["--guide", f"{run.lora_file}=1.5", "--cfg", "2", "--negative", "a frog"]
     assert main(["sample", "emoji-flow", *arguments, *guide, "--out", str(guided)]) == 0
-    assert Image.open(guided).size > (0, 0)
+    alone = Image.open(guided)
+    assert both.width > 1.5 * alone.width and both.height >= alone.height  # side by side
+    assert colors(both) > 100 < colors(alone)
 
 
 def test_score_sorts_pictures_best_first(tmp_path, capsys):

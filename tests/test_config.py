@@ -146,6 +146,12 @@ def test_a_reward_with_a_dot_in_its_name_is_one_option():
         ({"rollout": {"detach_unconditional": True}}, "rollout.detach_unconditional"),
         ({"model": {"config": "somewhere"}}, "model.config"),
         ({"optimizer": {"ema_every": 4}}, "optimizer.ema_every"),
+        ({"prompts": {"negative": "blurry"}}, "prompts.negative"),
+        ({"rollout": {"batch_cfg": False}}, "rollout.batch_cfg"),
+        ({"advantage": {"min_count": 4}}, "advantage.min_count"),
+        ({"objective": {"kl_weight": 0.1, "kl_images": 2}}, "objective.kl_images"),
+        ({"objective": {"name": "awm"}, "rollout": {"sde_window": 2}}, "rollout.sde_window"),
+        ({"objective": {"name": "nft"}, "rollout": {"method": "cps", "noise_level": 0.0}}, "rollout.method"),
     ],
 )
 def test_a_setting_that_does_nothing_beside_the_others_is_named(tree, key):

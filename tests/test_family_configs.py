@@ -15,7 +15,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 FAMILIES = {
     "sd15-ddpo": "sd15",
     "sd15-dancegrpo": "sd15",
+    "sd21": "sd21",
     "sdxl": "sdxl",
+    "qwen-image": "qwen-image",
     "sd35-flow-grpo": "sd35",
     "flux-dance": "flux",
 }

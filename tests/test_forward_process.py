@@ -164,3 +164,15 @@ def test_the_loss_of_a_forward_objective_falls_over_the_same_samples(make_config
         )
         losses.append(next(learn(config)[1]).metrics["loss"])
     assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["awm", "nft"])
+def test_forward_process_objectives_sample_without_noise_unless_told(make_config, model, name):
+    policy = make_policy(make_config(model))
+
+    def stds(**rollout):
+        config = make_config(model, objective={"name": name}, rollout=rollout)
+        return [step.std for step in plan_steps(policy, config, policy.grid(3), 1)[0]]
+
+    assert stds() == [0, 0, 0]
+    assert min(stds(noise_level=0.5)[:2]) > 0

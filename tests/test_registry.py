@@ -58,6 +58,11 @@ def test_the_archive_has_what_the_nodes_need_and_no_tests():
     assert sum(path.stat().st_size for path in shipped()) < 40_000_000
 
 
+def test_the_embedded_models_together_are_at_most_20_mb():
+    files = (ROOT / "comfyui_pcpo" / "tiny" / "models").rglob("*")
+    assert 15_000_000 < sum(path.stat().st_size for path in files if path.is_file()) <= 20_000_000
+
+
 @pytest.mark.parametrize(
     "path", [p for p in shipped() if p.suffix == ".py"], ids=lambda p: p.relative_to(ROOT).as_posix()
 )

@@ -57,7 +57,7 @@ class TinyLogits(ClipLogits):
     shape = LARGE
 
 
-LEAST = 0.03
+SMALL_COSINE = 0.03
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +85,10 @@ def error(found, name, key="scores", relative=True):
     """Largest distance from the golden scores, relative to each of them or absolute.
 
     A cosine is rounded by some 1e-7 whatever its size, in an order of sums that machines differ in: nearer to 0 than
-    LEAST, that alone would be more than 1e-5 of it.
+    SMALL_COSINE, that alone would be more than 1e-5 of it.
     """
     want = gold.golden(name)[key]
-    return max(abs(found[p] - want[p]) / (max(abs(want[p]), LEAST) if relative else 1) for p in found)
+    return max(abs(found[p] - want[p]) / (max(abs(want[p]), SMALL_COSINE) if relative else 1) for p in found)
 
 
 def test_hpsv2_equals_the_reference(settings):

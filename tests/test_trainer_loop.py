@@ -255,3 +255,16 @@ def test_an_update_that_is_stopped_while_it_is_recorded_was_not_done(make_config
         next(updates)
     assert learner.done == 0
     assert same(before, parameters(learner))
+
+
+def test_prompts_are_encoded_once_per_run(make_config, learn):
+    learner, updates = learn(make_config())
+    encode, calls = learner.policy.encode, []
+
+    def counted(prompts):
+        calls.append(list(prompts))
+        return encode(prompts)
+
+    learner.policy.encode = counted
+    assert len(list(updates)) == 2
+    assert calls == [["a fox", "a red star", "two frogs"]]

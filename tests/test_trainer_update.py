@@ -129,14 +129,16 @@ def test_gradient_steps_of_the_update_sum_to_the_whole(make_config, learn, model
 def test_kl_is_measured_on_exactly_the_wanted_images(make_config, learn):
     sections = {"rollout": {"group_size": 4, "images_at_once": 4}, "optimizer": {"minibatches": 2}}
     found = {}
-    for count in (0, 3):
+    for count in (0, 1, 3):
         config = make_config(objective={"kl_images": count}, **sections)
         policy_calls = []
         _, updates = learn(config, tick=lambda calls=policy_calls: calls.append(1))
         found[count] = (next(updates).metrics["kl"], len(policy_calls))
     assert math.isnan(found[0][0])
-    assert found[3][0] >= 0
-    assert found[3][1] > found[0][1]
+    assert found[1][0] < 1e-11  # image 0 is in the first minibatch, before which the LoRA changes nothing
+    assert found[3][0] > 1e-9  # image 1 is in the second
+    steps = 3  # one call more for each step and minibatch that has a watched image
+    assert [calls - found[0][1] for _, calls in found.values()] == [0, steps, 2 * steps]
 
 
 def test_each_image_is_predicted_once_per_step_of_the_rollout_and_once_per_trained_step(make_config):

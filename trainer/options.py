@@ -111,27 +111,33 @@ def build(tree: dict[str, Any], source: str) -> Config:
 
 
 def without_effect(config: Config) -> list[str]:
-    """A sentence for every setting that was changed and does nothing beside the others."""
-    r, a, o = config.rollout, config.advantage, config.objective
-    forward, plain = o.name in FORWARD, Config()
-    found = {
-        "model.config": (
-            config.model.config is not None and not config.model.name.endswith(".safetensors"),
-            "model.name is no single .safetensors file",
-        ),
-        "rollout.detach_unconditional": (r.detach_unconditional and r.cfg == 1, "rollout.cfg is 1"),
-        "rollout.target_weight": (r.target_weight is not None and r.sigma == "native", "rollout.sigma is native"),
-        "advantage.spread": (a.spread != "group" and a.kind == "window", "advantage.kind is window"),
-        "advantage.window": (a.window != plain.advantage.window and a.kind == "group", "advantage.kind is group"),
-        "objective.credit": (o.credit != plain.objective.credit and forward, f"objective.name is {o.name}"),
-        "objective.form": (o.form != "exact" and forward, f"objective.name is {o.name}"),
-        "objective.nft_beta": (o.nft_beta != 1 and o.name != "nft", f"objective.name is {o.name}"),
-        "optimizer.ema_every": (
-            config.optimizer.ema_every != plain.optimizer.ema_every and not config.optimizer.ema_decay,
-            "optimizer.ema_decay is 0",
-        ),
+    """A sentence for every changed setting that other settings make idle, as far as the configuration alone tells."""
+    plain, r, a, o = Config(), config.rollout, config.advantage, config.objective
+    forward, guided = o.name in FORWARD, r.cfg != 1
+    still = forward and not r.noise_level  # sampled without noise
+    idle = {
+        "model.config": (not config.model.name.endswith(".safetensors"), "model.name is no .safetensors file"),
+        "prompts.negative": (not guided, "rollout.cfg is 1"),
+        "rollout.detach_unconditional": (not guided, "rollout.cfg is 1"),
+        "rollout.batch_cfg": (not guided, "rollout.cfg is 1"),
+        "rollout.method": (still, f"{o.name} samples without noise"),
+        "rollout.sigma": (still, f"{o.name} samples without noise"),
+        "rollout.sde_window": (still, f"{o.name} samples without noise"),
+        "advantage.spread": (a.kind == "window", "advantage.kind is window"),
+        "advantage.window": (a.kind == "group", "advantage.kind is group"),
+        "advantage.min_count": (a.kind == "group", "advantage.kind is group"),
+        "objective.credit": (forward, f"objective.name is {o.name}"),
+        "objective.form": (forward, f"objective.name is {o.name}"),
+        "objective.nft_beta": (o.name != "nft", f"objective.name is {o.name}"),
+        "objective.kl_images": (o.kl_weight > 0, "objective.kl_weight is above 0, so all pictures are measured"),
+        "optimizer.ema_every": (not config.optimizer.ema_decay, "optimizer.ema_decay is 0"),
     }
-    return [f"{key} has no effect, because {why}." for key, (idle, why) in found.items() if idle]
+
+    def changed(key: str) -> bool:
+        section, name = key.split(".")
+        return getattr(getattr(config, section), name) != getattr(getattr(plain, section), name)
+
+    return [f"{key} has no effect, because {why}." for key, (is_idle, why) in idle.items() if is_idle and changed(key)]
 
 
 def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:

@@ -28,6 +28,22 @@ from .options import build, dump, tomllib
 from .policy import LoraPairs
 
 
+class NotSaved(ConfigError):
+    """A checkpoint that could not be written."""
+
+
+@contextmanager
+def writing(file: Path, run: Path) -> Iterator[None]:
+    """A full disk, or a folder that is read-only, is named with the file and the way on. Raises ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{file} could not be written: {error.strerror or error}. Finished checkpoints are whole. "
+            f"Make room, then `python -m trainer resume {run}`."
+        ) from error
+
+
 class RunFolder:
     """Paths and files of one run."""
 
@@ -61,7 +77,8 @@ class RunFolder:
                 f"{self.path} already holds a run. Continue it with `python -m trainer resume {self.path}`, "
                 "or give this one another name with --run.name."
             )
-        self.config_file.write_text(dump(config), encoding="utf-8")
+        with writing(self.config_file, self.path):
+            self.config_file.write_text(dump(config), encoding="utf-8")
 
     def config(self) -> Config:
         if not self.config_file.is_file():
@@ -102,27 +119,29 @@ class RunFolder:
         _replace_text(self.config_file, dump(config))
 
     def record(self, update: Update) -> None:
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with writing(self.metrics_file, self.path), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(_line(update.metrics))
 
     def log(self, text: str) -> None:
-        with self.log_file.open("a", encoding="utf-8") as file:
+        with writing(self.log_file, self.path), self.log_file.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def draw(self, update: Update, group_size: int) -> Path:
         """The newest pictures, each group sorted by score."""
-        self.grids.mkdir(exist_ok=True)
         order = update.scores.nan_to_num(-math.inf).view(-1, group_size).argsort(1, descending=True)
         rows = (order + torch.arange(len(order))[:, None] * group_size).flatten()[: 8 * group_size]
         captions = [f"{update.prompts[i]}  {update.scores[i]:.2f}" for i in rows.tolist()]
         path = self.grids / f"{update.number:06d}.jpg"
-        plot.grid(update.images[rows], captions, columns=group_size).save(path, quality=92)
+        with writing(path, self.path):
+            self.grids.mkdir(exist_ok=True)
+            plot.grid(update.images[rows], captions, columns=group_size).save(path, quality=92)
         return path
 
     def draw_curves(self) -> None:
         records = self.records()
         if records:
-            plot.curves(records).save(self.curves_file)
+            with writing(self.curves_file, self.path):
+                plot.curves(records).save(self.curves_file)
 
     def save(self, learner: Learner, config: Config) -> Path:
         """A checkpoint after the last finished update, and the LoRA to use."""
@@ -146,7 +165,7 @@ class RunFolder:
             temporary.rename(final)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
             shutil.rmtree(temporary, ignore_errors=True)
-            raise ConfigError(
+            raise NotSaved(
                 f"checkpoint {name} could not be written to {self.checkpoints}: {error}. "
                 f"Earlier checkpoints are whole. Make room, then `python -m trainer resume {self.path}`."
             ) from error

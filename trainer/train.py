@@ -18,7 +18,7 @@ from .learner import Learner, make_learner
 from .models import load_pipeline
 from .policy import LoraPairs
 from .processes import Processes, join
-from .run import RunFolder, read_lora
+from .run import NotSaved, RunFolder, read_lora
 from .sampling import padded
 
 WEIGHTS = Path("models/rewards")
@@ -101,7 +101,7 @@ def run_updates(folder: RunFolder, learner: Learner, job: Job) -> Iterator[Updat
             yield update
     finally:
         if processes.main:
-            if learner.done > saved and not isinstance(sys.exc_info()[1], ConfigError):
+            if learner.done > saved and not isinstance(sys.exc_info()[1], NotSaved):
                 folder.save(learner, config)
             folder.draw_curves()
             if board is not None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, PATTERNS, SIZES, Scene, caption, forget
+from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, PATTERNS, SIZES, Scene, forget
 from comfyui_pcpo.tiny.make.draw import draw, glyphs, random_scene
 
 UNSAID = -1
@@ -65,7 +65,3 @@ def compatible(pictures: dict[str, Tensor], said: dict[str, Tensor]) -> Tensor:
     for key in ("size", "color", "pattern"):
         fits &= (said[key][None] == UNSAID) | (pictures[key][:, None] == said[key][None])
     return fits
-
-
-def captions_of(scenes: list[Scene]) -> list[str]:
-    return [caption(scene) for scene in scenes]
