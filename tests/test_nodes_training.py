@@ -80,9 +80,11 @@ def on_call(model, number, action):
     return found, calls
 
 
-def test_one_update_equals_the_trainers(tiny):
+@pytest.mark.parametrize("objective", ["log_hinge", "awm", "nft"])
+def test_one_update_equals_the_trainers(tiny, objective):
     """The same LoRA, noise and prompts: the loop on both policies gives the same record."""
     c = config(tiny.name, updates=1)
+    c = c.model_copy(update={"objective": c.objective.model_copy(update={"name": objective})})
     reference = train_module.make_policy(c)
     pairs, rewards = reference.lora(), {r.name: r for r in tiny.reward.rewards}
 
