@@ -291,9 +291,9 @@ def _score_text(value: float) -> str:
 def _draw_scores(canvas: Canvas, scores: tuple[float, float], left: float, width: float, y: float) -> None:
     """The two scores under their pictures; the second is green where it is higher."""
     before, after = scores
-    color = UP if after > before else DOWN if after < before else MUTED
-    canvas.text((left + width / 2, y), _score_text(before), MUTED, 12, "mm")
-    text = _score_text(after)
+    old, text = _score_text(before), _score_text(after)
+    color = MUTED if old == text else UP if after > before else DOWN if after < before else MUTED
+    canvas.text((left + width / 2, y), old, MUTED, 12, "mm")
     half = text_width(text, 12) / 2 + 9
     middle = left + width * 1.5 + 4
     canvas.box((middle - half, y - 10, middle + half, y + 10), color + "1f", 10)
@@ -306,10 +306,10 @@ def before_after(
     prompts: Sequence[str],
     before_scores: Sequence[float] | None = None,
     after_scores: Sequence[float] | None = None,
-    columns: int = 3,
+    columns: int | None = None,
     tile: int = 160,
 ) -> Image.Image:
-    """Pairs of pictures on cards with their prompt and scores, (B, H, W, 3) twice."""
+    """Pairs of pictures on cards with their prompt and scores, (B, H, W, 3) twice; 4 or 3 columns, without a hole."""
     first, second = to_pictures(before), to_pictures(after)
     others = {"after images": second, "prompts": prompts, "before_scores": before_scores, "after_scores": after_scores}
     _same_count(len(first), others)
@@ -318,7 +318,8 @@ def before_after(
     scored = before_scores is not None and after_scores is not None
     body = height + (32 if scored else 6)
     card = (2 * width + 4 + 20, 12 + 17 * max(len(t) for t in texts) + 8 + body + 6)
-    gap, head, columns = 14, 30, max(1, min(columns, len(first)))
+    gap, head = 14, 30
+    columns = max(1, min(columns or min((4, 3), key=lambda n: -len(first) % n), len(first)))
     rows = math.ceil(len(first) / columns)
     canvas = Canvas(gap + columns * (card[0] + gap), head + 4 + rows * (card[1] + gap), "#eef1f4")
     for k in range(columns):

@@ -1,6 +1,7 @@
 """The command line: each command through `main`, its exit status, and the files it promises."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from comfyui_pcpo.tiny import pipelines
 from trainer import cli
-from trainer.cli import main
+from trainer.cli import main, version
 from trainer.run import RunFolder
 
 
@@ -194,7 +195,7 @@ def test_score_names_what_it_cannot_read(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rollout.group-sise", "4"], "Did you mean rollout.group_size?"),
+        (["--rollout.group-sise", "4"], "Did you mean --rollout.group-size?"),
         (["--rollout.group-size", "5", "--optimizer.minibatches", "2"], "does not split"),
         (["--reward.weights", "{nonsense = 1}"], "nonsense"),
         (["--model.device", "cuda:99"], "cuda:99"),
@@ -249,3 +250,33 @@ def test_ctrl_c_before_the_first_update_says_that_nothing_was_saved(tmp_path, ca
     monkeypatch.setattr(cli.Bar, "tick", stop)
     assert main(["train", *options(tmp_path)]) == 130
     assert "holds nothing to resume" in capsys.readouterr().out
+
+
+def test_check_shows_what_it_can_and_then_names_all_that_is_missing(tmp_path, capsys):
+    missing = ["--reward.held-out", '["pickscore"]', "--model.name", "nobody/nothing", "--run.name", "x"]
+    assert main(["check", *missing]) == 2
+    shown = capsys.readouterr()
+    assert 'name = "nobody/nothing"' in shown.out
+    assert "4 prompts x 8 images = 32 images per update" in shown.out
+    errors = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    assert "PickScore_v1" in errors[0] and "0 prompts" in errors[1]
+
+
+def test_options_lists_the_choices(capsys):
+    assert main(["options"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("--")}
+    assert "One of attention, linear, all." in lines["--lora.targets"]
+    assert lines["--model.compile"].endswith("[false]")
+    assert lines["--reward.weights"].endswith("[{alignment = 1}]")
+
+
+def test_sampling_twice_keeps_both_pictures(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("samples.png", "samples-2.png"):
+        assert main(["sample", str(run.path), "--prompt", "a fox", "--steps", "2", "--images", "1"]) == 0
+        assert capsys.readouterr().out.strip() == str((tmp_path / name).resolve())
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"\d+\.\d+\.\d+", capsys.readouterr().out.strip()) and version() != "0.0.0"

@@ -40,7 +40,9 @@ def test_an_unknown_key_or_flag_names_the_nearest(tmp_path, key, nearest):
     file.write_text(f"[{section}]\n{name} = 4\n")
     with pytest.raises(ConfigError, match=rf"mine.toml: unknown key {key}. Did you mean {nearest}\?"):
         load(file)
-    with pytest.raises(ConfigError, match=rf"unknown option --{key.replace('_', '-')}. Did you mean {nearest}\?"):
+    with pytest.raises(
+        ConfigError, match=rf"unknown option --{key.replace('_', '-')}. Did you mean --{nearest.replace('_', '-')}\?"
+    ):
         parse_overrides([f"--{key.replace('_', '-')}", "4"])
 
 
@@ -167,3 +169,26 @@ def test_our_own_configurations_hold_nothing_without_effect(path):
 def test_a_command_says_what_has_no_effect(capsys):
     assert main(["check", "--objective.nft-beta", "0.5", "--prompts.lines", "['a fox']"]) == 0
     assert "note: objective.nft_beta has no effect, because objective.name is log_hinge." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "read"),
+    [
+        (["--reward.weights", "polish"], {"polish": 1.0}),
+        (["--reward.weights", '{"polish": 2}'], {"polish": 2.0}),
+        (["--reward.weights", "{polish = 2}"], {"polish": 2.0}),
+        (["--reward.weights.polish", "2"], {"polish": 2.0}),
+    ],
+)
+def test_rewards_may_be_given_as_a_name_as_json_or_as_toml(tokens, read):
+    assert load(None, parse_overrides(tokens)).reward.weights == read
+
+
+def test_a_text_alone_is_a_list_of_one():
+    config = load(None, parse_overrides(["--prompts.lines", "a fox", "--reward.held-out", "polish"]))
+    assert config.prompts.lines == ("a fox",) and config.reward.held_out == ("polish",)
+
+
+def test_a_mistake_in_an_option_is_not_blamed_on_the_file_alone():
+    with pytest.raises(ConfigError, match=r"tiny-flow\.toml and options: run\.updates: .*'many'"):
+        load(CONFIGS[0].with_name("tiny-flow.toml"), parse_overrides(["--run.updates", "many"]))

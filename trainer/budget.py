@@ -78,17 +78,24 @@ class Budget:
     def lines(self, config: Config) -> list[str]:
         r = config.rollout
         return [
-            f"{self.prompts} prompts x {r.group_size} images = {self.images} images per update",
             f"{self.images} images x {self.trained_steps} trained of {self.steps} steps = "
             f"{self.transitions} transitions per update",
-            f"{config.run.updates} updates x {config.optimizer.minibatches * config.optimizer.epochs} "
-            f"optimizer steps = {self.optimizer_steps} optimizer steps",
             f"{self.rollout_calls} model calls for the rollout and {self.update_calls} forward and backward passes "
             f"per update, {self.reference_calls} forward passes without the LoRA, "
             f"{r.images_at_once} images at once at most",
             *self.memory.lines(),
             f"trajectories in the computer's memory: {_gib(self.trajectory_bytes)} GiB",
         ]
+
+
+def arithmetic(config: Config) -> list[str]:
+    """What follows from the configuration without its model."""
+    r, o = config.rollout, config.optimizer
+    each = o.minibatches * o.epochs
+    return [
+        f"{r.prompts_per_update} prompts x {r.group_size} images = {config.images_per_update} images per update",
+        f"{config.run.updates} updates x {each} optimizer steps = {config.run.updates * each} optimizer steps",
+    ]
 
 
 def budget(policy: DiffusersPolicy, config: Config) -> Budget:

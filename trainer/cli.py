@@ -1,5 +1,6 @@
 """The command line: thin commands over the library; every error is a sentence, exit status 2."""
 
+import itertools
 import json
 import logging
 import sys
@@ -7,24 +8,37 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from cyclopts import App, CycloptsError, Parameter
 
 from comfyui_pcpo import plot
-from comfyui_pcpo.reward.base import RewardError
+from comfyui_pcpo.reward.base import RewardError, RewardSettings
 
 from .align import RunError
 from .benchmark import benchmark
 from .cli_evaluation import COMMANDS
-from .cli_progress import Bar, follow
+from .cli_progress import Bar, Stopped, follow
 from .config import Config, ConfigError, Section
-from .options import load, parse_overrides, without_effect
+from .options import dump, load, parse_overrides, tomllib, without_effect
 from .run import RunFolder
+
+
+def version() -> str:
+    """The installed package's, or that of the pyproject.toml above this folder."""
+    try:
+        return metadata.version("comfyui-pcpo")
+    except metadata.PackageNotFoundError:
+        project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+
 
 app = App(
     name="python -m trainer",
+    version=version,
+    default_parameter=Parameter(negative=()),  # no --no-json, no --empty-prompt
     suppress_keyboard_interrupt=False,  # `main` answers it
     help="Align text-to-image models to a reward with proportionate credit (PCPO).",
 )
@@ -53,7 +67,10 @@ def main(tokens: list[str] | None = None) -> int:
         return 2
     except CycloptsError:  # printed already, with the nearest name
         return 2
+    except Stopped:
+        return 130
     except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
         return 130
     return 0
 
@@ -80,13 +97,26 @@ def describe(section: type[Section] = Config, prefix: str = "") -> Iterator[str]
             yield f"\n[{name}]"
             yield from describe(kind, f"{name}.")
         else:
-            default = "" if field.default is None else f" [{field.default}]"
-            yield f"  --{(prefix + name).replace('_', '-'):<34}{field.description}{default}"
+            default = "" if field.default is None else f" [{as_toml(field.default)}]"
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
+            either = f" One of {', '.join(choices)}." if choices else ""
+            yield f"  --{(prefix + name).replace('_', '-'):<34}{field.description}{either}{default}"
+
+
+def as_toml(value: Any) -> str:
+    """A value as it is written in a configuration file."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {as_toml(v)}" for name, v in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    return f'"{value}"' if isinstance(value, str | Path) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @app.command
 def train(*tokens: Tokens) -> None:
-    """Train a LoRA: `train sd15.toml --rollout.group-size 16 --run.name cats`."""
+    """Train a LoRA: `train configs/tiny-flow.toml --rollout.group-size 16 --run.name foxes`."""
     from .train import start_run
 
     resolved = _config(list(tokens))
@@ -124,26 +154,48 @@ def options() -> None:
 @app.command
 def check(*tokens: Tokens) -> None:
     """Show the resolved configuration, its arithmetic and its memory; exit status 2 where something is missing."""
-    from .budget import budget
-    from .diffusers_policy import pick_device
-    from .options import dump
-    from .train import make_policy, read_rewards
+    from .budget import arithmetic, budget
+    from .train import make_policy
 
     resolved = _config([token for token in tokens if token != "--json"])
-    prompts = resolved.prompts.read()
-    read_rewards(resolved)
-    pick_device(resolved.model.device)
-    # sizes are the same on every device, and on the CPU checking cannot run out of a GPU's memory
-    there = resolved.model_copy(update={"model": resolved.model.model_copy(update={"device": "cpu"})})
-    found = budget(make_policy(there), resolved)
-    if "--json" in tokens:
-        print(
-            json.dumps({"config": resolved.model_dump(mode="json"), "budget": asdict(found), "prompts": len(prompts)})
-        )
-        return
-    print(dump(resolved))
-    print(f"{len(prompts)} prompts to draw from")
-    print("\n".join(found.lines(resolved)))
+    as_json, found, prompts = "--json" in tokens, None, []
+    missing = [str(error) for error in without(resolved)]
+    if not as_json:
+        print(dump(resolved))
+        print("\n".join(arithmetic(resolved)))
+    try:
+        prompts = resolved.prompts.read()
+        # sizes are the same on every device, and on the CPU checking cannot run out of a GPU's memory
+        there = resolved.model_copy(update={"model": resolved.model.model_copy(update={"device": "cpu"})})
+        found = budget(make_policy(there), resolved)
+    except ConfigError as error:
+        missing.append(str(error))
+    if as_json:
+        tree = {"config": resolved.model_dump(mode="json"), "prompts": len(prompts), "missing": missing}
+        print(json.dumps(tree | {"budget": None if found is None else asdict(found)}))
+    elif found is not None:
+        print(f"{len(prompts)} prompts to draw from")
+        print("\n".join(found.lines(resolved)))
+    if missing:
+        raise ConfigError("\nerror: ".join(dict.fromkeys(missing)))
+
+
+def without(config: Config) -> Iterator[ConfigError]:
+    """What this computer lacks for a run: files of rewards, a GPU."""
+    from .diffusers_policy import pick_device
+    from .train import WEIGHTS, make_reward, reward_settings
+
+    try:
+        pick_device(config.model.device)
+        settings = reward_settings(config)
+    except ConfigError as error:
+        yield error
+        settings = RewardSettings(config.reward.folder or WEIGHTS)
+    for name in (*config.reward.weights, *config.reward.held_out):
+        try:
+            make_reward(name, settings).to("cpu").load()
+        except (ConfigError, RewardError) as error:
+            yield ConfigError(str(error))
 
 
 @app.command
@@ -198,7 +250,7 @@ def sample(
     cfg: float | None = None,
     noise_level: float = 0.0,
     images: int = 4,
-    out: Path = Path("samples.png"),
+    out: Path | None = None,
 ) -> None:
     """Make pictures with a run's LoRA, beside those without it, or with several LoRAs composed.
 
@@ -226,13 +278,16 @@ def sample(
     images
         Pictures per prompt.
     out
-        Picture file to write.
+        Picture file to write; samples.png, samples-2.png, ... if left out.
     """
     from .commands import Wish, sample_pictures
     from .sampling import Draw
 
     wish = Wish(prompt, guide or [], compare, negative, cfg)
-    sample_pictures(run, wish, Draw(seed, steps, noise_level, images)).save(out)
+    picture = sample_pictures(run, wish, Draw(seed, steps, noise_level, images))
+    out = out or Path(_free_name(Path(), "samples", ".png"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out)
     print(out.resolve())
 
 
@@ -296,11 +351,10 @@ def _config(tokens: list[str]) -> Config:
     return config
 
 
-def _free_name(folder: Path, name: str) -> str:
-    taken = 1
-    while (folder / (name if taken == 1 else f"{name}-{taken}")).exists():
-        taken += 1
-    return name if taken == 1 else f"{name}-{taken}"
+def _free_name(folder: Path, name: str, end: str = "") -> str:
+    """NAME, NAME-2, ...: the first that is not there yet."""
+    names = itertools.chain([name + end], (f"{name}-{n}{end}" for n in itertools.count(2)))
+    return next(found for found in names if not (folder / found).exists())
 
 
 def _plus(config: Config) -> str:

@@ -115,7 +115,7 @@ def score(
     /,
     *,
     prompt: str = "",
-    reward: list[str] | None = None,
+    reward: Several = (),
     folder: Path | None = None,
     device: str = "auto",
     precision: Literal["float32", "float16"] = "float32",
@@ -142,7 +142,7 @@ def score(
     """
     from .commands import score_pictures
 
-    rows = score_pictures(images, prompt, reward or ["alignment"], _settings(folder, device, precision))
+    rows = score_pictures(images, prompt, list(reward) or ["alignment"], _settings(folder, device, precision))
     if as_json:
         print(json.dumps(finite(rows)))
         return

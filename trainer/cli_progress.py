@@ -1,6 +1,7 @@
 """What a person sees of a run: a bar over each update's model calls, a line per update, the way on after Ctrl-C."""
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +12,17 @@ from .align import Update
 from .run import RunFolder
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C that has been answered in words."""
+
+
 class Bar:
-    """Progress over the model calls of each update; `tick` is given to the loop."""
+    """Progress over the model calls of each update; `tick` is given to the loop. A file gets the lines alone."""
 
     def __enter__(self) -> "Bar":
-        hide = int(os.environ.get("RANK", "0")) > 0
-        self.bar = tqdm(unit="call", desc="loading", leave=False, disable=hide, dynamic_ncols=True)
+        self.mute = int(os.environ.get("RANK", "0")) > 0
+        hide = self.mute or not sys.stderr.isatty()
+        self.bar = tqdm(unit=" model calls", desc="loading", leave=False, disable=hide, dynamic_ncols=True)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -42,11 +48,11 @@ def follow(folder: RunFolder, updates: Iterator[Update], total: int, bar: Bar, q
         for update in updates:
             bar.next(update, update.number, total)
             line = summary(update)
-            if not bar.bar.disable:
+            if not bar.mute:
                 folder.log(line)
                 bar.bar.write(line)
     except KeyboardInterrupt:
-        if bar.bar.disable:
+        if bar.mute:
             raise
         latest = folder.checkpoint() if folder.numbers() else None
         bar.bar.close()
@@ -54,11 +60,10 @@ def follow(folder: RunFolder, updates: Iterator[Update], total: int, bar: Bar, q
             print(f"\nstopped before the first update was finished; {folder.path} holds nothing to resume")
         else:
             print(f"\nstopped; saved as {latest.resolve()}\ngo on with: python -m trainer resume {folder.path}")
-        raise
-    spoken = not (quiet or bar.bar.disable)
+        raise Stopped from None
     bar.bar.close()
-    if spoken:
-        print(folder.lora_file.resolve())
+    if not (quiet or bar.mute):
+        print(f"{folder.curves_file.resolve()}\n{folder.lora_file.resolve()}")
 
 
 def summary(update: Update) -> str:

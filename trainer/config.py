@@ -1,9 +1,9 @@
 """The one configuration tree: a field's type, default, range and sentence serve the nodes, `--help` and the README."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class ConfigError(ValueError):
@@ -12,6 +12,14 @@ class ConfigError(ValueError):
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def one_or_more(value: Any) -> Any:
+    """A name alone is a list of one."""
+    return (value,) if isinstance(value, str) and value else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(one_or_more)]
 
 
 class ModelConfig(Section):
@@ -62,7 +70,7 @@ class ModelConfig(Section):
 
 
 class PromptsConfig(Section):
-    lines: tuple[str, ...] = Field(default=(), description="Prompts to train on.")
+    lines: Names = Field(default=(), description="Prompts to train on; a text or a list.")
     file: Path | None = Field(
         default=None, description="Text file, one prompt per line; lines that start with # are left out."
     )
@@ -131,10 +139,10 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     weights: dict[str, float] = Field(
         default={"alignment": 1.0},
-        description="Rewards to train on, each with its weight; module:Class names one of your own.",
+        description="Rewards to train on with their weights, or one name; module:Class names one of your own.",
     )
     standardise: bool = Field(default=True, description="Z-score each reward within its group before they are added.")
-    held_out: tuple[str, ...] = Field(default=(), description="Rewards that are measured and never trained on.")
+    held_out: Names = Field(default=(), description="Rewards that are measured and never trained on; a name or a list.")
     max_failed: float = Field(
         default=0.5, ge=0, le=1, description="Stop when a larger share of one update's scores failed."
     )
@@ -151,6 +159,11 @@ class RewardConfig(Section):
     offload: bool = Field(
         default=True, description="Rewards leave the GPU between rollouts; false saves the time that moving them takes."
     )
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def named(cls, value: Any) -> Any:
+        return {value: 1.0} if isinstance(value, str) and value else value
 
     @field_validator("weights")
     @classmethod

@@ -1,6 +1,7 @@
 """Where a configuration comes from and goes to: TOML files, `--section.field value` options, sentences for mistakes."""
 
 import difflib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def parse_overrides(tokens: list[str]) -> dict[str, Any]:
         given, equals, value = token[2:].partition("=")
         path = _key_path(given)
         if ".".join(path) not in keys and path[:-1] != ["reward", "weights"]:
-            raise ConfigError(f"unknown option --{given}. {nearest('.'.join(path))}")
+            near = nearest(".".join(path)).replace("Did you mean ", "Did you mean --").replace("_", "-")
+            raise ConfigError(f"unknown option --{given}. {near}")
         if not equals:
             if not rest:
                 raise ConfigError(f"--{given} has no value. Write it behind the option.")
@@ -71,7 +73,7 @@ def parse_overrides(tokens: list[str]) -> dict[str, Any]:
         node = tree
         for part in path[:-1]:
             node = node.setdefault(part, {})
-        node[path[-1]] = _toml_value(value)
+        node[path[-1]] = _value(value)
     return tree
 
 
@@ -85,12 +87,15 @@ class Whole(dict):
     """A table that was given as one value, `{a = 1}`: it replaces the one that it is laid on."""
 
 
-def _toml_value(text: str) -> Any:
-    try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
-    return Whole(value) if isinstance(value, dict) else value
+def _value(text: str) -> Any:
+    """A value as in TOML, or as in JSON, or the text itself."""
+    for read in (lambda: tomllib.loads(f"v = {text}")["v"], lambda: json.loads(text)):
+        try:
+            value = read()
+        except ValueError:
+            continue
+        return Whole(value) if isinstance(value, dict) else value
+    return text
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +157,8 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
             raise ConfigError(f"{path} is not TOML: {error}.") from None
         _resolve(tree, path.parent)
     _resolve(overrides or {}, Path())
-    return build(merge(tree, overrides or {}), str(path) if path else "options")
+    given = [str(path)] * (path is not None) + ["options"] * bool(overrides or path is None)
+    return build(merge(tree, overrides or {}), " and ".join(given))
 
 
 def _resolve(tree: dict[str, Any], folder: Path) -> None:
