@@ -6,7 +6,7 @@ import pytest
 
 from trainer.cli import main
 from trainer.config import Config, ConfigError
-from trainer.options import build, dump, known_keys, load, parse_overrides, tomllib, without_effect
+from trainer.options import build, dump, known_keys, load, parse_overrides, tomllib, unknown_words, without_effect
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.toml"))
 
@@ -192,3 +192,10 @@ def test_a_text_alone_is_a_list_of_one():
 def test_a_mistake_in_an_option_is_not_blamed_on_the_file_alone():
     with pytest.raises(ConfigError, match=r"tiny-flow\.toml and options: run\.updates: .*'many'"):
         load(CONFIGS[0].with_name("tiny-flow.toml"), parse_overrides(["--run.updates", "many"]))
+
+
+def test_words_that_an_embedded_model_never_learned_are_named():
+    (sentence,) = unknown_words(build({"prompts": {"lines": ["a cat on a blue background", "two foxes"]}}, "test"))
+    assert sentence.startswith("emoji-flow does not know cat. It knows fox, panda")
+    assert unknown_words(build({"model": {"name": "sd"}, "prompts": {"lines": ["a cat"]}}, "test")) == []
+    assert unknown_words(load(CONFIGS[0].with_name("tiny-flow.toml"))) == []

@@ -22,7 +22,7 @@ from .benchmark import benchmark
 from .cli_evaluation import COMMANDS
 from .cli_progress import Bar, Stopped, follow
 from .config import Config, ConfigError, Section
-from .options import dump, load, parse_overrides, tomllib, without_effect
+from .options import dump, load, parse_overrides, tomllib, unknown_words, without_effect
 from .run import RunFolder
 
 
@@ -346,7 +346,7 @@ def _config(tokens: list[str]) -> Config:
     """The configuration that `[FILE] --section.field value ...` asks for."""
     path = Path(tokens.pop(0)) if tokens and not tokens[0].startswith("--") else None
     config = load(path, parse_overrides(tokens))
-    for sentence in without_effect(config):
+    for sentence in (*without_effect(config), *unknown_words(config)):
         print(f"note: {sentence}", file=sys.stderr)
     return config
 

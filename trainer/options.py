@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from comfyui_pcpo.forward_process import FORWARD
+from comfyui_pcpo.tiny.captions import OBJECTS, VOCABULARY
+from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
 from .config import Config, ConfigError
 
@@ -143,6 +146,16 @@ def without_effect(config: Config) -> list[str]:
         return getattr(getattr(config, section), name) != getattr(getattr(plain, section), name)
 
     return [f"{key} has no effect, because {why}." for key, (is_idle, why) in idle.items() if is_idle and changed(key)]
+
+
+def unknown_words(config: Config) -> list[str]:
+    """A sentence where prompts of an embedded model hold words that it never learned; it stops reading there."""
+    if config.model.name not in EMBEDDED:
+        return []
+    words = {word for line in config.prompts.lines for word in re.findall(r"[a-z]+", line.lower())}
+    strange = sorted(words - set(VOCABULARY))
+    known = f"It knows {', '.join(OBJECTS)}."
+    return [f"{config.model.name} does not know {', '.join(strange)}. {known}"] if strange else []
 
 
 def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
