@@ -97,10 +97,7 @@ CORE = ("ppo", "log-hinge", "pcpo", "pcpo-paper", "pcpo-uniform", "tempflow", "a
 
 @dataclass(frozen=True)
 class Form:
-    """How much is run. Tasks are pairs of recipe and reward, in the order in which they are done.
-
-    A recipe's settings are chosen on the first of its tasks and hold for its other rewards: advantages have no scale.
-    """
+    """How much is run. Tasks are pairs of recipe and reward, in the order in which they are done."""
 
     tasks: tuple[tuple[str, str], ...]
     contenders: tuple[str, ...]
@@ -146,9 +143,9 @@ FORMS = {
     "medium": Form(
         tasks=(
             ("flow-grpo", "colorfulness"),
-            ("dance-ddim", "colorfulness"),
             ("flow-grpo", "alignment"),
             ("flow-grpo", "polish"),
+            ("dance-ddim", "colorfulness"),
             ("flow-grpo", "jpeg_compressibility"),
             ("dance-sde", "colorfulness"),
             ("ddpo", "colorfulness"),

@@ -53,11 +53,6 @@ def tasks(form: Form) -> list[Task]:
     return [Task(*pair) for pair in form.tasks]
 
 
-def tuned(form: Form) -> list[Task]:
-    """The first task of every recipe: where its settings are chosen."""
-    return list({task.recipe: task for task in reversed(tasks(form))}.values())[::-1]
-
-
 def competing(form: Form, task: Task) -> list[str]:
     """The contenders that exist for the task's kind of model."""
     kind = RECIPES[task.recipe].kind
@@ -70,16 +65,10 @@ def settings(form: Form, contender: str) -> list[Setting]:
     return [(rate, clip) for rate in form.learning_rates for clip in clips]
 
 
-def tuned_for(form: Form, task: Task) -> Task:
-    """The task that settings were chosen on which `task` takes over."""
-    return next(first for first in tuned(form) if first.recipe == task.recipe)
-
-
 def tuning_cells(form: Form, task: Task) -> list[Cell]:
-    """The runs that a task's settings are chosen by, which tasks of one recipe share."""
-    first = tuned_for(form, task)
+    """The runs that a task's settings are chosen by."""
     return [
-        Cell(first, contender, *setting, seed)
+        Cell(task, contender, *setting, seed)
         for contender in competing(form, task)
         for setting in settings(form, contender)
         for seed in form.tuning_seeds
@@ -130,12 +119,12 @@ def choose(form: Form, task: Task, out: Path) -> dict[str, Setting] | None:
 
     The area under the curve, not its end: it asks for speed, as the paper does, and no single examination decides.
     """
-    chosen, first = {}, tuned_for(form, task)
+    chosen = {}
     for contender in competing(form, task):
         options = settings(form, contender)
         means: dict[Setting, float] = {}
         for setting in options if form.tuning_seeds else ():
-            found = [read_result(Cell(first, contender, *setting, seed), form, out) for seed in form.tuning_seeds]
+            found = [read_result(Cell(task, contender, *setting, seed), form, out) for seed in form.tuning_seeds]
             if None in found:
                 return None
             means[setting] = sum(area(r["updates"], r["gains"]) for r in found if r) / len(found)

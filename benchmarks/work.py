@@ -11,7 +11,7 @@ from trainer.run import RunFolder
 
 from .cell import Say, run_cell
 from .contenders import Form
-from .grid import Cell, choose, competing, read_result, reported_cells, tasks, tuned, tuning_cells
+from .grid import Cell, choose, competing, read_result, reported_cells, tasks, tuning_cells
 
 WAIT = 5.0  # seconds between two looks at work that others are doing
 T = TypeVar("T")
@@ -65,9 +65,9 @@ def run_if_free(cell: Cell, form: Form, out: Path, say: Say) -> bool:
 
 def progress(form: Form, out: Path) -> tuple[int, int]:
     """(finished cells, all cells)."""
-    cells, unknown = [cell for task in tuned(form) for cell in tuning_cells(form, task)], 0
+    cells, unknown = [], 0
     for task in tasks(form):
         chosen = choose(form, task, out)
-        cells += reported_cells(form, task, chosen or {})
+        cells += [*tuning_cells(form, task), *reported_cells(form, task, chosen or {})]
         unknown += 0 if chosen else len(form.seeds) * len(competing(form, task))
     return sum(read_result(cell, form, out) is not None for cell in cells), len(cells) + unknown

@@ -170,7 +170,7 @@ generators train on them while the autoencoder learns to match it. The commands,
     python -m comfyui_pcpo.tiny.make eps     --work build/tiny --minutes 60
     python -m comfyui_pcpo.tiny.make card    --work build/tiny
 
-Minutes are wall-clock, three stages at a time on two busy cores. The shipped weights were trained in two or three
+Minutes are wall-clock, with three stages at a time on two cores. The shipped weights were trained in two or three
 pieces (`--go-on`) that add up to these minutes. They are stored as float16 and run in float32.
 
 Licence: Apache-2.0, as the rest of the project. The glyphs that the models imitate are Google's Noto Color Emoji.
