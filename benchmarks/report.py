@@ -49,8 +49,8 @@ at commit {", ".join(commits) or "-"}. Every run: {size}, {form.steps} denoising
 Learning rate (out of {rates}) and clip range (out of {clips}) were chosen for each contender and task by its mean gain
 on the way in {form.tuning_updates} updates on seeds {_list(form.tuning_seeds)}, which are not reported.
 Reported are seeds {_list(form.seeds)}. With the same seed all contenders see the same prompts and noise.
-Every {form.every} updates, and before the first, comes an exam: {exam} pictures of the same noise, sampled without noise
-(ODE). Gains are in standard deviations of the base model's rewards on these pictures. Brackets are 95 % bootstrap
+Every {form.every} updates, and before the first, comes an exam: {exam} pictures of the same noise, sampled without
+noise (ODE). Gains are in standard deviations of the base model's rewards on these pictures. Brackets are 95 % bootstrap
 intervals over seeds unless said otherwise. tempflow and guard are one credit (docs/paper.md). Tiny FD is taken from
 {exam} pictures to {form.reference}, in emoji-align's features: compare it within a table only."""
 

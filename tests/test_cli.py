@@ -280,3 +280,11 @@ def test_sampling_twice_keeps_both_pictures(run, tmp_path, monkeypatch, capsys):
 def test_the_version_is_the_packages(capsys):
     assert main(["--version"]) == 0
     assert re.fullmatch(r"\d+\.\d+\.\d+", capsys.readouterr().out.strip()) and version() != "0.0.0"
+
+
+def test_a_misspelt_embedded_model_gets_the_nearest(capsys):
+    assert main(["sample", "emoji-flw", "--prompt", "a fox"]) == 2
+    assert "emoji-flow" in capsys.readouterr().err
+    assert main(["check", "--model.name", "emoji-flw", "--prompts.lines", "a fox"]) == 2
+    error = capsys.readouterr().err
+    assert "Did you mean emoji-flow?" in error and "stacktrace" not in error and len(error) < 600

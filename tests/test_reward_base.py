@@ -140,3 +140,8 @@ def test_combinations_that_mean_nothing_are_refused():
         CombinedReward([First()], [1.0, 2.0])
     with pytest.raises(RewardError, match="each may come once"):
         CombinedReward([First(), First()], [1.0, 2.0])
+
+
+def test_a_misspelt_name_gets_the_nearest():
+    with pytest.raises(RewardError, match=r"'colorfullness' is none of \d+ rewards\. Did you mean colorfulness\?"):
+        load_reward("colorfullness")

@@ -127,5 +127,5 @@ def test_headless_configurations_name_a_class():
 
 @pytest.mark.parametrize("name", ["comfyui_pcpo.reward.jpeg:JpegCompressibility", "../mine", "http://127.0.0.1"])
 def test_a_name_is_never_code_nor_path_nor_address(name):
-    with pytest.raises(RewardError, match="Use one of"):
+    with pytest.raises(RewardError, match="is none of"):
         load_reward(name)

@@ -139,6 +139,8 @@ def picture_files(folder: Path) -> list[Path]:
 
 def read_picture(file: Path) -> Tensor:
     """A picture turned as its EXIF says, float (1, H, W, 3) in [0, 1]. Raises ConfigError that names a broken one."""
+    if not file.is_file():
+        raise ConfigError(f"{file} does not exist. Give a picture, or a folder with some.")
     try:
         with Image.open(file) as picture:
             pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"), np.float32)

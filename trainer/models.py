@@ -1,5 +1,6 @@
 """Loads a diffusers pipeline: the embedded models, a checkpoint file, a local folder, or a hub name."""
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,10 @@ def _not_loaded(name: str, base: str | None, error: Exception) -> str:
             "encoders, VAE and configuration), set model.config to a folder or hub name of such a pipeline."
             + (f" It is {base} now." if base else "")
         )
+    near = difflib.get_close_matches(name, pipelines.EMBEDDED, 1)
+    guess = f"Did you mean {near[0]}? " if near else ""
+    why = str(error).split(". ")[0]  # what follows is advice for programmers
     return (
-        f"model.name {name} could not be loaded: {error}. Use {', '.join(pipelines.EMBEDDED)}, a .safetensors "
+        f"model.name {name} could not be loaded: {why}. {guess}Use {', '.join(pipelines.EMBEDDED)}, a .safetensors "
         "checkpoint, a folder that save_pretrained wrote, or a name on the hub that this computer has or can download."
     )

@@ -1,5 +1,6 @@
 """Rewards by name. Making one costs nothing; weights are read by `load` or by the first `score`, never downloaded."""
 
+import difflib
 from pathlib import Path
 
 from comfyui_pcpo.reward.aesthetic import Aesthetic
@@ -68,7 +69,9 @@ def load_reward(name: str, settings: RewardSettings | None = None, user_folder: 
     """The reward called `name`, its weights not read yet."""
     classes = REWARDS if name in REWARDS else available(user_folder)
     if name not in classes:
-        raise RewardError(f"{name!r} is none of {len(classes)} rewards. Use one of {', '.join(sorted(classes))}.")
+        near = difflib.get_close_matches(name, classes, 1)
+        guess = f"Did you mean {near[0]}? " if near else ""
+        raise RewardError(f"{name!r} is none of {len(classes)} rewards. {guess}There are {', '.join(sorted(classes))}.")
     return classes[name](settings)
 
 
