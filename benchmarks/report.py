@@ -97,9 +97,13 @@ def task_part(found: Found, form: Form, pictures: Path, where: str) -> str:
     goal = best_goal(found)
     alone = [CONTENDERS[n].title for n, runs in found.runs.items() if len(runs) < len(form.seeds)]
     notes = [f"Not all seeds are finished for {', '.join(alone)}."] if alone else []
-    edge = [CONTENDERS[n].title for n in found.runs if found.chosen[n][0] == max(form.learning_rates)]
-    if edge and len(form.learning_rates) > 1:
-        notes.append(f"Chosen at the upper end of the learning rates, so more might be better: {', '.join(edge)}.")
+    rates = form.learning_rates
+    for end, rate, side in (("upper", max(rates), "more"), ("lower", min(rates), "less")):
+        edge = [CONTENDERS[n].title for n in found.runs if found.chosen[n][0] == rate]
+        if edge and len(rates) > 1:
+            notes.append(
+                f"Chosen at the {end} end of the learning rates, so {side} might be better: {', '.join(edge)}."
+            )
     return "\n\n".join(
         [
             f"## {tables.describe(found.task)}",

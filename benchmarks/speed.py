@@ -14,6 +14,7 @@ from PIL import Image
 
 from comfyui_pcpo.figure import Line, Panel, figure
 from trainer.align import Job, Update, align
+from trainer.cli import quieten
 from trainer.config import Config
 from trainer.learner import make_learner
 from trainer.options import build, merge
@@ -117,6 +118,7 @@ def peak(device: torch.device) -> float:
 
 def child(model: str, axis: str, value: int, file: Path) -> None:
     """One measurement in a process of its own, whose peak memory is then its own too."""
+    quieten()
     torch.set_num_threads(1)
     row = {"model": model, "axis": axis, "value": value, **measure(config_of(model, axis, value))}
     temporary = file.with_suffix(".tmp")
