@@ -22,8 +22,9 @@ def report(form_name: str, form: Form, out: Path, folder: Path, pictures: Path) 
     parts = [setup(form_name, form, found)]
     for task in found:
         parts.append(task_part(task, form, pictures, where))
-    if found:
-        parts.insert(1, overall(found, pictures, where))
+    whole = [task for task in found if all(len(runs) == len(form.seeds) for runs in task.runs.values())]
+    if whole:
+        parts.insert(1, overall(whole, pictures, where))
     chosen = tuning_part(form, out)
     parts += [
         part for part in (chosen, guidance.report(out, pictures, where), speed.report(out, pictures, where)) if part
@@ -68,8 +69,8 @@ def tuning_part(form: Form, out: Path) -> str:
 
 
 def overall(found: Sequence[Found], pictures: Path, where: str) -> str:
-    """All contenders against native PPO and against PCPO, over all tasks."""
-    parts = ["## All tasks together"]
+    """All contenders against native PPO and against PCPO, over the tasks of which every seed is finished."""
+    parts = ["## All finished tasks together", "; ".join(tables.describe(task.task) for task in found) + "."]
     groups = []
     for task in found:
         effects = mixed(task.rows("gain"), tables.REFERENCES[0]).effects
