@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -21,8 +21,8 @@ from .align import RunError
 from .benchmark import benchmark
 from .cli_evaluation import COMMANDS
 from .cli_progress import Bar, Stopped, follow
-from .config import Config, ConfigError, Section
-from .options import dump, load, parse_overrides, tomllib, unknown_words, without_effect
+from .config import Config, ConfigError
+from .options import describe, dump, load, parse_overrides, tomllib, unknown_words, without_effect
 from .run import RunFolder
 
 
@@ -87,31 +87,6 @@ def quieten() -> None:
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-def describe(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
-    """One line per option: name, default, sentence."""
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield f"\n[{name}]"
-            yield from describe(kind, f"{name}.")
-        else:
-            default = "" if field.default is None else f" [{as_toml(field.default)}]"
-            choices = get_args(kind) if get_origin(kind) is Literal else ()
-            either = f" One of {', '.join(choices)}." if choices else ""
-            yield f"  --{(prefix + name).replace('_', '-'):<34}{field.description}{either}{default}"
-
-
-def as_toml(value: Any) -> str:
-    """A value as it is written in a configuration file."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name} = {as_toml(v)}" for name, v in value.items()) + "}"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(as_toml, value)) + "]"
-    return f'"{value}"' if isinstance(value, str | Path) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @app.command

@@ -16,7 +16,7 @@ from comfyui_pcpo.rollout import derive_seed
 
 from .config import ConfigError
 from .diffusers_policy import denoiser_of, module_names
-from .measure import PICTURES, read_picture
+from .measure import PICTURES, pictures_in, read_picture
 from .models import load_pipeline
 from .options import dump
 from .run import RunFolder, read_lora
@@ -61,7 +61,7 @@ def sample_pictures(source: str, wish: Wish, draw: Draw) -> Image.Image:
 
 def score_pictures(path: Path, prompt: str, rewards: list[str], settings: RewardSettings) -> list[dict[str, Any]]:
     """Each picture's scores, best by the first reward first; a score that failed is NaN and comes last."""
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
+    files = pictures_in(path) if path.is_dir() else [path]
     if not files:
         raise ConfigError(f"{path} holds 0 pictures ({', '.join(PICTURES)}). Give a folder with some, or one picture.")
     judges = {name: make_reward(name, settings) for name in rewards}

@@ -126,9 +126,14 @@ def pairwise(network: Lpips, images: Tensor, group: int) -> list[Tensor]:
     return [network.pairwise(part.to(device)).cpu() for part in images.split(group)]
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures in a folder and below it, by name."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+
+
 def picture_files(folder: Path) -> list[Path]:
     """The pictures in a folder and below it. Raises ConfigError where there are fewer than 2."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES) if folder.is_dir() else []
+    files = pictures_in(folder) if folder.is_dir() else []
     if len(files) < 2:
         raise ConfigError(
             f"--reference {folder} holds {len(files)} pictures ({', '.join(PICTURES)}), but a distance needs 2 or "

@@ -4,8 +4,9 @@ import difflib
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -13,7 +14,7 @@ from comfyui_pcpo.forward_process import FORWARD
 from comfyui_pcpo.tiny.captions import OBJECTS, VOCABULARY
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
-from .config import Config, ConfigError
+from .config import Config, ConfigError, Section
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,6 +32,31 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
         else:
             keys.append(f"{prefix}{name}")
     return keys
+
+
+def describe(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
+    """One line per option: name, default, sentence."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield f"\n[{name}]"
+            yield from describe(kind, f"{name}.")
+        else:
+            default = "" if field.default is None else f" [{as_toml(field.default)}]"
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
+            either = f" One of {', '.join(choices)}." if choices else ""
+            yield f"  --{(prefix + name).replace('_', '-'):<34}{field.description}{either}{default}"
+
+
+def as_toml(value: Any) -> str:
+    """A value as it is written in a configuration file."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {as_toml(v)}" for name, v in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    return f'"{value}"' if isinstance(value, str | Path) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def nearest(key: str) -> str:
