@@ -6,7 +6,7 @@ from pathlib import Path
 from . import figures, guidance, speed, tables
 from .collect import GOALS, Found, collect
 from .contenders import CONTENDERS, PROMPTS, Form
-from .grid import tasks
+from .grid import KEEPS, tasks
 from .statistics import mixed
 
 LINE = "<!-- below: python -m trainer benchmark --part report; what is above this line is kept -->"
@@ -48,7 +48,8 @@ def setup(form_name: str, form: Form, found: Sequence[Found]) -> str:
 
 at commit {", ".join(commits) or "-"}. Every run: {size}, {form.steps} denoising steps, LoRA of rank 8, no guidance.
 Learning rate (out of {rates}) and clip range (out of {clips}) were chosen for each contender and task by its mean gain
-on the way in {form.tuning_updates} updates on seeds {_list(form.tuning_seeds)}, which are not reported.
+on the way in {form.tuning_updates} updates on seeds {_list(form.tuning_seeds)}, which are not reported, among the
+settings that keep at least {100 * KEEPS:.0f} % of the base model's right objects at every exam.
 Reported are seeds {_list(form.seeds)}. With the same seed all contenders see the same prompts and noise.
 Every {form.every} updates, and before the first, comes an exam: {exam} pictures of the same noise, sampled without
 noise (ODE). Gains are in standard deviations of the base model's rewards on these pictures. Brackets are 95 % bootstrap
@@ -64,7 +65,10 @@ def tuning_part(form: Form, out: Path) -> str:
     """How much each setting gave, task by task; empty where nothing was tuned."""
     found = {tables.describe(task): tables.tuning(form, task, out) for task in tasks(form)}
     parts = [f"{name}:\n\n{text}" for name, text in found.items() if text]
-    seeds = f"By learning rate and clip range, on tuning seeds {_list(form.tuning_seeds)} only; bold was chosen."
+    seeds = (
+        f"By learning rate and clip range, on tuning seeds {_list(form.tuning_seeds)} only; bold was chosen. "
+        f"In brackets what a setting kept of the base model's right objects, where less than {100 * KEEPS:.0f} %."
+    )
     return "\n\n".join(["## Settings", seeds, *parts]) if parts else ""
 
 

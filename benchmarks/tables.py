@@ -8,8 +8,8 @@ import numpy as np
 
 from .collect import GOALS, Found, Run, by_step, pairs
 from .contenders import BASELINE, CONTENDERS, OURS, RECIPES, Form
-from .grid import Setting, Task, choose, competing, finished, tuning_cells
-from .statistics import Interval, Mixed, area, bootstrap, holm, mean, median, mixed, sign_flip
+from .grid import Setting, Task, choose, competing, tried
+from .statistics import Interval, Mixed, bootstrap, holm, mean, median, mixed, sign_flip
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -35,20 +35,20 @@ def _over(runs: Sequence[Run], of: Callable[[Run], float], statistic=mean) -> In
 
 def tuning(form: Form, task: Task, out: Path) -> str:
     """Mean gain on the way on the tuning seeds by setting, the chosen one in bold; empty where none is finished."""
-    found: dict[tuple[str, Setting], list[float]] = {}
-    for cell, result in finished(tuning_cells(form, task), form, out):
-        found.setdefault((cell.contender, (cell.learning_rate, cell.clip_range)), []).append(
-            area(result["updates"], result["gains"])
-        )
-    if not found:
+    names = competing(form, task)
+    found = {name: tried(form, task, name, out) for name in names}
+    if not any(found.values()):
         return ""
-    every, chosen, rows = [(r, c) for r in form.learning_rates for c in form.clip_ranges], choose(form, task, out), []
-    for name in competing(form, task):
-        cells = [number(float(np.mean(found.get((name, setting), [math.nan])))) for setting in every]
-        if chosen:
-            place = every.index(chosen[name])
-            cells[place] = f"**{cells[place]}**"
-        rows.append([CONTENDERS[name].title, *cells])
+    every, chosen = [(r, c) for r in form.learning_rates for c in form.clip_ranges], choose(form, task, out) or {}
+
+    def cell(name: str, setting: Setting) -> str:
+        one = found[name].get(setting)
+        if one is None:
+            return "-"
+        text = number(one.gain) if one.keeps else f"{number(one.gain)} ({100 * one.kept:.0f} %)"
+        return f"**{text}**" if chosen.get(name) == setting else text
+
+    rows = [[CONTENDERS[name].title, *(cell(name, setting) for setting in every)] for name in names]
     return table(["mean gain on the way", *(f"{rate:g}, {clip:g}" for rate, clip in every)], rows)
 
 

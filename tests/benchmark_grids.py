@@ -20,11 +20,13 @@ def small(**changes: object) -> Form:
     return dataclasses.replace(FORMS["quick"], **{**tiny, **sizes, **changes})
 
 
-def write(cell: Cell, form: Form, out, gain: float) -> None:
+def write(cell: Cell, form: Form, out, gain: float, kept: float = 1.0) -> None:
+    """A finished cell on a straight line to `gain`, with a share `kept` of right objects at its end."""
     folder = cell.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     same = {"fd_base": 100.0, "fd_drawn": 200.0, "diversity": 0.1, "object": 1.0, "count": 1.0, "alignment": 0.5}
     rows = [{"update": u, **same, "fd_base": 100 + u} for u in (0, 5, 10)]
+    rows[-1]["object"] = kept
     result = {
         "updates": [0, 5, 10],
         "gains": [0, gain / 2, gain],
