@@ -151,7 +151,7 @@ FORMS = {
             ("ddpo", "colorfulness"),
         ),
         contenders=CORE,
-        learning_rates=(2e-3, 5e-3, 1.2e-2),
+        learning_rates=(2e-3, 5e-3, 8e-3, 1.2e-2),
         clip_ranges=(1e-3, 5e-3),
         tuning_seeds=(100,),
         tuning_updates=12,
@@ -167,7 +167,7 @@ FORMS = {
     "full": Form(
         tasks=tuple((recipe, reward) for reward in REWARDS for recipe in RECIPES),
         contenders=tuple(CONTENDERS),
-        learning_rates=(1e-3, 2e-3, 5e-3, 1.2e-2),
+        learning_rates=(1e-3, 2e-3, 5e-3, 8e-3, 1.2e-2),
         clip_ranges=(3e-4, 1e-3, 5e-3),
         tuning_seeds=(100, 101),
         tuning_updates=40,
