@@ -61,7 +61,8 @@ class Contender:
     clips: bool = True  # whether the clip range matters to it
 
 
-# tempflow and guard are one credit (w s = |B|, see docs/paper.md), so one of them competes.
+# tempflow and guard are one credit (w s = |B|, see docs/paper.md), so one of them competes. Guard divided by dt differs
+# from it where dt is uneven: on flow grids, not on ddim's.
 # The paper's w* = 4.5 at 50 steps is 4.5 / 3.2748 of the smallest w* there; other step counts keep that proportion.
 CONTENDERS = {
     "ppo": Contender("native PPO", {"name": "ppo", "credit": "native"}),
@@ -78,6 +79,7 @@ CONTENDERS = {
         "PCPO, uniform sigma", {"name": "log_hinge", "credit": "proportionate"}, {"sigma": "uniform"}, "ddim", 1.0
     ),
     "tempflow": Contender("tempflow = guard", {"name": "ppo", "credit": "tempflow"}),
+    "guard-dt": Contender("guard / dt", {"name": "ppo", "credit": "guard_dt"}, kind="flow"),
     "awm": Contender("AWM", {"name": "awm"}, {"noise_level": 0.0, "shared_noise": False}),
     "nft": Contender("DiffusionNFT", {"name": "nft"}, {"noise_level": 0.0, "shared_noise": False}, clips=False),
     "window": Contender("native PPO, SDE window", {"name": "ppo", "credit": "native"}, {"sde_window": 3}, "flow"),

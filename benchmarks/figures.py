@@ -37,6 +37,7 @@ LOOKS: dict[str, tuple[int, Style]] = {
     "pcpo-paper": (0, "dashed"),
     "pcpo-uniform": (0, "points"),
     "tempflow": (2, "line"),
+    "guard-dt": (2, "dashed"),
     "awm": (3, "line"),
     "nft": (4, "line"),
     "window": (6, "dashed"),
@@ -122,7 +123,8 @@ def health(found: Found) -> Image.Image:
         Panel("Unsteadiness of the gradient norm", axis, "std / mean over updates", steps("grad_norm", _unsteadiness)),
     ]
     logs = ("Taylor error per step", "Gradient norm", "Gradient norm per step")
-    return figure([replace(p, log_y=p.title in logs) for p in panels], columns=3, size=SIZE)
+    panels = [replace(p, log_y=True, note="log axis") if p.title in logs else p for p in panels]
+    return figure(panels, columns=3, size=SIZE)
 
 
 def matched(found: Found) -> Image.Image:

@@ -1,9 +1,11 @@
 """Two rewards at inference: implicit reward guidance against summing LoRA weights and against training on both."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -17,15 +19,34 @@ from trainer.source import read_pairs
 
 from .cell import Say, commit, read_json, run_examined, write_json
 from .contenders import CONTENDERS, OURS, PROMPTS, RECIPES, Form
-from .grid import Cell, Task, cell_config, choose, require_same
+from .grid import Cell, Setting, Task, cell_config, choose, require_same
 from .measure import EXAM, make_examiner
-from .tables import number, table
+from .statistics import bootstrap
+from .tables import limits, table
 from .work import if_free, share
 
-FIRST, SECOND = "colorfulness", "jpeg_compressibility"
+Weights = tuple[float, float]
+Row = dict[str, Any]
+
+FIRST, SECOND = "colorfulness", "polish"
 RECIPE = "flow-grpo"
-MIXES = ((1.0, 0.0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.0, 1.0))
+MIXES: tuple[Weights, ...] = ((1.0, 0.0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.0, 1.0))
+BEYOND: tuple[Weights, ...] = ((1.0, 1.0),)  # composed only: there is nothing to train that it would be compared with
 TITLES = {"irg": "IRG", "sum": "LoRA weights summed", "both": "trained on both"}
+SEEDS = 3  # of the form's reported seeds
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One run of PCPO on a weighted pair of rewards."""
+
+    weights: Weights
+    seed: int
+
+
+def mixes(form: Form) -> list[Mix]:
+    """Seed after seed, so that what was stopped has whole fronts."""
+    return [Mix(weights, seed) for seed in form.seeds[:SEEDS] for weights in MIXES]
 
 
 def run(form: Form, out: Path, say: Say) -> None:
@@ -34,7 +55,7 @@ def run(form: Form, out: Path, say: Say) -> None:
     if file.is_file():
         return
     share(
-        lambda: [mix for mix in MIXES if examined(mix_config(mix, form, out)) is None],
+        lambda: [mix for mix in mixes(form) if examined(mix_config(mix, form, out)) is None],
         lambda mix: train_if_free(mix, form, out, say),
     )
     share(
@@ -46,11 +67,17 @@ def join(file: Path, form: Form, out: Path, say: Say) -> None:
     """Write every point of the front, unless another process did in the meantime."""
     if file.is_file():
         return
-    configs = [mix_config(mix, form, out) for mix in MIXES]
-    trained = [examined(config) or [] for config in configs]
-    rows = [{"way": "both", "weights": mix, **found[-1]} for mix, found in zip(MIXES, trained, strict=True)]
-    rows += compose(configs[0], [folder_of(config).lora_file for config in (configs[0], configs[-1])], form, out)
-    write_json(file, {"before": trained[0][0], "rows": rows, "commit": commit()})
+    before, rows = None, []
+    for mix in mixes(form):
+        trained = examined(mix_config(mix, form, out)) or []
+        before = before or trained[0]
+        rows.append({"way": "both", "weights": mix.weights, "seed": mix.seed, **trained[-1]})
+    for seed in form.seeds[:SEEDS]:
+        ends = [mix_config(Mix(weights, seed), form, out) for weights in (MIXES[0], MIXES[-1])]
+        found = compose(ends[0], [folder_of(config).lora_file for config in ends], form, out)
+        rows += [{"seed": seed, **row} for row in found]
+    setting = mix_setting(form, out)
+    write_json(file, {"before": before, "rows": rows, "setting": setting, "commit": commit()})
     say(f"guidance: {len(rows)} points of the front in {file}")
 
 
@@ -58,7 +85,7 @@ def folder_of(config: Config) -> RunFolder:
     return RunFolder(config.run.folder / config.run.name)
 
 
-def examined(config: Config) -> list[dict[str, Any]] | None:
+def examined(config: Config) -> list[Row] | None:
     """The examinations of a finished mix, None while it is not. Raises ConfigError where it was another run."""
     folder = folder_of(config)
     rows = read_json(folder.path / "rows.json", None)
@@ -67,36 +94,43 @@ def examined(config: Config) -> list[dict[str, Any]] | None:
     return rows
 
 
-def train_if_free(mix: tuple[float, float], form: Form, out: Path, say: Say) -> bool:
-    """PCPO on a weighted pair of rewards, at the setting that the convergence part chose if it is there."""
+def train_if_free(mix: Mix, form: Form, out: Path, say: Say) -> bool:
+    """PCPO on a weighted pair of rewards; whether this process did it."""
     config = mix_config(mix, form, out)
     folder = folder_of(config)
 
     def job() -> None:
         if examined(config) is None:
             write_json(folder.path / "rows.json", run_examined(config, folder, form, out))
-            say(f"guidance: trained on {mix[0]:g} {FIRST} + {mix[1]:g} {SECOND}")
+            say(f"guidance: trained on {mix.weights[0]:g} {FIRST} + {mix.weights[1]:g} {SECOND}, seed {mix.seed}")
 
     return if_free(folder.path, job)
 
 
-def mix_config(mix: tuple[float, float], form: Form, out: Path) -> Config:
-    chosen = (
-        choose(form, Task(RECIPE, FIRST), out) if Task(RECIPE, FIRST) in map(lambda t: Task(*t), form.tasks) else None
-    )
-    setting = (chosen or {}).get(OURS, (form.learning_rates[len(form.learning_rates) // 2], form.clip_ranges[-1]))
-    config = cell_config(Cell(Task(RECIPE, FIRST), OURS, *setting, form.seeds[0]), form, out)
-    weights = {name: weight for name, weight in zip((FIRST, SECOND), mix, strict=True) if weight}
-    place = {"folder": out / "guidance", "name": f"mix-{mix[0]:g}-{mix[1]:g}"}
+def mix_setting(form: Form, out: Path) -> Setting:
+    """One setting for all mixes: of the two that the convergence part chose, that of the smaller learning rate.
+
+    The smaller one is careful enough for both rewards. A form that chose nothing takes the middle of its sweep.
+    """
+    chosen = [choose(form, Task(RECIPE, reward), out) for reward in (FIRST, SECOND) if (RECIPE, reward) in form.tasks]
+    found = [one[OURS] for one in chosen if one]
+    return min(found) if found else (form.learning_rates[len(form.learning_rates) // 2], form.clip_ranges[-1])
+
+
+def mix_config(mix: Mix, form: Form, out: Path) -> Config:
+    cell = Cell(Task(RECIPE, FIRST), OURS, *mix_setting(form, out), mix.seed)
+    config = cell_config(cell, form, out)
+    weights = {name: weight for name, weight in zip((FIRST, SECOND), mix.weights, strict=True) if weight}
+    name = f"mix-{mix.weights[0]:g}-{mix.weights[1]:g}-seed{mix.seed}"
     return config.model_copy(
         update={
             "reward": config.reward.model_copy(update={"weights": weights}),
-            "run": config.run.model_copy(update=place),
+            "run": config.run.model_copy(update={"folder": out / "guidance", "name": name}),
         }
     )
 
 
-def summed(loras: list[LoraPairs], weights: tuple[float, float]) -> LoraPairs:
+def summed(loras: list[LoraPairs], weights: Weights) -> LoraPairs:
     """One LoRA whose change is the weighted sum of the others': their factors side by side."""
     return {
         name: (
@@ -107,13 +141,13 @@ def summed(loras: list[LoraPairs], weights: tuple[float, float]) -> LoraPairs:
     }
 
 
-def compose(config: Config, files: list[Path], form: Form, out: Path) -> list[dict[str, Any]]:
-    """Every mix and the sum of both, by guidance and by weights, on the examination's noise."""
+def compose(config: Config, files: list[Path], form: Form, out: Path) -> list[Row]:
+    """Every mix and what lies beyond, by guidance and by weights, on the examination's noise."""
     policy = sampling_policy(config, [])
     loras = [read_pairs(file, policy.module_names()) for file in files]
     examiner = make_examiner(policy, form, out / "reference")
     rows = []
-    for weights in (*MIXES, (1.0, 1.0)):
+    for weights in (*MIXES, *BEYOND):
         guides = [Guide(pairs, ImplicitReward(w)) for pairs, w in zip(loras, weights, strict=True)]
         ways = {"irg": guides, "sum": [Guide(summed(loras, weights), ImplicitReward(1.0))]}
         for way, wanted in ways.items():
@@ -123,22 +157,39 @@ def compose(config: Config, files: list[Path], form: Form, out: Path) -> list[di
     return rows
 
 
-def gain(row: dict[str, Any], before: dict[str, Any], reward: str) -> float:
+def gain(row: Row, before: Row, reward: str) -> float:
     return (row[reward] - before[reward]) / before[f"{reward}_std"]
 
 
-def front(found: dict[str, Any]) -> Image.Image:
-    """Reward A against reward B along each way of mixing them."""
-    lines, losses = [], []
+def asked(row: Row, before: Row) -> float:
+    """What the weights asked for: both gains, weighted."""
+    return sum(w * gain(row, before, reward) for w, reward in zip(row["weights"], (FIRST, SECOND), strict=True))
+
+
+def points(rows: list[Row], way: str) -> dict[Weights, list[Row]]:
+    """A way's rows by weights, one for each seed."""
+    found: dict[Weights, list[Row]] = {}
+    for row in rows:
+        if row["way"] == way:
+            first, second = row["weights"]
+            found.setdefault((first, second), []).append(row)
+    return found
+
+
+def front(found: Row) -> Image.Image:
+    """Reward A against reward B along each way of mixing them, and the price; means over seeds."""
+    before, lines, losses = found["before"], [], []
     for color, (way, title) in enumerate(TITLES.items()):
-        rows = [row for row in found["rows"] if row["way"] == way and sum(row["weights"]) == 1]
-        x, y = ([gain(row, found["before"], name) for row in rows] for name in (FIRST, SECOND))
+        groups = [(w, rows) for w, rows in points(found["rows"], way).items() if w in MIXES]
+        x, y = ([float(np.mean([gain(row, before, n) for row in g])) for _, g in groups] for n in (FIRST, SECOND))
         lines.append(Line(title, x, y, style="points", color=color))
-        losses.append(Line(title, [row["weights"][0] for row in rows], [r["alignment"] for r in rows], style="points"))
+        kept = [float(np.mean([row["object"] for row in g])) for _, g in groups]
+        losses.append(Line(title, [w[0] for w, _ in groups], kept, style="points", color=color))
+    seeds = f"{len({row['seed'] for row in found['rows']})} seeds, means"
     return figure(
         [
-            Panel("Front of two rewards", f"gain in {FIRST}, std", f"gain in {SECOND}, std", lines),
-            Panel("Alignment with the prompt", f"weight of {FIRST}", "cosine", losses),
+            Panel("Front of two rewards", f"gain in {FIRST}, std", f"gain in {SECOND}, std", lines, note=seeds),
+            Panel("Right object", f"weight of {FIRST}", "share of pictures", losses, hlines=(before["object"],)),
         ],
         size=(560, 420),
     )
@@ -151,11 +202,22 @@ def report(out: Path, pictures: Path, where: str) -> str:
         return ""
     found = json.loads(file.read_text(encoding="utf-8"))
     front(found).save(pictures / "guidance.png")
-    rows = []
-    for row in found["rows"]:
-        gains = [number(gain(row, found["before"], name)) for name in (FIRST, SECOND)]
-        rest = [number(row["alignment"], 3), number(row["fd_base"], 0), number(row["diversity"], 3)]
-        rows.append([TITLES[row["way"]], "{:g}, {:g}".format(*row["weights"]), *gains, *rest])
-    head = ["", "weights", f"gain in {FIRST}", f"gain in {SECOND}", "alignment", "FD to base", "diversity"]
-    intro = f"Two LoRAs by {CONTENDERS[OURS].title} ({RECIPES[RECIPE].title}), one seed, at commit {found['commit']}."
-    return f"## Two rewards at once\n\n{intro}\n\n![Front]({where}/guidance.png)\n\n{table(head, rows)}"
+    before, rows = found["before"], []
+    for way, title in TITLES.items():
+        for weights, group in points(found["rows"], way).items():
+            gains = [limits(bootstrap([gain(row, before, name) for row in group])) for name in (FIRST, SECOND)]
+            whole = limits(bootstrap([asked(row, before) for row in group]))
+            rest = [
+                limits(bootstrap([row[key] for row in group]), digits)
+                for key, digits in (("object", 3), ("alignment", 3), ("fd_base", 0), ("diversity", 3))
+            ]
+            rows.append([title, "{:g}, {:g}".format(*weights), *gains, whole, *rest])
+    head = ["", "weights", f"gain in {FIRST}", f"gain in {SECOND}", "weighted sum", "right object", "alignment"]
+    seeds = len({row["seed"] for row in found["rows"]})
+    rate, clip = found["setting"]
+    how = f"{RECIPES[RECIPE].title}; learning rate {rate:g}, clip range {clip:g}"
+    intro = f"""Two LoRAs by {CONTENDERS[OURS].title} ({how}) are composed; others are trained on both rewards at once.
+{seeds} seeds; with so few the brackets are their range. At commit {found["commit"]}."""
+    return f"## Two rewards at once\n\n{intro}\n\n![Front]({where}/guidance.png)\n\n" + table(
+        [*head, "FD to base", "diversity"], rows
+    )

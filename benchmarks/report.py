@@ -11,7 +11,10 @@ from .statistics import mixed
 
 LINE = "<!-- below: python -m trainer benchmark --part report; what is above this line is kept -->"
 POOLED = """A seed has the same prompts and noise in every task, so these blocks are not independent of each other:
-pooled limits and p speak of these tasks only, not of tasks in general."""
+pooled limits and p speak of these tasks only, not of tasks in general.
+
+Fewer updates: of the seeds in which either of the two gets to the goal, the median share of updates that the contender
+saves [95 %, bootstrap]; 100 % where only it gets there, never where only the other one does."""
 
 
 def report(form_name: str, form: Form, out: Path, folder: Path, pictures: Path) -> Path:

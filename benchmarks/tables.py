@@ -67,21 +67,21 @@ def gains(found: Found) -> str:
 
 
 def times(found: Found, form: Form) -> str:
-    """Updates to each goal (median, and how many seeds got there), then images and seconds to the first one."""
-    rows = []
+    """Updates to each goal (median of the seeds, and how many of them got there), then images and seconds."""
+    updates, prices = [], []
     for name, runs in found.runs.items():
-        cells = []
-        for goal in GOALS:
-            reached = sum(math.isfinite(run.reach(goal)) for run in runs)
-            found_time = _over(runs, lambda r, goal=goal: r.reach(goal), median)
-            cells.append(f"{limits(found_time, 1)} ({reached}/{len(runs)})")
-        first = _over(runs, lambda r: r.reach(GOALS[0]), median).value
-        pace = float(np.median([run.result["seconds_per_update"] for run in runs]))
-        rows.append(
-            [CONTENDERS[name].title, *cells, number(first * form.images_per_update, 0), number(first * pace, 0)]
-        )
+        reached = [sum(math.isfinite(run.reach(goal)) for run in runs) for goal in GOALS]
+        spent = [
+            [_over(runs, lambda r, goal=goal, price=price: r.reach(goal) * price(r), median) for goal in GOALS]
+            for price in (lambda r: 1, lambda r: form.images_per_update, lambda r: r.result["seconds_per_update"])
+        ]
+        title = CONTENDERS[name].title
+        updates.append([title, *(f"{limits(t, 1)} ({n}/{len(runs)})" for t, n in zip(spent[0], reached, strict=True))])
+        prices.append([title, *(f"{limits(i, 0)}; {limits(s, 0)}" for i, s in zip(*spent[1:], strict=True))])
     heads = [f"to +{goal:g}" for goal in GOALS]
-    return table(["updates, median of the seeds", *heads, f"images to +{GOALS[0]:g}", "seconds"], rows)
+    return "\n\n".join(
+        [table(["updates, median of the seeds", *heads], updates), table(["images; seconds", *heads], prices)]
+    )
 
 
 def health(found: Found) -> str:
@@ -138,9 +138,28 @@ def against(found: Sequence[Found], reference: str) -> tuple[str, Mixed]:
     for name, p in zip(names, corrected, strict=True):
         wins = sum(d > 0 for d in differences[name])
         cells = [limits(model.effects[name]), f"{model.p[name]:.3f}", f"{p:.3f}", f"{wins}/{len(differences[name])}"]
-        lines.append([CONTENDERS[name].title, *cells])
+        lines.append([CONTENDERS[name].title, *cells, fewer(found, name, reference)])
     head = [f"against {CONTENDERS[reference].title}", "difference in gain", "p (mixed model)", "p (sign flips, Holm)"]
-    return table([*head, "better in"], lines), model
+    return table([*head, "better in", f"fewer updates to +{GOALS[0]:g}"], lines), model
+
+
+def fewer(found: Sequence[Found], name: str, reference: str) -> str:
+    """Median share of updates saved on the way to the first goal, over the seeds of which at least one gets there."""
+    both = [
+        (mine.reach(GOALS[0]), other.reach(GOALS[0]))
+        for task in found
+        for mine in task.runs.get(name, ())
+        for other in task.runs[reference]
+        if mine.seed == other.seed
+    ]
+    saved = [
+        1 - mine / other if math.isfinite(mine) else -math.inf for mine, other in both if min(mine, other) < math.inf
+    ]
+    middle = bootstrap(saved, median)
+    low, value, high = (
+        f"{100 * v:.0f} %" if math.isfinite(v) else "never" for v in (middle.low, middle.value, middle.high)
+    )
+    return f"{value} [{low}, {high}] of {len(saved)}" if len(saved) > 1 else "-"
 
 
 def describe(task: Task) -> str:

@@ -210,6 +210,18 @@ def test_the_report_says_what_was_measured_and_keeps_what_was_written_by_hand(tm
     }
 
 
+def test_fewer_updates_counts_the_seeds_in_which_either_contender_gets_to_the_goal(tmp_path):
+    form = small(seeds=(0, 1, 2, 3, 4), contenders=("ppo", "pcpo", "nft"))
+    ends = {"ppo": (0.5, 0.5, 0.5, 0.1, 0.1), "pcpo": (1.0, 1.0, 0.25, 0.5, 0.1), "nft": (0.1,) * 5}
+    fill(form, tmp_path, lambda cell: ends[cell.contender][cell.seed])
+    found = collect(form, tmp_path)
+    # half the updates twice, twice the updates once, once alone, once neither
+    assert tables.fewer(found, "pcpo", "ppo") == "50 % [-100 %, 100 %] of 4"
+    assert tables.fewer(found, "nft", "ppo") == "never [never, never] of 3"
+    assert tables.fewer(found, "ppo", "ppo") == "0 % [0 %, 0 %] of 3"
+    assert tables.fewer(found, "nft", "nft") == "-"
+
+
 def test_matched_reward_is_read_where_each_seed_reaches_it(tmp_path):
     form = small(seeds=(0, 1))
     fill(form, tmp_path, lambda cell: 0.5 if cell.contender == "pcpo" else 0.2)

@@ -115,7 +115,7 @@ def test_a_process_passes_over_work_that_is_taken_and_waits_for_the_last_of_it(t
 
 def test_guidance_trains_other_mixes_while_one_is_taken_and_ends_where_all_are_there(tmp_path, monkeypatch):
     form = small(updates=1)
-    taken = guidance.folder_of(guidance.mix_config(guidance.MIXES[0], form, tmp_path)).locked()
+    taken = guidance.folder_of(guidance.mix_config(guidance.mixes(form)[0], form, tmp_path)).locked()
     taken.__enter__()
     said, waits = [], []
 
