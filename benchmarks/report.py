@@ -9,6 +9,8 @@ from .contenders import CONTENDERS, PROMPTS, Form
 from .grid import KEEPS, tasks
 from .statistics import mixed
 
+EQUAL = """At equal settings, whatever was chosen: in how many settings, of those in which both keep the pictures, a
+contender's mean gain on the way is above native PPO's, and by how much on average. Read the pattern: seeds are few."""
 LINE = "<!-- below: python -m trainer benchmark --part report; what is above this line is kept -->"
 POOLED = """A seed has the same prompts and noise in every task, so these blocks are not independent of each other:
 pooled limits and p speak of these tasks only, not of tasks in general.
@@ -72,7 +74,9 @@ def tuning_part(form: Form, out: Path) -> str:
         f"By learning rate and clip range, on tuning seeds {_list(form.tuning_seeds)} only; bold was chosen. "
         f"In brackets what a setting kept of the base model's right objects, where less than {100 * KEEPS:.0f} %."
     )
-    return "\n\n".join(["## Settings", seeds, *parts]) if parts else ""
+    if not parts:
+        return ""
+    return "\n\n".join(["## Settings", seeds, *parts, EQUAL, tables.equal_settings(form, tasks(form), out)])
 
 
 def overall(found: Sequence[Found], pictures: Path, where: str) -> str:

@@ -52,6 +52,24 @@ def tuning(form: Form, task: Task, out: Path) -> str:
     return table(["mean gain on the way", *(f"{rate:g}, {clip:g}" for rate, clip in every)], rows)
 
 
+def equal_settings(form: Form, wanted: Sequence[Task], out: Path) -> str:
+    """Contenders against native PPO at the same setting, where both keep the pictures; empty without tuning."""
+    rows: dict[str, list[str]] = {name: [] for name in form.contenders if name != BASELINE}
+    titles = []
+    for task in wanted:
+        found = {name: tried(form, task, name, out) for name in competing(form, task)}
+        base = found[BASELINE]
+        if not base:
+            continue
+        titles.append(f"{RECIPES[task.recipe].title.split(':')[0]}, {RECIPES[task.recipe].model}, {task.reward}")
+        for name, cells in rows.items():
+            own = found.get(name, {})
+            shared = [s for s in own if s in base and own[s].keeps and base[s].keeps]
+            gaps = [own[s].gain - base[s].gain for s in shared]
+            cells.append(f"{sum(g > 0 for g in gaps)}/{len(gaps)}, {sum(gaps) / len(gaps):+.2f}" if gaps else "-")
+    return table(["", *titles], [[CONTENDERS[name].title, *cells] for name, cells in rows.items()]) if titles else ""
+
+
 def gains(found: Found) -> str:
     """The chosen setting, gain at the end and on the way, and the reward of the last quarter of its own rollouts."""
     rows = []

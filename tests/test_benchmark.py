@@ -113,6 +113,17 @@ def test_a_setting_that_loses_the_pictures_is_not_chosen_however_much_it_gains(t
         write(cell, form, tmp_path, 100 * cell.learning_rate + cell.clip_range, kept=kept)
     assert choose(form, TASK, tmp_path) == {"ppo": (1e-3, 1e-3), "pcpo": (1e-3, 1e-4)}
     assert "| native PPO | 0.05 | **0.05** | 0.50 (50 %) | 0.50 (50 %) |" in tables.tuning(form, TASK, tmp_path)
+    assert "| PCPO | - |" in tables.equal_settings(form, [TASK], tmp_path)
+
+
+def test_contenders_are_compared_with_native_ppo_at_equal_settings(tmp_path):
+    form = small(learning_rates=(1e-3, 1e-2), clip_ranges=(1e-4, 1e-3), tuning_seeds=(100,))
+    for cell in tuning_cells(form, TASK):
+        ours, ruins = cell.contender == "pcpo", (cell.learning_rate, cell.clip_range) == (1e-2, 1e-3)
+        gain = {1e-4: 1.0, 1e-3: 0.2}[cell.clip_range] if ours else 0.4
+        write(cell, form, tmp_path, gain, kept=0.5 if ours and ruins else 1.0)
+    # the mean height of a line is half its end: +0.3 twice, -0.1 once; the fourth setting ruins and does not count
+    assert "| PCPO | 2/3, +0.17 |" in tables.equal_settings(form, [TASK], tmp_path)
 
 
 def test_tuning_runs_are_shorter_and_each_task_has_its_own(tmp_path):
