@@ -1,9 +1,11 @@
 """Who competes, on which published recipe, and at which size: everything is a setting of the trainer's one loop."""
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 Tree = dict[str, Any]
+Setting = tuple[float, float]  # learning rate, clip range
 PROMPTS = ("a fox", "a panda", "a frog", "a rocket", "a house", "a butterfly", "a star", "a mushroom")
 
 
@@ -103,10 +105,8 @@ class Form:
 
     tasks: tuple[tuple[str, str], ...]
     contenders: tuple[str, ...]
-    learning_rates: tuple[float, ...]
-    clip_ranges: tuple[float, ...]
+    sweep: dict[str, tuple[Setting, ...]]  # by kind of model: what every contender chooses from
     tuning_seeds: tuple[int, ...]
-    tuning_updates: int
     seeds: tuple[int, ...]
     prompts_per_update: int
     group_size: int
@@ -115,9 +115,7 @@ class Form:
     every: int  # updates between evaluations
     each: int  # pictures per prompt of an evaluation
     reference: int  # pictures that the Frechet distance is taken to
-
-    def updates_of(self, seed: int) -> int:
-        return self.tuning_updates if seed in self.tuning_seeds else self.updates
+    skips: tuple[tuple[str, str], ...] = ()  # pairs of recipe and contender that are left out
 
     @property
     def images_per_update(self) -> int:
@@ -129,10 +127,8 @@ FORMS = {
     "quick": Form(
         tasks=(("flow-grpo", "colorfulness"), ("dance-ddim", "colorfulness")),
         contenders=("ppo", "log-hinge", "pcpo"),
-        learning_rates=(6e-3,),
-        clip_ranges=(1e-3,),
+        sweep={"flow": ((6e-3, 1e-3),), "ddim": ((3e-3, 1e-3),)},
         tuning_seeds=(),
-        tuning_updates=8,
         seeds=(0, 1),
         prompts_per_update=2,
         group_size=8,
@@ -148,15 +144,15 @@ FORMS = {
             ("flow-grpo", "alignment"),
             ("flow-grpo", "polish"),
             ("dance-ddim", "colorfulness"),
-            ("dance-sde", "colorfulness"),
-            ("flow-grpo", "jpeg_compressibility"),
+            ("dance-sde", "jpeg_compressibility"),
             ("ddpo", "colorfulness"),
         ),
         contenders=CORE,
-        learning_rates=(2e-3, 5e-3, 1.2e-2),
-        clip_ranges=(1e-3, 5e-3),
+        sweep={
+            "flow": ((5e-3, 5e-3), (1.2e-2, 5e-3), (5e-3, 1e-3)),
+            "ddim": ((2e-3, 5e-3), (5e-3, 5e-3), (2e-3, 1e-3)),
+        },
         tuning_seeds=(100,),
-        tuning_updates=12,
         seeds=(0, 1, 2, 3, 4),
         prompts_per_update=2,
         group_size=8,
@@ -165,14 +161,16 @@ FORMS = {
         every=4,
         each=8,
         reference=256,
+        skips=(("ddpo", "pcpo-paper"), ("ddpo", "pcpo-uniform")),
     ),
     "full": Form(
         tasks=tuple((recipe, reward) for reward in REWARDS for recipe in RECIPES),
         contenders=tuple(CONTENDERS),
-        learning_rates=(1e-3, 2e-3, 5e-3, 1.2e-2),
-        clip_ranges=(3e-4, 1e-3, 5e-3),
-        tuning_seeds=(100, 101),
-        tuning_updates=40,
+        sweep={
+            "flow": tuple(product((2e-3, 5e-3, 1.2e-2), (1e-3, 5e-3, 2e-2))),
+            "ddim": tuple(product((1e-3, 2e-3, 5e-3), (1e-3, 5e-3, 2e-2))),
+        },
+        tuning_seeds=(100, 101, 102),
         seeds=(0, 1, 2, 3, 4, 5, 6, 7),
         prompts_per_update=4,
         group_size=8,

@@ -12,7 +12,7 @@ from trainer.config import Config, ConfigError
 from trainer.options import build, merge
 from trainer.train import make_policy
 
-from .contenders import CONTENDERS, PROMPTS, RECIPES, Contender, Form
+from .contenders import CONTENDERS, PROMPTS, RECIPES, Contender, Form, Setting
 from .statistics import area
 
 
@@ -46,7 +46,6 @@ class Cell:
         return out / "cells" / self.task.recipe / self.task.reward / self.name
 
 
-Setting = tuple[float, float]  # learning rate, clip range
 KEEPS = 0.9  # share of the base model's right objects that a setting must keep at every examination of its tuning
 
 
@@ -55,15 +54,19 @@ def tasks(form: Form) -> list[Task]:
 
 
 def competing(form: Form, task: Task) -> list[str]:
-    """The contenders that exist for the task's kind of model."""
+    """The contenders that exist for the task's kind of model, without those that the form leaves out."""
     kind = RECIPES[task.recipe].kind
-    return [name for name in form.contenders if CONTENDERS[name].kind in ("", kind)]
+    known = [name for name in form.contenders if CONTENDERS[name].kind in ("", kind)]
+    return [name for name in known if (task.recipe, name) not in form.skips]
 
 
-def settings(form: Form, contender: str) -> list[Setting]:
-    """Learning rates and clip ranges to choose from, the same for all; without clipping the range says nothing."""
-    clips = form.clip_ranges if CONTENDERS[contender].clips else form.clip_ranges[:1]
-    return [(rate, clip) for rate in form.learning_rates for clip in clips]
+def settings(form: Form, task: Task, contender: str) -> list[Setting]:
+    """What to choose from, the same for all; without clipping the range says nothing, so each rate comes once."""
+    sweep = form.sweep[RECIPES[task.recipe].kind]
+    if CONTENDERS[contender].clips:
+        return list(sweep)
+    first = dict(reversed([(rate, clip) for rate, clip in sweep]))
+    return [(rate, first[rate]) for rate in dict.fromkeys(rate for rate, _ in sweep)]
 
 
 def tuning_cells(form: Form, task: Task) -> list[Cell]:
@@ -71,7 +74,7 @@ def tuning_cells(form: Form, task: Task) -> list[Cell]:
     return [
         Cell(task, contender, *setting, seed)
         for contender in competing(form, task)
-        for setting in settings(form, contender)
+        for setting in settings(form, task, contender)
         for seed in form.tuning_seeds
     ]
 
@@ -135,7 +138,7 @@ def tried(form: Form, task: Task, contender: str, out: Path) -> dict[Setting, Tr
     examination decides.
     """
     found = {}
-    for setting in settings(form, contender):
+    for setting in settings(form, task, contender):
         cells = [Cell(task, contender, *setting, seed) for seed in form.tuning_seeds]
         results = [result for _, result in finished(cells, form, out)]
         if results:
@@ -153,7 +156,7 @@ def choose(form: Form, task: Task, out: Path) -> dict[str, Setting] | None:
     """
     chosen = {}
     for contender in competing(form, task):
-        options = settings(form, contender)
+        options = settings(form, task, contender)
         found = tried(form, task, contender, out)
         if not form.tuning_seeds:
             chosen[contender] = options[0]
@@ -201,7 +204,7 @@ def cell_config(cell: Cell, form: Form, out: Path) -> Config:
         "optimizer": {"learning_rate": cell.learning_rate, "minibatches": 2},
         "run": {"name": folder.name, "folder": str(folder.parent), "seed": cell.seed},
     }
-    length = {"updates": form.updates_of(cell.seed), "preview_every": 0, "save_every": form.every}
+    length = {"updates": form.updates, "preview_every": 0, "save_every": form.every}
     return build(merge(tree, {"run": length}), cell.name)
 
 
