@@ -22,7 +22,7 @@ from .measure import Examiner, make_examiner
 ROOT = Path(__file__).resolve().parent.parent
 Say = Callable[[str], None]
 JOURNAL = "examinations.json"
-_examiners: dict[tuple[str, Form], Examiner] = {}
+_examiners: dict[tuple[str, int, int, int], Examiner] = {}
 
 
 def commit(root: Path = ROOT) -> str:
@@ -57,7 +57,7 @@ def run_cell(cell: Cell, form: Form, out: Path, say: Say) -> None:
 def run_examined(config: Config, folder: RunFolder, form: Form, out: Path) -> list[dict[str, Any]]:
     """The run, from its last checkpoint if it has one, -> one row per examination, the first before any update."""
     policy = make_policy(config)
-    key = (config.model.name, form)
+    key = (config.model.name, form.steps, form.each, form.reference)
     if key not in _examiners:
         _examiners[key] = make_examiner(policy, form, out / "reference")
     examiner, learner = _examiners[key], make_learner(policy, config)
