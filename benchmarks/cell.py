@@ -5,6 +5,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ JOURNAL = "examinations.json"
 _examiners: dict[tuple[str, int, int, int], Examiner] = {}
 
 
+@cache
 def commit(root: Path = ROOT) -> str:
-    """The commit that is checked out, or what the file COMMIT says, or unknown."""
+    """The commit that is checked out, or what the file COMMIT says, or unknown; read once, before the code changes."""
     named = root / "COMMIT"
     if named.is_file():
         return named.read_text(encoding="utf-8").strip()[:12]

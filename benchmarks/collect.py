@@ -11,9 +11,9 @@ import numpy as np
 from comfyui_pcpo.plot import column
 from trainer.run import RunFolder
 
-from .contenders import BASELINE, Form
-from .grid import Setting, Task, choose, finished, reported_cells, tasks
-from .statistics import area, at_reach, first_reach
+from .contenders import BASELINE, Form, Setting
+from .grid import Task, choose, finished, keeping, kept_gains, kept_share, outcome, reported_cells, tasks
+from .statistics import at_reach, first_reach
 
 GOALS = (0.25, 0.5, 0.75, 1.0)  # standard deviations of the base model's rewards above its mean, fixed before any run
 
@@ -42,14 +42,25 @@ class Run:
     def examined(self, key: str) -> list[float]:
         return [row[key] for row in self.result["rows"]]
 
-    @property
-    def gain(self) -> float:
-        """At the end."""
-        return self.gains[-1]
+    @cached_property
+    def kept(self) -> list[float]:
+        """The gains, those of ruined pictures replaced by the last one before."""
+        return kept_gains(self.result)
 
     @property
-    def area(self) -> float:
-        return area(self.updates, self.gains)
+    def outcome(self) -> float:
+        return outcome(self.result)
+
+    @property
+    def share(self) -> float:
+        """Right objects at the end over those of the base model."""
+        return kept_share(self.result["rows"][-1], self.result["rows"][0])
+
+    def gain_in(self, reward: str) -> float:
+        """Gain in any reward at the last examination that keeps the pictures."""
+        rows = self.result["rows"]
+        last = [row for row, keeps in zip(rows, keeping(rows), strict=True) if keeps][-1]
+        return (last[reward] - rows[0][reward]) / rows[0][f"{reward}_std"]
 
     @property
     def own(self) -> float:
@@ -58,11 +69,12 @@ class Run:
         return float(np.mean(rewards[-max(1, len(rewards) // 4) :]))
 
     def reach(self, goal: float) -> float:
-        return first_reach(self.updates, self.gains, goal)
+        """Updates until the kept gain reaches `goal`, infinity where it never does."""
+        return first_reach(self.updates, self.kept, goal)
 
     def matched(self, key: str, goal: float) -> float:
-        """An examined number at the moment when the gain reaches `goal`."""
-        return at_reach(self.updates, self.gains, goal, self.examined(key))
+        """An examined number at the moment when the kept gain reaches `goal`."""
+        return at_reach(self.updates, self.kept, goal, self.examined(key))
 
     def per_step(self, key: str) -> tuple[list[int], np.ndarray]:
         """Every step ever trained, and its metric in every update, (updates, steps); NaN where it was not trained."""
@@ -103,17 +115,13 @@ class Found:
     chosen: dict[str, Setting]
     runs: dict[str, list[Run]]
 
-    @property
-    def baseline(self) -> str:
-        return BASELINE
-
-    def rows(self, key: str) -> list[tuple[str, str, float]]:
-        """(contender, block, `gain` or `area`), a block being a seed of this task.
+    def rows(self) -> list[tuple[str, str, float]]:
+        """(contender, block, outcome), a block being a seed of this task.
 
         Blocks of one seed share prompts and noise across tasks, so they are not independent draws of tasks.
         """
         every = [run for runs in self.runs.values() for run in runs]
-        return [(run.contender, f"{self.task.name}/{run.seed}", getattr(run, key)) for run in every]
+        return [(run.contender, f"{self.task.name}/{run.seed}", run.outcome) for run in every]
 
 
 def collect(form: Form, out: Path) -> list[Found]:
@@ -132,11 +140,23 @@ def collect(form: Form, out: Path) -> list[Found]:
     return found
 
 
-def pairs(rows: Sequence[tuple[str, str, float]], first: str, second: str) -> list[float]:
-    """first - second in every block that has both."""
-    table = {(name, block): value for name, block, value in rows}
-    blocks = sorted({block for _, block, _ in rows})
-    return [table[first, b] - table[second, b] for b in blocks if (first, b) in table and (second, b) in table]
+def both(found: Sequence[Found], first: str, second: str) -> list[tuple[Run, Run]]:
+    """The two contenders' runs of every seed of every task that has both."""
+    return [
+        (mine, other)
+        for task in found
+        for mine in task.runs.get(first, ())
+        for other in task.runs.get(second, ())
+        if mine.seed == other.seed
+    ]
+
+
+def by_seed(found: Sequence[Found], first: str, second: str) -> list[float]:
+    """first - second in the outcome, averaged over the tasks that have both, one number for each seed."""
+    gaps: dict[int, list[float]] = {}
+    for mine, other in both(found, first, second):
+        gaps.setdefault(mine.seed, []).append(mine.outcome - other.outcome)
+    return [sum(values) / len(values) for _, values in sorted(gaps.items())]
 
 
 def over_updates(run: Run, key: str) -> list[float]:

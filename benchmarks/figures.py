@@ -27,7 +27,7 @@ from comfyui_pcpo.plot import smooth
 
 from .collect import Found, Run, Summary, by_step, mean_of_updates, over_updates
 from .contenders import BASELINE, CONTENDERS, OURS
-from .statistics import Interval, bootstrap
+from .statistics import Interval, t_limits
 
 # one colour per objective and credit; PCPO's variants share its blue
 LOOKS: dict[str, tuple[int, Style]] = {
@@ -70,25 +70,29 @@ def _each(found: Found, of: Callable[[Run], Sequence[float]], x: Callable[[Run],
 
 
 def convergence(found: Found) -> Image.Image:
-    """Gain by update, and the paired difference from native PPO; bands are 95 % over seeds."""
-    gains, differences = [], []
-    baseline = {run.seed: run.gains for run in found.runs[BASELINE]}
+    """Gain by update, that of it which keeps the pictures, and its paired difference from native PPO."""
+    gains, kept, differences = [], [], []
+    baseline = {run.seed: run.kept for run in found.runs[BASELINE]}
     for name, runs in found.runs.items():
-        x, table = runs[0].updates, np.array([run.gains for run in runs])
-        shown = name in (BASELINE, OURS)
-        gains.append(band(name, x, [bootstrap(c) for c in table.T]) if shown else line(name, x, table.mean(0).tolist()))
-        both = [np.subtract(run.gains, baseline[run.seed]) for run in runs if run.seed in baseline]
-        if name != BASELINE and both:
-            limits = [bootstrap(c) for c in np.array(both).T]
+        x, shown = runs[0].updates, name in (BASELINE, OURS)
+        gains.append(line(name, x, _mean(runs, lambda r: r.gains)))
+        limits = [t_limits(c) for c in np.array([run.kept for run in runs]).T]
+        kept.append(band(name, x, limits) if shown else line(name, x, [i.value for i in limits]))
+        paired = [np.subtract(run.kept, baseline[run.seed]) for run in runs if run.seed in baseline]
+        if name != BASELINE and paired:
+            limits = [t_limits(c) for c in np.array(paired).T]
             differences.append(band(name, x, limits) if shown else line(name, x, [i.value for i in limits]))
-    seeds = max(len(runs) for runs in found.runs.values())
-    units, note = "std of the base model's rewards", f"{seeds} seeds, means, 95 % bands"
+    counts = sorted({len(runs) for runs in found.runs.values()})
+    seeds = f"{'-'.join(map(str, (counts[0], counts[-1])[: len(counts)]))} seeds"
+    units = "std of the base model's rewards"
     return figure(
         [
-            Panel("Gain in reward", "update", units, gains, note=note),
-            Panel("Difference from native PPO", "update", units, differences, hlines=(0.0,), note="same seeds, paired"),
+            Panel("Gain, ruined pictures too", "update", units, gains, note=f"{seeds}, means"),
+            Panel("Kept gain", "update", units, kept, note="95 % bands"),
+            Panel("Kept gain over native PPO", "update", units, differences, hlines=(0.0,), note="paired by seed"),
         ],
-        size=(560, 420),
+        columns=3,
+        size=SIZE,
     )
 
 

@@ -46,7 +46,7 @@ class Cell:
         return out / "cells" / self.task.recipe / self.task.reward / self.name
 
 
-KEEPS = 0.9  # share of the base model's right objects that a setting must keep at every examination of its tuning
+KEEPS = 0.9  # share of the base model's right objects below which an examination has lost the pictures
 
 
 def tasks(form: Form) -> list[Task]:
@@ -118,42 +118,59 @@ def require_same(ran: Config, wanted: Config, folder: Path) -> None:
         )
 
 
+def kept_share(row: dict[str, Any], before: dict[str, Any]) -> float:
+    """Share of the base model's right objects that an examination still finds."""
+    return row["object"] / before["object"]
+
+
+def keeping(rows: Sequence[dict[str, Any]]) -> list[bool]:
+    """Whether each examination keeps at least KEEPS of the right objects of the first, which is the base model's."""
+    return [kept_share(row, rows[0]) >= KEEPS for row in rows]
+
+
+def kept_gains(result: dict[str, Any]) -> list[float]:
+    """Gains of the latest examination that keeps the pictures: what somebody has who stops before they are ruined.
+
+    A reward such as colourfulness can be had by ruining the picture; such gains do not count.
+    """
+    kept = []
+    for gain, keeps in zip(result["gains"], keeping(result["rows"]), strict=True):
+        kept.append(gain if keeps else kept[-1])
+    return kept
+
+
+def outcome(result: dict[str, Any]) -> float:
+    """The one number that settings are chosen by and contenders are compared in: the mean kept gain on the way.
+
+    It asks for speed, as the paper does, and no single examination decides.
+    """
+    return area(result["updates"], kept_gains(result))
+
+
 @dataclass(frozen=True)
 class Tried:
     """What a setting did on the tuning seeds so far."""
 
     seeds: int
-    gain: float  # mean gain on the way
-    kept: float  # of the base model's share of right objects, at the worst examination
-
-    @property
-    def keeps(self) -> bool:
-        return self.kept >= KEEPS
+    gain: float  # mean outcome
+    kept: float  # share of the base model's right objects at the end, mean
 
 
 def tried(form: Form, task: Task, contender: str, out: Path) -> dict[Setting, Tried]:
-    """A contender's settings of which at least one tuning seed is finished.
-
-    Their gain is the area under the curve, not its end: it asks for speed, as the paper does, and no single
-    examination decides.
-    """
+    """A contender's settings of which at least one tuning seed is finished."""
     found = {}
     for setting in settings(form, task, contender):
         cells = [Cell(task, contender, *setting, seed) for seed in form.tuning_seeds]
         results = [result for _, result in finished(cells, form, out)]
         if results:
-            gains = [area(result["updates"], result["gains"]) for result in results]
-            kept = [min(r["object"] for r in result["rows"]) / result["rows"][0]["object"] for result in results]
-            found[setting] = Tried(len(results), sum(gains) / len(gains), min(kept))
+            gains = [outcome(result) for result in results]
+            kept = [kept_share(result["rows"][-1], result["rows"][0]) for result in results]
+            found[setting] = Tried(len(results), sum(gains) / len(gains), sum(kept) / len(kept))
     return found
 
 
 def choose(form: Form, task: Task, out: Path) -> dict[str, Setting] | None:
-    """Each contender's setting by its tuning seeds; None while cells are missing.
-
-    Of the settings that keep the pictures (see KEEPS) the one with the highest gain; where none does, the one that
-    keeps most. Without that guard a reward such as colourfulness, which a ruined picture also has, chooses to ruin.
-    """
+    """Each contender's setting with the highest outcome on the tuning seeds; None while cells are missing."""
     chosen = {}
     for contender in competing(form, task):
         options = settings(form, task, contender)
@@ -163,11 +180,7 @@ def choose(form: Form, task: Task, out: Path) -> dict[str, Setting] | None:
             continue
         if len(found) < len(options) or any(one.seeds < len(form.tuning_seeds) for one in found.values()):
             return None
-        keeping = [setting for setting in options if found[setting].keeps]
-        if keeping:
-            chosen[contender] = max(keeping, key=lambda setting: found[setting].gain)
-        else:
-            chosen[contender] = max(options, key=lambda setting: found[setting].kept)
+        chosen[contender] = max(options, key=lambda setting: found[setting].gain)
     return chosen
 
 

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from comfyui_pcpo.figure import Line, Panel, figure
+from comfyui_pcpo.figure import Line, Panel, Style, figure
 from comfyui_pcpo.guidance import ImplicitReward
-from trainer.config import Config
+from trainer.config import Config, ConfigError
 from trainer.policy import LoraPairs
 from trainer.run import RunFolder
 from trainer.sampling import Draw, Guide, sample, sampling_policy
 from trainer.source import read_pairs
 
 from .cell import Say, commit, read_json, run_examined, write_json
-from .contenders import CONTENDERS, OURS, PROMPTS, RECIPES, Form
-from .grid import Cell, Setting, Task, cell_config, choose, require_same
+from .contenders import CONTENDERS, OURS, PROMPTS, RECIPES, Form, Setting
+from .grid import Cell, Task, cell_config, choose, require_same
 from .measure import EXAM, make_examiner
-from .statistics import bootstrap
+from .statistics import t_limits
 from .tables import limits, table
 from .work import if_free, share
 
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 FIRST, SECOND = "colorfulness", "polish"
 RECIPE = "flow-grpo"
 MIXES: tuple[Weights, ...] = ((1.0, 0.0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.0, 1.0))
-BEYOND: tuple[Weights, ...] = ((1.0, 1.0),)  # composed only: there is nothing to train that it would be compared with
+DOUBLE = tuple((2 * first, 2 * second) for first, second in MIXES)  # composed only: what is trained is trained whole
 TITLES = {"irg": "IRG", "sum": "LoRA weights summed", "both": "trained on both"}
 SEEDS = 3  # of the form's reported seeds
 
@@ -59,8 +59,28 @@ def run(form: Form, out: Path, say: Say) -> None:
         lambda mix: train_if_free(mix, form, out, say),
     )
     share(
+        lambda: [seed for seed in form.seeds[:SEEDS] if not front_file(seed, out).is_file()],
+        lambda seed: compose_if_free(seed, form, out),
+    )
+    share(
         lambda: [] if file.is_file() else [file], lambda f: if_free(out / "guidance", lambda: join(f, form, out, say))
     )
+
+
+def front_file(seed: int, out: Path) -> Path:
+    return out / "guidance" / f"front-seed{seed}" / "rows.json"
+
+
+def compose_if_free(seed: int, form: Form, out: Path) -> bool:
+    """Compose one seed's two LoRAs; whether this process did it."""
+    ends = [mix_config(Mix(weights, seed), form, out) for weights in (MIXES[0], MIXES[-1])]
+    file = front_file(seed, out)
+
+    def job() -> None:
+        if not file.is_file():
+            write_json(file, compose(ends[0], [folder_of(config).lora_file for config in ends], form, out))
+
+    return if_free(file.parent, job)
 
 
 def join(file: Path, form: Form, out: Path, say: Say) -> None:
@@ -73,11 +93,9 @@ def join(file: Path, form: Form, out: Path, say: Say) -> None:
         before = before or trained[0]
         rows.append({"way": "both", "weights": mix.weights, "seed": mix.seed, **trained[-1]})
     for seed in form.seeds[:SEEDS]:
-        ends = [mix_config(Mix(weights, seed), form, out) for weights in (MIXES[0], MIXES[-1])]
-        found = compose(ends[0], [folder_of(config).lora_file for config in ends], form, out)
-        rows += [{"seed": seed, **row} for row in found]
-    setting = mix_setting(form, out)
-    write_json(file, {"before": before, "rows": rows, "setting": setting, "commit": commit()})
+        rows += [{"seed": seed, **row} for row in read_json(front_file(seed, out), [])]
+    what = {"rewards": [FIRST, SECOND], "setting": mix_setting(form, out), "commit": commit()}
+    write_json(file, {"before": before, "rows": rows, **what})
     say(f"guidance: {len(rows)} points of the front in {file}")
 
 
@@ -110,11 +128,11 @@ def train_if_free(mix: Mix, form: Form, out: Path, say: Say) -> bool:
 def mix_setting(form: Form, out: Path) -> Setting:
     """One setting for all mixes: of the two that the convergence part chose, that of the smaller learning rate.
 
-    The smaller one is careful enough for both rewards. A form that chose nothing takes the middle of its sweep.
+    The smaller one is careful enough for both rewards. A form that chose nothing takes the first of its sweep.
     """
     chosen = [choose(form, Task(RECIPE, reward), out) for reward in (FIRST, SECOND) if (RECIPE, reward) in form.tasks]
     found = [one[OURS] for one in chosen if one]
-    return min(found) if found else (form.learning_rates[len(form.learning_rates) // 2], form.clip_ranges[-1])
+    return min(found) if found else form.sweep[RECIPES[RECIPE].kind][0]
 
 
 def mix_config(mix: Mix, form: Form, out: Path) -> Config:
@@ -147,7 +165,7 @@ def compose(config: Config, files: list[Path], form: Form, out: Path) -> list[Ro
     loras = [read_pairs(file, policy.module_names()) for file in files]
     examiner = make_examiner(policy, form, out / "reference")
     rows = []
-    for weights in (*MIXES, *BEYOND):
+    for weights in (*MIXES, *DOUBLE):
         guides = [Guide(pairs, ImplicitReward(w)) for pairs, w in zip(loras, weights, strict=True)]
         ways = {"irg": guides, "sum": [Guide(summed(loras, weights), ImplicitReward(1.0))]}
         for way, wanted in ways.items():
@@ -162,8 +180,9 @@ def gain(row: Row, before: Row, reward: str) -> float:
 
 
 def asked(row: Row, before: Row) -> float:
-    """What the weights asked for: both gains, weighted."""
-    return sum(w * gain(row, before, reward) for w, reward in zip(row["weights"], (FIRST, SECOND), strict=True))
+    """What the weights asked for: the weighted mean of both gains."""
+    gains = [gain(row, before, reward) for reward in (FIRST, SECOND)]
+    return sum(w * g for w, g in zip(row["weights"], gains, strict=True)) / sum(row["weights"])
 
 
 def points(rows: list[Row], way: str) -> dict[Weights, list[Row]]:
@@ -178,46 +197,65 @@ def points(rows: list[Row], way: str) -> dict[Weights, list[Row]]:
 
 def front(found: Row) -> Image.Image:
     """Reward A against reward B along each way of mixing them, and the price; means over seeds."""
-    before, lines, losses = found["before"], [], []
-    for color, (way, title) in enumerate(TITLES.items()):
-        groups = [(w, rows) for w, rows in points(found["rows"], way).items() if w in MIXES]
-        x, y = ([float(np.mean([gain(row, before, n) for row in g])) for _, g in groups] for n in (FIRST, SECOND))
-        lines.append(Line(title, x, y, style="points", color=color))
-        kept = [float(np.mean([row["object"] for row in g])) for _, g in groups]
-        losses.append(Line(title, [w[0] for w, _ in groups], kept, style="points", color=color))
+    before, lines, prices = found["before"], [], []
+    looks: tuple[tuple[str, tuple[Weights, ...], str, Style], ...] = (
+        ("both", MIXES, "", "points"),
+        ("irg", MIXES, "", "points"),
+        ("sum", MIXES, "", "points"),
+        ("irg", DOUBLE, ", double weights", "dashed"),
+        ("sum", DOUBLE, ", double weights", "dashed"),
+    )
+    for way, weights, more, style in looks:
+        groups = [rows for w, rows in points(found["rows"], way).items() if w in weights]
+        color, title = list(TITLES).index(way), TITLES[way] + more
+        x, y, kept = (
+            [float(np.mean([of(row) for row in rows])) for rows in groups]
+            for of in (
+                lambda row: gain(row, before, FIRST),
+                lambda row: gain(row, before, SECOND),
+                lambda row: row["object"],
+            )
+        )
+        lines.append(Line(title, x, y, style=style, color=color))
+        prices.append(Line(title, [w[0] / sum(w) for w in weights], kept, style=style, color=color))
     seeds = f"{len({row['seed'] for row in found['rows']})} seeds, means"
     return figure(
         [
             Panel("Front of two rewards", f"gain in {FIRST}, std", f"gain in {SECOND}, std", lines, note=seeds),
-            Panel("Right object", f"weight of {FIRST}", "share of pictures", losses, hlines=(before["object"],)),
+            Panel("Right object", f"share of {FIRST}", "share of pictures", prices, hlines=(before["object"],)),
         ],
         size=(560, 420),
     )
 
 
 def report(out: Path, pictures: Path, where: str) -> str:
-    """The front as a picture and a table; empty where it was not run."""
+    """The front as a picture and a table; empty where it was not run. Raises ConfigError for another experiment's."""
     file = out / "guidance.json"
     if not file.is_file():
         return ""
     found = json.loads(file.read_text(encoding="utf-8"))
+    if found.get("rewards") != [FIRST, SECOND]:
+        raise ConfigError(
+            f"{file} is not about {FIRST} and {SECOND}. Remove it and {out / 'guidance'}; it is run again."
+        )
     front(found).save(pictures / "guidance.png")
     before, rows = found["before"], []
     for way, title in TITLES.items():
         for weights, group in points(found["rows"], way).items():
-            gains = [limits(bootstrap([gain(row, before, name) for row in group])) for name in (FIRST, SECOND)]
-            whole = limits(bootstrap([asked(row, before) for row in group]))
+            gains = [limits(t_limits([gain(row, before, name) for row in group])) for name in (FIRST, SECOND)]
+            whole = limits(t_limits([asked(row, before) for row in group]))
             rest = [
-                limits(bootstrap([row[key] for row in group]), digits)
+                limits(t_limits([row[key] for row in group]), digits)
                 for key, digits in (("object", 3), ("alignment", 3), ("fd_base", 0), ("diversity", 3))
             ]
             rows.append([title, "{:g}, {:g}".format(*weights), *gains, whole, *rest])
-    head = ["", "weights", f"gain in {FIRST}", f"gain in {SECOND}", "weighted sum", "right object", "alignment"]
-    seeds = len({row["seed"] for row in found["rows"]})
+    head = ["", "weights", f"gain in {FIRST}", f"gain in {SECOND}", "weighted mean", "right object", "alignment"]
     rate, clip = found["setting"]
     how = f"{RECIPES[RECIPE].title}; learning rate {rate:g}, clip range {clip:g}"
-    intro = f"""Two LoRAs by {CONTENDERS[OURS].title} ({how}) are composed; others are trained on both rewards at once.
-{seeds} seeds; with so few the brackets are their range. At commit {found["commit"]}."""
+    seeds = len({row["seed"] for row in found["rows"]})
+    intro = f"""Two LoRAs by {CONTENDERS[OURS].title} ({how}) are composed; others are trained on both rewards at
+once, which is a whole training whatever the weights, so compare fronts, not rows. IRG asks the model once more for each
+LoRA at every step; summed weights and a LoRA trained on both cost nothing. {seeds} seeds, commit {found["commit"]}."""
     return f"## Two rewards at once\n\n{intro}\n\n![Front]({where}/guidance.png)\n\n" + table(
         [*head, "FD to base", "diversity"], rows
     )

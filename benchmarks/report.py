@@ -1,22 +1,26 @@
 """Tables and pictures of what there is, into results.md below its line; what is written above that line is kept."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import figures, guidance, speed, tables
 from .collect import GOALS, Found, collect
-from .contenders import CONTENDERS, PROMPTS, Form
+from .contenders import CONTENDERS, PROMPTS, RECIPES, Form
 from .grid import KEEPS, tasks
 from .statistics import mixed
 
-EQUAL = """At equal settings, whatever was chosen: in how many settings, of those in which both keep the pictures, a
-contender's mean gain on the way is above native PPO's, and by how much on average. Read the pattern: seeds are few."""
+EQUAL = """At equal settings, whatever was chosen: in how many settings of the sweep a contender's mean kept gain on the
+way is above native PPO's, and by how much on average. Read the pattern: seeds are few."""
 LINE = "<!-- below: python -m trainer benchmark --part report; what is above this line is kept -->"
-POOLED = """A seed has the same prompts and noise in every task, so these blocks are not independent of each other:
-pooled limits and p speak of these tasks only, not of tasks in general.
+POOLED = """Compared is the mean kept gain on the way. The mixed model takes each seed of each task for a block of its
+own and one spread for all, though a seed has the same prompts and noise in every task and contenders differ in spread;
+the columns by seeds average a seed's differences over the tasks first (Student's t over the seeds), and their p are
+corrected by Holm's method, both tables together. Trust the latter. Either speaks of these tasks only.
 
 Fewer updates: of the seeds in which either of the two gets to the goal, the median share of updates that the contender
-saves [95 %, bootstrap]; 100 % where only it gets there, never where only the other one does."""
+saves [95 %, bootstrap]. Where only it gets there the other one counts with all the updates that it ran, so the true
+share is larger; never: only the other one gets there."""
 
 
 def report(form_name: str, form: Form, out: Path, folder: Path, pictures: Path) -> Path:
@@ -43,8 +47,9 @@ def report(form_name: str, form: Form, out: Path, folder: Path, pictures: Path) 
 def setup(form_name: str, form: Form, found: Sequence[Found]) -> str:
     """How the numbers were made."""
     commits = sorted({run.result["commit"] for task in found for runs in task.runs.values() for run in runs})
-    rates = ", ".join(f"{rate:g}" for rate in form.learning_rates)
-    clips = ", ".join(f"{clip:g}" for clip in form.clip_ranges)
+    sweeps = "; ".join(
+        f"{kind}: " + ", ".join(f"({rate:g}, {clip:g})" for rate, clip in sweep) for kind, sweep in form.sweep.items()
+    )
     size = f"{form.updates} updates of {form.prompts_per_update} prompts x {form.group_size} images"
     exam = len(PROMPTS) * form.each
     return f"""## How it was measured
@@ -52,14 +57,23 @@ def setup(form_name: str, form: Form, found: Sequence[Found]) -> str:
     python -m trainer benchmark --form {form_name}
 
 at commit {", ".join(commits) or "-"}. Every run: {size}, {form.steps} denoising steps, LoRA of rank 8, no guidance.
-Learning rate (out of {rates}) and clip range (out of {clips}) were chosen for each contender and task by its mean gain
-on the way in {form.tuning_updates} updates on seeds {_list(form.tuning_seeds)}, which are not reported, among the
-settings that keep at least {100 * KEEPS:.0f} % of the base model's right objects at every exam.
-Reported are seeds {_list(form.seeds)}. With the same seed all contenders see the same prompts and noise.
-Every {form.every} updates, and before the first, comes an exam: {exam} pictures of the same noise, sampled without
-noise (ODE). Gains are in standard deviations of the base model's rewards on these pictures. Brackets are 95 % bootstrap
-intervals over seeds unless said otherwise. tempflow and guard are one credit (docs/paper.md). Tiny FD is taken from
-{exam} pictures to {form.reference}, in emoji-align's features: compare it within a table only."""
+Every {form.every} updates, and before the first, comes an exam: {exam} pictures of the training prompts, with the same
+noise in every exam, sampled without noise (ODE). Gains are in standard deviations of the base model's rewards there.
+
+**A gain counts only while the pictures last.** Where an exam finds less than {100 * KEEPS:.0f} % of the base model's
+right objects, the *kept gain* stays at that of the last exam that found more, as if one had stopped there. The *mean
+kept gain on the way* is the area under that curve; contenders are compared in it, and settings are chosen by it.
+
+Learning rate and clip range ({sweeps})
+were chosen for each contender and task on seeds {_list(form.tuning_seeds)}, which are not reported. Reported are seeds
+{_list(form.seeds)}. With the same seed all contenders of a task see the same prompts and the same noise, but for AWM
+and DiffusionNFT, which sample without noise in training too and never share the first noise within a group.
+
+Brackets are 95 %: Student's over seeds for means, bootstrap for medians. Times lie on straight lines between exams, so
+those below {form.every} updates are estimates. tempflow and guard are one credit (docs/paper.md). Right objects, right
+counts, tiny FD and diversity are read by emoji-align, whose cosine is also the reward alignment. Tiny FD is taken from
+{exam} pictures to {form.reference}: compare it within a table only. With two minibatches, the first meets a ratio of 1,
+so clip fractions end at 50 %."""
 
 
 def _list(seeds: Sequence[int]) -> str:
@@ -71,8 +85,8 @@ def tuning_part(form: Form, out: Path) -> str:
     found = {tables.describe(task): tables.tuning(form, task, out) for task in tasks(form)}
     parts = [f"{name}:\n\n{text}" for name, text in found.items() if text]
     seeds = (
-        f"By learning rate and clip range, on tuning seeds {_list(form.tuning_seeds)} only; bold was chosen. "
-        f"In brackets what a setting kept of the base model's right objects, where less than {100 * KEEPS:.0f} %."
+        f"By learning rate and clip range, on tuning seeds {_list(form.tuning_seeds)} only; bold was chosen. In "
+        f"brackets what is left of the base model's right objects at the end, where less than {100 * KEEPS:.0f} %."
     )
     if not parts:
         return ""
@@ -84,19 +98,21 @@ def overall(found: Sequence[Found], pictures: Path, where: str) -> str:
     parts = ["## All finished tasks together", "; ".join(tables.describe(task.task) for task in found) + "."]
     groups = []
     for task in found:
-        effects = mixed(task.rows("gain"), tables.REFERENCES[0]).effects
+        effects = mixed(task.rows(), tables.REFERENCES[0]).effects
         groups.append((tables.describe(task.task), [(name, effects[name]) for name in task.runs if name in effects]))
     figures.forest(
-        groups, "Gain over native PPO", "difference in gain at the end, std of the base model's rewards, 95 % limits"
+        groups,
+        "Over native PPO",
+        "difference in the mean kept gain on the way, std of the base model's rewards, 95 % limits",
     ).save(pictures / "effects.png")
-    parts.append(f"![Gain over native PPO]({where}/effects.png)")
+    parts.append(f"![Over native PPO]({where}/effects.png)")
     for reference in tables.REFERENCES:
         if all(reference in task.runs for task in found):
             text, model = tables.against(found, reference)
             spread = (
                 f"Blocks (a seed of a task) differ by a std of {model.block_std:.2f}, runs by {model.residual_std:.2f}."
             )
-            parts += [text, f"Limits by a random-intercept model (REML). {spread}"]
+            parts += [text, f"Mixed model: random intercepts, REML. {spread}"]
     parts.append(POOLED)
     return "\n\n".join(parts)
 
@@ -109,32 +125,42 @@ def task_part(found: Found, form: Form, pictures: Path, where: str) -> str:
     goal = best_goal(found)
     alone = [CONTENDERS[n].title for n, runs in found.runs.items() if len(runs) < len(form.seeds)]
     notes = [f"Not all seeds are finished for {', '.join(alone)}."] if alone else []
-    rates = form.learning_rates
-    for end, rate, side in (("upper", max(rates), "more"), ("lower", min(rates), "less")):
-        edge = [CONTENDERS[n].title for n in found.runs if found.chosen[n][0] == rate]
-        if edge and len(rates) > 1:
-            notes.append(
-                f"Chosen at the {end} end of the learning rates, so {side} might be better: {', '.join(edge)}."
-            )
+    notes += edges(found, form)
     return "\n\n".join(
         [
             f"## {tables.describe(found.task)}",
             *notes,
             f"![Convergence]({where}/{stem}-convergence.png)",
             tables.gains(found),
+            tables.others(found),
             tables.times(found, form),
             f"![Health]({where}/{stem}-health.png)",
             tables.health(found),
-            f"![At matched reward]({where}/{stem}-matched.png)",
-            f"When the gain reaches +{goal:g}:",
+            f"![Price along training]({where}/{stem}-matched.png)",
+            f"When the kept gain reaches +{goal:g}; seeds that never get there are left out:",
             tables.matched(found, goal),
         ]
     )
 
 
+def edges(found: Found, form: Form) -> list[str]:
+    """Who chose at an end of the sweep, beyond which something better might lie."""
+    sweep, notes = form.sweep[RECIPES[found.task.recipe].kind], []
+    for part, what in enumerate(("learning rates", "clip ranges")):
+        values = {setting[part] for setting in sweep}
+        for end, value in (("upper", max(values)), ("lower", min(values))):
+            names = [n for n in found.runs if found.chosen[n][part] == value and (CONTENDERS[n].clips or part == 0)]
+            if names and len(values) > 1:
+                titles = ", ".join(CONTENDERS[n].title for n in names)
+                notes.append(f"Chosen at the {end} end of the {what}: {titles}.")
+    return notes
+
+
 def best_goal(found: Found) -> float:
     """The largest goal that every contender reaches with at least half of its seeds, else the smallest goal."""
     most = [
-        g for g in GOALS if all(2 * sum(r.reach(g) < 1e9 for r in runs) >= len(runs) for runs in found.runs.values())
+        g
+        for g in GOALS
+        if all(2 * sum(math.isfinite(r.reach(g)) for r in runs) >= len(runs) for runs in found.runs.values())
     ]
     return max(most, default=GOALS[0])

@@ -1,9 +1,8 @@
-"""Few, standard statistics: time to a target, bootstrap intervals, sign-flip tests, one mixed-effects model, Holm."""
+"""Few, standard statistics: time to a target, limits by t and bootstrap, one mixed-effects model, Holm."""
 
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 from scipy import stats
@@ -45,18 +44,34 @@ class Interval:
     high: float
 
 
-def mean(values: np.ndarray) -> np.ndarray:
-    """Along the last axis."""
-    return values.mean(-1)
-
-
 def median(values: np.ndarray) -> np.ndarray:
     """Lower median along the last axis: infinities (a target never reached) stay where they belong."""
     return np.sort(values, axis=-1)[..., (values.shape[-1] - 1) // 2]
 
 
-def bootstrap(values: Sequence[float], statistic: Callable[[np.ndarray], np.ndarray] = mean, seed: int = 0) -> Interval:
-    """Percentile bootstrap over seeds (Efron 1979). With five seeds it is narrow: read it beside the tests."""
+def t_limits(values: Sequence[float]) -> Interval:
+    """Mean with Student's t limits (1908); NaN limits for fewer than two values."""
+    x = np.asarray(values, float)
+    if len(x) < 2:
+        return Interval(float(x[0]) if len(x) else math.nan, math.nan, math.nan)
+    reach = float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    middle = float(x.mean())
+    return Interval(middle, middle - reach, middle + reach)
+
+
+def t_test(differences: Sequence[float]) -> float:
+    """Two-sided p of a mean of 0 by Student's t; NaN for fewer than two differences, 1 where all are 0."""
+    d = np.asarray(differences, float)
+    if len(d) < 2:
+        return math.nan
+    error = d.std(ddof=1) / math.sqrt(len(d))
+    if error == 0:
+        return float(d.mean() == 0)
+    return float(2 * stats.t.sf(abs(d.mean()) / error, len(d) - 1))
+
+
+def bootstrap(values: Sequence[float], statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> Interval:
+    """Percentile bootstrap over seeds (Efron 1979), for what has no formula; with five seeds it is narrow."""
     x = np.asarray(values, float)
     if len(x) < 2:
         return Interval(float(x[0]) if len(x) else math.nan, math.nan, math.nan)
@@ -65,28 +80,12 @@ def bootstrap(values: Sequence[float], statistic: Callable[[np.ndarray], np.ndar
     return Interval(float(statistic(x)), float(low), float(high))
 
 
-def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
-    """Two-sided p of paired differences having mean 0 (Fisher 1935): exact up to 16 pairs, else 100,000 random flips.
-
-    It is never below 2^(1 - n): five seeds cannot say less than 0.0625.
-    """
-    d = np.asarray(differences, float)
-    if not len(d):
-        return math.nan
-    if len(d) <= 16:
-        signs = np.array(list(product((1.0, -1.0), repeat=len(d))))
-        means = np.abs(signs @ d)
-        return float((means >= abs(d.sum()) - 1e-12 * (1 + np.abs(d).sum())).mean())
-    signs = np.random.default_rng(seed).choice((1.0, -1.0), (100_000, len(d)))
-    return float((1 + (np.abs(signs @ d) >= abs(d.sum())).sum()) / 100_001)
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979), in the order given."""
-    order = np.argsort(p_values)
-    adjusted, highest = np.ones(len(p_values)), 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+    """p-values corrected for their number (Holm 1979), in the order given; NaN stays and does not count."""
+    known = [i for i in np.argsort(p_values) if not math.isnan(p_values[i])]
+    adjusted, highest = np.full(len(p_values), math.nan), 0.0
+    for rank, i in enumerate(known):
+        highest = max(highest, min(1.0, (len(known) - rank) * p_values[i]))
         adjusted[i] = highest
     return adjusted.tolist()
 

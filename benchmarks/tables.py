@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .collect import GOALS, Found, Run, by_step, pairs
-from .contenders import BASELINE, CONTENDERS, OURS, RECIPES, Form
-from .grid import Setting, Task, choose, competing, tried
-from .statistics import Interval, Mixed, bootstrap, holm, mean, median, mixed, sign_flip
+from .collect import GOALS, Found, Run, both, by_seed, by_step
+from .contenders import BASELINE, CONTENDERS, OURS, RECIPES, REWARDS, Form, Setting
+from .grid import KEEPS, Task, choose, competing, tried
+from .statistics import Interval, Mixed, bootstrap, holm, median, mixed, t_limits, t_test
+
+REFERENCES = (BASELINE, OURS)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -28,32 +30,38 @@ def limits(found: Interval, digits: int = 2) -> str:
     return f"{number(found.value, digits)} [{number(found.low, digits)}, {number(found.high, digits)}]"
 
 
-def _over(runs: Sequence[Run], of: Callable[[Run], float], statistic=mean) -> Interval:
+def chance(p: float) -> str:
+    """A p-value as it is printed."""
+    return "-" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _means(runs: Sequence[Run], of: Callable[[Run], float], digits: int = 2) -> str:
+    """Mean over seeds with Student's limits, over those that have the number."""
     values = [of(run) for run in runs]
-    return bootstrap([v for v in values if not math.isnan(v)], statistic)
+    return limits(t_limits([v for v in values if not math.isnan(v)]), digits)
 
 
 def tuning(form: Form, task: Task, out: Path) -> str:
-    """Mean gain on the way on the tuning seeds by setting, the chosen one in bold; empty where none is finished."""
+    """The outcome on the tuning seeds by setting, the chosen one in bold; empty where none is finished."""
     names = competing(form, task)
     found = {name: tried(form, task, name, out) for name in names}
     if not any(found.values()):
         return ""
-    every, chosen = [(r, c) for r in form.learning_rates for c in form.clip_ranges], choose(form, task, out) or {}
+    every, chosen = form.sweep[RECIPES[task.recipe].kind], choose(form, task, out) or {}
 
     def cell(name: str, setting: Setting) -> str:
         one = found[name].get(setting)
         if one is None:
             return "-"
-        text = number(one.gain) if one.keeps else f"{number(one.gain)} ({100 * one.kept:.0f} %)"
+        text = number(one.gain) if one.kept >= KEEPS else f"{number(one.gain)} ({100 * one.kept:.0f} %)"
         return f"**{text}**" if chosen.get(name) == setting else text
 
     rows = [[CONTENDERS[name].title, *(cell(name, setting) for setting in every)] for name in names]
-    return table(["mean gain on the way", *(f"{rate:g}, {clip:g}" for rate, clip in every)], rows)
+    return table(["mean kept gain on the way", *(f"{rate:g}, {clip:g}" for rate, clip in every)], rows)
 
 
 def equal_settings(form: Form, wanted: Sequence[Task], out: Path) -> str:
-    """Contenders against native PPO at the same setting, where both keep the pictures; empty without tuning."""
+    """Contenders against native PPO at the same setting on the tuning seeds; empty without tuning."""
     rows: dict[str, list[str]] = {name: [] for name in form.contenders if name != BASELINE}
     titles = []
     for task in wanted:
@@ -63,25 +71,33 @@ def equal_settings(form: Form, wanted: Sequence[Task], out: Path) -> str:
             continue
         titles.append(f"{RECIPES[task.recipe].title.split(':')[0]}, {RECIPES[task.recipe].model}, {task.reward}")
         for name, cells in rows.items():
-            own = found.get(name, {})
-            shared = [s for s in own if s in base and own[s].keeps and base[s].keeps]
-            gaps = [own[s].gain - base[s].gain for s in shared]
+            gaps = [own.gain - base[s].gain for s, own in found.get(name, {}).items() if s in base]
             cells.append(f"{sum(g > 0 for g in gaps)}/{len(gaps)}, {sum(gaps) / len(gaps):+.2f}" if gaps else "-")
     return table(["", *titles], [[CONTENDERS[name].title, *cells] for name, cells in rows.items()]) if titles else ""
 
 
 def gains(found: Found) -> str:
-    """The chosen setting, gain at the end and on the way, and the reward of the last quarter of its own rollouts."""
+    """The chosen setting, the kept gain on the way and at the end, and what the whole run ends with."""
     rows = []
     for name, runs in found.runs.items():
         rate, clip = found.chosen[name]
         setting = f"{rate:g}, {clip:g}" if CONTENDERS[name].clips else f"{rate:g}, -"
-        numbers = [limits(_over(runs, of)) for of in (lambda r: r.gain, lambda r: r.area)]
-        numbers.append(limits(_over(runs, lambda r: r.own), 3))
-        rows.append([CONTENDERS[name].title, setting, str(len(runs)), *numbers])
-    return table(
-        ["", "learning rate, clip", "seeds", "gain at the end", "mean gain on the way", "reward of own rollouts"], rows
-    )
+        numbers = [_means(runs, of) for of in (lambda r: r.outcome, lambda r: r.kept[-1], lambda r: r.gains[-1])]
+        shares = [f"{100 * run.share:.0f}" for run in runs]
+        own = _means(runs, lambda r: r.own, 3)
+        rows.append([CONTENDERS[name].title, setting, str(len(runs)), *numbers, " ".join(shares), own])
+    head = ["", "learning rate, clip", "seeds", "mean kept gain on the way", "kept gain", "gain at the end"]
+    return table([*head, "right objects kept at the end, % by seed", "reward of own rollouts"], rows)
+
+
+def others(found: Found) -> str:
+    """Gains in the rewards that were not trained on, at the last examination that keeps the pictures."""
+    names = [name for name in REWARDS if name != found.task.reward]
+    rows = [
+        [CONTENDERS[name].title, *(_means(runs, lambda r, reward=reward: r.gain_in(reward)) for reward in names)]
+        for name, runs in found.runs.items()
+    ]
+    return table(["kept gain in rewards not trained on", *names], rows)
 
 
 def times(found: Found, form: Form) -> str:
@@ -90,7 +106,7 @@ def times(found: Found, form: Form) -> str:
     for name, runs in found.runs.items():
         reached = [sum(math.isfinite(run.reach(goal)) for run in runs) for goal in GOALS]
         spent = [
-            [_over(runs, lambda r, goal=goal, price=price: r.reach(goal) * price(r), median) for goal in GOALS]
+            [bootstrap([run.reach(goal) * price(run) for run in runs], median) for goal in GOALS]
             for price in (lambda r: 1, lambda r: form.images_per_update, lambda r: r.result["seconds_per_update"])
         ]
         title = CONTENDERS[name].title
@@ -138,41 +154,47 @@ def matched(found: Found, goal: float) -> str:
     rows = []
     for name, runs in found.runs.items():
         reached = sum(math.isfinite(run.reach(goal)) for run in runs)
-        cells = [limits(_over(runs, lambda r, key=key: r.matched(key, goal)), digits) for key, digits in keys]
+        cells = [_means(runs, lambda r, key=key: r.matched(key, goal), digits) for key, digits in keys]
         rows.append([f"{CONTENDERS[name].title} ({reached}/{len(runs)})", *cells])
     base = next(iter(found.runs.values()))[0]
     rows.insert(0, ["base model", *(number(base.examined(key)[0], digits) for key, digits in keys)])
     return table(["", "FD to base", "FD to drawn", "diversity", "right object", "right count", "alignment"], rows)
 
 
+def chances(found: Sequence[Found]) -> dict[tuple[str, str], float]:
+    """p of every contender against native PPO and against PCPO by seeds, all of them one family of Holm's."""
+    names = [name for name in CONTENDERS if any(name in task.runs for task in found)]
+    wanted = [(name, BASELINE) for name in names if name != BASELINE]
+    wanted += [(name, OURS) for name in names if name not in REFERENCES]
+    corrected = holm([t_test(by_seed(found, *pair)) for pair in wanted])
+    every = dict(zip(wanted, corrected, strict=True))
+    return every | {(second, first): p for (first, second), p in every.items()}
+
+
 def against(found: Sequence[Found], reference: str) -> tuple[str, Mixed]:
-    """Every contender against one of them over all tasks: mixed-effects estimate, sign-flip p, Holm's correction."""
-    rows = [row for task in found for row in task.rows("gain")]
-    model = mixed(rows, reference)
-    names = [name for name in CONTENDERS if name in model.effects]
-    differences = {name: pairs(rows, name, reference) for name in names}
-    corrected = holm([sign_flip(differences[name]) for name in names])
-    lines = []
-    for name, p in zip(names, corrected, strict=True):
-        wins = sum(d > 0 for d in differences[name])
-        cells = [limits(model.effects[name]), f"{model.p[name]:.3f}", f"{p:.3f}", f"{wins}/{len(differences[name])}"]
-        lines.append([CONTENDERS[name].title, *cells, fewer(found, name, reference)])
-    head = [f"against {CONTENDERS[reference].title}", "difference in gain", "p (mixed model)", "p (sign flips, Holm)"]
-    return table([*head, "better in", f"fewer updates to +{GOALS[0]:g}"], lines), model
+    """Every contender against one of them over all tasks: the mixed model, and the seeds' averages over the tasks."""
+    model = mixed([row for task in found for row in task.rows()], reference)
+    p, lines = chances(found), []
+    for name in (name for name in CONTENDERS if name in model.effects):
+        gaps = [mine.outcome - other.outcome for mine, other in both(found, name, reference)]
+        by_model = [limits(model.effects[name]), chance(model.p[name])]
+        by_seeds = [limits(t_limits(by_seed(found, name, reference))), chance(p[name, reference])]
+        wins = f"{sum(gap > 0 for gap in gaps)}/{len(gaps)}"
+        lines.append([CONTENDERS[name].title, *by_model, *by_seeds, wins, fewer(found, name, reference)])
+    head = [f"against {CONTENDERS[reference].title}", "difference (mixed model)", "p", "difference (by seeds)"]
+    return table([*head, "p (Holm)", "better in", f"fewer updates to +{GOALS[0]:g}"], lines), model
 
 
 def fewer(found: Sequence[Found], name: str, reference: str) -> str:
-    """Median share of updates saved on the way to the first goal, over the seeds of which at least one gets there."""
-    both = [
-        (mine.reach(GOALS[0]), other.reach(GOALS[0]))
-        for task in found
-        for mine in task.runs.get(name, ())
-        for other in task.runs[reference]
-        if mine.seed == other.seed
-    ]
-    saved = [
-        1 - mine / other if math.isfinite(mine) else -math.inf for mine, other in both if min(mine, other) < math.inf
-    ]
+    """Median share of updates saved on the way to the first goal, over the seeds of which at least one gets there.
+
+    A reference that never gets there counts with the updates that it ran, so what it is given is too little.
+    """
+    saved = []
+    for mine, other in both(found, name, reference):
+        own, others = mine.reach(GOALS[0]), other.reach(GOALS[0])
+        if min(own, others) < math.inf:
+            saved.append(1 - own / min(others, other.updates[-1]))
     middle = bootstrap(saved, median)
     low, value, high = (
         f"{100 * v:.0f} %" if math.isfinite(v) else "never" for v in (middle.low, middle.value, middle.high)
@@ -183,6 +205,3 @@ def fewer(found: Sequence[Found], name: str, reference: str) -> str:
 def describe(task: Task) -> str:
     recipe = RECIPES[task.recipe]
     return f"{recipe.model}, {recipe.title}, reward {task.reward}"
-
-
-REFERENCES = (BASELINE, OURS)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks.contenders import FORMS, Form
+from benchmarks.contenders import FORMS, REWARDS, Form
 from benchmarks.grid import Cell, Task, cell_config, configuration, read_result
 from benchmarks.work import run_if_free
 from trainer.run import RunFolder
@@ -25,7 +25,9 @@ def write(cell: Cell, form: Form, out, gain: float, kept: float = 1.0) -> None:
     folder = cell.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     same = {"fd_base": 100.0, "fd_drawn": 200.0, "diversity": 0.1, "object": 1.0, "count": 1.0, "alignment": 0.5}
-    rows = [{"update": u, **same, "fd_base": 100 + u} for u in (0, 5, 10)]
+    rewards = {f"{name}{part}": value for name in REWARDS for part, value in (("", 0.5), ("_std", 0.1))}
+    rows = [{"update": u, **rewards, **same, "fd_base": 100 + u} for u in (0, 5, 10)]
+    rows[1]["polish"] = 0.6
     rows[-1]["object"] = kept
     result = {
         "updates": [0, 5, 10],

@@ -1,6 +1,7 @@
 """The benchmark: each cell is an ordinary run that resumes, is done by one process and reported as it was measured."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from benchmark_grids import TASK, small, write
 
 from benchmarks import guidance, reference_loop, tables
-from benchmarks.collect import collect
+from benchmarks.collect import by_seed, collect
 from benchmarks.contenders import CONTENDERS, FORMS, PROMPTS, RECIPES, REWARDS, Form
 from benchmarks.grid import (
     Cell,
@@ -16,12 +17,14 @@ from benchmarks.grid import (
     cell_config,
     choose,
     competing,
+    kept_gains,
     reported_cells,
     settings,
     tuning_cells,
 )
 from benchmarks.measure import EXAM, follows, make_examiner, pictures
 from benchmarks.report import LINE, report
+from benchmarks.statistics import holm, t_test
 from benchmarks.work import progress
 from comfyui_pcpo.guidance import ImplicitReward
 from comfyui_pcpo.tiny.align import load_image_encoder
@@ -78,12 +81,17 @@ def test_forward_contenders_never_start_a_group_from_one_noise_without_noise_lat
             assert not (rollout["noise_level"] == 0 and rollout.get("shared_noise"))
 
 
-def test_every_contender_chooses_from_the_same_settings():
+@pytest.mark.parametrize("task", [Task("flow-grpo", "polish"), Task("ddpo", "colorfulness")])
+def test_every_contender_chooses_from_the_same_settings(task):
     form = FORMS["medium"]
-    full = {(rate, clip) for rate in form.learning_rates for clip in form.clip_ranges}
-    for name in form.contenders:
-        assert {rate for rate, _ in settings(form, name)} == set(form.learning_rates)
-        assert set(settings(form, name)) == full or not CONTENDERS[name].clips
+    sweep = form.sweep[RECIPES[task.recipe].kind]
+    for name in competing(form, task):
+        found = settings(form, task, name)
+        if CONTENDERS[name].clips:
+            assert found == list(sweep)
+        else:
+            assert [rate for rate, _ in found] == list(dict.fromkeys(rate for rate, _ in sweep))
+            assert set(found) <= set(sweep)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -91,8 +99,11 @@ def test_settings_are_never_chosen_on_reported_seeds(name):
     assert not set(FORMS[name].tuning_seeds) & set(FORMS[name].seeds)
 
 
-def test_the_setting_with_the_highest_mean_gain_on_the_way_over_the_tuning_seeds_is_chosen(tmp_path):
-    form = small(learning_rates=(1e-3, 1e-2), clip_ranges=(1e-4, 1e-3), tuning_seeds=(100, 101))
+FOUR = {"flow": tuple(itertools.product((1e-3, 1e-2), (1e-4, 1e-3)))}
+
+
+def test_the_setting_with_the_highest_mean_outcome_over_the_tuning_seeds_is_chosen(tmp_path):
+    form = small(sweep=FOUR, tuning_seeds=(100, 101))
     assert choose(form, TASK, tmp_path) is None
     best = {"ppo": (1e-2, 1e-4), "pcpo": (1e-3, 1e-3)}
     for cell in tuning_cells(form, TASK):
@@ -103,39 +114,56 @@ def test_the_setting_with_the_highest_mean_gain_on_the_way_over_the_tuning_seeds
     assert choose(form, TASK, tmp_path) == best
 
 
-def test_a_setting_that_loses_the_pictures_is_not_chosen_however_much_it_gains(tmp_path):
-    form = small(learning_rates=(1e-3, 1e-2), clip_ranges=(1e-4, 1e-3), tuning_seeds=(100, 101))
+def test_gains_of_ruined_pictures_do_not_count(tmp_path):
+    form = small(seeds=(0, 1))
+    for cell in reported_cells(form, TASK, choose(form, TASK, tmp_path) or {}):
+        write(cell, form, tmp_path, 2.0, kept=0.89 if cell.contender == "pcpo" else 0.91)
+    runs = collect(form, tmp_path)[0].runs
+    ruined, whole = runs["pcpo"][0], runs["ppo"][0]
+    assert (whole.kept, ruined.kept) == ([0, 1, 2], [0, 1, 1])
+    assert (whole.outcome, ruined.outcome) == pytest.approx((1.0, 0.75))
+    assert (whole.reach(1.5), ruined.reach(1.5)) == (7.5, math.inf)
+    assert (whole.gain_in("polish"), ruined.gain_in("polish")) == pytest.approx((0, 1))
+    assert (whole.share, ruined.share) == pytest.approx((0.91, 0.89))
+
+
+def test_pictures_that_come_back_count_again():
+    result = {"gains": [0.0, 0.5, 1.0, 1.5], "rows": [{"object": share} for share in (0.8, 0.8, 0.7, 0.73)]}
+    assert kept_gains(result) == [0.0, 0.5, 0.5, 1.5]
+
+
+def test_a_setting_that_ruins_the_pictures_is_not_chosen_for_what_it_gains_by_that(tmp_path):
+    form = small(sweep=FOUR, tuning_seeds=(100,))
     for cell in tuning_cells(form, TASK):
-        ruins = cell.learning_rate == 1e-2 and cell.seed == 101  # one seed that ruins is enough
-        kept = 0.5 if ruins else 0.9
-        if cell.contender == "pcpo":
-            kept = {1e-4: 0.7, 1e-3: 0.6}[cell.clip_range]  # none keeps enough: the one that keeps most
-        write(cell, form, tmp_path, 100 * cell.learning_rate + cell.clip_range, kept=kept)
-    assert choose(form, TASK, tmp_path) == {"ppo": (1e-3, 1e-3), "pcpo": (1e-3, 1e-4)}
-    assert "| native PPO | 0.05 | **0.05** | 0.50 (50 %) | 0.50 (50 %) |" in tables.tuning(form, TASK, tmp_path)
-    assert "| PCPO | - |" in tables.equal_settings(form, [TASK], tmp_path)
+        fast = cell.learning_rate == 1e-2
+        write(cell, form, tmp_path, (1.2 if fast else 1.0) + cell.clip_range, kept=0.5 if fast else 1.0)
+    assert set(choose(form, TASK, tmp_path).values()) == {(1e-3, 1e-3)}
+    assert "| PCPO | 0.50 | **0.50** | 0.45 (50 %) | 0.45 (50 %) |" in tables.tuning(form, TASK, tmp_path)
 
 
 def test_contenders_are_compared_with_native_ppo_at_equal_settings(tmp_path):
-    form = small(learning_rates=(1e-3, 1e-2), clip_ranges=(1e-4, 1e-3), tuning_seeds=(100,))
+    form = small(sweep=FOUR, tuning_seeds=(100,))
     for cell in tuning_cells(form, TASK):
-        ours, ruins = cell.contender == "pcpo", (cell.learning_rate, cell.clip_range) == (1e-2, 1e-3)
-        gain = {1e-4: 1.0, 1e-3: 0.2}[cell.clip_range] if ours else 0.4
-        write(cell, form, tmp_path, gain, kept=0.5 if ours and ruins else 1.0)
-    # the mean height of a line is half its end: +0.3 twice, -0.1 once; the fourth setting ruins and does not count
-    assert "| PCPO | 2/3, +0.17 |" in tables.equal_settings(form, [TASK], tmp_path)
+        write(cell, form, tmp_path, {1e-4: 1.0, 1e-3: 0.2}[cell.clip_range] if cell.contender == "pcpo" else 0.4)
+    # the mean height of a line is half its end: +0.3 twice, -0.1 twice
+    assert "| PCPO | 2/4, +0.10 |" in tables.equal_settings(form, [TASK], tmp_path)
 
 
-def test_tuning_runs_are_shorter_and_each_task_has_its_own(tmp_path):
-    pairs = (("flow-grpo", "colorfulness"), ("flow-grpo", "polish"))
-    form = small(tasks=pairs, learning_rates=(1e-3, 1e-2), tuning_seeds=(100,), tuning_updates=1)
-    first, second = (Task(*pair) for pair in pairs)
+def test_each_task_has_its_own_settings_and_a_form_leaves_out_what_it_skips(tmp_path):
+    first, second = Task("flow-grpo", "colorfulness"), Task("dance-sde", "polish")
+    form = small(
+        tasks=((first.recipe, first.reward), (second.recipe, second.reward)),
+        contenders=("ppo", "pcpo", "awm"),
+        skips=(("dance-sde", "awm"),),
+        sweep={"flow": ((1e-3, 1e-3), (1e-2, 1e-3))},
+        tuning_seeds=(100,),
+    )
     for cell in tuning_cells(form, first):
-        assert cell_config(cell, form, tmp_path).run.updates == 1
         write(cell, form, tmp_path, cell.learning_rate)
-    assert choose(form, first, tmp_path) == {"ppo": (1e-2, 1e-3), "pcpo": (1e-2, 1e-3)}
+    assert choose(form, first, tmp_path) == dict.fromkeys(("ppo", "pcpo", "awm"), (1e-2, 1e-3))
     assert choose(form, second, tmp_path) is None
-    assert progress(form, tmp_path) == (4, 2 * (4 + 2))
+    assert competing(form, second) == ["ppo", "pcpo"]
+    assert progress(form, tmp_path) == (6, 6 + 3 + 4 + 2)
 
 
 def test_the_examination_reads_drawn_pictures_right():
@@ -208,11 +236,10 @@ def test_the_report_says_what_was_measured_and_keeps_what_was_written_by_hand(tm
     text = (tmp_path / "results.md").read_text()
     assert text.startswith("# Results\n\nPCPO wins.\n\n" + LINE)
     assert text.count(LINE) == 1
-    assert "| PCPO | 0.006, 0.001 | 5 | 0.62 [" in text
-    assert "| DiffusionNFT | 0.006, - | 5 | 0.92 [" in text
-    assert "| native PPO | -0.20 [-0.20, -0.20] |" in text.split("against PCPO")[1]
-    assert "0/5" in text
-    assert "not independent of each other" in text
+    assert "| PCPO | 0.006, 0.001 | 5 | 0.31 [0.30, 0.32] | 0.62 [" in text
+    assert "| DiffusionNFT | 0.006, - | 5 | 0.46 [0.45, 0.47] | 0.92 [" in text
+    beaten = "| native PPO | -0.10 [-0.10, -0.10] | < 0.001 | -0.10 [-0.10, -0.10] | < 0.001 | 0/5 |"
+    assert beaten in text.split("against PCPO")[1]
     # +0.25 of 0.62 in the median seed, on a line that ends at update 10
     assert f"| PCPO | {10 * 0.25 / 0.62:.1f} [" in text
     assert {f.name for f in (tmp_path / "images").iterdir()} == {
@@ -226,8 +253,8 @@ def test_fewer_updates_counts_the_seeds_in_which_either_contender_gets_to_the_go
     ends = {"ppo": (0.5, 0.5, 0.5, 0.1, 0.1), "pcpo": (1.0, 1.0, 0.25, 0.5, 0.1), "nft": (0.1,) * 5}
     fill(form, tmp_path, lambda cell: ends[cell.contender][cell.seed])
     found = collect(form, tmp_path)
-    # half the updates twice, twice the updates once, once alone, once neither
-    assert tables.fewer(found, "pcpo", "ppo") == "50 % [-100 %, 100 %] of 4"
+    # half the updates twice, twice the updates once, once alone (in half of what the other one ran), once neither
+    assert tables.fewer(found, "pcpo", "ppo") == "50 % [-100 %, 50 %] of 4"
     assert tables.fewer(found, "nft", "ppo") == "never [never, never] of 3"
     assert tables.fewer(found, "ppo", "ppo") == "0 % [0 %, 0 %] of 3"
     assert tables.fewer(found, "nft", "nft") == "-"
@@ -239,13 +266,29 @@ def test_matched_reward_is_read_where_each_seed_reaches_it(tmp_path):
     found = collect(form, tmp_path)[0]
     assert [run.matched("fd_base", 0.25) for run in found.runs["pcpo"]] == pytest.approx([105, 105])
     assert all(math.isnan(run.matched("fd_base", 0.25)) for run in found.runs["ppo"])
-    assert found.runs["pcpo"][0].area == pytest.approx(0.25)
+    assert found.runs["pcpo"][0].outcome == pytest.approx(0.25)
     assert found.runs["pcpo"][0].own == pytest.approx(0.95)
 
 
-def test_the_report_says_where_the_best_learning_rate_is_the_largest_tried(tmp_path):
-    form = small(learning_rates=(1e-3, 1e-2), tuning_seeds=(100,))
-    fill(form, tmp_path, lambda cell: cell.learning_rate if cell.contender == "pcpo" else -cell.learning_rate)
+def test_the_report_says_where_a_choice_lies_at_an_end_of_the_sweep(tmp_path):
+    form = small(sweep=FOUR, tuning_seeds=(100,))
+    fill(form, tmp_path, lambda cell: cell.learning_rate * (1 if cell.contender == "pcpo" else -1) + cell.clip_range)
     text = report("quick", form, tmp_path, tmp_path, tmp_path / "images").read_text()
-    assert "Chosen at the upper end of the learning rates, so more might be better: PCPO.\n" in text
-    assert "| native PPO | **-0.00** | -0.01 |\n| PCPO | 0.00 | **0.01** |" in text
+    assert "Chosen at the upper end of the learning rates: PCPO.\n" in text
+    assert "Chosen at the lower end of the learning rates: native PPO.\n" in text
+    assert "Chosen at the upper end of the clip ranges: native PPO, PCPO.\n" in text
+
+
+def test_differences_are_averaged_over_tasks_before_seeds_are_compared(tmp_path):
+    pairs = (("flow-grpo", "colorfulness"), ("dance-sde", "polish"))
+    form = small(tasks=pairs, seeds=(0, 1, 2), contenders=("ppo", "pcpo", "nft"))
+    slope = {"ppo": 0.0, "pcpo": 0.2, "nft": 0.6}
+    fill(form, tmp_path, lambda c: slope[c.contender] * (1 + c.seed) * (2 if c.task.recipe == "dance-sde" else 1))
+    found = collect(form, tmp_path)
+    assert by_seed(found, "pcpo", "ppo") == pytest.approx([0.15, 0.3, 0.45])
+    family = [t_test(by_seed(found, *pair)) for pair in (("pcpo", "ppo"), ("nft", "ppo"), ("nft", "pcpo"))]
+    p = tables.chances(found)
+    assert [p["pcpo", "ppo"], p["nft", "ppo"], p["nft", "pcpo"]] == pytest.approx(holm(family))
+    assert p["ppo", "pcpo"] == p["pcpo", "ppo"]
+    text, _ = tables.against(found, "ppo")
+    assert f"| 0.30 [-0.07, 0.67] | {p['pcpo', 'ppo']:.3f} | 6/6 |" in text

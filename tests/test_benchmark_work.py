@@ -50,7 +50,7 @@ def test_contenders_start_from_the_same_examination_which_is_the_base_model_s(tm
     form, first = small(updates=1), []
     for name in ("ppo", "pcpo"):
         cells._examiners.clear()  # each measures for itself
-        cell = Cell(TASK, name, *settings(form, name)[0], 0)
+        cell = Cell(TASK, name, *settings(form, TASK, name)[0], 0)
         assert run_if_free(cell, form, tmp_path, lambda text: None)
         first.append(read_result(cell, form, tmp_path)["rows"][0])
     assert first[0] == first[1]
@@ -72,7 +72,7 @@ def test_the_base_examination_of_a_trained_policy_is_that_of_the_fresh_one(tmp_p
 
 def test_a_cell_whose_journal_was_cut_short_starts_again_from_the_base_model(done, tmp_path, monkeypatch):
     form, out, _ = done
-    cell = Cell(TASK, "pcpo", *settings(form, "pcpo")[0], 0)
+    cell = Cell(TASK, "pcpo", *settings(form, TASK, "pcpo")[0], 0)
     folder = interrupted(cell, form, tmp_path, monkeypatch)
     assert folder.numbers() == [1]
     journal = folder.path / cells.JOURNAL
@@ -85,7 +85,7 @@ def test_a_cell_whose_journal_was_cut_short_starts_again_from_the_base_model(don
 
 def test_a_result_of_another_configuration_is_refused_with_the_difference(tmp_path):
     form = small()
-    cell = Cell(TASK, "ppo", *settings(form, "ppo")[0], 0)
+    cell = Cell(TASK, "ppo", *settings(form, TASK, "ppo")[0], 0)
     write(cell, form, tmp_path, 0.5)
     other = small(updates=3, group_size=4)
     with pytest.raises(ConfigError, match=r"rollout.group_size = 2 there, 4 asked for; run.updates = 2 .*--out"):
@@ -96,7 +96,7 @@ def test_a_result_of_another_configuration_is_refused_with_the_difference(tmp_pa
 
 def test_an_unfinished_cell_of_another_configuration_is_not_continued(tmp_path, monkeypatch):
     form = small()
-    cell = Cell(TASK, "ppo", *settings(form, "ppo")[0], 0)
+    cell = Cell(TASK, "ppo", *settings(form, TASK, "ppo")[0], 0)
     interrupted(cell, form, tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match=r"rollout\.steps = 3 there, 4 asked for"):
         run_if_free(cell, small(steps=4), tmp_path, print)
@@ -151,7 +151,7 @@ def test_speed_is_measured_by_one_process_at_a_time(tmp_path, monkeypatch):
 
 def test_a_cell_that_was_interrupted_ends_like_one_that_was_not(done, tmp_path, monkeypatch):
     form, out, _ = done
-    cell = Cell(TASK, "pcpo", *settings(form, "pcpo")[0], 0)
+    cell = Cell(TASK, "pcpo", *settings(form, TASK, "pcpo")[0], 0)
     interrupted(cell, form, tmp_path, monkeypatch)
     assert run_if_free(cell, form, tmp_path, lambda text: None)
     assert read_result(cell, form, tmp_path)["rows"] == read_result(cell, form, out)["rows"]
