@@ -128,7 +128,11 @@ def test_guidance_trains_other_mixes_while_one_is_taken_and_ends_where_all_are_t
     assert waits == [4]
     assert len(said) == 6
     found = json.loads((tmp_path / "guidance.json").read_text())
-    assert len(found["rows"]) == 5 + 2 * 6
+    assert len(found["rows"]) == 5 + 2 * 10
+    (tmp_path / "images").mkdir()
+    text = guidance.report(tmp_path, tmp_path / "images", "images")
+    assert "| IRG | 2, 0 |" in text and "| trained on both | 0.5, 0.5 |" in text
+    assert (tmp_path / "images" / "guidance.png").is_file()
     guidance.run(form, tmp_path, said.append)
     assert len(said) == 6
 
