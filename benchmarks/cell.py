@@ -48,7 +48,11 @@ def run_cell(cell: Cell, form: Form, out: Path, say: Say) -> None:
     start = time.perf_counter()
     folder = RunFolder(cell.folder(out))
     config = cell_config(cell, form, out)
-    rows = run_examined(config, folder, form, out)
+    try:
+        rows = run_examined(config, folder, form, out)
+    except FloatingPointError as error:
+        say(f"{cell.task.name} {cell.name}: {error}")
+        rows = lost_from_here(read_json(folder.path / JOURNAL, []), form)
     result = summary(cell, folder, rows)
     result["config"] = configuration(config)
     write_json(folder.path / "result.json", finite(result))
@@ -69,7 +73,9 @@ def run_examined(config: Config, folder: RunFolder, form: Form, out: Path) -> li
     elif not folder.config_file.is_file():
         folder.start(config)
     folder.keep_records(learner.done)
-    rows = rows or [{"update": 0, **base_examination(examiner, policy)}]
+    if not rows:
+        rows = [{"update": 0, **base_examination(examiner, policy)}]
+        write_json(folder.path / JOURNAL, rows)
     for update in align(learner, Job(config, config.prompts.read(), load_rewards(config))):
         folder.record(update)
         if update.number % form.every == 0 or update.number == config.run.updates:
@@ -77,6 +83,12 @@ def run_examined(config: Config, folder: RunFolder, form: Form, out: Path) -> li
             write_json(folder.path / JOURNAL, rows)
             folder.save(learner, config)
     return rows
+
+
+def lost_from_here(rows: list[dict[str, Any]], form: Form) -> list[dict[str, Any]]:
+    """The examinations of a run whose gradient became infinite: from the last one on it has no right object."""
+    missing = [u for u in range(1, form.updates + 1) if u % form.every == 0 or u == form.updates]
+    return rows + [{**rows[-1], "update": u, "object": 0.0} for u in missing if u > rows[-1]["update"]]
 
 
 def resumable(folder: RunFolder, config: Config) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from benchmarks import cell as cells
 from benchmarks import guidance, speed
 from benchmarks import work as working
 from benchmarks.contenders import PROMPTS
-from benchmarks.grid import Cell, cell_config, choose, read_result, reported_cells, settings
+from benchmarks.grid import Cell, cell_config, choose, kept_gains, read_result, reported_cells, settings
 from benchmarks.measure import EXAM, make_examiner
 from benchmarks.work import if_free, progress, run_if_free, share, work
 from trainer.config import ConfigError
@@ -81,6 +81,21 @@ def test_a_cell_whose_journal_was_cut_short_starts_again_from_the_base_model(don
     assert run_if_free(cell, form, tmp_path, lambda text: None)
     assert read_result(cell, form, tmp_path)["rows"] == read_result(cell, form, out)["rows"]
     assert [record["update"] for record in folder.records()] == [1, 2]
+
+
+def test_a_run_whose_gradient_becomes_infinite_is_finished_as_one_without_pictures(tmp_path, monkeypatch):
+    def overflow(self, learner, config):
+        raise FloatingPointError("the gradient norm is inf in minibatch 1.")
+
+    form, said = small(updates=4), []
+    cell = Cell(TASK, "ppo", 1e-3, 1e-3, 0)
+    monkeypatch.setattr(RunFolder, "save", overflow)  # after the first update and its examination
+    assert run_if_free(cell, form, tmp_path, said.append)
+    assert "the gradient norm is inf" in said[0]
+    result = read_result(cell, form, tmp_path)
+    assert result["updates"] == [0, 1, 2, 3, 4]
+    assert [row["object"] for row in result["rows"][2:]] == [0, 0, 0]
+    assert len(set(kept_gains(result)[1:])) == 1
 
 
 def test_a_result_of_another_configuration_is_refused_with_the_difference(tmp_path):
