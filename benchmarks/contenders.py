@@ -149,7 +149,7 @@ FORMS = {
         ),
         contenders=CORE,
         sweep={
-            "flow": ((5e-3, 5e-3), (1.2e-2, 5e-3), (5e-3, 1e-3)),
+            "flow": ((5e-3, 1e-3), (5e-3, 5e-3), (1.2e-2, 5e-3)),
             "ddim": ((2e-3, 5e-3), (5e-3, 5e-3), (2e-3, 1e-3)),
         },
         tuning_seeds=(100,),
