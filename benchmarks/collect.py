@@ -12,7 +12,18 @@ from comfyui_pcpo.plot import column
 from trainer.run import RunFolder
 
 from .contenders import BASELINE, Form, Setting
-from .grid import Task, choose, finished, keeping, kept_gains, kept_share, outcome, reported_cells, tasks
+from .grid import (
+    Task,
+    choose,
+    common_settings,
+    finished,
+    keeping,
+    kept_gains,
+    kept_share,
+    outcome,
+    reported_cells,
+    tasks,
+)
 from .statistics import at_reach, first_reach
 
 GOALS = (0.25, 0.5, 0.75, 1.0)  # standard deviations of the base model's rewards above its mean, fixed before any run
@@ -124,12 +135,19 @@ class Found:
         return [(run.contender, f"{self.task.name}/{run.seed}", run.outcome) for run in every]
 
 
-def collect(form: Form, out: Path) -> list[Found]:
-    """Every task of which at least the baseline and one other contender have a finished seed."""
+def collect(form: Form, out: Path, common: bool = False) -> list[Found]:
+    """Every task of which at least the baseline and one other contender have a finished seed.
+
+    At the settings that the tuning seeds chose, or at the one setting for all.
+    """
+
+    def settings_of(task: Task) -> dict[str, Setting] | None:
+        return common_settings(form, task) if common else choose(form, task, out)
+
     found = []
     for task in tasks(form):
-        chosen = choose(form, task, out)
-        if chosen is None:
+        chosen = settings_of(task)
+        if not chosen:
             continue
         runs: dict[str, list[Run]] = {name: [] for name in chosen}
         for cell, result in finished(reported_cells(form, task, chosen), form, out):

@@ -116,6 +116,7 @@ class Form:
     each: int  # pictures per prompt of an evaluation
     reference: int  # pictures that the Frechet distance is taken to
     skips: tuple[tuple[str, str], ...] = ()  # pairs of recipe and contender that are left out
+    common: dict[str, Setting] = field(default_factory=dict)  # by kind: one of the sweep that all are also compared at
 
     @property
     def images_per_update(self) -> int:
@@ -162,6 +163,7 @@ FORMS = {
         each=8,
         reference=256,
         skips=(("ddpo", "pcpo-paper"), ("ddpo", "pcpo-uniform")),
+        common={"flow": (5e-3, 5e-3)},
     ),
     "full": Form(
         tasks=tuple((recipe, reward) for reward in REWARDS for recipe in RECIPES),
@@ -170,6 +172,7 @@ FORMS = {
             "flow": tuple(product((2e-3, 5e-3, 1.2e-2), (1e-3, 5e-3, 2e-2))),
             "ddim": tuple(product((1e-3, 2e-3, 5e-3), (1e-3, 5e-3, 2e-2))),
         },
+        common={"flow": (5e-3, 5e-3), "ddim": (2e-3, 5e-3)},
         tuning_seeds=(100, 101, 102),
         seeds=(0, 1, 2, 3, 4, 5, 6, 7),
         prompts_per_update=4,

@@ -79,6 +79,18 @@ def tuning_cells(form: Form, task: Task) -> list[Cell]:
     ]
 
 
+def common_settings(form: Form, task: Task) -> dict[str, Setting]:
+    """The one setting that all contenders are also compared at; empty where the form has none for the kind of model."""
+    wanted = form.common.get(RECIPES[task.recipe].kind)
+    if wanted is None:
+        return {}
+    found = {}
+    for name in competing(form, task):
+        same = [one for one in settings(form, task, name) if one[0] == wanted[0]]
+        found[name] = wanted if wanted in same else same[0]
+    return found
+
+
 def reported_cells(form: Form, task: Task, chosen: dict[str, Setting]) -> list[Cell]:
     """Seed after seed, so that a grid that was stopped has whole blocks of contenders."""
     return [Cell(task, name, *setting, seed) for seed in form.seeds for name, setting in chosen.items()]

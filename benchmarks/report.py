@@ -7,7 +7,7 @@ from pathlib import Path
 from . import figures, guidance, speed, tables
 from .collect import GOALS, Found, collect
 from .contenders import CONTENDERS, PROMPTS, RECIPES, Form
-from .grid import KEEPS, tasks
+from .grid import KEEPS, competing, tasks
 from .statistics import mixed
 
 EQUAL = """At equal settings, whatever was chosen: in how many settings of the sweep a contender's mean kept gain on the
@@ -31,9 +31,12 @@ def report(form_name: str, form: Form, out: Path, folder: Path, pictures: Path) 
     parts = [setup(form_name, form, found)]
     for task in found:
         parts.append(task_part(task, form, pictures, where))
-    whole = [task for task in found if all(len(runs) == len(form.seeds) for runs in task.runs.values())]
+    whole = finished_tasks(found, form)
     if whole:
         parts.insert(1, overall(whole, pictures, where))
+    same = finished_tasks(collect(form, out, common=True), form)
+    if same:
+        parts.insert(2, at_one_setting(same, form))
     chosen = tuning_part(form, out)
     parts += [
         part for part in (chosen, guidance.report(out, pictures, where), speed.report(out, pictures, where)) if part
@@ -91,6 +94,32 @@ def tuning_part(form: Form, out: Path) -> str:
     if not parts:
         return ""
     return "\n\n".join(["## Settings", seeds, *parts, EQUAL, tables.equal_settings(form, tasks(form), out)])
+
+
+def finished_tasks(found: Sequence[Found], form: Form) -> list[Found]:
+    """Those of which every contender has every seed."""
+    return [
+        task
+        for task in found
+        if list(task.runs) == competing(form, task.task)
+        and all(len(runs) == len(form.seeds) for runs in task.runs.values())
+    ]
+
+
+def at_one_setting(found: Sequence[Found], form: Form) -> str:
+    """All contenders at one setting of the sweep, whatever was chosen."""
+    kinds = {RECIPES[task.task.recipe].kind for task in found}
+    values = "; ".join(
+        f"{kind}: learning rate {r:g}, clip range {c:g}" for kind, (r, c) in form.common.items() if kind in kinds
+    )
+    titles = "; ".join(tables.describe(task.task) for task in found)
+    text, _ = tables.against(found, tables.REFERENCES[0])
+    return f"""## At one setting for all
+
+Choosing by few seeds is itself a lottery, so here all contenders have one setting, the same ({values}), on the
+reported seeds of: {titles}.
+
+{text}"""
 
 
 def overall(found: Sequence[Found], pictures: Path, where: str) -> str:

@@ -11,19 +11,21 @@ from trainer.run import RunFolder
 
 from .cell import Say, run_cell
 from .contenders import Form
-from .grid import Cell, choose, competing, read_result, reported_cells, tasks, tuning_cells
+from .grid import Cell, choose, common_settings, competing, read_result, reported_cells, tasks, tuning_cells
 
 WAIT = 5.0  # seconds between two looks at work that others are doing
 T = TypeVar("T")
 
 
 def work(form: Form, out: Path, say: Say) -> None:
-    """Run every cell of every task that is not finished yet: tuning seeds first, then the reported ones."""
+    """Run every cell that is not finished yet: each task's tuning seeds and reported ones, then one setting for all."""
     for task in tasks(form):
         run_cells(tuning_cells(form, task), form, out, say)
         chosen = choose(form, task, out)
         assert chosen is not None
         run_cells(reported_cells(form, task, chosen), form, out, say)
+    for task in tasks(form):
+        run_cells(reported_cells(form, task, common_settings(form, task)), form, out, say)
 
 
 def run_cells(cells: list[Cell], form: Form, out: Path, say: Say) -> None:
@@ -64,10 +66,11 @@ def run_if_free(cell: Cell, form: Form, out: Path, say: Say) -> bool:
 
 
 def progress(form: Form, out: Path) -> tuple[int, int]:
-    """(finished cells, all cells)."""
-    cells, unknown = [], 0
+    """(finished cells, all cells); what is not chosen yet may turn out to be finished already."""
+    cells, unknown = set(), 0
     for task in tasks(form):
         chosen = choose(form, task, out)
-        cells += [*tuning_cells(form, task), *reported_cells(form, task, chosen or {})]
+        cells.update(tuning_cells(form, task), reported_cells(form, task, chosen or {}))
+        cells.update(reported_cells(form, task, common_settings(form, task)))
         unknown += 0 if chosen else len(form.seeds) * len(competing(form, task))
     return sum(read_result(cell, form, out) is not None for cell in cells), len(cells) + unknown

@@ -16,6 +16,7 @@ from benchmarks.grid import (
     Task,
     cell_config,
     choose,
+    common_settings,
     competing,
     kept_gains,
     reported_cells,
@@ -258,6 +259,20 @@ def test_fewer_updates_counts_the_seeds_in_which_either_contender_gets_to_the_go
     assert tables.fewer(found, "nft", "ppo") == "never [never, never] of 3"
     assert tables.fewer(found, "ppo", "ppo") == "0 % [0 %, 0 %] of 3"
     assert tables.fewer(found, "nft", "nft") == "-"
+
+
+def test_all_contenders_are_also_compared_at_one_setting(tmp_path):
+    form = small(sweep=FOUR, tuning_seeds=(100,), contenders=("ppo", "pcpo", "nft"), common={"flow": (1e-2, 1e-3)})
+    fill(form, tmp_path, lambda cell: 1.0 if cell.learning_rate == 1e-3 else 0.1)
+    common = common_settings(form, TASK)
+    assert common == {"ppo": (1e-2, 1e-3), "pcpo": (1e-2, 1e-3), "nft": (1e-2, 1e-4)}
+    assert collect(form, tmp_path, common=True) == []
+    for cell in reported_cells(form, TASK, common):
+        write(cell, form, tmp_path, 0.4 if cell.contender == "pcpo" else 0.2)
+    assert [len(runs) for runs in collect(form, tmp_path, common=True)[0].runs.values()] == [1, 1, 1]
+    text = report("quick", form, tmp_path, tmp_path, tmp_path / "images").read_text()
+    assert "| PCPO | 0.10 |" in text.split("## At one setting for all")[1]
+    assert common_settings(small(), TASK) == {}
 
 
 def test_matched_reward_is_read_where_each_seed_reaches_it(tmp_path):
