@@ -7,22 +7,10 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from comfyui_pcpo.figure import (
-    COLORS,
-    GRID,
-    INK,
-    MUTED,
-    PAPER,
-    Axis,
-    Canvas,
-    Line,
-    Panel,
-    Style,
-    figure,
-    text_width,
-    ticks,
-)
-from comfyui_pcpo.figure import tick_text as written
+from comfyui_pcpo.axis import Axis, ticks
+from comfyui_pcpo.axis import tick_text as written
+from comfyui_pcpo.canvas import COLORS, GRID, INK, MUTED, PAPER, Canvas, text_width
+from comfyui_pcpo.figure import Line, Panel, Style, figure
 from comfyui_pcpo.plot import smooth
 
 from .collect import Found, Run, Summary, by_step, mean_of_updates, over_updates
@@ -32,7 +20,7 @@ from .statistics import Interval, t_limits
 # one colour per objective and credit; PCPO's variants share its blue
 LOOKS: dict[str, tuple[int, Style]] = {
     "ppo": (6, "line"),
-    "log-hinge": (1, "line"),
+    "log-hinge": (1, "dashed"),  # it often lies on native PPO's line
     "pcpo": (0, "line"),
     "pcpo-paper": (0, "dashed"),
     "pcpo-uniform": (0, "points"),

@@ -197,7 +197,7 @@ def fewer(found: Sequence[Found], name: str, reference: str) -> str:
             saved.append(1 - own / min(others, other.updates[-1]))
     middle = bootstrap(saved, median)
     low, value, high = (
-        f"{100 * v:.0f} %" if math.isfinite(v) else "never" for v in (middle.low, middle.value, middle.high)
+        f"{round(100 * v)} %" if math.isfinite(v) else "never" for v in (middle.low, middle.value, middle.high)
     )
     return f"{value} [{low}, {high}] of {len(saved)}" if len(saved) > 1 else "-"
 

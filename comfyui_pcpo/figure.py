@@ -1,24 +1,17 @@
-"""Panels with lines, bars and axes, drawn with Pillow and numpy.
-
-Everything is drawn at SCALE times its size and reduced once, which smooths lines and letters. In data, NaN is a gap
-and +inf an arrow at the top edge.
-"""
+"""Panels with lines, bars and axes. In data, NaN is a gap and +inf an arrow at the top edge."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-SCALE = 3
-PAPER, INK, MUTED, GRID, SHADE = "#ffffff", "#1f2933", "#66727f", "#e4e8ed", "#f1f3f5"
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4b5563")  # Okabe and Ito
-UP, DOWN = "#00785a", "#b84a00"
-ELLIPSIS = "\u2026"
+from comfyui_pcpo.axis import Axis, nice_step, tick_text, ticks
+from comfyui_pcpo.canvas import COLORS, GRID, INK, MUTED, SHADE, Canvas, shorten, text_width
+
 LEFT, RIGHT, BOTTOM = 58, 18, 46
 
 Style = Literal["line", "faint", "dashed", "points"]
@@ -61,56 +54,6 @@ class Panel:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Data range [low, high] on pixels [start, end]."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        """Pixel of a value."""
-        low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
-
-    def drawable(self, value: float) -> bool:
-        return math.isfinite(value) and (value > 0 or not self.log)
-
-
-# Numbers and axes
-
-
-def nice_step(span: float, count: int = 6) -> float:
-    """Smallest of 1, 2, 5 x 10^n that cuts `span` into at most `count` parts."""
-    power = 10.0 ** math.floor(math.log10(span / count))
-    return next(m * power for m in (1, 2, 5, 10) if m * power * count >= span * (1 - 1e-9))
-
-
-def ticks(low: float, high: float, count: int = 6, log: bool = False) -> list[float]:
-    """Round numbers in [low, high]: about `count` of them, or powers of ten (with 2 and 5 where decades are few)."""
-    if log:
-        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        stride = max(1, round((last - first) / count))
-        factors = (1, 2, 5) if math.log10(high / low) < 2 else (1,)
-        found = [f * 10.0**n for n in range(first, last + 1, stride) for f in factors]
-        found = [v for v in found if low * (1 - 1e-9) <= v <= high * (1 + 1e-9)]
-        return found if len(found) > 1 else ticks(low, high, count)
-    step = nice_step(high - low, count)
-    return [i * step for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
-
-
-def tick_text(value: float, step: float) -> str:
-    """A tick's number with the digits that its step needs; step 0 stands for a logarithmic axis."""
-    if value == 0:
-        return "0"
-    if not 1e-3 <= (step or value) < 1e5:
-        return f"{value:.2e}".replace(".00e", "e").replace("0e", "e").replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}" if step else f"{value:.4g}"
-
-
 def _limits(lines: Sequence[Line], log: bool, extra: Sequence[float], from_zero: bool) -> tuple[float, float]:
     values = [v for s in lines for part in (s.y, s.low, s.high) if part is not None for v in part] + list(extra)
     values = [float(v) for v in values if math.isfinite(v) and (v > 0 or not log)]
@@ -140,95 +83,6 @@ def _x_limits(lines: Sequence[Line], bars: bool) -> tuple[float, float]:
     low, high = min(values), max(values)
     room = 0.6 if bars or high == low else 0.02 * (high - low)
     return low - room, high + room
-
-
-# Drawing
-
-
-@cache
-def font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size * SCALE)
-
-
-class Canvas:
-    """A picture drawn at SCALE times its size; coordinates are those of the finished picture."""
-
-    def __init__(self, width: float, height: float, paper: str = PAPER):
-        self.size = (round(width), round(height))
-        self.image = Image.new("RGB", (self.size[0] * SCALE, self.size[1] * SCALE), paper)
-        self.draw = ImageDraw.Draw(self.image, "RGBA")
-
-    def line(self, points: Sequence[tuple[float, float]], color: str, width: float = 1) -> None:
-        self.draw.line([(x * SCALE, y * SCALE) for x, y in points], color, round(width * SCALE), joint="curve")
-
-    def polygon(self, points: Sequence[tuple[float, float]], color: str) -> None:
-        self.draw.polygon([(x * SCALE, y * SCALE) for x, y in points], color)
-
-    def box(self, edges: tuple[float, float, float, float], color: str, radius: float = 0) -> None:
-        left, top, right, bottom = (round(v * SCALE) for v in edges)
-        if right > left and bottom > top:
-            self.draw.rounded_rectangle((left, top, right - 1, bottom - 1), radius * SCALE, color)
-
-    def dot(self, x: float, y: float, color: str, radius: float = 3) -> None:
-        self.draw.circle((x * SCALE, y * SCALE), radius * SCALE, color)
-
-    def text(self, at: tuple[float, float], text: str, color: str = INK, size: float = 11, anchor: str = "lm") -> None:
-        self.draw.text((at[0] * SCALE, at[1] * SCALE), text, color, font(size), anchor)
-
-    def vertical_text(self, at: tuple[float, float], text: str, size: float = 11) -> None:
-        """Text that reads upward, centred on a point."""
-        width, height = round(text_width(text, size) + 4), round(size * 1.8)
-        strip = Canvas(width, height)
-        strip.text((width / 2, height / 2), text, MUTED, size, "mm")
-        turned = strip.image.rotate(90, expand=True)
-        self.image.paste(turned, (round(at[0] * SCALE) - turned.width // 2, round(at[1] * SCALE) - turned.height // 2))
-
-    def paste(self, picture: Image.Image, at: tuple[float, float], size: tuple[int, int], radius: float = 0) -> None:
-        """Put a picture on the canvas with rounded corners and a hairline that holds white pictures on white paper."""
-        kind = Image.Resampling.BICUBIC if size[0] > picture.width else Image.Resampling.LANCZOS
-        large = picture.resize((size[0] * SCALE, size[1] * SCALE), kind)
-        mask = Image.new("L", large.size, 0)
-        edges = (0, 0, large.width - 1, large.height - 1)
-        ImageDraw.Draw(mask).rounded_rectangle(edges, radius * SCALE, 255)
-        left, top = round(at[0] * SCALE), round(at[1] * SCALE)
-        self.image.paste(large, (left, top), mask)
-        edges = (left, top, left + edges[2], top + edges[3])
-        self.draw.rounded_rectangle(edges, radius * SCALE, outline=INK + "24", width=SCALE)
-
-    def finish(self) -> Image.Image:
-        return self.image.resize(self.size, Image.Resampling.BOX)
-
-
-def text_width(text: str, size: float) -> float:
-    return font(size).getlength(text) / SCALE
-
-
-def shorten(text: str, size: float, width: float) -> str:
-    """Text that fits a width; what does not fit becomes an ellipsis."""
-    if text_width(text, size) <= width:
-        return text
-    while text and text_width(text.rstrip() + ELLIPSIS, size) > width:
-        text = text[:-1]
-    return text.rstrip() + ELLIPSIS
-
-
-def wrap(text: str, size: float, width: float, rows: int = 2) -> list[str]:
-    """Words on at most `rows` rows of a width; the last row is shortened."""
-    found, words = [""], text.split()
-    while words:
-        longer = f"{found[-1]} {words[0]}".strip()
-        if found[-1] and len(found) == rows and text_width(longer, size) > width:
-            found[-1] = shorten(" ".join([found[-1], *words]), size, width)
-            break
-        if found[-1] and text_width(longer, size) > width:
-            found.append(words.pop(0))
-        else:
-            found[-1] = longer
-            words.pop(0)
-    return [shorten(row, size, width) for row in found]
-
-
-# Panels
 
 
 def _colored(panel: Panel) -> tuple[list[tuple[Line, str]], list[tuple[Line, str]]]:

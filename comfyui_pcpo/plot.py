@@ -10,20 +10,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from comfyui_pcpo.figure import (
-    COLORS,
-    DOWN,
-    INK,
-    MUTED,
-    PAPER,
-    UP,
-    Canvas,
-    Line,
-    Panel,
-    figure,
-    text_width,
-    wrap,
-)
+from comfyui_pcpo.canvas import COLORS, DOWN, INK, MUTED, PAPER, UP, Canvas, text_width, wrap
+from comfyui_pcpo.figure import Line, Panel, figure
 
 Record = Mapping[str, Any]
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from comfyui_pcpo.figure import COLORS, DOWN, GRID, INK, MUTED, UP, Axis, Canvas, nice_step, shorten, tick_text, ticks
+from comfyui_pcpo.axis import Axis, nice_step, tick_text, ticks
+from comfyui_pcpo.canvas import COLORS, DOWN, GRID, INK, MUTED, UP, Canvas, shorten
 from comfyui_pcpo.paired import estimate, paired
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 280, 260, 62, 24, 66, 34

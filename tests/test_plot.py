@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_pcpo import figure, plot
-from comfyui_pcpo.figure import COLORS, Axis, Line, Panel
+from comfyui_pcpo import canvas, figure, plot
+from comfyui_pcpo.axis import Axis, tick_text, ticks
+from comfyui_pcpo.canvas import COLORS
+from comfyui_pcpo.figure import Line, Panel
 
 SIZE = (560, 360)
 
@@ -126,12 +128,12 @@ def test_a_band_is_lighter_than_its_line():
     [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 50, [0, 10, 20, 30, 40, 50]), (-1, 1, [-1, -0.5, 0, 0.5, 1])],
 )
 def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]):
-    np.testing.assert_allclose(figure.ticks(low, high), expected, atol=1e-12)
+    np.testing.assert_allclose(ticks(low, high), expected, atol=1e-12)
 
 
 def test_ticks_of_a_logarithmic_axis_are_powers_of_ten():
-    np.testing.assert_allclose(figure.ticks(1e-3, 1e2, log=True), [1e-3, 1e-2, 1e-1, 1, 10, 100])
-    np.testing.assert_allclose(figure.ticks(0.05, 2, log=True), [0.05, 0.1, 0.2, 0.5, 1, 2])
+    np.testing.assert_allclose(ticks(1e-3, 1e2, log=True), [1e-3, 1e-2, 1e-1, 1, 10, 100])
+    np.testing.assert_allclose(ticks(0.05, 2, log=True), [0.05, 0.1, 0.2, 0.5, 1, 2])
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_ticks_of_a_logarithmic_axis_are_powers_of_ten():
     [(0, 1, "0"), (0.25, 0.05, "0.25"), (2e-4, 1e-4, "2e-4"), (3e5, 1e5, "3e5"), (20, 10, "20"), (0.5, 0, "0.5")],
 )
 def test_tick_text_has_the_digits_of_the_step(value: float, step: float, text: str):
-    assert figure.tick_text(value, step) == text
+    assert tick_text(value, step) == text
 
 
 def test_smoothing_keeps_a_constant_and_skips_nan():
@@ -263,13 +265,13 @@ def test_pictures_that_are_not_square_keep_their_shape():
 
 @pytest.mark.parametrize("text", ["", "a heart", "word " * 80, "w" * 300])
 def test_wrapped_text_fits_its_width_and_rows(text: str):
-    rows = figure.wrap(text, 11, 150)
-    assert len(rows) <= 2 and all(figure.text_width(row, 11) <= 150 for row in rows)
+    rows = canvas.wrap(text, 11, 150)
+    assert len(rows) <= 2 and all(canvas.text_width(row, 11) <= 150 for row in rows)
 
 
 def test_wrapped_text_keeps_its_words_where_they_fit():
     assert (
-        " ".join(figure.wrap("two small pandas on a blue background", 11, 150))
+        " ".join(canvas.wrap("two small pandas on a blue background", 11, 150))
         == "two small pandas on a blue background"
     )
 
@@ -284,13 +286,13 @@ def test_a_higher_score_is_green_and_a_lower_one_is_not():
     before, after = plain((90, 90, 90), 1), plain((90, 90, 90), 1)
     up = plot.before_after(before, after, ["p"], [0.1], [0.9])
     down = plot.before_after(before, after, ["p"], [0.9], [0.1])
-    assert near(up, figure.UP).any() and not near(up, figure.DOWN).any()
-    assert near(down, figure.DOWN).any() and not near(down, figure.UP).any()
+    assert near(up, canvas.UP).any() and not near(up, canvas.DOWN).any()
+    assert near(down, canvas.DOWN).any() and not near(down, canvas.UP).any()
 
 
 def test_scores_may_be_nan():
     image = plot.before_after(plain((9, 9, 9)), plain((9, 9, 9)), ["p"] * 4, [math.nan] * 4, [1.0] * 4)
-    assert not near(image, figure.UP).any()
+    assert not near(image, canvas.UP).any()
 
 
 def test_counts_that_do_not_match_are_refused():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from comfyui_pcpo.figure import DOWN, MUTED, UP
+from comfyui_pcpo.canvas import DOWN, MUTED, UP
 from comfyui_pcpo.slopes import Slope, color, difference_text, draw
 
 RISING = ([1.0, 1.1, 0.9], [2.0, 2.2, 1.9])
