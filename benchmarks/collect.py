@@ -13,10 +13,12 @@ from trainer.run import RunFolder
 
 from .contenders import BASELINE, Form, Setting
 from .grid import (
+    Cell,
     Task,
     choose,
     common_settings,
     finished,
+    fresh_cells,
     keeping,
     kept_gains,
     kept_share,
@@ -135,22 +137,28 @@ class Found:
         return [(run.contender, f"{self.task.name}/{run.seed}", run.outcome) for run in every]
 
 
-def collect(form: Form, out: Path, common: bool = False) -> list[Found]:
-    """Every task of which at least the baseline and one other contender have a finished seed.
+def collect(form: Form, out: Path) -> list[Found]:
+    """Every task at the settings that the tuning seeds chose."""
+    chosen = {task: choose(form, task, out) or {} for task in tasks(form)}
+    return _gather(form, out, {task: (one, reported_cells(form, task, one)) for task, one in chosen.items()})
 
-    At the settings that the tuning seeds chose, or at the one setting for all.
-    """
 
-    def settings_of(task: Task) -> dict[str, Setting] | None:
-        return common_settings(form, task) if common else choose(form, task, out)
+def collect_common(form: Form, out: Path, fresh: bool = False) -> list[Found]:
+    """Every task at the one setting for all, on the reported seeds or on the fresh ones."""
+    common = {task: common_settings(form, task) for task in tasks(form)}
+    cells = {
+        task: (one, fresh_cells(form, task) if fresh else reported_cells(form, task, one))
+        for task, one in common.items()
+    }
+    return _gather(form, out, cells)
 
+
+def _gather(form: Form, out: Path, cells: dict[Task, tuple[dict[str, Setting], list[Cell]]]) -> list[Found]:
+    """The finished ones, of every task of which the baseline and one other contender have a seed."""
     found = []
-    for task in tasks(form):
-        chosen = settings_of(task)
-        if not chosen:
-            continue
+    for task, (chosen, wanted) in cells.items():
         runs: dict[str, list[Run]] = {name: [] for name in chosen}
-        for cell, result in finished(reported_cells(form, task, chosen), form, out):
+        for cell, result in finished(wanted, form, out):
             runs[cell.contender].append(Run(cell.contender, cell.seed, result, cell.folder(out)))
         runs = {name: some for name, some in runs.items() if some}
         if BASELINE in runs and len(runs) > 1:

@@ -116,7 +116,10 @@ class Form:
     each: int  # pictures per prompt of an evaluation
     reference: int  # pictures that the Frechet distance is taken to
     skips: tuple[tuple[str, str], ...] = ()  # pairs of recipe and contender that are left out
-    common: dict[str, Setting] = field(default_factory=dict)  # by kind: one of the sweep that all are also compared at
+    common: dict[str, Setting] = field(
+        default_factory=dict
+    )  # by recipe: one of the sweep that all are also compared at
+    fresh_seeds: tuple[int, ...] = ()  # for PCPO and its baseline at that setting once more
 
     @property
     def images_per_update(self) -> int:
@@ -163,7 +166,8 @@ FORMS = {
         each=8,
         reference=256,
         skips=(("ddpo", "pcpo-paper"), ("ddpo", "pcpo-uniform")),
-        common={"flow": (5e-3, 5e-3)},
+        common={"flow-grpo": (5e-3, 5e-3)},
+        fresh_seeds=(5, 6, 7, 8, 9),
     ),
     "full": Form(
         tasks=tuple((recipe, reward) for reward in REWARDS for recipe in RECIPES),
@@ -172,7 +176,8 @@ FORMS = {
             "flow": tuple(product((2e-3, 5e-3, 1.2e-2), (1e-3, 5e-3, 2e-2))),
             "ddim": tuple(product((1e-3, 2e-3, 5e-3), (1e-3, 5e-3, 2e-2))),
         },
-        common={"flow": (5e-3, 5e-3), "ddim": (2e-3, 5e-3)},
+        common={"flow-grpo": (5e-3, 5e-3), "dance-sde": (5e-3, 5e-3), "dance-ddim": (2e-3, 5e-3), "ddpo": (2e-3, 5e-3)},
+        fresh_seeds=(8, 9, 10, 11, 12, 13, 14, 15),
         tuning_seeds=(100, 101, 102),
         seeds=(0, 1, 2, 3, 4, 5, 6, 7),
         prompts_per_update=4,

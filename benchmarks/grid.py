@@ -12,7 +12,7 @@ from trainer.config import Config, ConfigError
 from trainer.options import build, merge
 from trainer.train import make_policy
 
-from .contenders import CONTENDERS, PROMPTS, RECIPES, Contender, Form, Setting
+from .contenders import BASELINE, CONTENDERS, OURS, PROMPTS, RECIPES, Contender, Form, Setting
 from .statistics import area
 
 
@@ -80,8 +80,8 @@ def tuning_cells(form: Form, task: Task) -> list[Cell]:
 
 
 def common_settings(form: Form, task: Task) -> dict[str, Setting]:
-    """The one setting that all contenders are also compared at; empty where the form has none for the kind of model."""
-    wanted = form.common.get(RECIPES[task.recipe].kind)
+    """The one setting that all contenders are also compared at; empty where the form has none for the recipe."""
+    wanted = form.common.get(task.recipe)
     if wanted is None:
         return {}
     found = {}
@@ -94,6 +94,13 @@ def common_settings(form: Form, task: Task) -> dict[str, Setting]:
 def reported_cells(form: Form, task: Task, chosen: dict[str, Setting]) -> list[Cell]:
     """Seed after seed, so that a grid that was stopped has whole blocks of contenders."""
     return [Cell(task, name, *setting, seed) for seed in form.seeds for name, setting in chosen.items()]
+
+
+def fresh_cells(form: Form, task: Task) -> list[Cell]:
+    """PCPO and its baseline at the one setting for all, on seeds that nothing was decided by."""
+    common = common_settings(form, task)
+    pair = [(name, common[name]) for name in (BASELINE, OURS) if name in common]
+    return [Cell(task, name, *setting, seed) for seed in form.fresh_seeds for name, setting in pair]
 
 
 def read_result(cell: Cell, form: Form, out: Path) -> dict[str, Any] | None:

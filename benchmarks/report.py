@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import figures, guidance, speed, tables
-from .collect import GOALS, Found, collect
+from .collect import GOALS, Found, by_seed, collect, collect_common
 from .contenders import CONTENDERS, PROMPTS, RECIPES, Form
 from .grid import KEEPS, competing, tasks
-from .statistics import mixed
+from .statistics import mixed, t_limits, t_test
 
 EQUAL = """At equal settings, whatever was chosen: in how many settings of the sweep a contender's mean kept gain on the
 way is above native PPO's, and by how much on average. Read the pattern: seeds are few."""
@@ -34,9 +34,9 @@ def report(form_name: str, form: Form, out: Path, folder: Path, pictures: Path) 
     whole = finished_tasks(found, form)
     if whole:
         parts.insert(1, overall(whole, pictures, where))
-    same = finished_tasks(collect(form, out, common=True), form)
+    same = finished_tasks(collect_common(form, out), form)
     if same:
-        parts.insert(2, at_one_setting(same, form))
+        parts.insert(2, at_one_setting(same, collect_common(form, out, fresh=True), form))
     chosen = tuning_part(form, out)
     parts += [
         part for part in (chosen, guidance.report(out, pictures, where), speed.report(out, pictures, where)) if part
@@ -106,20 +106,29 @@ def finished_tasks(found: Sequence[Found], form: Form) -> list[Found]:
     ]
 
 
-def at_one_setting(found: Sequence[Found], form: Form) -> str:
-    """All contenders at one setting of the sweep, whatever was chosen."""
-    kinds = {RECIPES[task.task.recipe].kind for task in found}
-    values = "; ".join(
-        f"{kind}: learning rate {r:g}, clip range {c:g}" for kind, (r, c) in form.common.items() if kind in kinds
+def at_one_setting(found: Sequence[Found], fresh: Sequence[Found], form: Form) -> str:
+    """All contenders at one setting of the sweep, whatever was chosen, and the main pair once more on fresh seeds."""
+    titles = "; ".join(
+        "{} at {:g}, {:g}".format(tables.describe(task.task), *form.common[task.task.recipe]) for task in found
     )
-    titles = "; ".join(tables.describe(task.task) for task in found)
     text, _ = tables.against(found, tables.REFERENCES[0])
-    return f"""## At one setting for all
-
-Choosing by few seeds is itself a lottery, so here all contenders have one setting, the same ({values}), on the
-reported seeds of: {titles}.
-
-{text}"""
+    parts = [
+        "## At one setting for all",
+        "Choosing by few seeds is itself a lottery, so here all contenders have the same learning rate and clip range, "
+        f"on the reported seeds of {titles}.",
+        text,
+        *(f"{tables.describe(task.task)}:\n\n{tables.gains(task)}" for task in found),
+    ]
+    gaps = by_seed(fresh, *reversed(tables.REFERENCES))
+    if gaps:
+        pairs = tables.wins(fresh, *reversed(tables.REFERENCES))
+        saved = tables.fewer(fresh, *reversed(tables.REFERENCES))
+        parts.append(
+            f"Once more on seeds {_list(form.fresh_seeds)}, which nothing was decided by, PCPO against native PPO: "
+            f"{tables.limits(t_limits(gaps))} by seeds, p = {tables.chance(t_test(gaps))}, better in {pairs}, "
+            f"fewer updates to +{GOALS[0]:g}: {saved}."
+        )
+    return "\n\n".join(parts)
 
 
 def overall(found: Sequence[Found], pictures: Path, where: str) -> str:

@@ -176,13 +176,18 @@ def against(found: Sequence[Found], reference: str) -> tuple[str, Mixed]:
     model = mixed([row for task in found for row in task.rows()], reference)
     p, lines = chances(found), []
     for name in (name for name in CONTENDERS if name in model.effects):
-        gaps = [mine.outcome - other.outcome for mine, other in both(found, name, reference)]
         by_model = [limits(model.effects[name]), chance(model.p[name])]
         by_seeds = [limits(t_limits(by_seed(found, name, reference))), chance(p[name, reference])]
-        wins = f"{sum(gap > 0 for gap in gaps)}/{len(gaps)}"
-        lines.append([CONTENDERS[name].title, *by_model, *by_seeds, wins, fewer(found, name, reference)])
+        counts = [wins(found, name, reference), fewer(found, name, reference)]
+        lines.append([CONTENDERS[name].title, *by_model, *by_seeds, *counts])
     head = [f"against {CONTENDERS[reference].title}", "difference (mixed model)", "p", "difference (by seeds)"]
     return table([*head, "p (Holm)", "better in", f"fewer updates to +{GOALS[0]:g}"], lines), model
+
+
+def wins(found: Sequence[Found], name: str, reference: str) -> str:
+    """In how many pairs of seed and task the outcome is better, of how many."""
+    gaps = [mine.outcome - other.outcome for mine, other in both(found, name, reference)]
+    return f"{sum(gap > 0 for gap in gaps)}/{len(gaps)}"
 
 
 def fewer(found: Sequence[Found], name: str, reference: str) -> str:

@@ -11,7 +11,17 @@ from trainer.run import RunFolder
 
 from .cell import Say, run_cell
 from .contenders import Form
-from .grid import Cell, choose, common_settings, competing, read_result, reported_cells, tasks, tuning_cells
+from .grid import (
+    Cell,
+    choose,
+    common_settings,
+    competing,
+    fresh_cells,
+    read_result,
+    reported_cells,
+    tasks,
+    tuning_cells,
+)
 
 WAIT = 5.0  # seconds between two looks at work that others are doing
 T = TypeVar("T")
@@ -26,6 +36,7 @@ def work(form: Form, out: Path, say: Say) -> None:
         run_cells(reported_cells(form, task, chosen), form, out, say)
     for task in tasks(form):
         run_cells(reported_cells(form, task, common_settings(form, task)), form, out, say)
+        run_cells(fresh_cells(form, task), form, out, say)
 
 
 def run_cells(cells: list[Cell], form: Form, out: Path, say: Say) -> None:
@@ -71,6 +82,6 @@ def progress(form: Form, out: Path) -> tuple[int, int]:
     for task in tasks(form):
         chosen = choose(form, task, out)
         cells.update(tuning_cells(form, task), reported_cells(form, task, chosen or {}))
-        cells.update(reported_cells(form, task, common_settings(form, task)))
+        cells.update(reported_cells(form, task, common_settings(form, task)), fresh_cells(form, task))
         unknown += 0 if chosen else len(form.seeds) * len(competing(form, task))
     return sum(read_result(cell, form, out) is not None for cell in cells), len(cells) + unknown

@@ -1,5 +1,6 @@
 """The benchmark: each cell is an ordinary run that resumes, is done by one process and reported as it was measured."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -9,7 +10,7 @@ import torch
 from benchmark_grids import TASK, small, write
 
 from benchmarks import guidance, reference_loop, tables
-from benchmarks.collect import by_seed, collect
+from benchmarks.collect import by_seed, collect, collect_common
 from benchmarks.contenders import CONTENDERS, FORMS, PROMPTS, RECIPES, REWARDS, Form
 from benchmarks.grid import (
     Cell,
@@ -18,6 +19,7 @@ from benchmarks.grid import (
     choose,
     common_settings,
     competing,
+    fresh_cells,
     kept_gains,
     reported_cells,
     settings,
@@ -262,16 +264,20 @@ def test_fewer_updates_counts_the_seeds_in_which_either_contender_gets_to_the_go
 
 
 def test_all_contenders_are_also_compared_at_one_setting(tmp_path):
-    form = small(sweep=FOUR, tuning_seeds=(100,), contenders=("ppo", "pcpo", "nft"), common={"flow": (1e-2, 1e-3)})
+    form = small(sweep=FOUR, tuning_seeds=(100,), contenders=("ppo", "pcpo", "nft"), common={"flow-grpo": (1e-2, 1e-3)})
     fill(form, tmp_path, lambda cell: 1.0 if cell.learning_rate == 1e-3 else 0.1)
     common = common_settings(form, TASK)
     assert common == {"ppo": (1e-2, 1e-3), "pcpo": (1e-2, 1e-3), "nft": (1e-2, 1e-4)}
-    assert collect(form, tmp_path, common=True) == []
+    assert collect_common(form, tmp_path) == []
     for cell in reported_cells(form, TASK, common):
         write(cell, form, tmp_path, 0.4 if cell.contender == "pcpo" else 0.2)
-    assert [len(runs) for runs in collect(form, tmp_path, common=True)[0].runs.values()] == [1, 1, 1]
+    assert [len(runs) for runs in collect_common(form, tmp_path)[0].runs.values()] == [1, 1, 1]
+    form = dataclasses.replace(form, fresh_seeds=(5, 6))
+    for cell in fresh_cells(form, TASK):
+        write(cell, form, tmp_path, (0.5 if cell.contender == "pcpo" else 0.1) + 0.1 * cell.seed)
     text = report("quick", form, tmp_path, tmp_path, tmp_path / "images").read_text()
     assert "| PCPO | 0.10 |" in text.split("## At one setting for all")[1]
+    assert "on seeds 5, 6" in text and "PCPO against native PPO: 0.20 [0.20, 0.20] by seeds" in text
     assert common_settings(small(), TASK) == {}
 
 
