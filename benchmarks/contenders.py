@@ -119,6 +119,7 @@ class Form:
     common: dict[str, Setting] = field(
         default_factory=dict
     )  # by recipe: one of the sweep that all are also compared at
+    tuned_as: dict[str, str] = field(default_factory=dict)  # recipes that take the settings chosen for another one
     fresh_seeds: tuple[int, ...] = ()  # for PCPO and its baseline at that setting once more
 
     @property
@@ -167,6 +168,7 @@ FORMS = {
         reference=256,
         skips=(("ddpo", "pcpo-paper"), ("ddpo", "pcpo-uniform")),
         common={"flow-grpo": (5e-3, 5e-3)},
+        tuned_as={"ddpo": "dance-ddim"},
         fresh_seeds=(5, 6, 7, 8, 9),
     ),
     "full": Form(

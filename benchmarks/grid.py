@@ -69,8 +69,14 @@ def settings(form: Form, task: Task, contender: str) -> list[Setting]:
     return [(rate, first[rate]) for rate in dict.fromkeys(rate for rate, _ in sweep)]
 
 
+def tuned_as(form: Form, task: Task) -> Task:
+    """The task whose tuning seeds choose this one's settings: itself, or that of a recipe with the same sampler."""
+    return Task(form.tuned_as.get(task.recipe, task.recipe), task.reward)
+
+
 def tuning_cells(form: Form, task: Task) -> list[Cell]:
     """The runs that a task's settings are chosen by."""
+    task = tuned_as(form, task)
     return [
         Cell(task, contender, *setting, seed)
         for contender in competing(form, task)
@@ -177,7 +183,7 @@ class Tried:
 
 def tried(form: Form, task: Task, contender: str, out: Path) -> dict[Setting, Tried]:
     """A contender's settings of which at least one tuning seed is finished."""
-    found = {}
+    task, found = tuned_as(form, task), {}
     for setting in settings(form, task, contender):
         cells = [Cell(task, contender, *setting, seed) for seed in form.tuning_seeds]
         results = [result for _, result in finished(cells, form, out)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from . import figures, guidance, speed, tables
 from .collect import GOALS, Found, by_seed, collect, collect_common
 from .contenders import CONTENDERS, PROMPTS, RECIPES, Form
-from .grid import KEEPS, competing, tasks
+from .grid import KEEPS, competing, tasks, tuned_as
 from .statistics import mixed, t_limits, t_test
 
 EQUAL = """At equal settings, whatever was chosen: in how many settings of the sweep a contender's mean kept gain on the
@@ -85,7 +85,8 @@ def _list(seeds: Sequence[int]) -> str:
 
 def tuning_part(form: Form, out: Path) -> str:
     """How much each setting gave, task by task; empty where nothing was tuned."""
-    found = {tables.describe(task): tables.tuning(form, task, out) for task in tasks(form)}
+    tuned = [task for task in tasks(form) if tuned_as(form, task) == task]
+    found = {tables.describe(task): tables.tuning(form, task, out) for task in tuned}
     parts = [f"{name}:\n\n{text}" for name, text in found.items() if text]
     seeds = (
         f"By learning rate and clip range, on tuning seeds {_list(form.tuning_seeds)} only; bold was chosen. In "
@@ -93,7 +94,7 @@ def tuning_part(form: Form, out: Path) -> str:
     )
     if not parts:
         return ""
-    return "\n\n".join(["## Settings", seeds, *parts, EQUAL, tables.equal_settings(form, tasks(form), out)])
+    return "\n\n".join(["## Settings", seeds, *parts, EQUAL, tables.equal_settings(form, tuned, out)])
 
 
 def finished_tasks(found: Sequence[Found], form: Form) -> list[Found]:
@@ -163,6 +164,9 @@ def task_part(found: Found, form: Form, pictures: Path, where: str) -> str:
     goal = best_goal(found)
     alone = [CONTENDERS[n].title for n, runs in found.runs.items() if len(runs) < len(form.seeds)]
     notes = [f"Not all seeds are finished for {', '.join(alone)}."] if alone else []
+    source = tuned_as(form, found.task)
+    if source != found.task:
+        notes.append(f"Settings are those chosen for {tables.describe(source)}.")
     notes += edges(found, form)
     return "\n\n".join(
         [

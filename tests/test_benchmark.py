@@ -167,6 +167,11 @@ def test_each_task_has_its_own_settings_and_a_form_leaves_out_what_it_skips(tmp_
     assert choose(form, second, tmp_path) is None
     assert competing(form, second) == ["ppo", "pcpo"]
     assert progress(form, tmp_path) == (6, 6 + 3 + 4 + 2)
+    form = dataclasses.replace(
+        form, tasks=(form.tasks[0], ("dance-sde", "colorfulness")), tuned_as={"dance-sde": "flow-grpo"}
+    )
+    assert choose(form, Task("dance-sde", "colorfulness"), tmp_path) == dict.fromkeys(("ppo", "pcpo"), (1e-2, 1e-3))
+    assert progress(form, tmp_path) == (6, 6 + 3 + 2)
 
 
 def test_the_examination_reads_drawn_pictures_right():
