@@ -19,7 +19,7 @@ from trainer.source import read_pairs
 
 from .cell import Say, commit, read_json, run_examined, write_json
 from .contenders import CONTENDERS, OURS, PROMPTS, RECIPES, Form, Setting
-from .grid import Cell, Task, cell_config, choose, require_same
+from .grid import Cell, Task, cell_config, require_same
 from .measure import EXAM, make_examiner
 from .statistics import t_limits
 from .tables import limits, table
@@ -94,7 +94,7 @@ def join(file: Path, form: Form, out: Path, say: Say) -> None:
         rows.append({"way": "both", "weights": mix.weights, "seed": mix.seed, **trained[-1]})
     for seed in form.seeds[:SEEDS]:
         rows += [{"seed": seed, **row} for row in read_json(front_file(seed, out), [])]
-    what = {"rewards": [FIRST, SECOND], "setting": mix_setting(form, out), "commit": commit()}
+    what = {"rewards": [FIRST, SECOND], "setting": mix_setting(form), "commit": commit()}
     write_json(file, {"before": before, "rows": rows, **what})
     say(f"guidance: {len(rows)} points of the front in {file}")
 
@@ -125,18 +125,13 @@ def train_if_free(mix: Mix, form: Form, out: Path, say: Say) -> bool:
     return if_free(folder.path, job)
 
 
-def mix_setting(form: Form, out: Path) -> Setting:
-    """One setting for all mixes: of the two that the convergence part chose, that of the smaller learning rate.
-
-    The smaller one is careful enough for both rewards. A form that chose nothing takes the first of its sweep.
-    """
-    chosen = [choose(form, Task(RECIPE, reward), out) for reward in (FIRST, SECOND) if (RECIPE, reward) in form.tasks]
-    found = [one[OURS] for one in chosen if one]
-    return min(found) if found else form.sweep[RECIPES[RECIPE].kind][0]
+def mix_setting(form: Form) -> Setting:
+    """One setting for all mixes: the one that all contenders are compared at, else the first of the sweep."""
+    return form.common.get(RECIPE) or form.sweep[RECIPES[RECIPE].kind][0]
 
 
 def mix_config(mix: Mix, form: Form, out: Path) -> Config:
-    cell = Cell(Task(RECIPE, FIRST), OURS, *mix_setting(form, out), mix.seed)
+    cell = Cell(Task(RECIPE, FIRST), OURS, *mix_setting(form), mix.seed)
     config = cell_config(cell, form, out)
     weights = {name: weight for name, weight in zip((FIRST, SECOND), mix.weights, strict=True) if weight}
     name = f"mix-{mix.weights[0]:g}-{mix.weights[1]:g}-seed{mix.seed}"
