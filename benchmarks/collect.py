@@ -177,11 +177,13 @@ def both(found: Sequence[Found], first: str, second: str) -> list[tuple[Run, Run
     ]
 
 
-def by_seed(found: Sequence[Found], first: str, second: str) -> list[float]:
+def by_seed(
+    found: Sequence[Found], first: str, second: str, of: Callable[[Run], float] = lambda run: run.outcome
+) -> list[float]:
     """first - second in the outcome, averaged over the tasks that have both, one number for each seed."""
     gaps: dict[int, list[float]] = {}
     for mine, other in both(found, first, second):
-        gaps.setdefault(mine.seed, []).append(mine.outcome - other.outcome)
+        gaps.setdefault(mine.seed, []).append(of(mine) - of(other))
     return [sum(values) / len(values) for _, values in sorted(gaps.items())]
 
 

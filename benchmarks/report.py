@@ -6,7 +6,7 @@ from pathlib import Path
 
 from . import figures, guidance, speed, tables
 from .collect import GOALS, Found, by_seed, collect, collect_common
-from .contenders import CONTENDERS, PROMPTS, RECIPES, Form
+from .contenders import BASELINE, CONTENDERS, OURS, PROMPTS, RECIPES, Form
 from .grid import KEEPS, competing, tasks, tuned_as
 from .statistics import mixed, t_limits, t_test
 
@@ -20,7 +20,8 @@ corrected by Holm's method, both tables together. Trust the latter. Either speak
 
 Fewer updates: of the seeds in which either of the two gets to the goal, the median share of updates that the contender
 saves [95 %, bootstrap]. Where only it gets there the other one counts with all the updates that it ran, so the true
-share is larger; never: only the other one gets there."""
+share is larger; never: only the other one gets there. The last column is the difference in reward after the last update
+whatever the pictures look like, as publications count it, by seeds."""
 
 
 def report(form_name: str, form: Form, out: Path, folder: Path, pictures: Path) -> Path:
@@ -118,12 +119,12 @@ def at_one_setting(found: Sequence[Found], fresh: Sequence[Found], form: Form) -
         "Choosing by few seeds is itself a lottery, so here all contenders have the same learning rate and clip range, "
         f"on the reported seeds of {titles}.",
         text,
-        *(f"{tables.describe(task.task)}:\n\n{tables.gains(task)}" for task in found),
+        *(f"{tables.describe(task.task)}:\n\n{tables.gains(task)}\n\n{tables.health(task)}" for task in found),
     ]
-    gaps = by_seed(fresh, *reversed(tables.REFERENCES))
+    gaps = by_seed(fresh, OURS, BASELINE)
     if gaps:
-        pairs = tables.wins(fresh, *reversed(tables.REFERENCES))
-        saved = tables.fewer(fresh, *reversed(tables.REFERENCES))
+        pairs = tables.wins(fresh, OURS, BASELINE)
+        saved = tables.fewer(fresh, OURS, BASELINE)
         parts.append(
             f"Once more on seeds {_list(form.fresh_seeds)}, which nothing was decided by, PCPO against native PPO: "
             f"{tables.limits(t_limits(gaps))} by seeds, p = {tables.chance(t_test(gaps))}, better in {pairs}, "
