@@ -21,7 +21,7 @@ from .cell import Say, commit, read_json, run_examined, write_json
 from .contenders import CONTENDERS, OURS, PROMPTS, RECIPES, Form, Setting
 from .grid import Cell, Task, cell_config, require_same
 from .measure import EXAM, make_examiner
-from .statistics import t_limits
+from .statistics import spread
 from .tables import limits, table
 from .work import if_free, share
 
@@ -237,10 +237,12 @@ def report(out: Path, pictures: Path, where: str) -> str:
     before, rows = found["before"], []
     for way, title in TITLES.items():
         for weights, group in points(found["rows"], way).items():
-            gains = [limits(t_limits([gain(row, before, name) for row in group])) for name in (FIRST, SECOND)]
-            whole = limits(t_limits([asked(row, before) for row in group]))
+            if way != "both" and weights in (MIXES[0], MIXES[-1]):
+                continue  # one LoRA at its full strength, which is the run trained on one reward
+            gains = [limits(spread([gain(row, before, name) for row in group])) for name in (FIRST, SECOND)]
+            whole = limits(spread([asked(row, before) for row in group]))
             rest = [
-                limits(t_limits([row[key] for row in group]), digits)
+                limits(spread([row[key] for row in group]), digits)
                 for key, digits in (("object", 3), ("alignment", 3), ("fd_base", 0), ("diversity", 3))
             ]
             rows.append([title, "{:g}, {:g}".format(*weights), *gains, whole, *rest])
@@ -250,7 +252,8 @@ def report(out: Path, pictures: Path, where: str) -> str:
     seeds = len({row["seed"] for row in found["rows"]})
     intro = f"""Two LoRAs by {CONTENDERS[OURS].title} ({how}) are composed; others are trained on both rewards at
 once, which is a whole training whatever the weights, so compare fronts, not rows. IRG asks the model once more for each
-LoRA at every step; summed weights and a LoRA trained on both cost nothing. {seeds} seeds, commit {found["commit"]}."""
+LoRA at every step; summed weights and a LoRA trained on both cost nothing. {seeds} seeds, brackets
+are their range. At commit {found["commit"]}."""
     return f"## Two rewards at once\n\n{intro}\n\n![Front]({where}/guidance.png)\n\n" + table(
         [*head, "FD to base", "diversity"], rows
     )

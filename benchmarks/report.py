@@ -20,8 +20,8 @@ corrected by Holm's method, both tables together. Trust the latter. Either speak
 
 Fewer updates: of the seeds in which either of the two gets to the goal, the median share of updates that the contender
 saves [95 %, bootstrap]. Where only it gets there the other one counts with all the updates that it ran, so the true
-share is larger; never: only the other one gets there. The last column is the difference in reward after the last update
-whatever the pictures look like, as publications count it, by seeds."""
+share is larger; below zero it needs more; never: only the other one gets there. The last column is the difference in
+reward after the last update whatever the pictures look like, as publications count it, by seeds."""
 
 
 def report(form_name: str, form: Form, out: Path, folder: Path, pictures: Path) -> Path:

@@ -59,6 +59,12 @@ def t_limits(values: Sequence[float]) -> Interval:
     return Interval(middle, middle - reach, middle + reach)
 
 
+def spread(values: Sequence[float]) -> Interval:
+    """Mean with the smallest and the largest value, where values are too few for limits."""
+    x = np.asarray(values, float)
+    return Interval(float(x.mean()), float(x.min()), float(x.max()))
+
+
 def t_test(differences: Sequence[float]) -> float:
     """Two-sided p of a mean of 0 by Student's t; NaN for fewer than two differences, 1 where all are 0."""
     d = np.asarray(differences, float)

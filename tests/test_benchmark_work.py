@@ -146,7 +146,7 @@ def test_guidance_trains_other_mixes_while_one_is_taken_and_ends_where_all_are_t
     assert len(found["rows"]) == 5 + 2 * 10
     (tmp_path / "images").mkdir()
     text = guidance.report(tmp_path, tmp_path / "images", "images")
-    assert "| IRG | 2, 0 |" in text and "| trained on both | 0.5, 0.5 |" in text
+    assert "| IRG | 2, 0 |" in text and "| IRG | 1, 0 |" not in text and "| trained on both | 0.5, 0.5 |" in text
     assert (tmp_path / "images" / "guidance.png").is_file()
     guidance.run(form, tmp_path, said.append)
     assert len(said) == 6

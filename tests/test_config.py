@@ -142,6 +142,7 @@ def test_a_reward_with_a_dot_in_its_name_is_one_option():
     [
         ({"objective": {"name": "awm", "credit": "native"}}, "objective.credit"),
         ({"objective": {"name": "nft", "form": "linear"}}, "objective.form"),
+        ({"objective": {"name": "nft", "clip_range": 5e-3}}, "objective.clip_range"),
         ({"objective": {"nft_beta": 0.5}}, "objective.nft_beta"),
         ({"advantage": {"kind": "window", "spread": "batch"}}, "advantage.spread"),
         ({"advantage": {"window": 64}}, "advantage.window"),
@@ -194,7 +195,13 @@ def test_a_mistake_in_an_option_is_not_blamed_on_the_file_alone():
         load(CONFIGS[0].with_name("tiny-flow.toml"), parse_overrides(["--run.updates", "many"]))
 
 
-def test_words_that_an_embedded_model_never_learned_are_named():
+def test_words_that_an_embedded_model_never_learned_are_named(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a fox\na zebra\n")
+    (sentence,) = unknown_words(build({"prompts": {"file": str(file)}}, "test"))
+    assert sentence.startswith("emoji-flow does not know zebra.")
+    assert unknown_words(build({"prompts": {"file": str(tmp_path / "none.txt")}}, "test")) == []
+    assert unknown_words(build({}, "test")) == []
     (sentence,) = unknown_words(build({"prompts": {"lines": ["a cat on a blue background", "two foxes"]}}, "test"))
     assert sentence.startswith("emoji-flow does not know cat. It knows fox, panda")
     assert unknown_words(build({"model": {"name": "sd"}, "prompts": {"lines": ["a cat"]}}, "test")) == []

@@ -162,6 +162,7 @@ def without_effect(config: Config) -> list[str]:
         "advantage.min_count": (a.kind == "group", "advantage.kind is group"),
         "objective.credit": (forward, f"objective.name is {o.name}"),
         "objective.form": (forward, f"objective.name is {o.name}"),
+        "objective.clip_range": (o.name == "nft", "objective.name is nft"),
         "objective.nft_beta": (o.name != "nft", f"objective.name is {o.name}"),
         "objective.kl_images": (o.kl_weight > 0, "objective.kl_weight is above 0, so all pictures are measured"),
         "optimizer.ema_every": (not config.optimizer.ema_decay, "optimizer.ema_decay is 0"),
@@ -176,9 +177,11 @@ def without_effect(config: Config) -> list[str]:
 
 def unknown_words(config: Config) -> list[str]:
     """A sentence where prompts of an embedded model hold words that it never learned; it stops reading there."""
-    if config.model.name not in EMBEDDED:
+    file = config.prompts.file
+    readable = file.is_file() if file else bool(config.prompts.lines)  # what is missing is told elsewhere
+    if config.model.name not in EMBEDDED or not readable:
         return []
-    words = {word for line in config.prompts.lines for word in re.findall(r"[a-z]+", line.lower())}
+    words = {word for line in config.prompts.read() for word in re.findall(r"[a-z]+", line.lower())}
     strange = sorted(words - set(VOCABULARY))
     known = f"It knows {', '.join(OBJECTS)}."
     return [f"{config.model.name} does not know {', '.join(strange)}. {known}"] if strange else []
