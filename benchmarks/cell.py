@@ -17,7 +17,7 @@ from trainer.run import RunFolder, finite
 from trainer.train import load_rewards, make_policy
 
 from .contenders import Form
-from .grid import Cell, cell_config, configuration, require_same
+from .grid import Cell, cell_config, configuration, exams, gain, require_same
 from .measure import Examiner, make_examiner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +78,7 @@ def run_examined(config: Config, folder: RunFolder, form: Form, out: Path) -> li
         write_json(folder.path / JOURNAL, rows)
     for update in align(learner, Job(config, config.prompts.read(), load_rewards(config))):
         folder.record(update)
-        if update.number % form.every == 0 or update.number == config.run.updates:
+        if update.number in exams(form):
             rows.append({"update": update.number, **examiner.measure(policy)})
             write_json(folder.path / JOURNAL, rows)
             folder.save(learner, config)
@@ -87,8 +87,7 @@ def run_examined(config: Config, folder: RunFolder, form: Form, out: Path) -> li
 
 def lost_from_here(rows: list[dict[str, Any]], form: Form) -> list[dict[str, Any]]:
     """The examinations of a run whose gradient became infinite: from the last one on it has no right object."""
-    missing = [u for u in range(1, form.updates + 1) if u % form.every == 0 or u == form.updates]
-    return rows + [{**rows[-1], "update": u, "object": 0.0} for u in missing if u > rows[-1]["update"]]
+    return rows + [{**rows[-1], "update": u, "object": 0.0} for u in exams(form) if u > rows[-1]["update"]]
 
 
 def resumable(folder: RunFolder, config: Config) -> list[dict[str, Any]]:
@@ -138,13 +137,12 @@ def read_json(file: Path, default: Any) -> Any:
 def summary(cell: Cell, folder: RunFolder, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A cell's result: its gains in standard deviations of the base model's pictures, its seconds, its commit."""
     name, records = cell.task.reward, folder.records()
-    base, spread = rows[0][name], rows[0][f"{name}_std"]
     parts = ("seconds_rollout", "seconds_reward", "seconds_update")
     return {
         "cell": {"task": cell.task.name, "contender": cell.contender, "seed": cell.seed},
         "setting": [cell.learning_rate, cell.clip_range],
         "updates": [row["update"] for row in rows],
-        "gains": [(row[name] - base) / spread for row in rows],
+        "gains": [gain(row, rows[0], name) for row in rows],
         "rows": rows,
         "seconds_per_update": statistics.median(sum(record[p] for p in parts) for record in records),
         "commit": commit(),

@@ -19,6 +19,7 @@ from .grid import (
     common_settings,
     finished,
     fresh_cells,
+    gain,
     keeping,
     kept_gains,
     kept_share,
@@ -73,7 +74,7 @@ class Run:
         """Gain in any reward at the last examination that keeps the pictures."""
         rows = self.result["rows"]
         last = [row for row, keeps in zip(rows, keeping(rows), strict=True) if keeps][-1]
-        return (last[reward] - rows[0][reward]) / rows[0][f"{reward}_std"]
+        return gain(last, rows[0], reward)
 
     @property
     def own(self) -> float:

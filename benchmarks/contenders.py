@@ -116,9 +116,7 @@ class Form:
     each: int  # pictures per prompt of an evaluation
     reference: int  # pictures that the Frechet distance is taken to
     skips: tuple[tuple[str, str], ...] = ()  # pairs of recipe and contender that are left out
-    common: dict[str, Setting] = field(
-        default_factory=dict
-    )  # by recipe: one of the sweep that all are also compared at
+    common: dict[str, Setting] = field(default_factory=dict)  # by recipe: one of the sweep for all contenders
     tuned_as: dict[str, str] = field(default_factory=dict)  # recipes that take the settings chosen for another one
     fresh_seeds: tuple[int, ...] = ()  # for PCPO and its baseline at that setting once more
 

@@ -65,8 +65,10 @@ def settings(form: Form, task: Task, contender: str) -> list[Setting]:
     sweep = form.sweep[RECIPES[task.recipe].kind]
     if CONTENDERS[contender].clips:
         return list(sweep)
-    first = dict(reversed([(rate, clip) for rate, clip in sweep]))
-    return [(rate, first[rate]) for rate in dict.fromkeys(rate for rate, _ in sweep)]
+    first: dict[float, float] = {}
+    for rate, clip in sweep:
+        first.setdefault(rate, clip)
+    return list(first.items())
 
 
 def tuned_as(form: Form, task: Task) -> Task:
@@ -141,6 +143,16 @@ def require_same(ran: Config, wanted: Config, folder: Path) -> None:
             f"{folder} holds a run of another configuration ({'; '.join(changed)}), and a result counts only for "
             "the configuration that it was run with. Give another folder with --out, or remove that one."
         )
+
+
+def gain(row: dict[str, Any], before: dict[str, Any], reward: str) -> float:
+    """A reward's rise between two examinations, in standard deviations of the first one's pictures."""
+    return (row[reward] - before[reward]) / before[f"{reward}_std"]
+
+
+def exams(form: Form) -> list[int]:
+    """The updates after which a run is examined."""
+    return [u for u in range(1, form.updates + 1) if u % form.every == 0 or u == form.updates]
 
 
 def kept_share(row: dict[str, Any], before: dict[str, Any]) -> float:

@@ -19,7 +19,7 @@ from trainer.source import read_pairs
 
 from .cell import Say, commit, read_json, run_examined, write_json
 from .contenders import CONTENDERS, OURS, PROMPTS, RECIPES, Form, Setting
-from .grid import Cell, Task, cell_config, require_same
+from .grid import Cell, Task, cell_config, gain, require_same
 from .measure import EXAM, make_examiner
 from .statistics import spread
 from .tables import limits, table
@@ -168,10 +168,6 @@ def compose(config: Config, files: list[Path], form: Form, out: Path) -> list[Ro
             images = sample(room, PROMPTS, wanted, Draw(EXAM, form.steps, each=form.each))
             rows.append({"way": way, "weights": weights, **examiner.judge(images)})
     return rows
-
-
-def gain(row: Row, before: Row, reward: str) -> float:
-    return (row[reward] - before[reward]) / before[f"{reward}_std"]
 
 
 def asked(row: Row, before: Row) -> float:

@@ -14,7 +14,7 @@ def run(form_name: str, out: Path, part: str, docs: Path | None, say: Callable[[
     """Do the wanted part (or all) of a form; what is finished already is not done again."""
     form, out = FORMS[form_name], out / form_name
     out.mkdir(parents=True, exist_ok=True)
-    commit()
+    commit()  # read before the checkout can change
     if part in ("all", "convergence"):
         done, total = progress(form, out)
         say(f"{done} of {total} cells are finished in {out}")

@@ -202,6 +202,8 @@ def test_words_that_an_embedded_model_never_learned_are_named(tmp_path):
     assert sentence.startswith("emoji-flow does not know zebra.")
     assert unknown_words(build({"prompts": {"file": str(tmp_path / "none.txt")}}, "test")) == []
     assert unknown_words(build({}, "test")) == []
+    file.write_text("# nothing yet\n")
+    assert unknown_words(build({"prompts": {"file": str(file)}}, "test")) == []  # what is missing is told elsewhere
     (sentence,) = unknown_words(build({"prompts": {"lines": ["a cat on a blue background", "two foxes"]}}, "test"))
     assert sentence.startswith("emoji-flow does not know cat. It knows fox, panda")
     assert unknown_words(build({"model": {"name": "sd"}, "prompts": {"lines": ["a cat"]}}, "test")) == []

@@ -76,14 +76,18 @@ class PromptsConfig(Section):
     )
     negative: str = Field(default="", description="Negative prompt of classifier-free guidance.")
 
+    def found(self) -> list[str]:
+        """All prompts that there are, in order, without blanks."""
+        prompts = list(self.lines)
+        if self.file is not None and self.file.is_file():
+            prompts += self.file.read_text(encoding="utf-8").splitlines()
+        return [p.strip() for p in prompts if p.strip() and not p.strip().startswith("#")]
+
     def read(self) -> list[str]:
         """All prompts, in order, without blanks. Raises ConfigError where there are none."""
-        prompts = list(self.lines)
-        if self.file is not None:
-            if not self.file.is_file():
-                raise ConfigError(f"prompts.file {self.file} does not exist. Give a text file, one prompt per line.")
-            prompts += self.file.read_text(encoding="utf-8").splitlines()
-        prompts = [p.strip() for p in prompts if p.strip() and not p.strip().startswith("#")]
+        if self.file is not None and not self.file.is_file():
+            raise ConfigError(f"prompts.file {self.file} does not exist. Give a text file, one prompt per line.")
+        prompts = self.found()
         if not prompts:
             source = f"{self.file} holds" if self.file else "prompts.lines and prompts.file hold"
             raise ConfigError(f"{source} 0 prompts, but training needs at least 1. Write one prompt per line.")

@@ -177,11 +177,9 @@ def without_effect(config: Config) -> list[str]:
 
 def unknown_words(config: Config) -> list[str]:
     """A sentence where prompts of an embedded model hold words that it never learned; it stops reading there."""
-    file = config.prompts.file
-    readable = file.is_file() if file else bool(config.prompts.lines)  # what is missing is told elsewhere
-    if config.model.name not in EMBEDDED or not readable:
+    if config.model.name not in EMBEDDED:
         return []
-    words = {word for line in config.prompts.read() for word in re.findall(r"[a-z]+", line.lower())}
+    words = {word for line in config.prompts.found() for word in re.findall(r"[a-z]+", line.lower())}
     strange = sorted(words - set(VOCABULARY))
     known = f"It knows {', '.join(OBJECTS)}."
     return [f"{config.model.name} does not know {', '.join(strange)}. {known}"] if strange else []
