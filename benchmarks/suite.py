@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from . import guidance, speed
-from .cell import commit
-from .contenders import FORMS
-from .report import report
-from .work import progress, work
+from .report.report import report
+from .speed import speed
+from .study import guidance
+from .study.cells import commit
+from .study.methods import FORMS
+from .study.work import progress, work
 
 
 def run(form_name: str, out: Path, part: str, docs: Path | None, say: Callable[[str], None]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..trainer.config import ConfigError
+from ..trainer.config.schema import ConfigError
 
 NEWEST = "(newest)"
 

@@ -3,9 +3,9 @@
 import comfy.samplers
 from comfy_api.latest import io
 
-from comfyui_pcpo.guidance import ImplicitReward
+from comfyui_pcpo.method.guidance import ImplicitReward
 
-from .irg import IRGGuider
+from .host.irg import IRGGuider
 from .sampling import sample_latent
 from .types import Aligned, ImplicitRewardType
 

@@ -10,17 +10,17 @@ from comfy.utils import ProgressBar
 from PIL import Image
 from torch import Tensor
 
-from comfyui_pcpo import plot
-from comfyui_pcpo.lora import parse_state
+from comfyui_pcpo.lora.formats import parse_state
+from comfyui_pcpo.plotting import plot
 
-from ..trainer.align import Job, Update
-from ..trainer.config import Config, ConfigError
-from ..trainer.learner import make_learner
-from ..trainer.options import build, without_effect
-from ..trainer.run import RunFolder
-from ..trainer.train import run_updates
-from .comfy_policy import ComfyPolicy, with_policy
+from ..trainer.config.loading import build, without_effect
+from ..trainer.config.schema import Config, ConfigError
+from ..trainer.loop.align import Job, Update
+from ..trainer.loop.state import make_learner
+from ..trainer.runs.folder import RunFolder
+from ..trainer.runs.launch import run_updates
 from .files import free_name, runs_folder
+from .host.policy import ComfyPolicy, with_policy
 from .types import EncodedPrompts, RewardSum
 
 log = logging.getLogger("pcpo")

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..trainer.config import PromptsConfig
-from .tiny import NAMES, load_tiny
+from ..trainer.config.schema import PromptsConfig
+from .host.tiny import NAMES, load_tiny
 from .types import EncodedPrompts, PromptsType
 
 

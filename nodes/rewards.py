@@ -6,12 +6,12 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from comfyui_pcpo import plot
+from comfyui_pcpo.plotting import plot
 from comfyui_pcpo.reward import REWARDS, RewardSettings, load_reward, offered
-from comfyui_pcpo.reward.checkpoint import file_path
+from comfyui_pcpo.reward.weights.checkpoint import file_path
 
 from .files import reward_folder
-from .pictures import to_image
+from .images import to_image
 from .types import RewardSum, RewardType
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}

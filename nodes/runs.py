@@ -2,13 +2,13 @@
 
 from comfy_api.latest import io, ui
 
-from comfyui_pcpo import plot
-from comfyui_pcpo.lora import export_state, family_of
+from comfyui_pcpo.lora.formats import export_state, family_of
+from comfyui_pcpo.plotting import plot
 
-from ..trainer.config import ConfigError
-from ..trainer.run import RunFolder
+from ..trainer.config.schema import ConfigError
+from ..trainer.runs.folder import RunFolder
 from .files import NEWEST, find_run, run_names
-from .pictures import to_image
+from .images import to_image
 from .types import Run, RunType
 
 PANELS = {

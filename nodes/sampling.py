@@ -9,13 +9,13 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from comfyui_pcpo import plot
-from comfyui_pcpo.credit import CREDITS, target_weights
+from comfyui_pcpo.method.credit import CREDITS, target_weights
+from comfyui_pcpo.plotting import plot
 
-from ..trainer.config import ConfigError
-from .pictures import to_image
-from .space import space_of, training_grid
-from .steps import METHOD_NAMES, SIGMA_NAMES, USUAL, Recorder, StepChoice, StochasticSampler
+from ..trainer.config.schema import ConfigError
+from .host.samplers import METHOD_NAMES, SIGMA_NAMES, USUAL, Recorder, StepChoice, StochasticSampler
+from .host.spaces import space_of, training_grid
+from .images import to_image
 from .types import TrajectoryType
 
 TRAINING = "training"

@@ -6,15 +6,15 @@ import comfy.sd
 import torch
 from comfy_api.latest import io, ui
 
-from comfyui_pcpo import plot
-from comfyui_pcpo.credit import CREDITS
+from comfyui_pcpo.method.credit import CREDITS
+from comfyui_pcpo.plotting import plot
 
 from ..trainer import config as settings
-from ..trainer.options import build
-from ..trainer.run import read_lora
-from .pictures import to_image
+from ..trainer.config.loading import build
+from ..trainer.runs.folder import read_lora
+from .host.samplers import USUAL, StepChoice, StochasticSampler
+from .images import to_image
 from .sampling import TRAINING, method_input, noise_level_input, noise_levels, sample_latent
-from .steps import USUAL, StepChoice, StochasticSampler
 from .types import PromptsType, RewardType, Run, RunType
 
 # the widgets of Train LoRA by the configuration section that they fill; `objective` is the section's own name

@@ -7,9 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from comfyui_pcpo.guidance import ImplicitReward
+from comfyui_pcpo.method.guidance import ImplicitReward
+from comfyui_pcpo.method.rollout import Trajectory
 from comfyui_pcpo.reward import CombinedReward, Reward
-from comfyui_pcpo.rollout import Trajectory
 
 PromptsType = io.Custom("PCPO_PROMPTS")
 RewardType = io.Custom("PCPO_REWARD")

@@ -34,7 +34,7 @@ def model(request) -> str:
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Any]:
     """config(rollout={...}, ...): the smallest run there is, with sections laid on it."""
-    from trainer.options import build, merge
+    from trainer.config.loading import build, merge
 
     def config(model: str = "emoji-flow", /, **sections: Any) -> Any:
         small = {
@@ -55,9 +55,9 @@ def make_config(tmp_path: Path) -> Callable[..., Any]:
 @pytest.fixture
 def learn() -> Callable[..., Any]:
     """learn(config, tick) -> (learner, updates): the loop alone, without a folder."""
-    from trainer.align import Job, align
-    from trainer.learner import make_learner
-    from trainer.train import load_rewards, make_policy
+    from trainer.loop.align import Job, align
+    from trainer.loop.state import make_learner
+    from trainer.runs.launch import load_rewards, make_policy
 
     def start(config: Any, tick: Callable[[], None] = lambda: None, rewards: dict[str, Any] | None = None) -> Any:
         learner = make_learner(make_policy(config), config)

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from .cli import main
+    from .cli.main import main
 
     status = main()
 except KeyboardInterrupt:  # while the libraries were imported

@@ -10,15 +10,14 @@ from comfyui_pcpo.reward.bertscore import BertScore
 from comfyui_pcpo.reward.clipscore import ClipCosine, ClipLogits, ClipScore25, ClipScore100
 from comfyui_pcpo.reward.color import Colorfulness, Redness
 from comfyui_pcpo.reward.combine import CombinedReward, CombinedScores
-from comfyui_pcpo.reward.endpoint import VlmRating, VlmYes
 from comfyui_pcpo.reward.hpsv2 import HPSv2, HPSv21
-from comfyui_pcpo.reward.hub import download
 from comfyui_pcpo.reward.imagereward import ImageReward
 from comfyui_pcpo.reward.jpeg import JpegCompressibility, JpegIncompressibility
 from comfyui_pcpo.reward.ocr import Ocr
 from comfyui_pcpo.reward.pickscore import PickScore
 from comfyui_pcpo.reward.polish import Polish
-from comfyui_pcpo.reward.remote import Remote
+from comfyui_pcpo.reward.service.endpoint import VlmRating, VlmYes
+from comfyui_pcpo.reward.service.remote import Remote
 from comfyui_pcpo.reward.user import (
     import_reward,
     installed_rewards,
@@ -27,6 +26,7 @@ from comfyui_pcpo.reward.user import (
     own_names,
     rewards_in_folder,
 )
+from comfyui_pcpo.reward.weights.hub import download
 
 CLASSES: tuple[type[Reward], ...] = (
     Alignment,

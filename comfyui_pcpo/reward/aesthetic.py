@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_pcpo.reward.base import Reward, RewardFile
-from comfyui_pcpo.reward.checkpoint import load_strict, locate, read_state
 from comfyui_pcpo.reward.clip import VIT_L_14, ClipShape, open_clip_model
-from comfyui_pcpo.reward.preprocess import crop_round
+from comfyui_pcpo.reward.weights.checkpoint import load_strict, locate, read_state
+from comfyui_pcpo.reward.weights.preprocess import crop_round
 
 CLIP_FILE = RewardFile("timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors", 1_710_000_000, "MIT")
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_pcpo.reward.base import RewardError, RewardFile, RewardSettings, Scores
-from comfyui_pcpo.reward.checkpoint import file_path
-from comfyui_pcpo.reward.endpoint import EndpointReward, Vlm
+from comfyui_pcpo.reward.service.endpoint import EndpointReward, Vlm
+from comfyui_pcpo.reward.weights.checkpoint import file_path
 
 QUESTION = "Answer concisely: what is going on in this image?"
 LAYER = 40

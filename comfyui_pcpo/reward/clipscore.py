@@ -6,10 +6,10 @@ from torch import Tensor
 
 from comfyui_pcpo.reward.aesthetic import CLIP_FILE
 from comfyui_pcpo.reward.base import Reward
-from comfyui_pcpo.reward.checkpoint import load_strict, locate, read_state
 from comfyui_pcpo.reward.clip import VIT_L_14, ClipShape, cosine, open_clip_model
-from comfyui_pcpo.reward.preprocess import crop_round
-from comfyui_pcpo.reward.tokens import clip_tokens, distinct
+from comfyui_pcpo.reward.weights.checkpoint import load_strict, locate, read_state
+from comfyui_pcpo.reward.weights.preprocess import crop_round
+from comfyui_pcpo.reward.weights.tokens import clip_tokens, distinct
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardFile
-from comfyui_pcpo.reward.checkpoint import load_strict, locate, read_state
 from comfyui_pcpo.reward.clip import VIT_H_14, ClipShape, cosine, open_clip_model
-from comfyui_pcpo.reward.preprocess import pad_square
-from comfyui_pcpo.reward.tokens import clip_tokens, distinct
+from comfyui_pcpo.reward.weights.checkpoint import load_strict, locate, read_state
+from comfyui_pcpo.reward.weights.preprocess import pad_square
+from comfyui_pcpo.reward.weights.tokens import clip_tokens, distinct
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from comfyui_pcpo.reward.aesthetic import linear_head
 from comfyui_pcpo.reward.base import Reward, RewardFile
-from comfyui_pcpo.reward.checkpoint import load_strict, locate, read_state, without
-from comfyui_pcpo.reward.preprocess import crop_round
-from comfyui_pcpo.reward.tokens import bert_tokens
+from comfyui_pcpo.reward.weights.checkpoint import load_strict, locate, read_state, without
+from comfyui_pcpo.reward.weights.preprocess import crop_round
+from comfyui_pcpo.reward.weights.tokens import bert_tokens
 
 if TYPE_CHECKING:
     from transformers import BlipTextModel, BlipVisionModel

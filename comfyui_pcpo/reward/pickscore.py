@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardFile
-from comfyui_pcpo.reward.checkpoint import load_strict, locate, read_state, without
 from comfyui_pcpo.reward.clip import VIT_H_14, ClipShape, cosine, transformers_clip
-from comfyui_pcpo.reward.preprocess import crop_floor
-from comfyui_pcpo.reward.tokens import distinct, plain_clip_tokens
+from comfyui_pcpo.reward.weights.checkpoint import load_strict, locate, read_state, without
+from comfyui_pcpo.reward.weights.preprocess import crop_floor
+from comfyui_pcpo.reward.weights.tokens import distinct, plain_clip_tokens
 
 if TYPE_CHECKING:
     from transformers import CLIPModel

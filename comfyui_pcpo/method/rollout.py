@@ -1,0 +1,81 @@
+"""Trajectories: pictures sampled from a policy, with all that the update needs to recompute each step exactly."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comfyui_pcpo.method.schedule import Grid
+from comfyui_pcpo.method.transition import Transition, step
+
+Predict = Callable[[Tensor, float, Tensor], Tensor]
+"""(latents (B, C, H, W), the model's timestep, rows (B,)) -> model output (B, C, H, W)."""
+
+
+@dataclass
+class Trajectory:
+    """One rollout. All tensors float32 on `latents.device`; step i leads from latents[i] to latents[i + 1]."""
+
+    latents: Tensor  # (T + 1, B, C, H, W)
+    noises: Tensor  # (T, B, C, H, W)
+    outs: Tensor  # (T, B, C, H, W)
+    transitions: Sequence[Transition]
+    timesteps: Sequence[float]
+
+    @property
+    def final(self) -> Tensor:
+        """The clean latents, (B, C, H, W)."""
+        return self.latents[-1]
+
+
+def derive_seed(*parts: int) -> int:
+    """One 63-bit seed from several numbers, so that any group of any update can be drawn alone."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+class GroupNoise:
+    """Noise of whole groups, each from its own generator: a group's pictures do not depend on who draws the others.
+
+    Noise is drawn on the CPU, so a seed means the same picture on every device.
+    """
+
+    def __init__(self, seeds: Sequence[int], group_size: int, shape: Sequence[int], shared_first: bool = False):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.group_size, self.shape, self.shared_first = group_size, tuple(shape), shared_first
+
+    def first(self) -> Tensor:
+        """Where the pictures start, -> (P * G, C, H, W); the same for all of a group if `shared_first`."""
+        if not self.shared_first:
+            return self.next()
+        firsts = [
+            torch.randn(1, *self.shape, generator=g).expand(self.group_size, *self.shape) for g in self.generators
+        ]
+        return torch.cat(firsts)
+
+    def next(self) -> Tensor:
+        """Noise of one step, -> (P * G, C, H, W)."""
+        return torch.cat([torch.randn(self.group_size, *self.shape, generator=g) for g in self.generators])
+
+
+@torch.no_grad()
+def rollout(
+    predict: Predict, grid: Grid, transitions: Sequence[Transition], noise: GroupNoise, chunks: Sequence[Tensor]
+) -> Trajectory:
+    """Sample every picture of `noise`, one model call per step and chunk of rows, -> Trajectory.
+
+    The update calls the model with the same chunks, so that an unchanged model repeats its outputs to the bit.
+    """
+    x = noise.first()
+    count, steps = len(x), len(transitions)
+    latents, noises, outs = (x.new_empty((n, *x.shape)) for n in (steps + 1, steps, steps))
+    latents[0] = x
+    for i, (transition, t) in enumerate(zip(transitions, grid.timesteps.tolist(), strict=True)):
+        noises[i] = noise.next()
+        for rows in chunks:
+            outs[i, rows] = predict(latents[i, rows], t, rows).float().cpu()
+        latents[i + 1] = step(latents[i], outs[i], noises[i], transition)
+    if sum(len(rows) for rows in chunks) != count:
+        raise ValueError(f"chunks hold {sum(map(len, chunks))} rows, but the noise has {count}. Cover each row once.")
+    return Trajectory(latents, noises, outs, transitions, grid.timesteps.tolist())

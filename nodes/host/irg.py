@@ -1,0 +1,99 @@
+"""Implicit reward guidance inside ComfyUI: one guider that asks the base and every aligned model at each step."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.samplers
+from comfy.model_patcher import MemoryCounter
+from torch import Tensor
+
+from comfyui_pcpo.method.guidance import irg
+
+from ...trainer.config.schema import ConfigError
+from ..types import Aligned
+from .patches import PatchedWeight, extra_patches, patched_weights, switched_on
+
+KEY = "pcpo_irg"
+
+
+class IRGGuider(comfy.samplers.CFGGuider):
+    """CFG on a base steered by aligned models.
+
+    LoRAs on the base share its weights, so their patched weights take turns in the one model; models with weights of
+    their own are loaded beside the base.
+    """
+
+    def __init__(self, model: Any, aligned: Sequence[Aligned]):
+        super().__init__(model.clone())
+        self.aligned = list(aligned)
+        self.patches = {
+            k: extra_patches(model, a.model, k + 1) for k, a in enumerate(self.aligned) if a.model.is_clone(model)
+        }
+        self.others = [a.model for a in self.aligned if not a.model.is_clone(model)]
+        _check_others(self.others)
+        self.model_patcher.set_additional_models(KEY, self.others)
+        self.patched: dict[int, list[PatchedWeight]] = {}
+
+    def inner_sample(self, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        room = self.room(noise)
+        self.patched = {k: patched_weights(self.inner_model, p, k + 1, room) for k, p in self.patches.items()}
+        for model in self.others:
+            model.pre_run()
+        try:
+            return super().inner_sample(noise, *args, **kwargs)
+        finally:
+            self.patched = {}
+            for model in self.others:
+                model.cleanup()
+
+    def room(self, noise: Tensor) -> MemoryCounter:
+        """Free memory for patched weights: all but what the host keeps free and what this batch takes."""
+        batch = [2 * len(noise), *noise.shape[1:]]
+        reserved = 2 * mm.minimum_inference_memory() + self.model_patcher.memory_required(batch)
+        return MemoryCounter(mm.get_free_memory(self.model_patcher.load_device), minimum=reserved)
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: Any = None, seed: int | None = None) -> Tensor:
+        options = model_options or {}
+        positive, negative = self.conds.get("positive"), self.conds.get("negative")
+        if math.isclose(self.cfg, 1.0) and not options.get("disable_cfg1_optimization", False):
+            negative = None
+        conds = [positive, negative]
+        active = {k: w for k, w in enumerate(self.weights(timestep, options)) if w}
+        outs = [self._ask(k, conds, x, timestep, options) for k in active]
+        if list(active.values()) == [1]:  # that model alone; the base would add nothing
+            out = outs[0]
+        else:
+            base = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+            out = [irg(own, [o[part] for o in outs], list(active.values())) for part, own in enumerate(base)]
+        for function in options.get("sampler_pre_cfg_function", []):
+            out = function({
+                "conds": conds, "conds_out": out, "cond_scale": self.cfg, "timestep": timestep, "input": x,
+                "sigma": timestep, "model": self.inner_model, "model_options": options,
+            })  # fmt: skip
+        return comfy.samplers.cfg_function(
+            self.inner_model, out[0], out[1], self.cfg, x, timestep, options, cond=positive, uncond=negative
+        )
+
+    def weights(self, timestep: Tensor, options: Any) -> list[float]:
+        """lambda of every aligned model at this noise level."""
+        sigmas = options["transformer_options"]["sample_sigmas"]
+        done = int((sigmas[:-1].cpu() > float(timestep.max()) * (1 + 1e-6)).sum())
+        return [a.reward.weight_at(done / max(1, len(sigmas) - 1)) for a in self.aligned]
+
+    def _ask(self, k: int, conds: list[Any], x: Tensor, timestep: Tensor, options: Any) -> list[Tensor]:
+        """Prediction of aligned model k, conditional and unconditional."""
+        if k not in self.patched:
+            return comfy.samplers.calc_cond_batch(self.aligned[k].model.model, conds, x, timestep, options)
+        with switched_on(self.patched[k]):
+            return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+
+
+def _check_others(others: Sequence[Any]) -> None:
+    for n, model in enumerate(others):
+        if any(model.is_clone(other) for other in others[:n]):
+            raise ConfigError(
+                "2 aligned models are LoRAs on one checkpoint that is not the base's, so they share weights and one "
+                "would be asked twice. Use that checkpoint as the base model, or load it twice."
+            )

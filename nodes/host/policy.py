@@ -1,0 +1,239 @@
+"""Policy on a ComfyUI MODEL. It lives inside guider.sample(), where the host has model and conditionings ready."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import comfy.conds
+import comfy.model_management as mm
+import comfy.samplers
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from comfyui_pcpo.method.schedule import Grid
+
+from ...trainer.config.schema import Config, ConfigError
+from ...trainer.evaluation.sampling import padded
+from ...trainer.policy.base import LoraPairs
+from ..types import EncodedPrompts
+from .adapter import family_of, fresh_layers, places
+from .differentiable import differentiable
+from .lora_hooks import attached
+from .spaces import space_of, training_grid
+
+Result = TypeVar("Result")
+PLAIN = (comfy.conds.CONDRegular, comfy.conds.CONDCrossAttn)
+SPECIAL = ("area", "mask", "control", "gligen", "hooks", "timestep_start", "timestep_end", "default", "strength")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Prompts by number, one per picture."""
+
+    index: tuple[int, ...]
+
+    def rows(self, index: Sequence[int]) -> "Rows":
+        return Rows(tuple(self.index[i] for i in index))
+
+
+class ComfyPolicy:
+    """A MODEL with a LoRA in forward hooks; the base is never written to."""
+
+    def __init__(self, guider: Any, vae: Any, prompts: EncodedPrompts, config: Config, latent: Tensor, options: Any):
+        self.guider, self.vae, self.config, self.options = guider, vae, config, options
+        self.lines, self.model = prompts.lines, guider.inner_model
+        self.space = space_of(guider.model_patcher)
+        self.kind, self.family = self.space.kind, family_of(self.model)
+        self.device = guider.model_patcher.load_device
+        self.latent_shape = tuple(latent.shape[1:])
+        self.layers = fresh_layers(places(self.model, config.lora.targets), config.lora, config.run.seed, self.device)
+        self.conds = [_own(guider.conds[cond_key(n)]) for n in range(len(self.lines))]
+        guider.conds["negative"] = _own(guider.conds["negative"])
+        self.on, self.evicted = True, False
+        self.sigma: dict[float, float] = {}
+
+    def grid(self, steps: int) -> Grid:
+        grid = training_grid(self.space, steps)
+        self.sigma = dict(zip(grid.timesteps.tolist(), self.space.sigmas(grid).tolist(), strict=False))
+        return grid
+
+    def encode(self, prompts: Sequence[str]) -> Rows:
+        return Rows(tuple(self.lines.index(line) for line in prompts))
+
+    def predict(self, x: Tensor, timestep: float, condition: Rows) -> Tensor:
+        self._bring_back()
+        sigma = self.sigma[timestep]
+        host = x.float() * self.space.scale(sigma)
+        kinds = sorted(set(condition.index))
+        if len(kinds) == 1 or _alike([self.conds[k] for k in kinds]):
+            return self._predict(host, sigma, _merged([self.conds[k] for k in condition.index], kinds))
+        parts = {k: [i for i, p in enumerate(condition.index) if p == k] for k in kinds}
+        found = {k: self._predict(host[rows], sigma, self.conds[k]) for k, rows in parts.items()}
+        order = torch.tensor([i for rows in parts.values() for i in rows], device=host.device)
+        return torch.cat(list(found.values()))[order.argsort()]
+
+    def _predict(self, host: Tensor, sigma: float, cond: list[dict[str, Any]]) -> Tensor:
+        self.guider.conds["positive"] = cond
+        levels = torch.full((len(host),), sigma, device=host.device)
+        denoised = self.guider(host, levels, model_options=self.options, seed=self.config.run.seed)
+        return self.space.output(host, denoised.float(), sigma)
+
+    def _bring_back(self) -> None:
+        """Decoding and rewards may have sent the model away."""
+        if self.evicted:
+            mm.load_models_gpu([self.guider.model_patcher], self.model.memory_required([1, *self.latent_shape]))
+            self.evicted = False
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        self.evicted = True
+        images = self.vae.decode(self.model.process_latent_out(latents.float()))
+        return images.reshape(-1, *images.shape[-3:])[..., :3].float().cpu()
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [factor for layer in self.layers.values() for factor in (layer.down, layer.up)]
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        self.on = False
+        try:
+            yield
+        finally:
+            self.on = True
+
+    def lora(self) -> LoraPairs:
+        return {
+            name: (layer.down.detach().cpu().clone(), layer.up.detach().cpu().clone())
+            for name, layer in self.layers.items()
+        }
+
+    @torch.no_grad()
+    def load_lora(self, pairs: LoraPairs) -> None:
+        if pairs.keys() != self.layers.keys():
+            odd = sorted(pairs.keys() ^ self.layers.keys())
+            raise ConfigError(
+                f"the LoRA and this model differ in {len(odd)} modules, first {odd[0]}. "
+                "Use the LoRA of a run with the same model."
+            )
+        for name, pair in pairs.items():
+            for own, given in zip((self.layers[name].down, self.layers[name].up), pair, strict=True):
+                if own.shape != given.shape:
+                    raise ConfigError(
+                        f"{name} has shape {tuple(given.shape)} in the LoRA and {tuple(own.shape)} here. "
+                        "Set rank to the LoRA's rank."
+                    )
+                own.copy_(given)
+
+    def start_from(self, pairs: LoraPairs) -> None:
+        """Continue an existing LoRA, which may have fewer modules or a lower rank."""
+        scale = next(iter(self.layers.values())).scale
+        self.load_lora(padded({name: (down, up / scale) for name, (down, up) in pairs.items()}, self.lora()))
+
+
+class PolicySampler(comfy.samplers.Sampler):
+    """A "sampler" that hands a ready ComfyPolicy to `job` instead of sampling a picture."""
+
+    def __init__(self, vae: Any, prompts: EncodedPrompts, config: Config, job: Callable[[ComfyPolicy], Any]):
+        self.vae, self.prompts, self.config, self.job = vae, prompts, config, job
+        self.result: Any = None
+
+    def sample(
+        self, guider: Any, sigmas: Tensor, extra_args: Any, callback: Any, noise: Tensor, *a: Any, **k: Any
+    ) -> Tensor:
+        options = extra_args["model_options"]
+        options["transformer_options"]["optimized_attention_override"] = _same_attention
+        guider.model_patcher.model.requires_grad_(False)
+        policy = ComfyPolicy(guider, self.vae, self.prompts, self.config, noise, options)
+        with (
+            differentiable(policy.model.diffusion_model, self.config.model.gradient_checkpointing),
+            attached(list(policy.layers.values()), lambda layer: policy.on),
+            _training_mode(),
+        ):
+            self.result = self.job(policy)
+        return torch.zeros_like(noise)
+
+
+def cond_key(number: int) -> str:
+    """The guider's name for the conditioning of a prompt; the host wants one called positive."""
+    return f"positive_{number}" if number else "positive"
+
+
+def with_policy(
+    model: Any, vae: Any, prompts: EncodedPrompts, config: Config, latent: Tensor, job: Callable[[ComfyPolicy], Result]
+) -> Result:
+    """Run `job` on a ComfyPolicy while the host keeps the model loaded; afterwards everything is as it was."""
+    patcher = model.clone()
+    batch = config.rollout.images_at_once * (2 if config.model.gradient_checkpointing else 4)
+    patcher.add_wrapper(WrappersMP.PREPARE_SAMPLING, _with_room_for(batch))
+    guider = comfy.samplers.CFGGuider(patcher)
+    conds = {cond_key(n): cond for n, cond in enumerate(prompts.positive)}
+    guider.inner_set_conds({**conds, "negative": prompts.negative})
+    guider.set_cfg(config.rollout.cfg)
+    sampler = PolicySampler(vae, prompts, config, job)
+    start = space_of(model).sampling.sigma_max.reshape(1).cpu()
+    with torch.inference_mode(False), torch.enable_grad():
+        empty = torch.zeros(1, *latent.shape[1:])
+        guider.sample(
+            empty, empty, sampler, torch.cat([start, torch.zeros(1)]), disable_pbar=True, seed=config.run.seed
+        )
+    return sampler.result
+
+
+def _with_room_for(batch: int) -> Callable[..., Any]:
+    def prepare(executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        return executor(model, [batch, *noise_shape[1:]], *args, **kwargs)
+
+    return prepare
+
+
+def _same_attention(function: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """One attention for rollout, update and recomputation: some of the host's depend on the free memory."""
+    return attention_pytorch(*args, **kwargs)
+
+
+@contextmanager
+def _training_mode() -> Iterator[None]:
+    before, mm.in_training = mm.in_training, True
+    try:
+        yield
+    finally:
+        mm.in_training = before
+
+
+def _own(conds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Conditionings whose tensors autograd may save."""
+    found = []
+    for cond in conds:
+        parts = {
+            name: c._copy_with(c.cond.clone()) if isinstance(c, PLAIN) else c for name, c in cond["model_conds"].items()
+        }
+        found.append({**cond, "model_conds": parts})
+    return found
+
+
+def _alike(prompts: list[list[dict[str, Any]]]) -> bool:
+    """Whether these prompts' conditionings can share a batch: one plain entry each, of equal shapes."""
+    shapes = set()
+    for conds in prompts:
+        if len(conds) != 1 or any(key in conds[0] for key in SPECIAL):
+            return False
+        parts = conds[0]["model_conds"]
+        if not all(type(c) in PLAIN for c in parts.values()):
+            return False
+        shapes.add(tuple((name, tuple(c.cond.shape)) for name, c in parts.items()))
+    return len(shapes) == 1
+
+
+def _merged(rows: list[list[dict[str, Any]]], kinds: list[int]) -> list[dict[str, Any]]:
+    """One conditioning with a row per picture."""
+    if len(kinds) == 1:
+        return rows[0]
+    first = rows[0][0]
+    parts = {}
+    for name, c in first["model_conds"].items():
+        tensors = [row[0]["model_conds"][name].cond for row in rows]
+        parts[name] = c._copy_with(torch.cat(tensors))
+    return [{**first, "model_conds": parts}]

@@ -1,0 +1,124 @@
+"""The stochastic samplers as a function that ComfyUI's KSAMPLER calls."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from comfyui_pcpo.method.credit import smallest_target
+from comfyui_pcpo.method.rollout import Trajectory, derive_seed
+from comfyui_pcpo.method.schedule import Grid
+from comfyui_pcpo.method.transition import METHODS, Transition, default_noise_level, log_prob, mean, transitions
+
+from ..types import RecordedTrajectory
+from .spaces import Space, space_of
+
+METHOD_NAMES = ["auto", *METHODS]
+SIGMA_NAMES = ["native", "paper", "uniform"]
+USUAL = -1.0  # noise_level: the published value of the method
+
+
+@dataclass(frozen=True)
+class StepChoice:
+    """What the widgets say about the steps; `target` 0 is the smallest weight that the grid can carry."""
+
+    method: str = "auto"
+    noise_level: float = USUAL
+    sigma: str = "native"
+    target: float = 0.0
+    s_noise: float = 1.0
+    trainer_start: bool = False  # the first latent is noise alone, as the trainer's, not noise of the first level
+    trainer_end: bool = False  # the last level is the picture, whatever noise its alpha_bar has
+
+    def resolve(self, kind: str) -> tuple[str, float]:
+        method = self.method
+        if method == "auto":
+            method = "ddim" if kind == "ddim" else "flow_sde"
+        return method, default_noise_level(method) if self.noise_level < 0 else self.noise_level
+
+    def transitions(self, grid: Grid) -> list[Transition]:
+        method, level = self.resolve(grid.kind)
+        target = None
+        if self.sigma != "native" and grid.kind == "ddim":
+            target = self.target or smallest_target(grid) * 1.0001
+        return transitions(grid, method, level, self.sigma, target)
+
+
+@dataclass
+class Recorder:
+    """What one sampling run leaves behind, for a trajectory."""
+
+    latents: list[Tensor] = field(default_factory=list)
+    noises: list[Tensor] = field(default_factory=list)
+    outs: list[Tensor] = field(default_factory=list)
+    steps: list[Transition] = field(default_factory=list)
+    timesteps: list[float] = field(default_factory=list)
+
+    def trajectory(self) -> RecordedTrajectory:
+        path = Trajectory(*(torch.stack(t) for t in (self.latents, self.noises, self.outs)), self.steps, self.timesteps)
+        scores = torch.stack([log_prob(z, step) for z, step in zip(path.noises, self.steps, strict=True)])
+        return RecordedTrajectory(path, torch.tensor([s.weight for s in self.steps], dtype=torch.float64), scores)
+
+
+class StochasticSampler(comfy.samplers.KSAMPLER):
+    """KSAMPLER with our steps; masks, previews and denoise below 1 are the host's own."""
+
+    def __init__(self, choice: StepChoice, recorder: Recorder | None = None):
+        super().__init__(sample_steps, {"choice": choice, "recorder": recorder})
+        self.choice = choice
+
+    def max_denoise(self, model_wrap: Any, sigmas: Tensor) -> bool:
+        return self.choice.trainer_start or super().max_denoise(model_wrap, sigmas)
+
+
+@torch.no_grad()
+def sample_steps(
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any],
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    disable: bool | None = None,
+    *,
+    choice: StepChoice,
+    recorder: Recorder | None = None,
+) -> Tensor:
+    """Sample along `sigmas`; step noise is drawn on the CPU from a generator of its own."""
+    space = space_of(model.inner_model.model_patcher)
+    grid = space.grid(sigmas)
+    steps, levels = choice.transitions(grid), sigmas.tolist()
+    generator = torch.Generator().manual_seed(derive_seed(int(extra_args.get("seed") or 0), 1))
+    x = x / space.scale(levels[0])
+    if recorder is not None:
+        recorder.latents.append(x.float().cpu())
+        recorder.timesteps = grid.timesteps.tolist()
+    for i, step in enumerate(steps):
+        host = x * space.scale(levels[i])
+        denoised = model(host, sigmas[i].expand(len(x)), **extra_args)
+        if callback is not None:
+            callback({"x": host, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        out = space.output(host, denoised, levels[i])
+        noise = torch.randn(x.shape, generator=generator)
+        x = mean(x, out, step)
+        if step.std:
+            x = x + choice.s_noise * step.std * noise.to(x)
+        if recorder is not None:
+            record(recorder, x, noise, out, step)
+    return finish(model, x, space, levels[-1], extra_args, choice)
+
+
+def record(recorder: Recorder, x: Tensor, noise: Tensor, out: Tensor, step: Transition) -> None:
+    recorder.latents.append(x.float().cpu())
+    recorder.noises.append(noise)
+    recorder.outs.append(out.float().cpu())
+    recorder.steps.append(step)
+
+
+def finish(model: Any, x: Tensor, space: Space, sigma: float, extra_args: dict[str, Any], choice: StepChoice) -> Tensor:
+    """The host's latent at the end; on the trainer's grid the last level is the picture. Kept parts are whole."""
+    done = choice.trainer_end or sigma == 0
+    x, mask = x if done else x * space.scale(sigma), extra_args.get("denoise_mask")
+    return x * mask + model.latent_image * (1 - mask) if done and mask is not None else x

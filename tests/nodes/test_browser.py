@@ -1,0 +1,51 @@
+"""Every workflow in ComfyUI's own page: it opens without a missing node, and runs from there.
+
+PCPO_SHOTS keeps the screenshots in a folder of one's choice.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+import comfy_host
+
+comfy_host.skip_without_host()
+
+import comfy_server  # noqa: E402
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+MODULES = os.environ.get("PLAYWRIGHT_MODULES", "")
+if not (CHROMIUM and shutil.which("node") and (Path(MODULES) / "node_modules" / "playwright-core").is_dir()):
+    pytest.skip(
+        "needs node, Chromium (CHROMIUM), and PLAYWRIGHT_MODULES, a folder where `npm i playwright-core` was run",
+        allow_module_level=True,
+    )
+
+
+@pytest.mark.parametrize("path", comfy_server.WORKFLOWS, ids=lambda p: p.stem)
+def test_workflow_opens_and_runs_in_the_page(comfyui, path, tmp_path):
+    shots = Path(os.environ.get("PCPO_SHOTS", tmp_path)) / path.stem.split()[0]
+    shots.mkdir(parents=True, exist_ok=True)
+    comfyui.post("/free", {"unload_models": True, "free_memory": True})  # nothing from the cache
+    done = subprocess.run(
+        ["node", str(Path(__file__).parents[1] / "support" / "browser.mjs"), comfyui.url, str(path), str(shots), "600",
+         str(shots / "saved.json")],
+        env={**os.environ, "CHROMIUM": str(CHROMIUM), "PLAYWRIGHT_MODULES": MODULES},
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["missing"] == [] and found["dialogs"] == []
+    assert found["status"] == "success", found
+    assert (shots / "done.png").stat().st_size > 50_000
+    queued = json.loads((shots / "saved.json").read_text())["api"]
+    ours = comfy_server.api_graph(json.loads(path.read_text()), comfyui.get("/object_info"))
+    for node, entry in ours.items():
+        assert queued[node]["class_type"] == entry["class_type"]
+        for name, value in entry["inputs"].items():
+            assert queued[node]["inputs"][name] == value, (path.name, entry["class_type"], name)

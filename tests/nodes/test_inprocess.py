@@ -1,0 +1,106 @@
+"""Rewards, prompts and the pack itself in a ComfyUI host in this process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+import comfy_host
+
+comfy_host.skip_without_host()
+
+import torch  # noqa: E402
+
+comfy_host.load_pack()
+ConfigError = comfy_host.pack_module("trainer.config.schema").ConfigError
+run = comfy_host.execute
+
+
+def test_scores_put_the_best_first():
+    reward = run("PCPOLoadReward", "redness")[0]
+    images = torch.zeros(3, 64, 64, 3)
+    images[1, ..., 0] = 1.0
+    images[2, ..., 0] = 0.5
+    best, scores, report, grid = run("PCPOScoreImages", images, reward, "", 2)
+    assert torch.equal(best, images[[1, 2]])
+    assert scores == sorted(scores, reverse=True) and len(scores) == 2
+    assert report.count("\n") == 3 and grid.shape[0] == 1
+
+
+def test_combined_rewards_add_up_and_refuse_repeats():
+    a, b = run("PCPOLoadReward", "redness")[0], run("PCPOLoadReward", "colorfulness")[0]
+    both = run("PCPOCombineRewards", a, 2.0, b, -1.0)[0]
+    images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    parts = [r.combined().score(images, ["", ""]).total for r in (a, b)]
+    assert torch.allclose(both.combined().score(images, ["", ""]).total, 2 * parts[0] - parts[1])
+    with pytest.raises(ValueError, match="each may come once"):
+        run("PCPOCombineRewards", both, 1.0, a, 1.0)
+
+
+def test_prompts_refuse_an_empty_list():
+    clip = run("PCPOLoadTinyModel", "emoji-flow")[1]
+    assert run("PCPOPrompts", clip, "a fox\n\n# no\n a frog ")[0].lines == ("a fox", "a frog")
+    with pytest.raises(ConfigError, match="0 prompts"):
+        run("PCPOPrompts", clip, " \n# nothing")
+
+
+def test_schemas_are_those_of_the_golden_file():
+    """Ids never change and inputs are only appended; a change on purpose goes into the file."""
+    golden = json.loads((comfy_host.PACK / "tests/golden/nodes.json").read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(comfy_host.schemas())) == golden
+
+
+def test_english_texts_are_the_schemas():
+    texts = json.loads((comfy_host.PACK / "locales/en/nodeDefs.json").read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(comfy_host.texts())) == texts
+
+
+def test_the_pack_does_nothing_where_comfyui_does_not_load_it():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("a_test_runner", comfy_host.PACK / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert "comfy_entrypoint" not in vars(module)
+
+
+LOAD = """
+import asyncio, gc, sys, time
+host, plain, pack = sys.argv[1:]
+sys.argv, sys.path[:0] = sys.argv[:1], [host]
+import comfy.cli_args
+comfy.cli_args.args.cpu = True
+import nodes, comfy.sd, comfy_api.latest, latent_preview
+assert asyncio.run(nodes.load_custom_node(plain))
+gc.collect(), gc.freeze()  # else a collection of all that the host has loaded may fall into the measured time
+before, start = set(sys.modules), time.process_time()
+assert asyncio.run(nodes.load_custom_node(pack))
+print(time.process_time() - start, *sorted({n.split(".")[0] for n in set(sys.modules) - before}))
+"""
+
+
+def load_in_a_fresh_host(folder):
+    """Seconds of processor time that this pack takes beyond a pack without nodes, and the libraries it brings in."""
+    plain = folder / "plain"
+    if not plain.is_dir():
+        plain.mkdir()
+        (plain / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}")
+        (plain / "pyproject.toml").write_bytes((comfy_host.PACK / "pyproject.toml").read_bytes())
+    command = [sys.executable, "-c", LOAD, comfy_host.COMFYUI, str(plain), str(comfy_host.PACK)]
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seconds, *names = done.stdout.splitlines()[-1].split()
+    return float(seconds), set(names)
+
+
+def test_loading_the_pack_is_quick_and_imports_nothing_heavy(tmp_path):
+    """The first load writes the bytecode, as after an installation; the others are every start after it."""
+    loads = [load_in_a_fresh_host(tmp_path) for _ in range(3)]
+    heavy = {"diffusers", "transformers", "open_clip", "peft", "accelerate", "cyclopts", "tensorboard", "matplotlib"}
+    assert not loads[0][1] & heavy
+    assert min(seconds for seconds, _ in loads[1:]) < 0.1

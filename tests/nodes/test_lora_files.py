@@ -1,0 +1,105 @@
+"""A LoRA file of every family loads in ComfyUI: the patched model is the merged one, weight by weight."""
+
+import pytest
+
+import comfy_host  # isort: skip
+
+comfy_host.skip_without_host()
+
+import diffusers  # noqa: E402
+import tiny_pipelines  # noqa: E402
+import torch  # noqa: E402
+
+comfy_host.load_pack()
+import comfy.model_management as mm  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.supported_models as kinds  # noqa: E402
+import comfy.utils  # noqa: E402
+from comfy.model_patcher import ModelPatcher  # noqa: E402
+
+from comfyui_pcpo.lora.formats import export_state, family_of  # noqa: E402
+
+is_target = comfy_host.pack_module("comfyui_pcpo.lora.targets").is_target
+UNET = {
+    "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2], "transformer_depth": [1, 0], "transformer_depth_output": [1, 1, 0, 0],
+    "transformer_depth_middle": 1, "context_dim": 32, "use_spatial_transformer": True, "legacy": False,
+    "use_linear_in_transformer": False, "use_temporal_attention": False, "adm_in_channels": None,
+}  # fmt: skip
+LINEAR = {**UNET, "use_linear_in_transformer": True}
+SDXL = {
+    **LINEAR, "context_dim": 40, "adm_in_channels": 72, "num_classes": "sequential", "transformer_depth_middle": 2,
+}  # fmt: skip
+UNETS = {"sd15": (kinds.SD15, UNET), "sd21": (kinds.SD20, LINEAR), "sdxl": (kinds.SDXL, SDXL)}
+
+
+def load(family, core):
+    """The host's model of a diffusers denoiser."""
+    state = {k: v.clone() for k, v in core.state_dict().items()}
+    if family not in UNETS and family != "qwen-image":
+        return comfy.sd.load_diffusion_model_state_dict(state, {"dtype": torch.float32})
+    if family == "qwen-image":
+        config = {
+            "image_model": "qwen_image", "num_layers": 2, "num_attention_heads": 1, "in_channels": 16,
+            "out_channels": 4, "joint_attention_dim": 32,
+        }  # fmt: skip
+        kind = kinds.QwenImage
+    else:
+        kind, config = UNETS[family]
+        names = comfy.utils.unet_to_diffusers(config)
+        state = {names[k]: v for k, v in state.items()}
+    found = kind(config)
+    if family in UNETS:  # full-size models have 64 channels per head
+        found.unet_config |= {"num_heads": 2, "num_head_channels": -1}
+    found.set_inference_dtype(torch.float32, None)
+    model = found.get_model(state, "")
+    model.load_model_weights(state, "")
+    return ModelPatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+
+
+def denoiser(family):
+    pipeline = tiny_pipelines.build(family)
+    if family in ("sd3", "sd35", "flux"):  # the host knows these by their full number of latent channels
+        core = dict(pipeline.transformer.config)
+        core |= {"in_channels": 64} if family == "flux" else {"in_channels": 16, "out_channels": 16}
+        torch.manual_seed(0)
+        return getattr(diffusers, type(pipeline.transformer).__name__).from_config(core)
+    return getattr(pipeline, "unet", None) or pipeline.transformer
+
+
+def random_lora(core, rank=2):
+    generator, pairs = torch.Generator().manual_seed(0), {}
+    for name, module in core.named_modules():
+        if is_target(name, "all"):
+            out, *rest = module.weight.shape
+            down, up = (rank, *rest), (out, rank, *[1] * (len(rest) - 1))
+            pairs[name] = tuple(0.1 * torch.randn(shape, generator=generator) for shape in (down, up))
+    return pairs
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("layout", ["comfyui", "diffusers", "kohya"])
+@pytest.mark.parametrize("family", tiny_pipelines.PIPELINES)
+def test_the_patched_model_is_the_merged_one(family, layout, strength):
+    core = denoiser(family)
+    pairs = random_lora(core)
+    if family in UNETS and layout == "diffusers":
+        pytest.skip("the host reads few of diffusers' names for UNets, so ours for it are kohya's")
+    state = export_state(pairs, 2.0, 2, layout, family_of(core.state_dict()))
+    model = load(family, core)
+    before = {k: v.clone() for k, v in model.model.state_dict().items()}
+    patched, _ = comfy.sd.load_lora_for_models(model, None, state, strength, 0.0)
+    patched.patch_model(device_to=torch.device("cpu"))
+    found = {k: v.clone() for k, v in patched.model.state_dict().items()}
+    patched.unpatch_model()
+
+    with torch.no_grad():
+        for name, (down, up) in pairs.items():
+            weight = core.get_submodule(name).weight
+            weight += strength * (up.flatten(1) @ down.flatten(1)).view_as(weight)
+    merged = load(family, core).model.state_dict()
+    assert found.keys() == merged.keys()
+    changed = [key for key in merged if not torch.equal(merged[key], before[key])]
+    assert len(changed) == len({key for key in merged if not torch.equal(found[key], before[key])}) > 0
+    for key in merged:
+        torch.testing.assert_close(found[key], merged[key], rtol=1e-5, atol=1e-5, msg=key)

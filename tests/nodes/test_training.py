@@ -1,0 +1,281 @@
+"""Training inside a ComfyUI host in this process: runs, interruption, resume, and what they leave behind."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+import comfy_host
+
+comfy_host.skip_without_host()
+
+import torch  # noqa: E402
+
+comfy_host.load_pack()
+import comfy.model_management as mm  # noqa: E402
+import comfy.model_sampling  # noqa: E402
+import comfy.utils  # noqa: E402
+import comfy_models  # noqa: E402
+from comfy_models import LINES, biggest  # noqa: E402
+
+from comfyui_pcpo.tiny import pipelines  # noqa: E402
+
+call = comfy_host.execute
+job = comfy_host.pack_module("nodes.job")
+comfy_policy = comfy_host.pack_module("nodes.host.policy")
+types = comfy_host.pack_module("nodes.types")
+settings = comfy_host.pack_module("trainer.config.schema")
+options = comfy_host.pack_module("trainer.config.loading")
+run_module = comfy_host.pack_module("trainer.runs.folder")
+train_module = comfy_host.pack_module("trainer.runs.launch")
+align = comfy_host.pack_module("trainer.loop.align")
+learning = comfy_host.pack_module("trainer.loop.state")
+ConfigError = settings.ConfigError
+
+
+@pytest.fixture(scope="module", params=pipelines.EMBEDDED)
+def tiny(request):
+    return comfy_models.Tiny(request.param)
+
+
+@pytest.fixture(scope="module")
+def flow():
+    return comfy_models.Tiny("emoji-flow")
+
+
+def config(name, **run):
+    return options.build(
+        {
+            "model": {"name": name, "device": "cpu"},
+            "prompts": {"lines": list(LINES)},
+            "rollout": {"prompts_per_update": 2, "group_size": 4, "steps": 4, "height": 64, "width": 64},
+            "reward": {"weights": {"colorfulness": 1.0}},
+            "lora": {"rank": 4},
+            "optimizer": {"learning_rate": 3e-3},
+            "run": run,
+        },
+        "test",
+    )
+
+
+def inside(setup, c, work, prompts=None):
+    """`work(policy)` where training happens: inside guider.sample()."""
+    return comfy_policy.with_policy(
+        setup.model, setup.vae, prompts or setup.prompts, c, setup.latent(1)["samples"], work
+    )
+
+
+def on_call(model, number, action):
+    """A MODEL that does `action` before a call of it, -> (model, calls so far)."""
+    calls, found = [], model.clone()
+
+    def wrapper(apply, args):
+        calls.append(1)
+        if len(calls) == number:
+            action()
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    found.set_model_unet_function_wrapper(wrapper)
+    return found, calls
+
+
+@pytest.mark.parametrize("objective", ["log_hinge", "awm", "nft"])
+def test_one_update_equals_the_trainers(tiny, objective):
+    """The same LoRA, noise and prompts: the loop on both policies gives the same record."""
+    c = config(tiny.name, updates=1)
+    c = c.model_copy(update={"objective": c.objective.model_copy(update={"name": objective})})
+    reference = train_module.make_policy(c)
+    pairs, rewards = reference.lora(), {r.name: r for r in tiny.reward.rewards}
+
+    def work(policy):
+        assert policy.lora().keys() == pairs.keys()
+        policy.load_lora(pairs)
+        return next(align.align(learning.make_learner(policy, c), align.Job(c, LINES, rewards)))
+
+    found = inside(tiny, c, work)
+    expected = next(align.align(learning.make_learner(reference, c), align.Job(c, LINES, rewards)))
+    assert (found.images - expected.images).abs().max() < 2e-3
+    assert found.metrics["first_log_ratio_abs_max"] < 1e-5
+    for key in ("reward_mean", "loss", "grad_norm"):
+        assert found.metrics[key] == pytest.approx(expected.metrics[key], rel=2e-2), key
+
+
+def conditionings(flow):
+    """Conditionings of the kinds that stock nodes make."""
+    left, right = flow.encode("a red fox"), flow.encode("a blue rocket")
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :32] = 1
+    halves = [call("ConditioningSetArea", c, 64, 32, x, 0, 1.0)[0] for c, x in ((left, 0), (right, 32))]
+    ranges = [call("ConditioningSetTimestepRange", c, *span)[0] for c, span in ((left, (0, 0.5)), (right, (0.5, 1)))]
+    return {
+        "areas": call("ConditioningCombine", *halves)[0],
+        "mask": call("ConditioningCombine", call("ConditioningSetMask", left, mask, "default", 0.7)[0], right)[0],
+        "ranges": call("ConditioningCombine", *ranges)[0],
+        "average": call("ConditioningAverage", left, right, 0.3)[0],
+        "longer": call("ConditioningConcat", left, right)[0],
+    }
+
+
+@pytest.mark.parametrize("kind", ["areas", "mask", "ranges", "average", "longer"])
+def test_conditionings_of_every_kind_are_predicted_as_the_host_does(flow, kind):
+    """One stock step from noise to 0 gives the host's own guess."""
+    cond, c = conditionings(flow)[kind], config("emoji-flow")
+    c = c.model_copy(update={"rollout": c.rollout.model_copy(update={"cfg": 2.0})})
+    prompts = types.EncodedPrompts(LINES, (cond, flow.encode("a blue rocket")), "", flow.negative)
+
+    def work(policy):
+        t = policy.grid(4).timesteps.tolist()[1]
+        sigma = policy.sigma[t]
+        out = policy.predict(sigma * noise, t, policy.encode([LINES[0]]))
+        out.sum().backward()
+        assert all(p.grad is not None for p in policy.trainable())
+        return out.detach(), sigma
+
+    noise = comfy_models.comfy.sample.prepare_noise(flow.latent(1)["samples"], 3)
+    out, sigma = inside(flow, c, work, prompts)
+    guider = flow.guider(cfg=2.0)
+    guider.set_conds(cond, flow.negative)
+    guess = comfy_models.sample(guider, torch.tensor([sigma, 0.0]), flow.latent(1))
+    assert biggest(sigma * noise - sigma * out, guess) < 1e-5
+
+
+def test_a_run_leaves_the_model_as_it_was(tiny):
+    before, stock = tiny.ksample(cfg=2.0)[0], tiny.stock()
+    lora, losses, count, run = tiny.train("whole")
+    assert torch.equal(tiny.ksample(cfg=2.0)[0], before) and torch.equal(tiny.stock(), stock)
+    assert count == 2 and len(losses["loss"]) == 2
+    assert run_module.RunFolder(run.path).config().model.name == tiny.name
+    loaded = call("LoraModelLoader", tiny.model, lora, 1.0)[0]
+    assert len(loaded.patches) > 0 and biggest(tiny.stock(model=loaded), stock) > 0
+    assert not any("forward" in vars(m) or m._forward_hooks for m in tiny.model.model.modules())
+
+
+def test_the_run_folder_is_the_command_lines(flow, tmp_path):
+    """The same files, the same configuration but for the name of the run, the same fields in every record."""
+    run = flow.train("like-the-command-line", preview_every=1, save_every=1)[3].path
+    c = run_module.RunFolder(run).config()
+    c = c.model_copy(update={"run": c.run.model_copy(update={"folder": tmp_path, "name": "theirs"})})
+    folder, updates = train_module.start_run(c)
+    list(updates)
+
+    def tree(path):
+        return {p.relative_to(path).as_posix() for p in path.rglob("*") if p.name != ".lock"} - {"log.txt"}
+
+    assert tree(run) == tree(folder.path)
+    mine, theirs = (run_module.RunFolder(p) for p in (run, folder.path))
+    assert options.dump(theirs.config()) == options.dump(c)
+    assert [row.keys() for row in mine.records()] == [row.keys() for row in theirs.records()]
+    shapes = [{k: v.shape for k, v in run_module.read_lora(f.lora_file)[0].items()} for f in (mine, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_command_line_goes_on_where_the_node_stopped_and_back(flow):
+    run = flow.train("there-and-back", updates=1)[3].path
+    _, _, updates = train_module.resume_run(run, updates=2)
+    assert [u.number for u in updates] == [2]
+    assert flow.train("there-and-back", updates=3, resume=True)[2] == 3
+
+
+def test_a_taken_name_gets_a_number(flow):
+    first, second = (flow.train("twice", updates=1)[3].path for _ in range(2))
+    assert (first.name, second.name) == ("twice", "twice-2")
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny):
+    whole = tiny.train(f"uninterrupted-{tiny.name}", updates=3)[0]
+    tiny.train(f"resumed-{tiny.name}", updates=1)
+    resumed, _, count, _ = tiny.train(f"resumed-{tiny.name}", updates=3, resume=True)
+    assert count == 3
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_every_update_sends_a_picture(flow):
+    seen = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: seen.append((value, total, preview)))
+    try:
+        flow.train("watched", updates=3)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    pictures = [preview[1] for value, total, preview in seen if preview is not None and total == 3]
+    assert len(pictures) == 3 and pictures[0].size[0] >= 256
+    assert pictures[0].tobytes() != pictures[2].tobytes()
+
+
+def test_interrupt_is_felt_at_the_next_step_and_keeps_finished_updates(flow):
+    before = flow.stock()
+    model, calls = on_call(flow.model, 30, mm.interrupt_current_processing)
+    with pytest.raises(mm.InterruptProcessingException):
+        flow.on(model).train("cancelled", updates=50)
+    assert len(calls) == 30
+    folder = run_module.RunFolder(job.runs_folder() / "cancelled")
+    done = len(folder.records())
+    assert done >= 1 and folder.numbers()[-1] == done and folder.lora_file.is_file()
+    assert torch.equal(flow.stock(), before)
+    again = flow.train("cancelled", updates=done + 1, resume=True)[0]
+    whole = flow.train("never-cancelled", updates=done + 1)[0]
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_out_of_memory_names_the_inputs_keeps_finished_updates_and_the_next_run_works(flow):
+    def full():
+        raise torch.OutOfMemoryError("no room")
+
+    before = flow.stock()
+    model, _ = on_call(flow.model, 30, full)
+    with pytest.raises(ConfigError, match="images_at_once 16 at 64 x 64"):
+        flow.on(model).train("full", updates=50)
+    folder = run_module.RunFolder(job.runs_folder() / "full")
+    done = len(folder.records())
+    assert done >= 1 and folder.numbers()[-1] == done
+    assert torch.equal(flow.stock(), before)
+    assert flow.train("full", updates=done + 1, resume=True)[2] == done + 1
+    assert flow.train("room", updates=1)[2] == 1
+
+
+def test_a_lora_to_go_on_from(flow):
+    lora = flow.train("first", updates=1)[0]
+    again = flow.train("second", updates=1, lora=lora)[0]
+    assert any(not torch.equal(lora[k], again[k]) for k in lora)
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_run_on_top_of_an_applied_lora(flow, offloaded):
+    comfy_models.forget_loaded()
+    model = comfy_models.lora_on(flow, 1)
+    model = comfy_models.partly_loaded(model) if offloaded else model
+    before = flow.stock(model=model)
+    assert flow.on(model).train(f"on-top-{offloaded}")[2] == 2
+    assert torch.equal(flow.stock(model=model), before)
+    comfy_models.forget_loaded()
+
+
+def test_compare_shows_the_same_noise_on_both_sides(flow):
+    lora = flow.train("compared", updates=1)[0]
+    still = {k: torch.zeros_like(v) for k, v in lora.items()}
+    before, after, grid, report = call("PCPOCompare", flow.model, still, flow.vae, flow.prompts, 0, 4, 1.0, flow.reward)
+    assert torch.equal(before, after) and before.shape[0] == 2 and grid.shape[0] == 1
+    assert "before" in report
+
+
+class CosmosSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.COSMOS_RFLOW):
+    """A kind of sampling that is neither epsilon, v nor flow."""
+
+
+def test_refusals_before_any_work(flow):
+    refuse = comfy_host.load_pack()["PCPOTrainLoRA"].validate_inputs
+    assert "group_size" in str(refuse(name="a", group_size=1))
+    assert "run.name" in str(refuse(name="../a", group_size=8))
+    assert refuse(name="a", group_size=8) is True
+    odd = flow.model.clone()
+    odd.add_object_patch("model_sampling", CosmosSampling(flow.model.model.model_config))
+    with pytest.raises(ConfigError, match="steps exist for 2 kinds"):
+        flow.on(odd).train("refused", updates=1)
+    module = flow.model.model.diffusion_model.x_embedder
+    object.__setattr__(module, "forward", module.forward)
+    try:
+        with pytest.raises(ConfigError, match="replaced forward"):
+            flow.train("refused", updates=1)
+    finally:
+        object.__delattr__(module, "forward")
+    assert not (job.runs_folder() / "refused").exists()

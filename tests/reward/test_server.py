@@ -1,0 +1,276 @@
+"""A reward behind a server on loopback: equal scores, many clients, a lost server, and requests that are refused."""
+
+import base64
+import http.client
+import io
+import json
+import socket
+import struct
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, load_reward
+from comfyui_pcpo.reward.service.remote import Remote, read_rewards
+from comfyui_pcpo.reward.service.server import RewardServer, ServerOptions
+from comfyui_pcpo.reward.service.wire import LostServer, Peer, ask, decode_png, encode_png
+
+torch.set_num_threads(1)
+TOKEN = "0123456789abcdef-test"
+
+
+class Moody(Reward):
+    """Redness of the first pixel; fails, or raises, when the prompt says so."""
+
+    name = "moody"
+
+    def score_batch(self, images, prompts):
+        if "raise" in prompts:
+            raise ZeroDivisionError
+        scores = images[:, 0, 0, 0].float()
+        return scores.masked_fill(torch.tensor([prompt == "fail" for prompt in prompts]), float("nan"))
+
+
+@pytest.fixture
+def serve():
+    """Starts servers, and stops those that still run."""
+    running = []
+
+    def start(reward, **options):
+        server = RewardServer(reward, ServerOptions(token=TOKEN, **options))
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        running.append(server)
+        return server
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+def client(url, **peer):
+    return Remote(RewardSettings(images_at_once=8), Peer(url, TOKEN, **({"pause": 0.01, "timeout": 10.0} | peer)))
+
+
+def pictures(count, size=16):
+    return torch.linspace(0, 1, count)[:, None, None, None].expand(-1, size, size, 3)
+
+
+def post(server, body, token=TOKEN, headers=None, path="/compute"):
+    """Status and JSON of one raw request."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+    headers = {"Authorization": f"Bearer {token}"} | (headers or {})
+    connection.request("POST", path, body, headers)
+    answer = connection.getresponse()
+    found = answer.status, json.loads(answer.read())
+    connection.close()
+    return found
+
+
+def test_remote_scores_equal_local_ones(serve):
+    local = load_reward("colorfulness")
+    batch = torch.rand(20, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+    remote = client(serve(local).url)
+    assert torch.equal(remote.score(batch, [""] * 20), local.score(batch, [""] * 20))
+    assert remote.is_healthy()
+    assert remote.info() == {
+        "name": "colorfulness",
+        "needs_prompt": False,
+        "higher_is_better": True,
+        "typical_range": [0.0, 1.2],
+    }
+
+
+def test_failed_scores_travel_as_null(serve):
+    found = client(serve(Moody()).url).score(pictures(3), ["a", "fail", "b"])
+    assert found.isnan().tolist() == [False, True, False]
+
+
+def test_eight_clients_at_once_get_their_own_scores(serve):
+    url = serve(Moody()).url
+    count = 63  # 8 clients x 63 = 504 pictures
+
+    def work(n):
+        batch = ((torch.arange(count) * 4 + n) % 256)[:, None, None, None].expand(-1, 8, 8, 3) / 255
+        return client(url).score(batch, [""] * count), (torch.arange(count) * 4 + n) % 256
+
+    with ThreadPoolExecutor(8) as pool:
+        for found, wanted in pool.map(work, range(8)):
+            assert torch.equal(found, wanted.float())
+
+
+def test_a_server_that_dies_fails_the_samples_and_nothing_else(serve):
+    server = serve(Moody())
+    remote = client(server.url, retries=1, timeout=1.0)
+    assert remote.score(pictures(4), [""] * 4).isfinite().all()
+    server.shutdown()
+    server.server_close()
+    assert remote.score(pictures(4), [""] * 4).isnan().all()
+    assert not remote.is_healthy()
+
+
+def test_a_reward_that_raises_costs_the_request_and_not_the_server(serve):
+    remote = client(serve(Moody()).url)
+    assert remote.score(pictures(2), ["raise", "a"]).isnan().all()
+    assert remote.score(pictures(2), ["a", "a"]).isfinite().all()
+
+
+def test_without_the_token_only_health_is_told(serve):
+    server = serve(Moody())
+    stranger = Remote(peer=Peer(server.url, "wrong"))
+    assert stranger.is_healthy()
+    for attempt in (lambda: stranger.score(pictures(1), [""]), stranger.info):
+        with pytest.raises(RewardError, match="status 401"):
+            attempt()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"not json",
+        b"[1, 2]",
+        b"[" * 100_000,
+        b'{"prompts": [""]}',
+        b'{"prompts": "a", "images": ["a"]}',
+        b'{"prompts": [1], "images": ["a"]}',
+        b'{"prompts": ["a"], "images": [{"path": "/etc/passwd"}]}',
+        b'{"prompts": ["a", "b"], "images": ["a"]}',
+        b'{"prompts": ["a"], "images": ["no base64!"]}',
+        b'{"prompts": ["a"], "images": ["aGVsbG8="]}',
+        b'{"prompts": [], "images": [], "code": "x"}',
+    ],
+)
+def test_wrong_requests_are_refused_and_the_server_goes_on(body, serve):
+    server = serve(Moody())
+    status, answer = post(server, body)
+    assert status == 400 and answer["error"]
+    assert client(server.url).score(pictures(1), [""]).isfinite().all()
+
+
+def test_too_much_is_refused_before_it_is_read(serve):
+    server = serve(Moody(), most_bytes=10_000, most_images=2)
+    image = encode_png(np.zeros((4, 4, 3), np.uint8))
+    assert post(server, json.dumps({"prompts": [""] * 3, "images": [image] * 3}))[0] == 413
+    assert post(server, b"", headers={"Content-Length": "99999999999999999999999"})[0] == 413
+    assert post(server, b"", headers={"Content-Length": "-5"})[0] == 411
+    assert post(server, b"", path="/other")[0] == 404
+
+
+def test_a_body_that_never_comes_does_not_hold_the_server(serve):
+    server = serve(Moody(), timeout=0.2)
+    with socket.create_connection(server.server_address, timeout=5) as line:
+        line.sendall(f"POST /compute HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 9\r\n\r\n".encode())
+        assert b" 408 " in line.recv(1000)
+    with socket.create_connection(server.server_address, timeout=5) as line:
+        line.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leaves with a reset
+    assert client(server.url).is_healthy()
+
+
+def bomb(width, height):
+    """A PNG that is small as a file and claims to be huge."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [5000, 60_000])
+def test_a_decompression_bomb_is_refused_by_its_header(side, serve):
+    image = base64.b64encode(bomb(side, side)).decode()
+    status, answer = post(serve(Moody()), json.dumps({"prompts": [""], "images": [image]}))
+    assert status == 400 and ("pixels" in answer["error"] or "cannot be read" in answer["error"])
+
+
+def test_pictures_that_unpack_to_too_much_together_are_refused_by_their_headers(serve):
+    server = serve(Moody(), most_pixels_in_all=100)
+    huge = base64.b64encode(bomb(4000, 4000)).decode()  # unpacking it would be refused as what cannot be read
+    status, answer = post(serve(Moody()), json.dumps({"prompts": [""] * 9, "images": [huge] * 9}))
+    assert status == 413
+    assert "9 images have 144000000 pixels, but at most 134217728" in answer["error"]
+    assert "images_at_once" in answer["error"]
+    image = encode_png(np.zeros((5, 10, 3), np.uint8))
+    assert post(server, json.dumps({"prompts": [""] * 3, "images": [image] * 3}))[0] == 413
+    assert post(server, json.dumps({"prompts": [""] * 2, "images": [image] * 2}))[0] == 200
+
+
+def test_the_reward_is_given_as_many_pictures_as_it_takes_at_once(serve):
+    class Counting(Moody):
+        def score(self, images, prompts):
+            given.append(len(images))
+            return super().score(images, prompts)
+
+    given = []
+    images = [encode_png(np.full((4 + n % 2, 4, 3), n, np.uint8)) for n in range(7)]
+    server = serve(Counting(RewardSettings(images_at_once=3)))
+    assert post(server, json.dumps({"prompts": [""] * 7, "images": images}))[1]["rewards"] == list(range(7))
+    assert given == [3, 1, 3]  # four of one size, three of the other
+
+
+def test_a_picture_whose_pixels_are_broken_is_refused_though_its_header_is_whole(serve):
+    images = [encode_png(np.zeros((4, 4, 3), np.uint8)), base64.b64encode(bomb(4, 4)).decode()]
+    status, answer = post(serve(Moody()), json.dumps({"prompts": [""] * 2, "images": images}))
+    assert status == 400 and "cannot be read" in answer["error"]
+
+
+@pytest.mark.parametrize(("host", "usual"), [("0.0.0.0", "127.0.0.1"), ("::", "127.0.0.1"), ("::1", "::1")])
+def test_the_address_that_a_server_tells_is_one_that_clients_reach(host, usual, serve):
+    try:
+        server = serve(Moody(), host=host)
+    except OSError as error:
+        pytest.skip(f"{host} cannot be listened on here: {error}")
+    assert urlsplit(server.url).hostname not in ("0.0.0.0", "::")
+    usual = f"[{usual}]" if ":" in usual else usual
+    for url in (server.url, f"http://{usual}:{server.server_address[1]}"):
+        assert client(url, retries=0).score(pictures(2), [""] * 2).isfinite().all()
+    assert server.is_everywhere == (host != "::1")
+
+
+def test_only_png_is_opened_and_other_modes_become_rgb():
+    def encoded(mode, kind):
+        file = io.BytesIO()
+        Image.new(mode, (4, 2), 0).save(file, format=kind)
+        return base64.b64encode(file.getvalue()).decode()
+
+    with pytest.raises(RewardError, match="base64 of a PNG"):
+        decode_png(encoded("RGB", "JPEG"), 100)
+    for mode in ("RGBA", "L", "P", "1", "I;16"):
+        assert decode_png(encoded(mode, "PNG"), 100).shape == (2, 4, 3)
+
+
+def test_pictures_of_several_sizes_keep_their_order(serve):
+    images = [encode_png(np.full((4 + n % 2, 4, 3), n, np.uint8)) for n in range(5)]
+    status, answer = post(serve(Moody()), json.dumps({"prompts": [""] * 5, "images": images}))
+    assert status == 200 and answer["rewards"] == [0, 1, 2, 3, 4]
+
+
+def test_answers_that_are_not_rewards_count_as_none():
+    for answer in ([], {"rewards": [1]}, {"rewards": ["1", "2"]}, {"rewards": [True, 1]}):
+        with pytest.raises(LostServer):
+            read_rewards(answer, 2)
+    assert read_rewards({"rewards": [1, None]}, 2).isnan().tolist() == [False, True]
+
+
+def test_addresses_and_tokens_come_from_the_environment(monkeypatch):
+    monkeypatch.delenv("PCPO_REWARD_URL", raising=False)
+    with pytest.raises(RewardError, match="PCPO_REWARD_URL is not set"):
+        load_reward("remote")
+    monkeypatch.setenv("PCPO_REWARD_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("PCPO_REWARD_TOKEN", "short")
+    assert load_reward("remote").peer.token == "short"
+    assert "short" not in repr(load_reward("remote").peer)
+    with pytest.raises(RewardError, match="5 characters"):
+        ServerOptions()
+    with pytest.raises(RewardError, match="not a server address"):
+        Peer("file:///etc/passwd")
+    with pytest.raises(LostServer, match="no answer in 1 tries"):
+        ask(Peer("https://127.0.0.1:1/v1", retries=0, timeout=1), "/info")

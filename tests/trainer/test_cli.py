@@ -1,0 +1,290 @@
+"""The command line: each command through `main`, its exit status, and the files it promises."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from comfyui_pcpo.tiny import pipelines
+from trainer.cli import main as cli
+from trainer.cli.main import main, version
+from trainer.runs.folder import RunFolder
+
+
+def options(tmp_path, **more):
+    """The smallest run's options; dots in names are written as double underscores."""
+    small = {
+        "model.device": "cpu",
+        "prompts.lines": '["a fox", "a red star"]',
+        "rollout.prompts-per-update": 1,
+        "rollout.group-size": 2,
+        "rollout.steps": 2,
+        "reward.weights": "{colorfulness = 1.0}",
+        "lora.rank": 2,
+        "run.folder": tmp_path,
+        "run.updates": 1,
+        "run.save-every": 1,
+    } | {key.replace("__", "."): value for key, value in more.items()}
+    return [text for key, value in small.items() for text in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of one update, with TensorBoard; copy it before changing it."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs")
+    assert main(["train", *options(folder, run__name="first", run__tensorboard="true")]) == 0
+    return RunFolder(folder / "first")
+
+
+def colors(picture: Image.Image) -> int:
+    """How many there are: an empty picture has one."""
+    return len(picture.convert("RGB").getcolors(1 << 24))
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return RunFolder(shutil.copytree(finished.path, tmp_path / "first"))
+
+
+def test_train_leaves_the_whole_run_folder(finished):
+    for file in (finished.config_file, finished.metrics_file, finished.lora_file, finished.log_file):
+        assert file.stat().st_size > 0
+    for picture in (finished.curves_file, finished.grids / "000001.jpg"):
+        assert colors(Image.open(picture)) > 20
+    assert {p.name for p in finished.checkpoint().iterdir()} == {"lora.safetensors", "optimizer.pt", "state.json"}
+    assert list((finished.path / "tensorboard").glob("events.*"))
+
+
+def test_the_last_line_of_a_run_is_its_loras_path(tmp_path, capsys):
+    assert main(["train", *options(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str((tmp_path / "run" / "lora.safetensors").resolve())
+
+
+def test_train_reads_a_file_and_lays_options_on_it(finished, tmp_path):
+    arguments = ["--run.folder", str(tmp_path), "--run.name", "again", "--run.tensorboard", "false"]
+    assert main(["train", str(finished.config_file), *arguments]) == 0
+    again = RunFolder(tmp_path / "again")
+    assert again.config().rollout == finished.config().rollout
+    assert again.records()[0]["reward_mean"] == finished.records()[0]["reward_mean"]
+
+
+def test_check_shows_the_arithmetic(tmp_path, capsys):
+    arguments = options(tmp_path, rollout__prompts_per_update=3, rollout__group_size=4, rollout__steps=3)
+    arguments = [a.replace("_", "-") if a.startswith("--") else a for a in arguments]
+    assert main(["check", *arguments, "--objective.last-step", "true"]) == 0
+    out = capsys.readouterr().out
+    assert "3 prompts x 4 images = 12 images per update" in out
+    assert "12 images x 3 trained of 3 steps = 36 transitions per update" in out
+    assert main(["check", *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["budget"]["images"] == 12
+    assert found["config"]["rollout"]["group_size"] == 4
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_lists_every_option(capsys):
+    assert main(["options"]) == 0
+    out = capsys.readouterr().out
+    assert "--rollout.group-size" in out
+    assert "[8]" in out
+
+
+def test_the_demo_ends_with_the_gain_and_what_it_made(tmp_path, capsys):
+    assert main(["demo", "--updates", "1", "--folder", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rewards = ("colorfulness", "alignment")
+    color, alignment = (next(line.split() for line in lines if line.startswith(f"  {name} ")) for name in rewards)
+    assert float(color[1]) == pytest.approx(0.389, abs=0.02) and color[-1] == "(trained)"
+    assert alignment[-2:] == ["(held", "out)"]
+    for name in ("before_after.png", "curves.png", "lora.safetensors"):
+        assert str((tmp_path / "demo" / name).resolve()) in " ".join(lines)
+    before_after = Image.open(tmp_path / "demo" / "before_after.png")
+    assert colors(before_after) > 1000
+    assert main(["demo", "--updates", "1", "--folder", str(tmp_path), "--name", "demo"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_resume_goes_on_with_more_updates(run):
+    assert main(["resume", str(run.path)]) == 2
+    assert main(["resume", str(run.path), "--updates", "2"]) == 0
+    assert run.numbers() == [1, 2]
+    assert len(run.records()) == 2
+
+
+def test_plot_draws_one_run_and_several(run, finished, tmp_path, capsys):
+    assert main(["plot", str(run.path), "--out", str(tmp_path / "one.png")]) == 0
+    assert main(["plot", str(run.path), str(finished.path), "--out", str(tmp_path / "two.png")]) == 0
+    assert colors(Image.open(tmp_path / "one.png")) > 20 < colors(Image.open(tmp_path / "two.png"))
+    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "two.png").read_bytes()
+    run.curves_file.unlink()
+    assert main(["plot", str(run.path)]) == 0
+    assert run.curves_file.exists()
+    capsys.readouterr()
+    assert main(["plot"]) == 2
+    assert "0 runs were named" in capsys.readouterr().err
+    run.metrics_file.unlink()
+    assert main(["plot", str(run.path)]) == 2
+    assert "0 finished updates" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["comfyui", "diffusers", "kohya"])
+def test_export_writes_the_file_it_names(run, capsys, layout):
+    assert main(["export", str(run.path), "--format", layout]) == 0
+    path = run.path / f"lora-{layout}.safetensors"
+    assert capsys.readouterr().out.strip() == str(path.resolve())
+    assert path.stat().st_size > 0
+
+
+def test_export_refuses_unknown_formats_and_damaged_checkpoints(run, capsys):
+    assert main(["export", str(run.path), "--format", "onnx"]) == 2
+    assert "comfyui, diffusers, kohya" in capsys.readouterr().err
+    (run.checkpoint() / "lora.safetensors").write_bytes(b"cut")
+    assert main(["export", str(run.path)]) == 2
+    assert "lora.safetensors is not a whole safetensors file" in capsys.readouterr().err
+
+
+def test_sample_compares_before_and_after(run, tmp_path):
+    out = tmp_path / "both.png"
+    arguments = ["--prompt", "a fox", "--steps", "2", "--images", "2"]
+    assert main(["sample", str(run.path), *arguments, "--compare", "--out", str(out)]) == 0
+    both = Image.open(out)
+    guided = tmp_path / "guided.png"
+    guide = ["--guide", f"{run.lora_file}=1.5", "--cfg", "2", "--negative", "a frog"]
+    assert main(["sample", "emoji-flow", *arguments, *guide, "--out", str(guided)]) == 0
+    alone = Image.open(guided)
+    assert both.width > 1.5 * alone.width and both.height >= alone.height  # side by side
+    assert colors(both) > 100 < colors(alone)
+
+
+def test_score_sorts_pictures_best_first(tmp_path, capsys):
+    Image.new("RGB", (64, 64), "gray").save(tmp_path / "a.png")
+    Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "b.png")
+    rewards = ["--reward", "jpeg_compressibility", "--reward", "colorfulness"]
+    assert main(["score", str(tmp_path), *rewards, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["file"][-5:] for row in rows] == ["a.png", "b.png"]
+    assert set(rows[0]["scores"]) == {"jpeg_compressibility", "colorfulness"}
+    assert main(["score", str(tmp_path / "a.png"), *rewards]) == 0
+    assert "a.png" in capsys.readouterr().out
+
+
+def test_score_takes_the_folder_and_the_precision_of_the_weights(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    arguments = ["score", str(tmp_path / "a.png"), "--reward", "hpsv2.1", "--folder", str(tmp_path / "weights")]
+    assert main(arguments) == 2
+    assert str(tmp_path / "weights" / "HPSv2" / "HPS_v2.1_compressed.pt") in capsys.readouterr().err
+    assert main([*arguments, "--precision", "float8"]) == 2
+    assert main([*arguments, "--device", "toaster"]) == 2
+    assert "reward.device toaster is not a device" in capsys.readouterr().err
+
+
+def test_score_names_what_it_cannot_read(tmp_path, capsys):
+    assert main(["score", str(tmp_path)]) == 2
+    assert "holds 0 pictures" in capsys.readouterr().err
+    (tmp_path / "no.png").write_text("text")
+    assert main(["score", str(tmp_path / "no.png"), "--reward", "colorfulness"]) == 2
+    assert "no.png is not a picture" in capsys.readouterr().err
+    assert main(["score", str(tmp_path / "no.png"), "--reward", "colourfulness"]) == 2
+    assert "colorfulness" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rollout.group-sise", "4"], "Did you mean --rollout.group-size?"),
+        (["--rollout.group-size", "5", "--optimizer.minibatches", "2"], "does not split"),
+        (["--reward.weights", "{nonsense = 1}"], "nonsense"),
+        (["--model.device", "cuda:99"], "cuda:99"),
+        (["--model.device", "toaster"], "toaster is not a device"),
+        (["--prompts.lines", "[]"], "0 prompts"),
+        (["--run.name", "../up"], "run.name"),
+        (["--lora.start", "gone.safetensors"], "gone.safetensors does not exist"),
+        (["--rollout.height", "50"], "is not a multiple of"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_what_cannot_run_exits_with_2_and_makes_no_folder(tmp_path, capsys, command, arguments, message):
+    assert main([command, *options(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("emoji-flow/transformer/diffusion_pytorch_model.safetensors", "missing"),
+        ("emoji-flow/transformer/diffusion_pytorch_model.safetensors", "truncated"),
+        ("shared/vae/diffusion_pytorch_model.safetensors", "truncated"),
+    ],
+)
+def test_a_missing_or_truncated_model_file_is_named(tmp_path, capsys, monkeypatch, file, damage):
+    models = shutil.copytree(pipelines.MODELS, tmp_path / "models")
+    broken = models / file
+    if damage == "missing":
+        broken.unlink()
+    else:
+        broken.write_bytes(broken.read_bytes()[:5000])
+    monkeypatch.setattr(pipelines, "MODELS", models)
+    assert main(["check", *options(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert str(broken.parent) in error
+    assert broken.name in error
+
+
+def test_a_mistyped_flag_of_a_small_command_names_the_nearest(capsys):
+    assert main(["sample", "emoji-flow", "--promt", "a fox"]) == 2
+    captured = capsys.readouterr()
+    assert "--prompt" in captured.out + captured.err
+
+
+def test_ctrl_c_before_the_first_update_says_that_nothing_was_saved(tmp_path, capsys, monkeypatch):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Bar, "tick", stop)
+    assert main(["train", *options(tmp_path)]) == 130
+    assert "holds nothing to resume" in capsys.readouterr().out
+
+
+def test_check_shows_what_it_can_and_then_names_all_that_is_missing(tmp_path, capsys):
+    missing = ["--reward.held-out", '["pickscore"]', "--model.name", "nobody/nothing", "--run.name", "x"]
+    assert main(["check", *missing]) == 2
+    shown = capsys.readouterr()
+    assert 'name = "nobody/nothing"' in shown.out
+    assert "4 prompts x 8 images = 32 images per update" in shown.out
+    errors = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    assert "PickScore_v1" in errors[0] and "0 prompts" in errors[1]
+
+
+def test_options_lists_the_choices(capsys):
+    assert main(["options"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("--")}
+    assert "One of attention, linear, all." in lines["--lora.targets"]
+    assert lines["--model.compile"].endswith("[false]")
+    assert lines["--reward.weights"].endswith("[{alignment = 1}]")
+
+
+def test_sampling_twice_keeps_both_pictures(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("samples.png", "samples-2.png"):
+        assert main(["sample", str(run.path), "--prompt", "a fox", "--steps", "2", "--images", "1"]) == 0
+        assert capsys.readouterr().out.strip() == str((tmp_path / name).resolve())
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"\d+\.\d+\.\d+", capsys.readouterr().out.strip()) and version() != "0.0.0"
+
+
+def test_a_misspelt_embedded_model_gets_the_nearest(capsys):
+    assert main(["sample", "emoji-flw", "--prompt", "a fox"]) == 2
+    assert "emoji-flow" in capsys.readouterr().err
+    assert main(["check", "--model.name", "emoji-flw", "--prompts.lines", "a fox"]) == 2
+    error = capsys.readouterr().err
+    assert "Did you mean emoji-flow?" in error and "stacktrace" not in error and len(error) < 600

@@ -1,0 +1,251 @@
+"""`evaluate`: the same noise on both sides, every metric that its files allow, statistics over seeds, and errors."""
+
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+from comfyui_pcpo.reward import load_reward
+from tests.golden import metric_recipe as recipe
+from tests.golden import reward_recipe as gold
+from trainer.cli.main import main
+from trainer.config.schema import ConfigError
+from trainer.evaluation.evaluate import Request, count_pictures, evaluate
+from trainer.evaluation.metrics import Meter, Networks, Tally, batches, picture_files
+from trainer.evaluation.report import Metric
+from trainer.runs.folder import RunFolder
+from trainer.runs.launch import start_run
+
+PROMPTS = ["a fox", "two frogs"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of emoji-flow whose LoRA moves the pictures plainly."""
+    from trainer.config.loading import build
+
+    torch.set_num_threads(1)
+    tree = {
+        "model": {"device": "cpu"},
+        "prompts": {"lines": PROMPTS},
+        "rollout": {"prompts_per_update": 1, "group_size": 2, "steps": 2},
+        "reward": {"weights": {"colorfulness": 1.0}, "held_out": ["alignment"]},
+        "objective": {"last_step": True},
+        "optimizer": {"learning_rate": 0.05, "minibatches": 1},
+        "lora": {"rank": 2},
+        "run": {"folder": str(tmp_path_factory.mktemp("runs")), "updates": 2, "save_every": 1, "preview_every": 0},
+    }
+    folder, updates = start_run(build(tree, "test"))
+    list(updates)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS), encoding="utf-8")
+    return path
+
+
+def small(source, **more):
+    return Request(str(source), **({"seeds": 2, "images": 2, "steps": 2} | more))
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    return evaluate(small(run.path))
+
+
+def metric(report, name) -> Metric:
+    return next(m for m in report.metrics if m.name == name)
+
+
+def test_the_runs_rewards_are_measured_and_their_roles_told(report):
+    roles = {m.name: m.role for m in report.metrics}
+    assert roles == {"colorfulness": "trained", "alignment": "held out", "tiny diversity": "variety"}
+    for m in report.metrics:
+        assert len(m.before) == len(m.after) == 2
+        assert m.before != m.after and m.before[0] != m.before[1]
+
+
+def test_before_is_the_model_alone_on_the_same_noise(report, prompts):
+    alone = evaluate(small("emoji-flow", prompts=prompts, rewards=("colorfulness", "alignment")))
+    for m in alone.metrics:
+        assert m.before == pytest.approx(metric(report, m.name).before, rel=1e-4)
+    assert not any(m.after for m in alone.metrics)
+    assert metric(alone, "alignment").role == "reward"
+
+
+def test_a_lora_file_is_its_run_and_a_checkpoint_is_not(run, report):
+    found, first = evaluate(small(run.lora_file)), evaluate(small(run.path, checkpoint="1"))
+    for m in report.metrics:
+        assert metric(found, m.name).after == pytest.approx(m.after, rel=1e-4)
+        assert metric(first, m.name).before == pytest.approx(m.before, rel=1e-4)
+    assert metric(first, "colorfulness").after != metric(report, "colorfulness").after
+
+
+def test_noise_is_that_of_the_seed_and_the_prompts_place(run, report):
+    second = evaluate(small(run.path, seeds=1, first_seed=1))
+    for m in second.metrics:
+        assert (m.before, m.after) == (metric(report, m.name).before[1:], metric(report, m.name).after[1:])
+
+
+def test_the_json_holds_the_statistics_of_the_seeds(report, tmp_path):
+    files = report.write(tmp_path)
+    assert [file.name for file in files] == ["evaluation.json", "evaluation.png", "before_after.png"]
+    tree = json.loads(files[0].read_text())
+    for name, found in tree["metrics"].items():
+        before, after = found["before"]["seeds"], found["after"]["seeds"]
+        assert (before, after) == (metric(report, name).before, metric(report, name).after)
+        test = stats.ttest_rel(after, before)
+        assert found["difference"]["p"] == pytest.approx(test.pvalue)
+        assert found["after"]["standard_error"] == pytest.approx(stats.sem(after))
+    assert tree["prompts"] == PROMPTS and tree["model"] == "emoji-flow" and tree["seeds"] == 2
+    for file in files[1:]:
+        assert len(Image.open(file).convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_the_table_has_a_line_for_every_metric(report):
+    head, *lines = report.table()
+    assert head.split() == ["metric", "before", "after", "difference", "p"]
+    assert [line.split()[0] for line in lines] == ["colorfulness", "alignment", "tiny"]
+    assert len({len(line) for line in (head, *lines)}) == 1
+    assert Metric("FID", "distance", [2.0], [1.0]).lower and not Metric("alignment", "", [2.0], [1.0]).lower
+    assert Metric("x", "y", [2.0], [1.0]).row() == ("x (y)", "2.0000", "1.0000", "-1.0000", "-")
+
+
+def test_the_frechet_distance_to_ones_own_pictures_is_zero(run, tmp_path):
+    pictures = tmp_path / "pictures"
+    evaluate(small(run.path, seeds=1, images=6, pictures=pictures))
+    assert len(list((pictures / "before" / "0").glob("*.png"))) == 12
+    found = evaluate(small(run.path, seeds=1, images=6, reference=pictures / "before"))
+    distance = metric(found, "tiny FD")
+    assert distance.before[0] == pytest.approx(0, abs=1e-5)
+    assert distance.after[0] > 1e-2 and distance.lower
+    assert f"12 pictures in {pictures / 'before'}" in found.notes
+
+
+def test_every_network_that_is_named_adds_its_metric(run, tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    from trainer.evaluation.metrics import Files
+
+    torch.save(recipe.weights(gold.golden("inception")["shapes"]), tmp_path / "inception.pth")
+    torch.save(recipe.weights(gold.golden("lpips")["shapes"]), tmp_path / "alexnet.pth")
+    torch.save(recipe.lpips_heads(), tmp_path / "alex.pth")
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    (tmp_path / "real").mkdir()
+    for name in recipe.PICTURES:  # three sizes
+        Image.fromarray(gold.picture(name)).save(tmp_path / "real" / f"{name}.png")
+    files = Files(tmp_path / "inception.pth", tmp_path / "dino", tmp_path / "alexnet.pth")
+    found = evaluate(small(run.path, seeds=1, reference=tmp_path / "real", files=files, rewards=("redness",)))
+    names = ["redness", "tiny FD", "tiny diversity", "FID", "FD-DINOv2", "Inception Score", "LPIPS diversity"]
+    assert [m.name for m in found.metrics] == names
+    assert all(math.isfinite(v) for m in found.metrics for v in (*m.before, *m.after))
+    assert 1 <= metric(found, "Inception Score").before[0] <= 4
+
+
+def test_measuring_piece_by_piece_is_measuring_at_once():
+    images = torch.rand(6, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    meter = Meter({"alignment": load_reward("alignment")}, Networks({}))
+    whole, parts = Tally(meter, 2), Tally(meter, 2)
+    whole.add(images, ["a fox"] * 6)
+    for piece in images.split(2):
+        parts.add(piece, ["a fox"] * 2)
+    assert parts.metrics() == pytest.approx(whole.metrics(), rel=1e-5)
+
+
+def test_scores_that_fail_are_left_out_and_counted(run, tmp_path, monkeypatch):
+    (tmp_path / "picky.py").write_text(
+        "from comfyui_pcpo.reward import Reward\n"
+        "class Picky(Reward):\n"
+        "    name = 'picky'\n"
+        "    def score_batch(self, images, prompts):\n"
+        "        scores = images[:, 0, 0, 0].float()\n"
+        "        scores[0] = float('nan')\n"
+        "        return scores\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = evaluate(small(run.path, seeds=1, rewards=("picky:Picky",)))
+    sys.modules.pop("picky")
+    assert math.isfinite(metric(found, "picky:Picky").before[0])
+    assert "2 scores of picky:Picky failed and were left out" in found.notes
+
+
+def test_code_that_a_lora_file_names_is_not_imported(run, tmp_path):
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "copy"))
+    from safetensors.torch import load_file, save_file
+
+    text = run.config_file.read_text().replace('held_out = [\n    "alignment",\n]', 'held_out = ["os:system"]')
+    assert "os:system" in text
+    save_file(load_file(copy.lora_file), copy.lora_file, {"pcpo.config": text})
+    with pytest.raises(ConfigError, match=r"names 1 reward as code, os:system"):
+        evaluate(small(copy.lora_file))
+
+
+def test_pictures_of_one_size_are_read_together(tmp_path):
+    for n, side in enumerate((4, 4, 4, 6, 4)):
+        Image.new("RGB", (side, 4), (n, 0, 0)).save(tmp_path / f"{n}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    found = [tuple(batch.shape[:3]) for batch in batches(picture_files(tmp_path), 2)]
+    assert found == [(2, 4, 4), (1, 4, 4), (1, 4, 6), (1, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"seeds": 0}, "--seeds is 0"),
+        ({"images": 1, "seeds": 1}, "too few"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(run, more, said):
+    with pytest.raises(ConfigError, match=said):
+        small(run.path, **more)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompts", "gone.txt"], "gone.txt does not exist"),
+        (["--rewards", "hpsv2.1", "--folder", "gone"], "HPS_v2.1_compressed.pt does not exist"),
+        (["--rewards", "hpsv3"], "'hpsv3' is none of"),
+        (["--reference", "gone"], "gone holds 0 pictures"),
+        (["--inception", "gone.pth"], "published at https://github.com/toshas/torch-fidelity"),
+        (["--dino", "gone"], "facebook/dinov2-large"),
+        (["--lpips", "gone.pth"], "alexnet-owt-7be5be79.pth"),
+        (["--checkpoint", "99"], "checkpoint 99 is not in"),
+    ],
+)
+def test_what_cannot_be_evaluated_exits_with_2_and_writes_nothing(run, tmp_path, capsys, arguments, said):
+    assert main(["evaluate", str(run.path), *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_table_notes_and_files(run, tmp_path, capsys):
+    copy = shutil.copytree(run.path, tmp_path / "copy")
+    arguments = ["evaluate", str(copy), "--rewards", "redness", "colorfulness", "--seeds", "2", "--images", "2"]
+    assert main([*arguments, "--steps", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("redness (held out)") and lines[2].startswith("colorfulness (trained)")
+    assert lines[-1] == str((copy / "evaluation" / "before_after.png").resolve())
+    assert main([*arguments, "--steps", "2", "--json", "--out", str(tmp_path / "other")]) == 0
+    assert set(json.loads(capsys.readouterr().out)["metrics"]) == {"redness", "colorfulness", "tiny diversity"}
+
+
+def test_a_models_folder_is_evaluated_without_a_lora(tmp_path, prompts, capsys):
+    from trainer.policy.loading import load_pipeline
+
+    load_pipeline("emoji-flow").save_pretrained(tmp_path / "model")
+    arguments = ["evaluate", str(tmp_path / "model"), "--prompts", str(prompts), "--rewards", "redness"]
+    out = tmp_path / "out"
+    assert count_pictures(small(tmp_path / "model", prompts=prompts)) == 8
+    assert main([*arguments, "--seeds", "2", "--images", "2", "--steps", "2", "--out", str(out)]) == 0
+    assert {p.name for p in out.iterdir()} == {"evaluation.json", "samples.png"}
+    assert capsys.readouterr().out.splitlines()[0].split() == ["metric", "before"]

@@ -1,0 +1,109 @@
+"""Rewards of a headless run: their settings reach them, they leave their device, users' own are named in the file."""
+
+import sys
+import time
+
+import pytest
+import torch
+
+from comfyui_pcpo.reward import RewardError, RewardSettings
+from comfyui_pcpo.reward.color import Colorfulness
+from trainer.config.loading import dump, load
+from trainer.config.schema import ConfigError
+from trainer.loop.align import Clock, at_work, score
+from trainer.runs.launch import load_rewards, start_run
+
+OWN = """
+from comfyui_pcpo.reward import Reward
+
+class Darkness(Reward):
+    name = "darkness"
+    needs_prompt = False
+
+    def score_batch(self, images, prompts):
+        return 1 - images.float().mean((1, 2, 3)) / 255
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module of the user's own on the path, with a reward in it."""
+    (tmp_path / "my_rewards.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "my_rewards:Darkness"
+    sys.modules.pop("my_rewards", None)
+
+
+def test_the_configurations_settings_reach_every_reward(make_config, tmp_path):
+    reward = {
+        "held_out": ["hpsv2.1"],
+        "folder": str(tmp_path), "device": "cpu", "precision": "float16", "images_at_once": 3,
+    }  # fmt: skip
+    rewards = load_rewards(make_config(reward=reward))
+    assert list(rewards) == ["colorfulness", "hpsv2.1"]
+    for found in rewards.values():
+        assert found.settings == RewardSettings(tmp_path, "cpu", torch.float16, 3)
+
+
+def test_rewards_go_where_the_model_is_unless_told_otherwise(make_config):
+    assert load_rewards(make_config())["colorfulness"].device.type == "cpu"
+    with pytest.raises(ConfigError, match=r"reward.device toaster is not a device"):
+        load_rewards(make_config(reward={"device": "toaster"}))
+
+
+def test_an_absent_weight_file_is_named_before_the_folder_is_made(make_config, tmp_path):
+    config = make_config(reward={"held_out": ["hpsv2.1"], "folder": str(tmp_path / "weights")})
+    with pytest.raises(RewardError, match=r"weights.HPSv2.HPS_v2.1_compressed.pt does not exist"):
+        start_run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_weight_folder_is_relative_to_the_file_that_names_it(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('[reward]\nfolder = "weights"\n', encoding="utf-8")
+    config = load(file)
+    assert config.reward.folder == tmp_path.resolve() / "weights"
+    file.write_text(dump(config), encoding="utf-8")
+    assert load(file) == config
+
+
+def test_a_reward_leaves_its_device_between_rollouts_only_when_asked():
+    reward = Colorfulness(RewardSettings(device="meta"))
+    for leaves, after in ((True, "cpu"), (False, "meta"), (True, "cpu")):
+        with at_work(reward, leaves):
+            assert reward.device.type == "meta"
+        assert reward.device.type == after
+
+
+def test_a_reward_that_raises_leaves_its_device_too():
+    reward = Colorfulness(RewardSettings(device="meta"))
+    with pytest.raises(ZeroDivisionError), at_work(reward, True):
+        raise ZeroDivisionError
+    assert reward.device.type == "cpu"
+
+
+class Slow(Colorfulness):
+    def score_batch(self, images, prompts):
+        time.sleep(0.2)
+        return super().score_batch(images, prompts)
+
+
+def test_every_rewards_seconds_are_told_apart():
+    clock = Clock()
+    score({"slow": Slow(), "quick": Colorfulness()}, torch.rand(2, 4, 4, 3), [""] * 2, clock)
+    assert clock.seconds["slow"] >= 0.2 > clock.seconds["quick"]
+
+
+def test_a_run_on_a_reward_of_the_users_own_records_it_under_its_name(make_config, module):
+    config = make_config(reward={"weights": {module: 1.0}}, run={"updates": 1})
+    folder, updates = start_run(config)
+    list(updates)
+    (record,) = folder.records()
+    assert set(record["rewards"]) == set(record["seconds_rewards"]) == {module, "colorfulness"}
+    assert sum(record["seconds_rewards"].values()) <= record["seconds_reward"] + 1e-3
+    assert folder.config() == config
+
+
+def test_a_module_without_that_reward_is_refused(make_config, module):
+    with pytest.raises(ConfigError, match=r"module:Class"):
+        load_rewards(make_config(reward={"weights": {module + "er": 1.0}}))

@@ -1,0 +1,243 @@
+"""The run folder: whatever ends a run, it goes on to the same numbers as one that was not ended."""
+
+import json
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer.config.loading import merge
+from trainer.config.schema import ConfigError
+from trainer.runs.folder import RunFolder
+from trainer.runs.launch import resume_run, start_run
+
+AVERAGE = {"optimizer": {"ema_decay": 0.9, "ema_every": 1}}
+WINDOW = {"advantage": {"kind": "window", "window": 4, "min_count": 2}, "reward": {"standardise": False}}
+KILLED = """
+import os, sys, signal, torch
+from pathlib import Path
+from trainer.config.loading import load
+from trainer.runs.launch import start_run
+torch.set_num_threads(1)
+calls = []
+def tick():
+    calls.append(1)
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+list(start_run(load(Path(sys.argv[1])), tick)[1])
+"""
+COMMAND = (  # a shell that starts us in the background has us ignore Ctrl-C; a terminal does not
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from trainer.cli.main import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def train(config, tick=lambda: None) -> RunFolder:
+    folder, updates = start_run(config, tick)
+    list(updates)
+    return folder
+
+
+def resume(folder: RunFolder, **how) -> RunFolder:
+    folder, _, updates = resume_run(folder.path, **how)
+    list(updates)
+    return folder
+
+
+def rows(folder: RunFolder):
+    return [{k: v for k, v in row.items() if not k.startswith("seconds_")} for row in folder.records()]
+
+
+def assert_same_run(one: RunFolder, other: RunFolder):
+    """Bitwise: metrics, LoRA, optimizer and window of the latest checkpoint."""
+    assert rows(one) == rows(other)
+    a, b = one.checkpoint(), other.checkpoint()
+    assert a.name == b.name
+    left, right = load_file(a / "lora.safetensors"), load_file(b / "lora.safetensors")
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+    states = [torch.load(c / "optimizer.pt", weights_only=True)["state"] for c in (a, b)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
+    assert json.loads((a / "state.json").read_text()) == json.loads((b / "state.json").read_text())
+    exported = [load_file(folder.lora_file) for folder in (one, other)]
+    assert all(torch.equal(exported[0][key], exported[1][key]) for key in exported[0])
+
+
+@pytest.mark.parametrize("sections", [{}, WINDOW, AVERAGE], ids=["group", "window", "average"])
+def test_a_resumed_run_equals_an_uninterrupted_one(make_config, model, sections):
+    """Interrupted between two optimizer steps of update 3, with a checkpoint after every update."""
+    common = merge({"optimizer": {"minibatches": 2}}, sections)
+    whole = train(make_config(model, run={"name": "whole", "updates": 4}, **common))
+    calls = []
+
+    def stop():
+        calls.append(1)
+        if len(calls) == 44:
+            raise KeyboardInterrupt
+
+    config = make_config(model, run={"name": "parts", "updates": 4, "save_every": 100}, **common)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stop)
+    parts = RunFolder(config.run.folder / "parts")
+    assert parts.numbers() == [2]
+    assert_same_run(whole, resume(parts))
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_numbers(make_config, script, tmp_path):
+    whole = train(make_config(run={"name": "whole", "updates": 3, "save_every": 2}, **WINDOW))
+    file = tmp_path / "config.toml"
+    file.write_text(whole.config_file.read_text().replace('"whole"', '"killed"'))
+    process = script(KILLED, file, 26)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, errors
+    killed = RunFolder(whole.path.parent / "killed")
+    with killed.metrics_file.open("a") as out:
+        out.write('{"update": 3, "reward_me')  # and as if it had died while writing
+    assert_same_run(whole, resume(killed))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(make_config):
+    whole = train(make_config(run={"name": "whole"}))
+    config = make_config(run={"name": "early"})
+    early = RunFolder(config.run.folder / "early")
+    early.path.mkdir()
+    early.start(config)
+    early.metrics_file.write_text((whole.metrics_file).read_text().splitlines()[0] + "\n")
+    assert_same_run(whole, resume(early))
+
+
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(make_config, script, tmp_path):
+    arguments = ["--run.folder", tmp_path, "--run.name", "stopped", "--run.updates", 1000, "--run.save-every", 1000]
+    arguments += ["--prompts.lines", '["a fox"]', "--rollout.prompts-per-update", 1, "--rollout.group-size", 2]
+    arguments += ["--rollout.steps", 2, "--reward.weights", "{colorfulness = 1}", "--model.device", "cpu"]
+    process = script(COMMAND, "train", *arguments)
+    folder = RunFolder(tmp_path / "stopped")
+    deadline = time.monotonic() + 240
+    while not folder.records() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    latest = folder.checkpoint()
+    assert str(latest.resolve()) in out
+    assert f"python -m trainer resume {folder.path}" in out
+    assert [row["update"] for row in folder.records()] == list(range(1, int(latest.name) + 1))
+
+
+def test_a_finished_run_is_not_resumed_but_goes_on_with_more_updates(make_config):
+    whole = train(make_config(run={"name": "whole", "updates": 3}))
+    folder = train(make_config(run={"name": "more", "updates": 2}))
+    with pytest.raises(ConfigError, match=r"finished: 2 of 2 updates are done. Give --updates"):
+        resume_run(folder.path)
+    assert_same_run(whole, resume(folder, updates=3))
+    assert folder.config().run.updates == 3
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"is not a run: it has no config.toml"):
+        resume_run(tmp_path)
+
+
+def test_a_damaged_configuration_is_named(make_config, tmp_path):
+    (tmp_path / "config.toml").write_text("[run\n")
+    with pytest.raises(ConfigError, match=r"config.toml is damaged"):
+        resume_run(tmp_path)
+
+
+def test_a_second_run_of_one_name_is_refused(make_config):
+    folder = train(make_config(run={"updates": 1}))
+    before = folder.metrics_file.read_text()
+    with pytest.raises(ConfigError, match=r"already holds a run. Continue it with .*resume"):
+        train(make_config(run={"updates": 1}))
+    assert folder.metrics_file.read_text() == before
+
+
+def test_a_second_process_on_the_same_folder_is_refused(make_config):
+    config = make_config(run={"updates": 2})
+    _, first = start_run(config)
+    next(first)
+    with pytest.raises(ConfigError, match=r"other process is writing"):
+        train(config)
+    first.close()  # type: ignore[attr-defined]
+    assert RunFolder(config.run.folder / "run").numbers() == [1]
+
+
+@pytest.mark.parametrize("file", ["lora.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_checkpoint_is_named_with_an_older_one(make_config, tmp_path, file, damage):
+    source = finished(make_config, tmp_path)
+    broken = source.checkpoints / "000002" / file
+    if damage == "truncated":
+        broken.write_bytes(broken.read_bytes()[:100] if file != "state.json" else b'{"upd')
+    else:
+        broken.unlink()
+    with pytest.raises(ConfigError, match=r"checkpoint .*000002 is damaged .* Use --checkpoint 1"):
+        resume(source, updates=3)
+    assert [row["update"] for row in source.records()] == [1, 2]
+
+
+_finished: dict[str, Path] = {}
+
+
+def finished(make_config, tmp_path) -> RunFolder:
+    """A copy of one run of two updates."""
+    if "run" not in _finished or not _finished["run"].exists():
+        _finished["run"] = train(make_config(run={"name": "original"})).path
+    copy = RunFolder(tmp_path / "copy")
+    shutil.copytree(_finished["run"], copy.path)
+    return copy
+
+
+def test_resuming_from_an_older_checkpoint_puts_newer_ones_aside(make_config, tmp_path):
+    folder = finished(make_config, tmp_path)
+    whole = resume(RunFolder(Path(shutil.copytree(folder.path, tmp_path / "whole"))), updates=3)
+    (folder.checkpoints / "000002" / "optimizer.pt").write_bytes(b"")
+    _, _, updates = resume_run(folder.path, "1", 3)
+    updates.close()  # type: ignore[attr-defined]
+    _, _, updates = resume_run(folder.path, "1", 3)
+    assert next(updates).number == 2
+    assert (folder.checkpoints / "000002.old").is_dir()
+    updates.close()  # type: ignore[attr-defined]
+    assert_same_run(whole, resume(folder))
+
+
+def test_checkpoints_are_found_by_number_latest_and_best(make_config, tmp_path):
+    folder = finished(make_config, tmp_path)
+    best = max(folder.records(), key=lambda row: row["reward_mean"])["update"]
+    assert folder.checkpoint().name == "000002"
+    assert folder.checkpoint("1").name == "000001"
+    assert int(folder.checkpoint("best").name) == best
+    with pytest.raises(ConfigError, match=r"checkpoint 7 is not in .* There are 1, 2"):
+        folder.checkpoint("7")
+    with pytest.raises(ConfigError, match="has 0 checkpoints"):
+        RunFolder(tmp_path / "empty").checkpoint()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes")
+@pytest.mark.parametrize("limit", [1_000, 100_000])
+def test_a_full_disk_stops_the_run_and_earlier_checkpoints_are_whole(make_config, limit):
+    """A limit on file sizes: writing beyond it fails as it does on a full disk."""
+    import resource
+
+    whole = train(make_config(run={"name": "whole", "updates": 2}))
+    assert (whole.checkpoint() / "optimizer.pt").stat().st_size > limit
+    config = make_config(run={"name": "full"})
+    folder, updates = start_run(config)
+    next(updates)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"could not be written.* checkpoints are whole\. Make room, then"):
+            next(updates)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert folder.numbers() == [1]
+    assert not list(folder.checkpoints.glob("*.tmp"))
+    assert_same_run(whole, resume(folder))

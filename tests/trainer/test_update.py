@@ -1,0 +1,155 @@
+"""The update: its ratio starts at 1, and its gradient is that of the loss that it reports."""
+
+import math
+
+import pytest
+import torch
+
+from comfyui_pcpo.method.rollout import GroupNoise, rollout
+from trainer.loop.align import Job, align
+from trainer.loop.distributed import Processes
+from trainer.loop.lesson import Lesson
+from trainer.loop.plan import make_plan
+from trainer.loop.state import Learner, make_learner
+from trainer.loop.update import improve
+from trainer.runs.launch import load_rewards, make_policy
+
+SAMPLERS = [("emoji-flow", "flow_sde"), ("emoji-flow", "dance_sde"), ("emoji-flow", "cps"), ("emoji-eps", "ddim")]
+XI = 1e-4  # the tightest clip range of the published recipes
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("model", "method"), SAMPLERS)
+def test_ratio_is_one_before_the_first_update(make_config, learn, model, method, precision, cfg):
+    config = make_config(
+        model,
+        model={"precision": precision},
+        rollout={"method": method, "cfg": cfg, "images_at_once": 1},
+        objective={"clip_range": XI, "last_step": method != "cps"},
+    )
+    _, updates = learn(config)
+    for update in updates:  # in the second the LoRA adds something
+        assert update.metrics["first_log_ratio_abs_max"] < 0.01 * XI
+        assert all(abs(value) < 0.01 * XI for value in update.metrics["per_step"]["log_ratio"])
+
+
+@pytest.mark.parametrize("extra", ["detach_unconditional", "gradient_checkpointing"])
+def test_ratio_is_one_before_the_first_update_with(make_config, learn, model, extra):
+    sections = {"detach_unconditional": {"rollout": {extra: True, "cfg": 3.0}}, "gradient_checkpointing": {}}[extra]
+    checkpointing = {"gradient_checkpointing": extra == "gradient_checkpointing", "precision": "bfloat16"}
+    _, updates = learn(make_config(model, model=checkpointing, objective={"clip_range": XI}, **sections))
+    assert max(update.metrics["first_log_ratio_abs_max"] for update in updates) < 0.01 * XI
+
+
+def test_ratio_leaves_one_after_the_first_optimizer_step(make_config, learn, model):
+    config = make_config(model, optimizer={"minibatches": 2, "learning_rate": 1e-2}, run={"updates": 1})
+    metrics = next(learn(config)[1]).metrics
+    assert metrics["log_ratio_abs_max"] > 100 * max(metrics["first_log_ratio_abs_max"], 1e-12)
+
+
+class Problem:
+    """One update's loss as a function of the LoRA, on a stored rollout, at a LoRA that differs from the rollout's."""
+
+    def __init__(self, config):
+        self.config, self.policy = config, make_policy(config)
+        self.learner = make_learner(self.policy, config)
+        self.generator = torch.Generator().manual_seed(0)
+        self.move([0.05 * d for d in self.direction()])
+        self.plan = make_plan(self.policy, config, 1, 1, 1)
+        condition = self.policy.encode(["a fox", "a fox"])
+        self.predict = lambda x, t, rows: self.policy.predict(x, t, condition.rows(rows.tolist()))
+        noise = GroupNoise([1], 2, self.policy.latent_shape)
+        self.path = rollout(self.predict, self.plan.grid, self.plan.transitions, noise, self.plan.minibatches[0])
+        self.move([0.02 * d for d in self.direction()])
+
+    def direction(self):
+        return [torch.randn(p.shape, generator=self.generator) for p in self.policy.trainable()]
+
+    @torch.no_grad()
+    def move(self, direction):
+        for p, d in zip(self.policy.trainable(), direction, strict=True):
+            p += d
+
+    def run(self, learning_rate):
+        """Plain gradient descent in the optimizer's place: the parameters move by exactly -gradient x rate."""
+        sgd = torch.optim.SGD(self.policy.trainable(), lr=learning_rate)
+        learner = Learner(self.policy, sgd, self.learner.window)
+        advantage = torch.tensor([1.0, -0.5])
+        lesson = Lesson(self.plan, self.path, advantage, self.predict, self.policy, self.config)
+        return improve(learner, lesson, Processes())
+
+    def gradient(self):
+        before = [p.detach().clone() for p in self.policy.trainable()]
+        self.run(1.0)
+        gradient = [old - p.detach() for p, old in zip(self.policy.trainable(), before, strict=True)]
+        with torch.no_grad():
+            for p, old in zip(self.policy.trainable(), before, strict=True):
+                p.copy_(old)
+        return gradient
+
+    def slope(self, direction, h):
+        """Central difference of fourth order of the loss along `direction`."""
+        total = 0.0
+        for place, factor in ((-2, 1), (-1, -8), (1, 8), (2, -1)):
+            self.move([place * h * d for d in direction])
+            total += factor * self.run(0.0).loss
+            self.move([-place * h * d for d in direction])
+        return total / (12 * h)
+
+
+@pytest.mark.parametrize(("objective", "kl_weight"), [("matching", 0.0), ("ppo", 0.0), ("matching", 0.3)])
+def test_gradient_of_the_update_is_the_slope_of_its_loss(make_config, model, objective, kl_weight):
+    """float32 models: outputs are right to 1e-6 of their size and moved by 1e-2 of it, so slopes are to about 1e-3."""
+    config = make_config(
+        model,
+        rollout={"cfg": 1.5, "images_at_once": 1},
+        objective={"name": objective, "clip_range": 0.9, "kl_weight": kl_weight},
+        optimizer={"max_grad_norm": 1e9},
+    )
+    problem = Problem(config)
+    gradient = problem.gradient()
+    size = math.sqrt(sum(g.square().sum().item() for g in gradient))
+    noise = problem.direction()
+    length = math.sqrt(sum(d.square().sum().item() for d in noise))
+    # half along the gradient, so that the slope is not lost in rounding, half anywhere
+    direction = [g / size + d / length for g, d in zip(gradient, noise, strict=True)]
+    expected = sum((g * d).sum().item() for g, d in zip(gradient, direction, strict=True))
+    assert size > 0
+    assert problem.slope(direction, 2e-2) == pytest.approx(expected, rel=5e-3)
+
+
+def test_gradient_steps_of_the_update_sum_to_the_whole(make_config, learn, model):
+    """The per-step norms cannot be shorter than the whole gradient, by the triangle inequality."""
+    metrics = next(learn(make_config(model, rollout={"steps": 3}))[1]).metrics
+    assert len(metrics["per_step"]["grad_norm"]) == 3
+    assert sum(metrics["per_step"]["grad_norm"]) >= metrics["grad_norm"] > 0
+
+
+def test_kl_is_measured_on_exactly_the_wanted_images(make_config, learn):
+    sections = {"rollout": {"group_size": 4, "images_at_once": 4}, "optimizer": {"minibatches": 2}}
+    found = {}
+    for count in (0, 1, 3):
+        config = make_config(objective={"kl_images": count}, **sections)
+        policy_calls = []
+        _, updates = learn(config, tick=lambda calls=policy_calls: calls.append(1))
+        found[count] = (next(updates).metrics["kl"], len(policy_calls))
+    assert math.isnan(found[0][0])
+    assert found[1][0] < 1e-11  # image 0 is in the first minibatch, before which the LoRA changes nothing
+    assert found[3][0] > 1e-9  # image 1 is in the second
+    steps = 3  # one call more for each step and minibatch that has a watched image
+    assert [calls - found[0][1] for _, calls in found.values()] == [0, steps, 2 * steps]
+
+
+def test_each_image_is_predicted_once_per_step_of_the_rollout_and_once_per_trained_step(make_config):
+    """Counted in the model itself; guidance makes one call of it with two rows for each image."""
+    config = make_config(rollout={"group_size": 4, "cfg": 2.0}, objective={"kl_images": 0, "last_step": False})
+    policy = make_policy(config)
+    rows = {True: 0, False: 0}
+
+    def count(_, args, inputs):
+        rows[torch.is_grad_enabled()] += len((*args, *inputs.values())[0])
+
+    policy.denoiser.register_forward_pre_hook(count, with_kwargs=True)
+    next(align(make_learner(policy, config), Job(config, config.prompts.read(), load_rewards(config))))
+    assert rows == {False: 2 * 4 * 3, True: 2 * 4 * 2}

@@ -1,0 +1,89 @@
+"""The two text-to-image models: an SD3-type flow transformer and an SD1.5-type epsilon UNet on the same latents."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, SD3Transformer2DModel, UNet2DConditionModel
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPTextModelWithProjection
+
+from tools.tiny.codec import CHANNELS
+from tools.tiny.text import WIDTH
+
+LATENT = 8
+SD15 = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def make_flow() -> SD3Transformer2DModel:
+    depth = 3
+    return SD3Transformer2DModel(
+        sample_size=LATENT,
+        patch_size=2,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=depth,
+        num_attention_heads=depth,
+        attention_head_dim=64,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=64 * depth,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=LATENT,
+    )
+
+
+def make_eps() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=LATENT,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # diffusers' name for the number of heads
+        norm_num_groups=32,
+    )
+
+
+def flow_loss(text: CLIPTextModelWithProjection) -> Callable[[SD3Transformer2DModel, Tensor, Tensor], Tensor]:
+    """Flow matching: v = eps - x0 at x_t = (1 - t) x0 + t eps, t logit-normal, pushed towards noise as shift 3 does."""
+
+    def loss(model: SD3Transformer2DModel, latents: Tensor, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            said = text(tokens, output_hidden_states=True)
+        hidden, pooled = said.hidden_states[-2], said.text_embeds
+        t = torch.sigmoid(0.6 + 1.2 * torch.randn(len(latents)))
+        noise = torch.randn_like(latents)
+        tt = t[:, None, None, None]
+        out = model(
+            hidden_states=(1 - tt) * latents + tt * noise,
+            timestep=1000 * t,
+            encoder_hidden_states=torch.cat([hidden, hidden], -1),
+            pooled_projections=torch.cat([pooled, pooled], -1),
+        ).sample
+        return F.mse_loss(out, noise - latents)
+
+    return loss
+
+
+def eps_loss(text: CLIPTextModelWithProjection) -> Callable[[UNet2DConditionModel, Tensor, Tensor], Tensor]:
+    """Noise prediction on SD1.5's schedule; the error counts as that of the picture (1 / alpha_bar, at most 16).
+
+    Unweighted, the noisiest steps, which decide the background's colour, would hardly count.
+    """
+    schedule: Any = DDPMScheduler(**SD15)
+    weights = (1 / schedule.alphas_cumprod).clamp(max=16)
+    weights = weights / weights.mean()
+
+    def loss(model: UNet2DConditionModel, latents: Tensor, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = text(tokens).last_hidden_state
+        t = torch.randint(0, 1000, (len(latents),))
+        noise = torch.randn_like(latents)
+        out = model(schedule.add_noise(latents, noise, t), t, encoder_hidden_states=hidden).sample
+        return ((out - noise).square().flatten(1).mean(1) * weights[t]).mean()
+
+    return loss

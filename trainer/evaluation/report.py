@@ -1,0 +1,125 @@
+"""What an evaluation found: a table, a JSON file and pictures."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from comfyui_pcpo.metrics.paired import Estimate, estimate, paired
+from comfyui_pcpo.plotting import evaluation as slopes
+from comfyui_pcpo.plotting import plot
+
+from ..runs.folder import finite
+from .metrics import LOWER
+
+MOST_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric, a value for each seed; `after` is empty for a model without a LoRA."""
+
+    name: str
+    role: str
+    before: list[float]
+    after: list[float]
+
+    @property
+    def lower(self) -> bool:
+        return self.name in LOWER
+
+    def summary(self) -> dict[str, Any]:
+        """Means, standard errors and the paired test."""
+        found: dict[str, Any] = {"role": self.role, "better": "lower" if self.lower else "higher"}
+        for side in ("before", "after") if self.after else ("before",):
+            values = getattr(self, side)
+            found[side] = {**_named(estimate(values)), "seeds": values}
+        if self.after:
+            test = paired(self.before, self.after)
+            found["difference"] = {**_named(test.difference), "t": test.t, "p": test.p}
+        return found
+
+    def row(self) -> tuple[str, ...]:
+        """The cells of its line in the table."""
+        head, before = f"{self.name} ({self.role})", _cell(estimate(self.before))
+        if not self.after:
+            return head, before
+        test = paired(self.before, self.after)
+        p = "-" if math.isnan(test.p) else "< 0.001" if test.p < 0.001 else f"{test.p:.3f}"
+        return head, before, _cell(estimate(self.after)), _cell(test.difference, "+"), p
+
+
+@dataclass
+class Shown:
+    """The first seed's first picture of each prompt on one side, with its score."""
+
+    images: list[Tensor] = field(default_factory=list)  # (1, H, W, 3) each
+    scores: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What was found, how it was asked for, and what to know about it."""
+
+    setup: dict[str, Any]
+    prompts: list[str]
+    metrics: list[Metric]
+    shown: dict[str, Shown]  # before, after
+    notes: list[str]
+
+    def tree(self) -> dict[str, Any]:
+        """The whole as JSON has it, without the pictures."""
+        metrics = {metric.name: metric.summary() for metric in self.metrics}
+        return finite({**self.setup, "prompts": self.prompts, "metrics": metrics, "notes": self.notes})
+
+    def table(self) -> list[str]:
+        """A head, and one line for each metric."""
+        rows = [("metric", "before", "after", "difference", "p"), *(metric.row() for metric in self.metrics)]
+        rows[0] = rows[0][: len(rows[-1])]
+        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        cells = [[c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)] for row in rows]
+        return ["  ".join([row[0].ljust(widths[0]), *rest]) for row, rest in zip(rows, cells, strict=True)]
+
+    def write(self, folder: Path) -> list[Path]:
+        """evaluation.json and the pictures, -> the files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / "evaluation.json"]
+        files[0].write_text(json.dumps(self.tree(), indent=2) + "\n", encoding="utf-8")
+        for name, picture in self.draw().items():
+            files.append(folder / name)
+            picture.save(files[-1])
+        return files
+
+    def draw(self) -> dict[str, Image.Image]:
+        """File name -> picture: the metrics and the pairs, or samples of a model without a LoRA."""
+        before, texts = self.shown["before"], self.prompts[:MOST_SHOWN]
+        if "after" not in self.shown:
+            captions = [f"{text}  {value:.2f}" for text, value in zip(texts, before.scores, strict=True)]
+            return {"samples.png": plot.grid(torch.cat(before.images), captions)}
+        after = self.shown["after"]
+        lines = [slopes.Slope(m.name, m.role, m.before, m.after, m.lower) for m in self.metrics]
+        columns = len(lines) if len(lines) < 5 else math.ceil(len(lines) / math.ceil(len(lines) / 4))
+        pairs = plot.before_after(
+            torch.cat(before.images), torch.cat(after.images), texts, before.scores, after.scores, columns=4
+        )
+        return {"evaluation.png": slopes.draw(lines, columns), "before_after.png": pairs}
+
+
+def _named(e: Estimate) -> dict[str, float]:
+    return {"mean": e.mean, "standard_error": e.error}
+
+
+def _cell(e: Estimate, sign: str = "") -> str:
+    return f"{e.mean:{sign}.4f}" + (f" +- {e.error:.4f}" if math.isfinite(e.error) else "")
+
+
+def save_pictures(images: Tensor, folder: Path, first: int, group: int) -> None:
+    """Write pictures as PROMPT-IMAGE.png, the first of them being number `first` of its side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, picture in enumerate(plot.to_pictures(images), first):
+        picture.save(folder / f"{n // group:04d}-{n % group:02d}.png")

@@ -1,0 +1,114 @@
+"""Pictures from a model, with its LoRA, without it, or with several LoRAs composed by implicit reward guidance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from comfyui_pcpo.method.guidance import ImplicitReward, irg
+from comfyui_pcpo.method.rollout import GroupNoise, derive_seed, rollout
+from comfyui_pcpo.method.schedule import Grid
+from comfyui_pcpo.method.transition import Transition, transitions
+
+from ..config.schema import Config, ConfigError
+from ..loop.plan import training_transitions
+from ..policy.base import LoraPairs
+from ..policy.diffusers_policy import DTYPES, DiffusersPolicy, Encoded
+from ..policy.loading import load_pipeline
+
+
+@dataclass(frozen=True)
+class Guide:
+    """One aligned model: its LoRA and how much of its implicit reward to follow."""
+
+    pairs: LoraPairs
+    reward: ImplicitReward
+
+
+def padded(pairs: LoraPairs, like: LoraPairs) -> LoraPairs:
+    """`pairs` as factors of the modules and the rank of `like`: zeros where there is nothing."""
+    unknown = sorted(set(pairs) - set(like))
+    if unknown:
+        raise ConfigError(
+            f"the LoRA has {len(unknown)} modules that this model does not train, first {unknown[0]}. "
+            "Use a LoRA of the same model, with lora.targets at least as wide as the LoRA's."
+        )
+    full = {}
+    for name, (down, up) in like.items():
+        if name not in pairs:
+            full[name] = (torch.zeros_like(down), torch.zeros_like(up))
+            continue
+        a, b = pairs[name]
+        missing = len(down) - len(a)
+        if missing < 0 or a.shape[1:] != down.shape[1:] or len(b) != len(up):
+            raise ConfigError(
+                f"{name} of the LoRA has shapes {tuple(a.shape)} and {tuple(b.shape)}; the model takes "
+                f"{tuple(down.shape)} and {tuple(up.shape)}. Use a LoRA of this model, or lora.rank {len(a)} or more."
+            )
+        grown_b = F.pad(b.transpose(0, 1), (*[0] * (2 * (b.ndim - 1)), 0, missing)).transpose(0, 1)
+        full[name] = (F.pad(a, (*[0] * (2 * (a.ndim - 1)), 0, missing)), grown_b)
+    return full
+
+
+def sampling_policy(config: Config, loras: Sequence[LoraPairs], pipeline: Any = None) -> DiffusersPolicy:
+    """The configured model (or `pipeline`, loaded before) with room for any of `loras`; none is loaded yet."""
+    ranks = [len(down) for pairs in loras for down, _ in pairs.values()]
+    lora = config.lora.model_copy(update={"rank": max(ranks, default=1), "alpha": None, "targets": "attention"})
+    trained = {name for pairs in loras for name in pairs}
+    pipeline = pipeline or load_pipeline(config.model.name, config.model.config, DTYPES[config.model.precision])
+    return DiffusersPolicy(pipeline, config.model_copy(update={"lora": lora}), trained)
+
+
+def noisy(policy: DiffusersPolicy, grid: Grid, noise_level: float) -> list[Transition]:
+    """The usual sampler of the model's kind with so much noise."""
+    return transitions(grid, "ddim" if policy.kind == "ddim" else "flow_sde", noise_level)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How pictures are drawn; noise depends on the seed and the prompt's place in the list only."""
+
+    seed: int
+    steps: int
+    noise_level: float = 0.0  # below 0 as in training: its method, noise level and sigma
+    each: int = 1  # pictures per prompt
+
+
+def sample(policy: DiffusersPolicy, prompts: Sequence[str], guides: Sequence[Guide], draw: Draw) -> Tensor:
+    """Pictures of all prompts, one prompt's beside each other, -> (P * each, H, W, 3) in [0, 1].
+
+    RLG (arXiv 2508.21016):  out = out_base + sum_k lambda_k (out_k - out_base)
+    """
+    config, each, level = policy.config, draw.each, draw.noise_level
+    grid = policy.grid(draw.steps)
+    path = training_transitions(policy, config, grid) if level < 0 else noisy(policy, grid, level)
+    condition = policy.encode(list(prompts)).rows([p for p in range(len(prompts)) for _ in range(each)])
+    room = policy.lora()
+    loras = [padded(guide.pairs, room) for guide in guides]
+    noise = GroupNoise([derive_seed(draw.seed, n) for n in range(len(prompts))], each, policy.latent_shape)
+    times = grid.timesteps.tolist()
+    if len(loras) == 1:
+        policy.load_lora(loras[0])
+
+    def with_lora(k: int, x: Tensor, t: float, batch: Encoded) -> Tensor:
+        if len(loras) > 1:
+            policy.load_lora(loras[k])
+        return policy.predict(x, t, batch)
+
+    def predict(x: Tensor, t: float, rows: Tensor) -> Tensor:
+        x, batch = x.to(policy.device), condition.rows(rows.tolist())
+        progress = times.index(t) / len(times)
+        weights = [guide.reward.weight_at(progress) for guide in guides]
+        active = [k for k, weight in enumerate(weights) if weight != 0]
+        if [weights[k] for k in active] == [1]:  # that model alone, so the base need not be asked
+            return with_lora(active[0], x, t, batch)
+        with policy.reference():
+            base = policy.predict(x, t, batch)
+        return irg(base, [with_lora(k, x, t, batch) for k in active], [weights[k] for k in active])
+
+    chunks = torch.arange(len(prompts) * each).split(config.rollout.images_at_once)
+    final = rollout(predict, grid, path, noise, list(chunks)).final
+    return torch.cat([policy.decode(x) for x in final.split(config.rollout.images_at_once)])

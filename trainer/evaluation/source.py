@@ -1,0 +1,60 @@
+"""What a command is given: a run's folder, a LoRA file or a model -> configuration and LoRA."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from comfyui_pcpo.lora.formats import parse_state
+from comfyui_pcpo.tiny.pipelines import EMBEDDED
+
+from ..config.loading import build, tomllib
+from ..config.schema import Config, ConfigError
+from ..policy.base import LoraPairs
+from ..runs.folder import RunFolder, read_lora
+
+
+@dataclass(frozen=True)
+class Source:
+    config: Config
+    path: Path | None  # a run's folder or a LoRA file; None for a model without LoRA
+
+
+def open_source(source: str) -> Source:
+    """A run's folder, a LoRA file of this trainer, an embedded model or a model's folder; ConfigError otherwise."""
+    path = Path(source)
+    if (path / "model_index.json").is_file():
+        return Source(build({"model": {"name": str(path.resolve())}}, source), None)
+    if path.is_dir():
+        return Source(RunFolder(path).config(), path)
+    if path.suffix == ".safetensors":
+        _, metadata = read_lora(path)
+        if "pcpo.config" not in metadata:
+            raise ConfigError(
+                f"{path} does not name its model. Give a run's folder or a model, and this file as --guide."
+            )
+        return Source(build(tomllib.loads(metadata["pcpo.config"]), str(path)), path)
+    if source in EMBEDDED:
+        return Source(build({"model": {"name": source}}, source), None)
+    raise ConfigError(f"{source} is neither a run's folder, nor a .safetensors file, nor one of {', '.join(EMBEDDED)}.")
+
+
+def read_pairs(path: Path, module_names: list[str]) -> LoraPairs:
+    """The factors in a run's latest checkpoint or in a LoRA file of the model that has these modules."""
+    if path.is_dir():
+        return RunFolder(path).lora()
+    try:
+        return parse_state(read_lora(path)[0], module_names)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse_guide(text: str) -> tuple[Path, float]:
+    """`FILE=WEIGHT` or `RUN=WEIGHT` -> (path, weight)."""
+    name, equals, weight = text.rpartition("=")
+    try:
+        value = float(weight) if equals else math.nan
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(f"--guide {text} is not LORA=WEIGHT. Write it like --guide cats.safetensors=1.2.")
+    return Path(name), value

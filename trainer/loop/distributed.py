@@ -1,0 +1,69 @@
+"""One process or many: groups are shared out, scores gathered, gradients summed."""
+
+import os
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ..config.schema import ConfigError
+
+
+def join() -> None:
+    """Meet the other processes if a launcher (`accelerate launch`, torchrun) started several, each on its own GPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+
+
+class Processes:
+    """Rank and size of torch.distributed if it is initialised (by `accelerate launch`), else one process."""
+
+    def __init__(self) -> None:
+        self.many = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if self.many else 0
+        self.size = dist.get_world_size() if self.many else 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def share(self, groups: int) -> list[int]:
+        """The groups of this process; neighbours stay together."""
+        if groups % self.size:
+            raise ConfigError(
+                f"rollout.prompts_per_update {groups} does not split over {self.size} processes. "
+                f"Use a multiple of {self.size}."
+            )
+        mine = groups // self.size
+        return list(range(self.rank * mine, (self.rank + 1) * mine))
+
+    def slice(self, count: int) -> slice:
+        """This process's part of `count` gathered rows."""
+        mine = count // self.size
+        return slice(self.rank * mine, (self.rank + 1) * mine)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Rows of all processes, (B,) -> (N * B,)."""
+        if not self.many:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over processes, in place."""
+        if self.many:
+            dist.all_reduce(values)
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        """Largest over processes, in place."""
+        if self.many:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values

@@ -1,0 +1,187 @@
+"""The arithmetic of a configuration: how many pictures, transitions and model calls, and how much memory."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from comfyui_pcpo.method.forward_process import FORWARD
+
+from ..config.schema import Config
+from ..loop.plan import chunked, plan_steps
+from ..policy.diffusers_policy import DiffusersPolicy
+from .tracker import peak_bytes
+
+PACKED = 4096
+"""adamw8bit keeps the moments of smaller tensors in float32."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the model's device; the rewards' own are left out."""
+
+    denoiser: int
+    text: int  # text encoders
+    vae: int
+    lora: int  # LoRA, its gradients, the optimizer's moments, the average
+    update: int  # activations of one forward and backward pass, at their peak
+    decode: int  # the same of one call of the VAE
+    offload: bool
+
+    def phases(self) -> dict[str, int]:
+        """What each part of the work takes; with offload the others' weights are away."""
+        resting = 0 if self.offload else self.text + self.vae
+        core = self.denoiser + self.lora
+        return {
+            "update": core + self.update + resting,
+            "pictures": core + self.decode + (self.vae if self.offload else resting),
+            "prompts": self.text if self.offload else core + resting,
+        }
+
+    def lines(self) -> list[str]:
+        found = self.phases()
+        most = max(found, key=lambda name: found[name])
+        parts = {
+            "model": self.denoiser,
+            "text encoders": self.text,
+            "VAE": self.vae,
+            "LoRA and optimizer": self.lora,
+            "activations of the update": self.update,
+            "of the VAE": self.decode,
+        }
+        return [
+            f"memory on the model's device: {_gib(found[most])} GiB at most, in the {most}, without the rewards' own ("
+            + ", ".join(f"{_gib(size)} {name}" for name, size in found.items()) + ")",
+            "of which " + ", ".join(f"{_gib(size)} {name}" for name, size in parts.items())
+            + ("; text encoders and VAE wait in the computer's memory" if self.offload else ""),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Counts per update and for the whole run, and memory."""
+
+    prompts: int
+    images: int
+    steps: int
+    trained_steps: int
+    transitions: int  # images x trained steps, per update
+    optimizer_steps: int  # whole run
+    rollout_calls: int  # model calls per update
+    update_calls: int  # forward and backward passes per update
+    reference_calls: int  # forward passes of the model without its LoRA, for the KL, per update
+    trajectory_bytes: int  # in the computer's memory
+    memory: Memory
+
+    def lines(self, config: Config) -> list[str]:
+        r = config.rollout
+        return [
+            f"{self.images} images x {self.trained_steps} trained of {self.steps} steps = "
+            f"{self.transitions} transitions per update",
+            f"{self.rollout_calls} model calls for the rollout and {self.update_calls} forward and backward passes "
+            f"per update, {self.reference_calls} forward passes without the LoRA, "
+            f"{r.images_at_once} images at once at most",
+            *self.memory.lines(),
+            f"trajectories in the computer's memory: {_gib(self.trajectory_bytes)} GiB",
+        ]
+
+
+def arithmetic(config: Config) -> list[str]:
+    """What follows from the configuration without its model."""
+    r, o = config.rollout, config.optimizer
+    each = o.minibatches * o.epochs
+    return [
+        f"{r.prompts_per_update} prompts x {r.group_size} images = {config.images_per_update} images per update",
+        f"{config.run.updates} updates x {each} optimizer steps = {config.run.updates * each} optimizer steps",
+    ]
+
+
+def budget(policy: DiffusersPolicy, config: Config) -> Budget:
+    r, o = config.rollout, config.optimizer
+    _, trained = plan_steps(policy, config, policy.grid(r.steps), 1)
+    images = config.images_per_update
+    chunks = [rows for part in chunked(config, r.prompts_per_update) for rows in part]
+    some, every = config.objective.kl_images, config.objective.kl_weight > 0
+    watched = sum(every or bool((rows < some).any()) for rows in chunks)
+    again = len(trained) if config.objective.name in FORWARD else 0  # renoised pictures are predicted once more
+    return Budget(
+        prompts=r.prompts_per_update,
+        images=images,
+        steps=r.steps,
+        trained_steps=len(trained),
+        transitions=images * len(trained),
+        optimizer_steps=config.run.updates * o.minibatches * o.epochs,
+        rollout_calls=(r.steps + again) * len(chunks),
+        update_calls=len(trained) * len(chunks) * o.epochs,
+        reference_calls=len(trained) * watched * o.epochs,
+        trajectory_bytes=images * math.prod(policy.latent_shape) * 4 * (3 * r.steps + 1),
+        memory=memory(policy, config, min(r.images_at_once, images // o.minibatches)),
+    )
+
+
+def memory(policy: DiffusersPolicy, config: Config, at_once: int) -> Memory:
+    """The device's memory with `at_once` images in a model call. Nothing is computed but sizes."""
+    pipeline, lora = policy.pipeline, policy.trainable()
+    modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    text = [part for part in modules if part is not policy.denoiser and part is not pipeline.vae]
+    own = {id(p) for p in lora}
+    return Memory(
+        denoiser=_bytes(t for t in _tensors([policy.denoiser]) if id(t) not in own),
+        text=_bytes(_tensors(text)),
+        vae=_bytes(_tensors([pipeline.vae])),
+        lora=_training_bytes(lora, config),
+        update=_update_bytes(policy, at_once),
+        decode=_decode_bytes(policy, 1 if config.model.offload else at_once),
+        offload=config.model.offload,
+    )
+
+
+def _training_bytes(lora: list[nn.Parameter], config: Config) -> int:
+    """float32 factors, the gradient of a step and of a minibatch, two moments, and the average."""
+    copies = 3 + bool(config.optimizer.ema_decay)
+    packed = config.optimizer.name == "adamw8bit"
+    moments = sum(2 * p.numel() * (1 if packed and p.numel() >= PACKED else 4) for p in lora)
+    return copies * _bytes(lora) + moments
+
+
+def _update_bytes(policy: DiffusersPolicy, at_once: int) -> int:
+    condition = policy.encode(["measure"]).rows([0] * at_once)
+    time = policy.grid(2).timesteps[0].item()
+
+    def compute() -> None:
+        x = torch.zeros(at_once, *policy.latent_shape, device=policy.device)
+        loss = policy.predict(x, time, condition).square().mean()
+        with torch.no_grad():  # the reference of the KL is asked between the two passes
+            policy.predict(x, time, condition)
+        torch.autograd.grad(loss, policy.trainable(), allow_unused=True)
+
+    gradients = _bytes(policy.trainable())  # counted with the LoRA
+    return max(0, peak_bytes([policy.denoiser], compute, pretends(policy)) - gradients)
+
+
+def pretends(policy: DiffusersPolicy) -> bool:
+    """Whether the model's sizes can be found without computing; bitsandbytes' layers have no contentless copy."""
+    return policy.wiring.pretends and policy.config.model.quantize != "4bit"
+
+
+def _decode_bytes(policy: DiffusersPolicy, at_once: int) -> int:
+    def compute() -> None:
+        with torch.no_grad():
+            policy.wiring.decode(torch.zeros(at_once, *policy.latent_shape, device=policy.device))
+
+    return peak_bytes([policy.pipeline.vae], compute)
+
+
+def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers, each once."""
+    return list({id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values())
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"

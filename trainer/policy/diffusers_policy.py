@@ -1,0 +1,197 @@
+"""Policy on a diffusers pipeline: a LoRA on its denoiser, guidance, the reference; families/ has what differs."""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from comfyui_pcpo.lora.formats import Family
+from comfyui_pcpo.lora.targets import is_target
+from comfyui_pcpo.method.rollout import derive_seed
+from comfyui_pcpo.method.schedule import Grid, Kind
+
+from ..config.schema import Config, ConfigError
+from ..memory.offload import Parts, Residence
+from ..memory.quantize import store
+from ..memory.shard import compile_blocks, shard, sharded
+from .base import LoraPairs
+from .families import Inputs, denoiser_of, wire
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Encoded:
+    """Tensors of the denoiser's text inputs, one row per prompt, for the prompt and for the negative prompt."""
+
+    positive: Inputs
+    negative: Inputs | None
+
+    def rows(self, index: Sequence[int]) -> "Encoded":
+        pick = list(index)
+        negative = None if self.negative is None else {k: v[pick] for k, v in self.negative.items()}
+        return Encoded({k: v[pick] for k, v in self.positive.items()}, negative)
+
+
+class DiffusersPolicy:
+    """A pipeline's denoiser with a fresh LoRA on lora.targets and on `more`; all else is frozen."""
+
+    def __init__(self, pipeline: Any, config: Config, more: Collection[str] = ()):
+        self.pipeline, self.config = pipeline, config
+        self.wiring = wire(pipeline, config.rollout)
+        self.denoiser: Any = self.wiring.denoiser
+        self.family: Family = self.wiring.layout
+        self.kind: Kind = self.wiring.kind
+        self.latent_shape: tuple[int, int, int] = self.wiring.latent_shape
+        self.device = pick_device(config.model.device)
+        self.dtype = DTYPES[config.model.precision]
+        modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        for part in modules:
+            part.requires_grad_(False).eval()
+        self._add_lora(more)
+        store(self.denoiser, self.dtype, config.model.quantize)
+        self.residence = self._settle(modules)
+        if config.model.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+        if config.model.compile:
+            compile_blocks(self.denoiser)
+
+    def _settle(self, modules: list[nn.Module]) -> Residence:
+        """Put the pipeline's parts where they belong."""
+        pipeline, m = self.pipeline, self.config.model
+        if pipeline.vae.dtype != torch.float32:
+            pipeline.vae.float()  # decoding in half precision is visible, and overflows in SDXL's
+        text = [part for part in modules if part is not self.denoiser and part is not pipeline.vae]
+        parts: Parts = {"denoiser": [self.denoiser], "vae": [pipeline.vae], "text": [*text]}
+        stays = m.quantize == "4bit" or sharded(m)  # cannot be moved once they are set up
+        residence = Residence(parts, self.device, m.offload, ["denoiser"] if stays else [])
+        if sharded(m):
+            shard(self.denoiser, set(self.trainable()), self.device)
+        if residence.offload:
+            pipeline.vae.enable_slicing()  # one picture at a time
+        return residence
+
+    def _add_lora(self, more: Collection[str]) -> None:
+        from peft import LoraConfig
+
+        lora = self.config.lora
+        modules = [n for n, _ in self.denoiser.named_modules() if is_target(n, lora.targets) or n in more]
+        alpha: Any = lora.effective_alpha  # peft declares int and takes any number
+        adapter = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=modules)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.config.run.seed, 0))
+            self.denoiser.add_adapter(adapter, adapter_name="pcpo")
+        self._factors = [p for n, p in sorted(self.denoiser.named_parameters()) if ".pcpo." in n]
+        for p in self._factors:
+            p.data = p.data.float()
+
+    def grid(self, steps: int) -> Grid:
+        return self.wiring.grid(steps)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Encoded:
+        self.residence.only("text")
+        positive = self.wiring.embed(prompts, self.device)
+        negative = (
+            None if self.config.rollout.cfg == 1 else self.wiring.embed([self.config.prompts.negative], self.device)
+        )
+        self.residence.only("denoiser")
+        if negative is None:
+            return Encoded(positive, None)
+        return Encoded(positive, {k: v.expand(len(prompts), *v.shape[1:]) for k, v in negative.items()})
+
+    def predict(self, x: Tensor, timestep: float, condition: Encoded) -> Tensor:
+        self.residence.only("denoiser")
+        positive, negative = condition.positive, condition.negative
+        if negative is None:
+            return self._call(x, timestep, positive)
+        detach = self.config.rollout.detach_unconditional
+        apart = detach or not self.config.rollout.batch_cfg
+        if apart or any(v.shape != positive[k].shape for k, v in negative.items()):
+            cond = self._call(x, timestep, positive)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+                uncond = self._call(x, timestep, negative)
+        else:
+            both = {k: torch.cat([v, positive[k]]) for k, v in negative.items()}
+            uncond, cond = self._call(torch.cat([x, x]), timestep, both).chunk(2)
+        return self.wiring.guide(uncond, cond, self.config.rollout.cfg)
+
+    def _call(self, x: Tensor, timestep: float, text: Inputs) -> Tensor:
+        t = torch.full((len(x),), timestep, device=x.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.wiring.call(x, t, text)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        self.residence.only("denoiser", "vae")
+        images = self.wiring.decode(latents.to(self.device))
+        self.residence.only("denoiser")
+        return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
+
+    def trainable(self) -> list[nn.Parameter]:
+        return self._factors
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        self.denoiser.disable_adapters()
+        try:
+            yield
+        finally:
+            self.denoiser.enable_adapters()
+
+    def _layers(self) -> dict[str, Any]:
+        from peft.tuners.lora import LoraLayer
+
+        return {n: m for n, m in sorted(self.denoiser.named_modules()) if isinstance(m, LoraLayer)}
+
+    def module_names(self) -> list[str]:
+        """Every module that could carry a LoRA."""
+        return module_names(self.denoiser)
+
+    def lora(self) -> LoraPairs:
+        return {
+            name: (m.lora_A["pcpo"].weight.detach().cpu().clone(), m.lora_B["pcpo"].weight.detach().cpu().clone())
+            for name, m in self._layers().items()
+        }
+
+    @torch.no_grad()
+    def load_lora(self, pairs: LoraPairs) -> None:
+        layers = self._layers()
+        if pairs.keys() != layers.keys():
+            odd = sorted(pairs.keys() ^ layers.keys())
+            raise ConfigError(
+                f"the LoRA and lora.targets differ in {len(odd)} modules, first {odd[0]}. "
+                "Use the LoRA of a run with the same model and targets."
+            )
+        for name, (down, up) in pairs.items():
+            for own, given in ((layers[name].lora_A["pcpo"], down), (layers[name].lora_B["pcpo"], up)):
+                if own.weight.shape != given.shape:
+                    raise ConfigError(
+                        f"{name} has shape {tuple(given.shape)} in the LoRA and {tuple(own.weight.shape)} here. "
+                        "Set lora.rank to the LoRA's rank."
+                    )
+                own.weight.copy_(given)
+
+
+def module_names(denoiser: nn.Module) -> list[str]:
+    """Every module that could carry a LoRA, whether or not it does."""
+    modules = [n for n, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return [n.removesuffix(".base_layer") for n in modules if ".lora_" not in n]
+
+
+def pick_device(name: str, key: str = "model.device") -> torch.device:
+    """`auto` is the first GPU if there is one. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"{key} is {name}, but PyTorch sees 0 GPUs. Use cpu or auto.")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"{key} {name} is not a device. Use auto, cpu or cuda.") from None
+
+
+__all__ = ["DiffusersPolicy", "Encoded", "denoiser_of", "module_names", "pick_device"]

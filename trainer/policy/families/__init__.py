@@ -1,0 +1,30 @@
+"""The kinds of diffusers pipelines that can be trained: an entry each."""
+
+from typing import Any
+
+from ...config.schema import ConfigError, RolloutConfig
+from .base import Inputs, Wiring, denoiser_of
+from .flux import Flux
+from .qwen import QwenImage
+from .sd3 import Sd3
+from .sdxl import Sdxl
+from .unet import Unet
+
+FAMILIES: dict[str, type[Wiring]] = {
+    "StableDiffusionPipeline": Unet,
+    "StableDiffusionXLPipeline": Sdxl,
+    "StableDiffusion3Pipeline": Sd3,
+    "FluxPipeline": Flux,
+    "QwenImagePipeline": QwenImage,
+}
+
+
+def wire(pipeline: Any, rollout: RolloutConfig) -> Wiring:
+    """The wiring of a pipeline. Raises ConfigError for a kind that has no entry."""
+    name = type(pipeline).__name__
+    if name not in FAMILIES:
+        raise ConfigError(f"{name} is not a pipeline that this trainer knows. Known are {', '.join(FAMILIES)}.")
+    return FAMILIES[name](pipeline, rollout)
+
+
+__all__ = ["FAMILIES", "Inputs", "Wiring", "denoiser_of", "wire"]

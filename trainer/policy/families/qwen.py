@@ -1,0 +1,39 @@
+"""Qwen-Image: FLUX's patches, one language model as text encoder, guidance that keeps each token's length."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from comfyui_pcpo.lora.formats import Family
+
+from .base import Inputs
+from .flux import Flux, pack, unpack
+
+TEXT_LENGTH = 512
+
+
+class QwenImage(Flux):
+    layout: Family = "plain"
+    pretends = False  # its rotary tables are complex, of which PyTorch makes no contentless copy
+
+    def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:
+        hidden, mask = self.pipeline.encode_prompt(list(prompts), device, max_sequence_length=TEXT_LENGTH)
+        if mask is None:  # all prompts have one length
+            mask = hidden.new_ones(hidden.shape[:2], dtype=torch.long)
+        return {"encoder_hidden_states": hidden, "encoder_hidden_states_mask": mask}
+
+    def call(self, x: Tensor, t: Tensor, text: Inputs) -> Tensor:
+        h, w = x.shape[-2] // 2, x.shape[-1] // 2
+        out = self.denoiser(pack(x), timestep=t / 1000, img_shapes=[[(1, h, w)]] * len(x), **text)
+        return unpack(out.sample.float(), h, w)
+
+    def guide(self, uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
+        h, w = cond.shape[-2] // 2, cond.shape[-1] // 2
+        tokens = pack(super().guide(uncond, cond, scale))
+        return unpack(tokens * (pack(cond).norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True)), h, w)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        c = self.pipeline.vae.config
+        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (c.latents_mean, c.latents_std))
+        return self.pipeline.vae.decode((latents * std + mean)[:, :, None]).sample[:, :, 0]

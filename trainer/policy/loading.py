@@ -1,0 +1,59 @@
+"""Loads a diffusers pipeline: the embedded models, a checkpoint file, a local folder, or a hub name."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comfyui_pcpo.tiny import pipelines
+
+from ..config.schema import ConfigError
+from .single_file import left_out, load_checkpoint, precisions
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+def load_pipeline(name: str, base: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """A diffusers pipeline on the CPU; `base` is model.config. Raises ConfigError for what is not there.
+
+    `dtype` saves the computer's memory: denoiser and text encoders are read in it, the embedded models and the VAE in
+    float32, SD and SDXL checkpoints too.
+    """
+    if name in pipelines.EMBEDDED:
+        try:
+            return pipelines.load_tiny(name, pipelines.MODELS)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"the embedded model {name} under {pipelines.MODELS} is damaged: {error}. Install the package again."
+            ) from error
+    if Path(name).suffix in PICKLES:
+        raise ConfigError(
+            f"model.name {name} may hold code, so it is not opened. Use a .safetensors file of the model."
+        )
+    import diffusers
+
+    try:
+        if Path(name).suffix == ".safetensors":
+            return load_checkpoint(Path(name), base, dtype)
+        return diffusers.DiffusionPipeline.from_pretrained(name, **left_out(Path(name)), **precisions(dtype))
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(_not_loaded(name, base, error)) from error
+
+
+def _not_loaded(name: str, base: str | None, error: Exception) -> str:
+    if Path(name).suffix == ".safetensors":
+        return (
+            f"model.name {name} could not be loaded: {error}. Where its kind needs more than the file (SD3, FLUX: text "
+            "encoders, VAE and configuration), set model.config to a folder or hub name of such a pipeline."
+            + (f" It is {base} now." if base else "")
+        )
+    near = difflib.get_close_matches(name, pipelines.EMBEDDED, 1)
+    guess = f"Did you mean {near[0]}? " if near else ""
+    why = str(error).split(". ")[0]  # what follows is advice for programmers
+    return (
+        f"model.name {name} could not be loaded: {why}. {guess}Use {', '.join(pipelines.EMBEDDED)}, a .safetensors "
+        "checkpoint, a folder that save_pretrained wrote, or a name on the hub that this computer has or can download."
+    )

@@ -1,0 +1,280 @@
+"""The run folder: configuration, metrics, checkpoints, pictures; made, locked, resumed.
+
+A checkpoint is written under a temporary name and renamed, and metrics beyond it are cut off on resume, so a run that
+was killed at any moment goes on to the same numbers as one that was not.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from comfyui_pcpo.lora.formats import export_state
+from comfyui_pcpo.plotting import plot
+
+from ..config.loading import build, dump, tomllib
+from ..config.schema import Config, ConfigError
+from ..loop.align import Update
+from ..loop.state import Learner
+from ..policy.base import LoraPairs
+
+
+class NotSaved(ConfigError):
+    """A checkpoint that could not be written."""
+
+
+@contextmanager
+def writing(file: Path, run: Path) -> Iterator[None]:
+    """A full disk, or a folder that is read-only, is named with the file and the way on. Raises ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{file} could not be written: {error.strerror or error}. Finished checkpoints are whole. "
+            f"Make room, then `python -m trainer resume {run}`."
+        ) from error
+
+
+class RunFolder:
+    """Paths and files of one run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config_file, self.metrics_file = path / "config.toml", path / "metrics.jsonl"
+        self.lora_file, self.curves_file = path / "lora.safetensors", path / "curves.png"
+        self.checkpoints, self.grids, self.log_file = path / "checkpoints", path / "grids", path / "log.txt"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one process at a time writes here; the lock goes when the process does, however it ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ConfigError(
+                f"1 other process is writing to {self.path}, and a run has one writer. "
+                "Wait for it, or give this run another name with --run.name."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def start(self, config: Config) -> None:
+        """Write the resolved configuration into an empty folder."""
+        if self.metrics_file.exists() or self.checkpoints.exists():
+            raise ConfigError(
+                f"{self.path} already holds a run. Continue it with `python -m trainer resume {self.path}`, "
+                "or give this one another name with --run.name."
+            )
+        with writing(self.config_file, self.path):
+            self.config_file.write_text(dump(config), encoding="utf-8")
+
+    def config(self) -> Config:
+        if not self.config_file.is_file():
+            raise ConfigError(f"{self.path} is not a run: it has no config.toml. Give a folder that `train` made.")
+        try:
+            tree = tomllib.loads(self.config_file.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{self.config_file} is damaged: {error}. Restore it, or start a new run.") from None
+        return build(tree, str(self.config_file))
+
+    def records(self) -> list[dict[str, Any]]:
+        """All metrics, one dict per update; a last line that a crash cut short is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def keep_records(self, done: int) -> None:
+        """Cut off what was recorded after update `done`."""
+        kept = [row for row in self.records() if row["update"] <= done]
+        _replace_text(self.metrics_file, "".join(_line(row) for row in kept))
+
+    def keep_checkpoints(self, done: int) -> None:
+        """Put checkpoints after update `done` aside as NUMBER.old: the run goes on from there along another path."""
+        for number in self.numbers():
+            if number > done:
+                aside = self.checkpoints / f"{number:06d}.old"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.checkpoints / f"{number:06d}").rename(aside)
+
+    def rewrite_config(self, config: Config) -> None:
+        """What a resumed run was given anew holds for the next resume too."""
+        _replace_text(self.config_file, dump(config))
+
+    def record(self, update: Update) -> None:
+        with writing(self.metrics_file, self.path), self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(_line(update.metrics))
+
+    def log(self, text: str) -> None:
+        with writing(self.log_file, self.path), self.log_file.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def draw(self, update: Update, group_size: int) -> Path:
+        """The newest pictures, each group sorted by score."""
+        order = update.scores.nan_to_num(-math.inf).view(-1, group_size).argsort(1, descending=True)
+        rows = (order + torch.arange(len(order))[:, None] * group_size).flatten()[: 8 * group_size]
+        captions = [f"{update.prompts[i]}  {update.scores[i]:.2f}" for i in rows.tolist()]
+        path = self.grids / f"{update.number:06d}.jpg"
+        with writing(path, self.path):
+            self.grids.mkdir(exist_ok=True)
+            plot.grid(update.images[rows], captions, columns=group_size).save(path, quality=92)
+        return path
+
+    def draw_curves(self) -> None:
+        records = self.records()
+        if records:
+            with writing(self.curves_file, self.path):
+                plot.curves(records).save(self.curves_file)
+
+    def save(self, learner: Learner, config: Config) -> Path:
+        """A checkpoint after the last finished update, and the LoRA to use."""
+        name = f"{learner.done:06d}"
+        final, temporary = self.checkpoints / name, self.checkpoints / f"{name}.tmp"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            pairs = learner.policy.lora()
+            save_pairs(pairs, temporary / "lora.safetensors")
+            torch.save(learner.optimizer.state_dict(), temporary / "optimizer.pt")
+            state = {"update": learner.done, "window": learner.window.state_dict()}
+            if learner.average is not None:
+                with learner.average.in_place():
+                    pairs = learner.policy.lora()
+                save_pairs(pairs, temporary / "average.safetensors")
+                state["average_steps"] = learner.average.steps
+            (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            self.write_lora(pairs, learner, config)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise NotSaved(
+                f"checkpoint {name} could not be written to {self.checkpoints}: {error}. "
+                f"Earlier checkpoints are whole. Make room, then `python -m trainer resume {self.path}`."
+            ) from error
+        return final
+
+    def write_lora(self, pairs: LoraPairs, learner: Learner, config: Config) -> None:
+        """The LoRA under ComfyUI's names, with the configuration in its metadata."""
+        rank, family = config.lora.rank, learner.policy.family
+        state = export_state(folded(pairs, config.lora.scale), rank, rank, "comfyui", family)
+        metadata = {
+            "pcpo.config": dump(config),
+            "pcpo.updates": str(learner.done),
+            "pcpo.family": family,
+            "format": "pt",
+        }
+        temporary = self.lora_file.with_suffix(".tmp")
+        save_file({k: v.contiguous() for k, v in state.items()}, temporary, metadata)
+        temporary.replace(self.lora_file)
+
+    def numbers(self) -> list[int]:
+        """Updates that have a whole checkpoint, oldest first."""
+        if not self.checkpoints.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and p.name.isdigit())
+
+    def checkpoint(self, which: str = "latest") -> Path:
+        """Folder of the latest, best (highest mean reward) or numbered checkpoint."""
+        numbers = self.numbers()
+        if not numbers:
+            raise ConfigError(f"{self.path} has 0 checkpoints. Train it first, or start again.")
+        if which == "latest":
+            number = numbers[-1]
+        elif which == "best":
+            means = {row["update"]: row["reward_mean"] for row in self.records()}
+            number = max(numbers, key=lambda n: means.get(n, -math.inf))
+        elif which.isdigit() and int(which) in numbers:
+            number = int(which)
+        else:
+            raise ConfigError(f"checkpoint {which} is not in {self.path}. There are {', '.join(map(str, numbers))}.")
+        return self.checkpoints / f"{number:06d}"
+
+    def lora(self, which: str = "latest") -> LoraPairs:
+        """A checkpoint's factors, averaged if the run keeps an average, with alpha / rank folded into the second."""
+        average = self.checkpoint(which) / "average.safetensors"
+        file = average if average.is_file() else average.with_name("lora.safetensors")
+        return folded(load_pairs(file), self.config().lora.scale)
+
+    def load(self, learner: Learner, which: str = "latest") -> None:
+        """Bring `learner` to a checkpoint. Raises ConfigError that names a damaged file and an older checkpoint."""
+        folder = self.checkpoint(which)
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if learner.average is not None:
+                learner.policy.load_lora(load_pairs(folder / "average.safetensors"))
+                learner.average.restart(state["average_steps"])
+            learner.policy.load_lora(load_pairs(folder / "lora.safetensors"))
+            moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            learner.optimizer.load_state_dict(moments)
+            learner.window.load_state_dict(state["window"])
+            learner.done = state["update"]
+        except Exception as error:
+            older = [n for n in self.numbers() if n < int(folder.name)]
+            way = f"Use --checkpoint {older[-1]}" if older else "Start the run again under another name"
+            raise ConfigError(f"checkpoint {folder} is damaged ({type(error).__name__}: {error}). {way}.") from error
+
+
+def folded(pairs: LoraPairs, scale: float) -> LoraPairs:
+    """Factors whose product is the whole change: `scale`, alpha / rank, goes into the second."""
+    return {name: (down, up * scale) for name, (down, up) in pairs.items()}
+
+
+def save_pairs(pairs: LoraPairs, path: Path) -> None:
+    """Write factors as `load_pairs` reads them."""
+    flat = {f"{module}.{part}": t for module, pair in pairs.items() for part, t in zip("AB", pair, strict=True)}
+    save_file({k: v.contiguous() for k, v in flat.items()}, path)
+
+
+def load_pairs(path: Path) -> LoraPairs:
+    """The factors of a checkpoint's LoRA. Raises ConfigError for a missing or damaged file."""
+    flat, _ = read_lora(path)
+    return {key[:-2]: (flat[key], flat[key[:-2] + ".B"]) for key in flat if key.endswith(".A")}
+
+
+def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of an exported LoRA. Raises ConfigError for a missing or damaged file."""
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist. Give a LoRA file, such as a run's lora.safetensors.")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is not a whole safetensors file ({error}). Copy or export it again.") from None
+
+
+def _line(row: dict[str, Any]) -> str:
+    """One JSON line; NaN and infinity become null, which every JSON reader takes."""
+    return json.dumps(finite(row)) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """`value` as JSON has it: NaN and infinity become None."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
