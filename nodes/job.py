@@ -16,7 +16,7 @@ from comfyui_pcpo.plotting import plot
 from ..trainer.config.loading import build, without_effect
 from ..trainer.config.schema import Config, ConfigError
 from ..trainer.loop.align import Job, Update
-from ..trainer.loop.state import make_learner
+from ..trainer.loop.state import make_training_state
 from ..trainer.runs.folder import RunFolder
 from ..trainer.runs.launch import run_updates
 from .files import free_name, runs_folder
@@ -75,7 +75,7 @@ def train(task: Task, config: Config) -> RunFolder:
     def work(policy: ComfyPolicy) -> None:
         if task.lora is not None:
             policy.start_from(parse_state(task.lora, list(policy.layers)))
-        learner = make_learner(policy, config)
+        learner = make_training_state(policy, config)
         job = Job(config, task.prompts.lines, rewards, tick=tick)
         with folder.locked():
             begin(folder, learner, config, task.resume)

@@ -56,11 +56,11 @@ def make_config(tmp_path: Path) -> Callable[..., Any]:
 def learn() -> Callable[..., Any]:
     """learn(config, tick) -> (learner, updates): the loop alone, without a folder."""
     from trainer.loop.align import Job, align
-    from trainer.loop.state import make_learner
+    from trainer.loop.state import make_training_state
     from trainer.runs.launch import load_rewards, make_policy
 
     def start(config: Any, tick: Callable[[], None] = lambda: None, rewards: dict[str, Any] | None = None) -> Any:
-        learner = make_learner(make_policy(config), config)
+        learner = make_training_state(make_policy(config), config)
         return learner, align(learner, Job(config, config.prompts.read(), rewards or load_rewards(config), tick=tick))
 
     return start

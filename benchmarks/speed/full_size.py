@@ -22,7 +22,7 @@ from trainer.config.loading import build
 from trainer.config.schema import Config
 from trainer.loop.align import Job, align
 from trainer.loop.plan import make_plan
-from trainer.loop.state import make_learner
+from trainer.loop.state import make_training_state
 from trainer.memory.estimate import memory
 from trainer.policy.diffusers_policy import DiffusersPolicy
 from trainer.runs.launch import load_rewards
@@ -90,7 +90,7 @@ def run(name: str, config: Config, tiny: bool, updates: int = UPDATES) -> tuple[
     """Some updates, -> their metrics and what they took; each is timed beside the reference loop."""
     torch.manual_seed(0)  # of the text encoders' weights
     policy = DiffusersPolicy(PIPELINES[ROWS[name][0]](tiny, False), config)
-    learner, device = make_learner(policy, config), policy.device
+    learner, device = make_training_state(policy, config), policy.device
     stream = align(learner, Job(config, list(PROMPTS), load_rewards(config)))
     rows, took, least = [], [], []
     for number in range(updates):

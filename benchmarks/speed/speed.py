@@ -18,7 +18,7 @@ from trainer.config.loading import build, merge
 from trainer.config.schema import Config
 from trainer.loop.align import Job, Update, align
 from trainer.loop.plan import Plan, make_plan
-from trainer.loop.state import make_learner
+from trainer.loop.state import make_training_state
 from trainer.runs.launch import load_rewards, make_policy
 
 from ..report.tables import number, table
@@ -69,7 +69,7 @@ def measure(config: Config) -> dict[str, float]:
     """Medians over updates, ours and the reference in turn: seconds per image and per transition, peak memory."""
     policy = make_policy(config)
     loaded = peak(policy.device)
-    learner = make_learner(policy, config)
+    learner = make_training_state(policy, config)
     plan = make_plan(policy, config, len(PROMPTS), config.rollout.prompts_per_update, 1)
     updates = align(learner, Job(config, config.prompts.read(), load_rewards(config)))
     next(updates)  # the first one warms up

@@ -11,19 +11,19 @@ from typing import Any
 
 from trainer.config.schema import Config
 from trainer.loop.align import Job, align
-from trainer.loop.state import make_learner
+from trainer.loop.state import make_training_state
 from trainer.policy.base import Policy
 from trainer.runs.folder import RunFolder, finite
 from trainer.runs.launch import load_rewards, make_policy
 
 from .grid import Cell, cell_config, configuration, exams, gain, require_same
-from .measure import Examiner, make_examiner
+from .measure import Evaluator, make_evaluator
 from .methods import Form
 
 ROOT = Path(__file__).resolve().parents[2]
 Say = Callable[[str], None]
 JOURNAL = "examinations.json"
-_examiners: dict[tuple[str, int, int, int], Examiner] = {}
+_examiners: dict[tuple[str, int, int, int], Evaluator] = {}
 
 
 @cache
@@ -65,8 +65,8 @@ def run_examined(config: Config, folder: RunFolder, form: Form, out: Path) -> li
     policy = make_policy(config)
     key = (config.model.name, form.steps, form.each, form.reference)
     if key not in _examiners:
-        _examiners[key] = make_examiner(policy, form, out / "reference")
-    examiner, learner = _examiners[key], make_learner(policy, config)
+        _examiners[key] = make_evaluator(policy, form, out / "reference")
+    examiner, learner = _examiners[key], make_training_state(policy, config)
     rows = resumable(folder, config)
     if folder.numbers():
         folder.load(learner)
@@ -111,7 +111,7 @@ def clear(folder: RunFolder) -> None:
             entry.unlink()
 
 
-def base_examination(examiner: Examiner, policy: Policy) -> dict[str, float]:
+def base_examination(examiner: Evaluator, policy: Policy) -> dict[str, float]:
     """The model without its LoRA, measured once per examiner."""
     if examiner.before is None:
         with policy.reference():

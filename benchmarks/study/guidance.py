@@ -20,7 +20,7 @@ from trainer.runs.folder import RunFolder
 from ..report.tables import limits, table
 from .cells import Say, commit, read_json, run_examined, write_json
 from .grid import Cell, Task, cell_config, gain, require_same
-from .measure import EXAM, make_examiner
+from .measure import EXAM, make_evaluator
 from .methods import CONTENDERS, OURS, PROMPTS, RECIPES, Form, Setting
 from .statistics import spread
 from .work import if_free, share
@@ -158,7 +158,7 @@ def compose(config: Config, files: list[Path], form: Form, out: Path) -> list[Ro
     """Every mix and what lies beyond, by guidance and by weights, on the examination's noise."""
     policy = sampling_policy(config, [])
     loras = [read_pairs(file, policy.module_names()) for file in files]
-    examiner = make_examiner(policy, form, out / "reference")
+    examiner = make_evaluator(policy, form, out / "reference")
     rows = []
     for weights in (*MIXES, *DOUBLE):
         guides = [Guide(pairs, ImplicitReward(w)) for pairs, w in zip(loras, weights, strict=True)]

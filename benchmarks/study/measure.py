@@ -55,7 +55,7 @@ def drawn(each: int, seed: int) -> Tensor:
 
 
 @dataclass
-class Examiner:
+class Evaluator:
     """Measures a policy; `base` and `drawn` are features of the reference pictures, (N, 128) each."""
 
     form: Form
@@ -96,7 +96,7 @@ def follows(read: dict[str, Tensor], prompts: list[str]) -> tuple[float, float]:
     return float(right[:, 0].mean()), float(right[:, 1].mean())
 
 
-def make_examiner(policy: Any, form: Form, cache: Path) -> Examiner:
+def make_evaluator(policy: Any, form: Form, cache: Path) -> Evaluator:
     """The examiner of a policy's model; its reference pictures come from the model without its LoRA, made once."""
     name = policy.config.model.name
     file = cache / f"{name}-{form.steps}-{form.reference}.safetensors"
@@ -111,4 +111,4 @@ def make_examiner(policy: Any, form: Form, cache: Path) -> Examiner:
         save_file(state, temporary)
         temporary.replace(file)
     state = load_file(file)
-    return Examiner(form, state["base"], state["drawn"])
+    return Evaluator(form, state["base"], state["drawn"])

@@ -228,7 +228,7 @@ def credit(
 # Pictures
 
 
-def to_pictures(images: np.ndarray | Tensor) -> list[Image.Image]:
+def to_pil_images(images: np.ndarray | Tensor) -> list[Image.Image]:
     """uint8 or float in [0, 1], (B, H, W, 3) -> B pictures."""
     if isinstance(images, Tensor):
         images = (images.detach().float() if images.is_floating_point() else images.detach()).cpu().numpy()
@@ -256,7 +256,7 @@ def grid(
     images: np.ndarray | Tensor, captions: Sequence[str] | None = None, columns: int = 4, tile: int = 160
 ) -> Image.Image:
     """Pictures in rows, (B, H, W, 3), each over its caption of at most two rows."""
-    pictures = to_pictures(images)
+    pictures = to_pil_images(images)
     _same_count(len(pictures), {"captions": captions})
     width, height = _tile_size(pictures[0], tile)
     texts = [wrap(c, 11, width) for c in captions] if captions is not None else []
@@ -298,7 +298,7 @@ def before_after(
     tile: int = 160,
 ) -> Image.Image:
     """Pairs of pictures on cards with their prompt and scores, (B, H, W, 3) twice; 4 or 3 columns, without a hole."""
-    first, second = to_pictures(before), to_pictures(after)
+    first, second = to_pil_images(before), to_pil_images(after)
     others = {"after images": second, "prompts": prompts, "before_scores": before_scores, "after_scores": after_scores}
     _same_count(len(first), others)
     width, height = _tile_size(first[0], tile)

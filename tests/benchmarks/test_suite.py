@@ -27,7 +27,7 @@ from benchmarks.study.grid import (
     settings,
     tuning_cells,
 )
-from benchmarks.study.measure import EXAM, follows, make_examiner, pictures
+from benchmarks.study.measure import EXAM, follows, make_evaluator, pictures
 from benchmarks.study.methods import CONTENDERS, FORMS, PROMPTS, RECIPES, REWARDS, Form
 from benchmarks.study.statistics import holm, t_test
 from benchmarks.study.work import progress
@@ -187,12 +187,12 @@ def test_the_examination_reads_drawn_pictures_right():
 def test_the_examination_finds_the_base_model_near_itself_and_far_from_noise(tmp_path):
     form = small(each=4, reference=64, steps=6)
     policy = make_policy(cell_config(Cell(TASK, "ppo", 1e-3, 1e-3, 0), form, tmp_path))
-    examiner = make_examiner(policy, form, tmp_path)
+    examiner = make_evaluator(policy, form, tmp_path)
     own = examiner.measure(policy)
     noise = examiner.judge(torch.rand(len(PROMPTS) * 4, 64, 64, 3, generator=torch.Generator().manual_seed(0)))
     assert own["fd_base"] < 0.2 * noise["fd_base"]
     assert own["object"] > 0.5 > noise["object"]
-    assert own == make_examiner(policy, form, tmp_path).measure(policy)
+    assert own == make_evaluator(policy, form, tmp_path).measure(policy)
 
 
 def test_guidance_by_one_model_and_a_sum_of_one_lora_are_that_model(tmp_path):

@@ -9,7 +9,7 @@ from benchmarks.speed import speed
 from benchmarks.study import cells, guidance
 from benchmarks.study import work as working
 from benchmarks.study.grid import Cell, cell_config, choose, kept_gains, read_result, reported_cells, settings
-from benchmarks.study.measure import EXAM, make_examiner
+from benchmarks.study.measure import EXAM, make_evaluator
 from benchmarks.study.methods import PROMPTS
 from benchmarks.study.work import if_free, progress, run_if_free, share, work
 from trainer.config.schema import ConfigError
@@ -56,16 +56,16 @@ def test_contenders_start_from_the_same_examination_which_is_the_base_model_s(tm
     assert first[0] == first[1]
     room = sampling_policy(cell_config(cell, form, tmp_path), [])  # a model that never had a LoRA
     images = sample(room, PROMPTS, [], Draw(EXAM, form.steps, each=form.each))
-    base = make_examiner(room, form, tmp_path / "reference").judge(images)
+    base = make_evaluator(room, form, tmp_path / "reference").judge(images)
     assert {k: v for k, v in first[0].items() if k != "update"} == pytest.approx(base, rel=1e-3)
 
 
 def test_the_base_examination_of_a_trained_policy_is_that_of_the_fresh_one(tmp_path):
     form = small()
     policy = make_policy(cell_config(Cell(TASK, "ppo", 1e-3, 1e-3, 0), form, tmp_path))
-    fresh = make_examiner(policy, form, tmp_path).measure(policy)
+    fresh = make_evaluator(policy, form, tmp_path).measure(policy)
     policy.load_lora({n: (a, b + 0.1) for n, (a, b) in policy.lora().items()})
-    examiner = make_examiner(policy, form, tmp_path)
+    examiner = make_evaluator(policy, form, tmp_path)
     assert examiner.measure(policy) != fresh
     assert cells.base_examination(examiner, policy) == fresh
 

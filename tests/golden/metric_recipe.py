@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.golden import reward_recipe as gold
 
-PICTURES = ("land300x451", "port337x225", "small96")  # larger than the network's input, of odd shape, and smaller
+IMAGE_SUFFIXES = ("land300x451", "port337x225", "small96")  # larger than the network's input, of odd shape, and smaller
 
 
 def weight(name: str, shape: list[int]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent
-PICTURES = {  # name -> height, width, seed
+IMAGE_SUFFIXES = {  # name -> height, width, seed
     "sq512": (512, 512, 1),
     "sq1024": (1024, 1024, 2),
     "land300x451": (300, 451, 3),
@@ -56,7 +56,7 @@ def weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
 
 def picture(name: str) -> np.ndarray:
     """Waves, rectangles and noise, uint8 (H, W, 3): sharp edges, so that details of resizing matter."""
-    height, width, seed = PICTURES[name]
+    height, width, seed = IMAGE_SUFFIXES[name]
     random = np.random.RandomState(seed)
     y, x = np.mgrid[0:height, 0:width]
     channels = [127 + 127 * np.sin(x * (0.02 + 0.01 * c) + y * 0.013 * (c + 1) + seed) for c in range(3)]
@@ -70,12 +70,12 @@ def picture(name: str) -> np.ndarray:
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
 
 
-@lru_cache(maxsize=len(PICTURES))
+@lru_cache(maxsize=len(IMAGE_SUFFIXES))
 def image(name: str) -> Tensor:
     """The picture as ComfyUI hands it over, float (1, H, W, 3) in [0, 1]."""
     return torch.from_numpy(picture(name))[None].float() / 255
 
 
-def scores(reward: Any, names: Iterable[str] = PICTURES) -> dict[str, float]:
+def scores(reward: Any, names: Iterable[str] = IMAGE_SUFFIXES) -> dict[str, float]:
     """The reward's score of golden pictures with their prompts."""
     return {name: reward.score(image(name), [PROMPTS[name]]).item() for name in names}

@@ -43,7 +43,7 @@ def alexnet_file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", recipe.PICTURES)
+@pytest.mark.parametrize("name", recipe.IMAGE_SUFFIXES)
 def test_inception_equals_torch_fidelity(network, name):
     wanted = gold.golden("inception")
     features, logits = extract(network, gold.image(name))

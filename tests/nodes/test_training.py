@@ -91,10 +91,10 @@ def test_one_update_equals_the_trainers(tiny, objective):
     def work(policy):
         assert policy.lora().keys() == pairs.keys()
         policy.load_lora(pairs)
-        return next(align.align(learning.make_learner(policy, c), align.Job(c, LINES, rewards)))
+        return next(align.align(learning.make_training_state(policy, c), align.Job(c, LINES, rewards)))
 
     found = inside(tiny, c, work)
-    expected = next(align.align(learning.make_learner(reference, c), align.Job(c, LINES, rewards)))
+    expected = next(align.align(learning.make_training_state(reference, c), align.Job(c, LINES, rewards)))
     assert (found.images - expected.images).abs().max() < 2e-3
     assert found.metrics["first_log_ratio_abs_max"] < 1e-5
     for key in ("reward_mean", "loss", "grad_norm"):

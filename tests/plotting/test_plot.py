@@ -239,7 +239,7 @@ def test_pictures_are_the_same_from_bytes_and_floats_numpy_and_torch():
     array = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     floats = torch.from_numpy(array).float() / 255
     for images in (array, array / 255.0, torch.from_numpy(array), floats.requires_grad_(), floats.double()):
-        found = plot.to_pictures(images)
+        found = plot.to_pil_images(images)
         assert all(np.array_equal(np.asarray(p), a) for p, a in zip(found, array, strict=True))
 
 

@@ -78,7 +78,7 @@ def test_a_v_prediction_mark_is_believed(tmp_path, make_config, zero_snr):
     folder = tiny_pipelines.save("sdxl", tmp_path)
     marks = {"v_pred": torch.zeros(0)} | ({"ztsnr": torch.zeros(0)} if zero_snr else {})
     file = original_layout.write(tiny_pipelines.build("sdxl"), tmp_path / "model.safetensors", **marks)
-    wiring = make_policy(make_config(str(file), model={"config": str(folder)}, rollout=SIZE)).wiring
+    wiring = make_policy(make_config(str(file), model={"config": str(folder)}, rollout=SIZE)).adapter
     assert wiring.prediction == "v_prediction"
     assert (wiring.alphas[-1] < 1e-6) == zero_snr
 

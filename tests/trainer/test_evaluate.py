@@ -15,8 +15,8 @@ from tests.golden import metric_recipe as recipe
 from tests.golden import reward_recipe as gold
 from trainer.cli.main import main
 from trainer.config.schema import ConfigError
-from trainer.evaluation.evaluate import Request, count_pictures, evaluate
-from trainer.evaluation.metrics import Meter, Networks, Tally, batches, picture_files
+from trainer.evaluation.evaluate import Request, count_images, evaluate
+from trainer.evaluation.metrics import Meter, Networks, Tally, batches, image_files
 from trainer.evaluation.report import Metric
 from trainer.runs.folder import RunFolder
 from trainer.runs.launch import start_run
@@ -141,7 +141,7 @@ def test_every_network_that_is_named_adds_its_metric(run, tmp_path):
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
     Dinov2Model(config).save_pretrained(tmp_path / "dino")
     (tmp_path / "real").mkdir()
-    for name in recipe.PICTURES:  # three sizes
+    for name in recipe.IMAGE_SUFFIXES:  # three sizes
         Image.fromarray(gold.picture(name)).save(tmp_path / "real" / f"{name}.png")
     files = Files(tmp_path / "inception.pth", tmp_path / "dino", tmp_path / "alexnet.pth")
     found = evaluate(small(run.path, seeds=1, reference=tmp_path / "real", files=files, rewards=("redness",)))
@@ -193,7 +193,7 @@ def test_pictures_of_one_size_are_read_together(tmp_path):
     for n, side in enumerate((4, 4, 4, 6, 4)):
         Image.new("RGB", (side, 4), (n, 0, 0)).save(tmp_path / f"{n}.png")
     (tmp_path / "notes.txt").write_text("no picture")
-    found = [tuple(batch.shape[:3]) for batch in batches(picture_files(tmp_path), 2)]
+    found = [tuple(batch.shape[:3]) for batch in batches(image_files(tmp_path), 2)]
     assert found == [(2, 4, 4), (1, 4, 4), (1, 4, 6), (1, 4, 4)]
 
 
@@ -245,7 +245,7 @@ def test_a_models_folder_is_evaluated_without_a_lora(tmp_path, prompts, capsys):
     load_pipeline("emoji-flow").save_pretrained(tmp_path / "model")
     arguments = ["evaluate", str(tmp_path / "model"), "--prompts", str(prompts), "--rewards", "redness"]
     out = tmp_path / "out"
-    assert count_pictures(small(tmp_path / "model", prompts=prompts)) == 8
+    assert count_images(small(tmp_path / "model", prompts=prompts)) == 8
     assert main([*arguments, "--seeds", "2", "--images", "2", "--steps", "2", "--out", str(out)]) == 0
     assert {p.name for p in out.iterdir()} == {"evaluation.json", "samples.png"}
     assert capsys.readouterr().out.splitlines()[0].split() == ["metric", "before"]

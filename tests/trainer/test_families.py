@@ -169,7 +169,7 @@ def test_a_unets_usual_scheduler_does_not_change_the_trained_grid(pipelines, mak
 
 
 def test_v_prediction_is_converted_to_the_epsilon_that_made_x(pipelines, make_config):
-    wiring = policy_of(pipelines["sd21"], make_config).wiring
+    wiring = policy_of(pipelines["sd21"], make_config).adapter
     t = torch.tensor([21, 981])
     ab = wiring.alphas[t].view(-1, 1, 1, 1)
     x0, eps = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -77,7 +77,7 @@ def test_a_file_loads_in_diffusers_as_the_trained_policy(pipelines, family, layo
 
     plain = copy.deepcopy(pipelines[family])
     untrained = DiffusersPolicy(copy.deepcopy(plain), config)
-    untrained.wiring.denoiser = denoiser_of(plain)  # the plain pipeline's model, called the same way
+    untrained.adapter.denoiser = denoiser_of(plain)  # the plain pipeline's model, called the same way
     plain.load_lora_weights(str(tmp_path), weight_name=path.name, adapter_name="run")
     torch.testing.assert_close(predicted_plain(untrained), expected, rtol=1e-4, atol=1e-4)
     plain.set_adapters(["run"], [0.0])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trainer.config.schema import ConfigError
-from trainer.memory.offload import Residence
+from trainer.memory.offload import Offloader
 from trainer.memory.quantize import EightBitLinear
 from trainer.policy import diffusers_policy
 from trainer.policy.diffusers_policy import DiffusersPolicy
@@ -191,7 +191,7 @@ class Part:
 def residents(device, **options):
     log = []
     names = ("denoiser", "vae", "text")
-    return Residence({n: [Part(n, log)] for n in names}, torch.device(device), **options), log
+    return Offloader({n: [Part(n, log)] for n in names}, torch.device(device), **options), log
 
 
 def test_a_part_goes_before_the_next_one_comes():

@@ -10,7 +10,7 @@ from PIL import Image
 
 from trainer.cli.main import main
 from trainer.config.schema import ConfigError
-from trainer.evaluation.metrics import read_picture
+from trainer.evaluation.metrics import read_image
 
 UPRIGHT = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]]], np.uint8)  # one row of red, green, blue
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -24,7 +24,7 @@ def test_a_picture_is_turned_as_its_camera_was(kind, tmp_path):
     exif[ORIENTATION] = 6
     stored = Image.fromarray(np.rot90(UPRIGHT).copy())
     stored.save(tmp_path / f"turned.{kind}", exif=exif, lossless=True)
-    assert torch.equal(read_picture(tmp_path / f"turned.{kind}"), torch.from_numpy(UPRIGHT / np.float32(255))[None])
+    assert torch.equal(read_image(tmp_path / f"turned.{kind}"), torch.from_numpy(UPRIGHT / np.float32(255))[None])
 
 
 def test_a_picture_of_too_many_pixels_is_named(tmp_path, monkeypatch, capsys):
@@ -43,7 +43,7 @@ def test_a_picture_that_is_cut_off_is_named(kind, share, tmp_path):
     Image.fromarray(NOISE).save(path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(ConfigError, match=rf"half\.{kind} is not a picture that can be read .*Leave it out"):
-        read_picture(path)
+        read_image(path)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_picture_with_a_wrong_byte_is_named(kind, place, tmp_path):
     content[place] = 0
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=rf"wrong\.{kind} is not a picture that can be read"):
-        read_picture(path)
+        read_image(path)
 
 
 def test_a_picture_is_closed_whether_it_can_be_read_or_not(tmp_path):
@@ -71,8 +71,8 @@ def test_a_picture_is_closed_whether_it_can_be_read_or_not(tmp_path):
     (tmp_path / "half.png").write_bytes(whole[:80])
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", ResourceWarning)
-        assert read_picture(tmp_path / "moves.png").shape == (1, 32, 32, 3)
+        assert read_image(tmp_path / "moves.png").shape == (1, 32, 32, 3)
         with pytest.raises(ConfigError):
-            read_picture(tmp_path / "half.png")
+            read_image(tmp_path / "half.png")
         gc.collect()
     assert [str(warning.message) for warning in said if warning.category is ResourceWarning] == []

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed, rollout
 from comfyui_pcpo.method.transition import deterministic, transitions
-from trainer.cli.commands import Wish, export_lora, sample_pictures
+from trainer.cli.commands import SampleRequest, export_lora, sample_images
 from trainer.config.schema import ConfigError
 from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
 from trainer.evaluation.source import open_source, parse_guide, read_pairs
@@ -121,7 +121,7 @@ def test_a_guide_of_weight_one_is_the_run_and_of_weight_zero_the_base(trained):
     file, run = trained.lora_file, str(trained.path)
 
     def picture(source, guides):
-        return sample_pictures(source, Wish([PROMPT], guides), Draw(0, 2, each=2)).tobytes()
+        return sample_images(source, SampleRequest([PROMPT], guides), Draw(0, 2, each=2)).tobytes()
 
     own = picture(run, [])
     assert picture(run, [f"{file}=1.0"]) == own
@@ -195,6 +195,6 @@ def test_a_runs_negative_prompt_is_its_own_unless_another_is_given(make_config):
     list(updates)
 
     def picture(negative):
-        return sample_pictures(str(folder.path), Wish([PROMPT], [], negative=negative), Draw(0, 2)).tobytes()
+        return sample_images(str(folder.path), SampleRequest([PROMPT], [], negative=negative), Draw(0, 2)).tobytes()
 
     assert picture(None) == picture("a red star") != picture("")

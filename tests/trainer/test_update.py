@@ -8,10 +8,10 @@ import torch
 from comfyui_pcpo.method.rollout import GroupNoise, rollout
 from trainer.loop.align import Job, align
 from trainer.loop.distributed import Processes
-from trainer.loop.lesson import Lesson
 from trainer.loop.plan import make_plan
-from trainer.loop.state import Learner, make_learner
+from trainer.loop.state import TrainingState, make_training_state
 from trainer.loop.update import improve
+from trainer.loop.update_batch import UpdateBatch
 from trainer.runs.launch import load_rewards, make_policy
 
 SAMPLERS = [("emoji-flow", "flow_sde"), ("emoji-flow", "dance_sde"), ("emoji-flow", "cps"), ("emoji-eps", "ddim")]
@@ -53,7 +53,7 @@ class Problem:
 
     def __init__(self, config):
         self.config, self.policy = config, make_policy(config)
-        self.learner = make_learner(self.policy, config)
+        self.learner = make_training_state(self.policy, config)
         self.generator = torch.Generator().manual_seed(0)
         self.move([0.05 * d for d in self.direction()])
         self.plan = make_plan(self.policy, config, 1, 1, 1)
@@ -74,9 +74,9 @@ class Problem:
     def run(self, learning_rate):
         """Plain gradient descent in the optimizer's place: the parameters move by exactly -gradient x rate."""
         sgd = torch.optim.SGD(self.policy.trainable(), lr=learning_rate)
-        learner = Learner(self.policy, sgd, self.learner.window)
+        learner = TrainingState(self.policy, sgd, self.learner.window)
         advantage = torch.tensor([1.0, -0.5])
-        lesson = Lesson(self.plan, self.path, advantage, self.predict, self.policy, self.config)
+        lesson = UpdateBatch(self.plan, self.path, advantage, self.predict, self.policy, self.config)
         return improve(learner, lesson, Processes())
 
     def gradient(self):
@@ -151,5 +151,5 @@ def test_each_image_is_predicted_once_per_step_of_the_rollout_and_once_per_train
         rows[torch.is_grad_enabled()] += len((*args, *inputs.values())[0])
 
     policy.denoiser.register_forward_pre_hook(count, with_kwargs=True)
-    next(align(make_learner(policy, config), Job(config, config.prompts.read(), load_rewards(config))))
+    next(align(make_training_state(policy, config), Job(config, config.prompts.read(), load_rewards(config))))
     assert rows == {False: 2 * 4 * 3, True: 2 * 4 * 2}

@@ -16,7 +16,7 @@ from comfyui_pcpo.reward import RewardSettings
 
 from ..config.loading import dump
 from ..config.schema import ConfigError
-from ..evaluation.metrics import PICTURES, pictures_in, read_picture
+from ..evaluation.metrics import IMAGE_SUFFIXES, images_in, read_image
 from ..evaluation.sampling import Draw, Guide, sample, sampling_policy
 from ..evaluation.source import open_source, parse_guide, read_pairs
 from ..policy.diffusers_policy import denoiser_of, module_names
@@ -28,7 +28,7 @@ FORMATS = ("comfyui", "diffusers", "kohya")
 
 
 @dataclass(frozen=True)
-class Wish:
+class SampleRequest:
     """What `sample` is to show; None is the run's own value."""
 
     prompts: list[str]
@@ -38,7 +38,7 @@ class Wish:
     cfg: float | None = None
 
 
-def sample_pictures(source: str, wish: Wish, draw: Draw) -> Image.Image:
+def sample_images(source: str, wish: SampleRequest, draw: Draw) -> Image.Image:
     """One grid of pictures, one row per prompt (two with `compare`)."""
     given, prompts = open_source(source), wish.prompts
     config = given.config
@@ -59,15 +59,17 @@ def sample_pictures(source: str, wish: Wish, draw: Draw) -> Image.Image:
     return plot.before_after(sample(policy, prompts, [], draw), after, texts)
 
 
-def score_pictures(path: Path, prompt: str, rewards: list[str], settings: RewardSettings) -> list[dict[str, Any]]:
+def score_images(path: Path, prompt: str, rewards: list[str], settings: RewardSettings) -> list[dict[str, Any]]:
     """Each picture's scores, best by the first reward first; a score that failed is NaN and comes last."""
-    files = pictures_in(path) if path.is_dir() else [path]
+    files = images_in(path) if path.is_dir() else [path]
     if not files:
-        raise ConfigError(f"{path} holds 0 pictures ({', '.join(PICTURES)}). Give a folder with some, or one picture.")
+        raise ConfigError(
+            f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}). Give a folder of images, or one image."
+        )
     judges = {name: make_reward(name, settings) for name in rewards}
     rows = []
     for file in files:
-        image = read_picture(file)
+        image = read_image(file)
         scores = {name: float(judge.score(image, [prompt])) for name, judge in judges.items()}
         rows.append({"file": str(file), "scores": scores})
     first = rewards[0]

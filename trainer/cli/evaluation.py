@@ -34,7 +34,7 @@ def evaluate(
     lpips: Path | None = None,
     folder: Path | None = None,
     out: Path | None = None,
-    save_pictures: bool = False,
+    save_images: bool = False,
     as_json: Json = False,
 ) -> None:
     """Measure a LoRA against the model without it, on the same noise: rewards, distances, variety, over seeds.
@@ -71,17 +71,17 @@ def evaluate(
         Folder with reward weights; the run's own, or models/rewards, if left out.
     out
         Folder to write to; RUN/evaluation, or evaluation for other sources, if left out.
-    save_pictures
+    save_images
         Write every picture too, as PNG files.
     as_json
         Print what evaluation.json holds instead of the table.
     """
-    from ..evaluation.evaluate import Request, count_pictures
+    from ..evaluation.evaluate import Request, count_images
     from ..evaluation.evaluate import evaluate as run
     from ..evaluation.metrics import Files
 
     out = out or (Path(source) if (Path(source) / "config.toml").is_file() else Path()) / "evaluation"
-    pictures = out / "pictures" if save_pictures else None
+    pictures = out / "pictures" if save_images else None
     files = Files(inception, dino, lpips)
     request = Request(
         source,
@@ -98,7 +98,7 @@ def evaluate(
         files=files,
         pictures=pictures,
     )
-    with tqdm(total=count_pictures(request), unit="picture", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=count_images(request), unit="picture", leave=False, dynamic_ncols=True) as bar:
         report = run(request, bar.update)
     written = report.write(out)
     if as_json:
@@ -140,9 +140,9 @@ def score(
     as_json
         Print one JSON list.
     """
-    from .commands import score_pictures
+    from .commands import score_images
 
-    rows = score_pictures(images, prompt, list(reward) or ["alignment"], _settings(folder, device, precision))
+    rows = score_images(images, prompt, list(reward) or ["alignment"], _settings(folder, device, precision))
     if as_json:
         print(json.dumps(finite(rows)))
         return

@@ -256,10 +256,10 @@ def sample(
         Picture file to write; samples.png, samples-2.png, ... if left out.
     """
     from ..evaluation.sampling import Draw
-    from .commands import Wish, sample_pictures
+    from .commands import SampleRequest, sample_images
 
-    wish = Wish(prompt, guide or [], compare, negative, cfg)
-    picture = sample_pictures(run, wish, Draw(seed, steps, noise_level, images))
+    wish = SampleRequest(prompt, guide or [], compare, negative, cfg)
+    picture = sample_images(run, wish, Draw(seed, steps, noise_level, images))
     out = out or Path(_free_name(Path(), "samples", ".png"))
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out)

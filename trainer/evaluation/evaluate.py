@@ -18,7 +18,7 @@ from ..policy.loading import load_pipeline
 from ..runs.folder import RunFolder
 from ..runs.launch import make_reward, reward_settings
 from .metrics import Files, Meter, Tally, load_networks
-from .report import MOST_SHOWN, Metric, Report, Shown, save_pictures
+from .report import MOST_SHOWN, Metric, Report, Shown, save_images
 from .sampling import Draw, Guide, sample, sampling_policy
 from .source import Source, open_source, read_pairs
 
@@ -60,7 +60,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Bench:
+class EvalContext:
     """Everything that sampling and measuring one side needs."""
 
     request: Request
@@ -95,7 +95,7 @@ def evaluate(request: Request, tick: Callable[[int], object] = lambda count: Non
     return Report(setup(request, given.config), bench.prompts, metrics, shown, notes)
 
 
-def count_pictures(request: Request) -> int:
+def count_images(request: Request) -> int:
     """How many pictures an evaluation will make."""
     given = open_source(request.source)
     prompts = len(configured(given.config, request).prompts.read())
@@ -114,7 +114,7 @@ def configured(config: Config, request: Request) -> Config:
     return config.model_copy(update={"prompts": p, "rollout": r, "reward": w})
 
 
-def prepare(given: Source, request: Request) -> tuple[Bench, list[str]]:
+def prepare(given: Source, request: Request) -> tuple[EvalContext, list[str]]:
     """Read everything before the first picture is made, -> the bench and notes on what is not measured."""
     config = configured(given.config, request)
     prompts = config.prompts.read()
@@ -127,7 +127,7 @@ def prepare(given: Source, request: Request) -> tuple[Bench, list[str]]:
         guides = [Guide(pairs, ImplicitReward(1.0))]
     meter, notes = make_meter(given, config, request)
     policy = sampling_policy(config, [guide.pairs for guide in guides], pipeline)
-    return Bench(request, policy, guides, prompts, meter), notes
+    return EvalContext(request, policy, guides, prompts, meter), notes
 
 
 def make_meter(given: Source, config: Config, request: Request) -> tuple[Meter, list[str]]:
@@ -167,7 +167,7 @@ def role(name: str, given: Source) -> str:
     return "trained" if name in given.config.reward.weights else "held out"
 
 
-def run_side(bench: Bench, side: str, seed: int, shown: Shown, tick: Callable[[int], object]) -> Tally:
+def run_side(bench: EvalContext, side: str, seed: int, shown: Shown, tick: Callable[[int], object]) -> Tally:
     """One side's pictures of one seed, sampled prompt by prompt and measured AT_ONCE at a time."""
     request, group = bench.request, bench.request.images
     tally, waiting, texts = Tally(bench.meter, group), [], []
@@ -179,7 +179,7 @@ def run_side(bench: Bench, side: str, seed: int, shown: Shown, tick: Callable[[i
         if seed == request.first_seed and place < MOST_SHOWN:
             shown.images.append(images[:1])
         if request.pictures is not None:
-            save_pictures(images, request.pictures / side / str(seed), place * group, group)
+            save_images(images, request.pictures / side / str(seed), place * group, group)
         if len(texts) >= AT_ONCE or place == len(bench.prompts) - 1:
             tally.add(torch.cat(waiting), texts)
             waiting, texts = [], []

@@ -18,7 +18,7 @@ from comfyui_pcpo.reward import Reward
 from ..config.schema import ConfigError
 from ..loop.align import score
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LOWER = ("tiny FD", "FID", "FD-DINOv2")
 
 
@@ -64,7 +64,7 @@ class Meter:
         """Take a folder's pictures as the reference of all distances, -> how many they are."""
         parts: dict[str, list[Tensor]] = {name: [] for name in self.networks.by_name}
         count = 0
-        for batch in batches(picture_files(folder), self.at_once):
+        for batch in batches(image_files(folder), self.at_once):
             count += len(batch)
             for name, network in self.networks.by_name.items():
                 parts[name].append(extract(network, batch, self.at_once)[0])
@@ -126,23 +126,23 @@ def pairwise(network: Lpips, images: Tensor, group: int) -> list[Tensor]:
     return [network.pairwise(part.to(device)).cpu() for part in images.split(group)]
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     """The pictures in a folder and below it, by name."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def picture_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """The pictures in a folder and below it. Raises ConfigError where there are fewer than 2."""
-    files = pictures_in(folder) if folder.is_dir() else []
+    files = images_in(folder) if folder.is_dir() else []
     if len(files) < 2:
         raise ConfigError(
-            f"--reference {folder} holds {len(files)} pictures ({', '.join(PICTURES)}), but a distance needs 2 or "
-            "more, better thousands. Give a folder of real pictures."
+            f"--reference {folder} holds {len(files)} images ({', '.join(IMAGE_SUFFIXES)}), but a distance needs 2 or "
+            "more, better thousands. Give a folder of real images."
         )
     return files
 
 
-def read_picture(file: Path) -> Tensor:
+def read_image(file: Path) -> Tensor:
     """A picture turned as its EXIF says, float (1, H, W, 3) in [0, 1]. Raises ConfigError that names a broken one."""
     if not file.is_file():
         raise ConfigError(f"{file} does not exist. Give a picture, or a folder with some.")
@@ -161,7 +161,7 @@ def batches(files: list[Path], at_once: int) -> Iterator[Tensor]:
     """Pictures of files, neighbours of one size together, (b, H, W, 3) with b up to `at_once`."""
     kept: list[Tensor] = []
     for file in files:
-        picture = read_picture(file)
+        picture = read_image(file)
         if kept and (kept[0].shape != picture.shape or len(kept) == at_once):
             yield torch.cat(kept)
             kept = []

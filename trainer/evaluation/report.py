@@ -118,8 +118,8 @@ def _cell(e: Estimate, sign: str = "") -> str:
     return f"{e.mean:{sign}.4f}" + (f" +- {e.error:.4f}" if math.isfinite(e.error) else "")
 
 
-def save_pictures(images: Tensor, folder: Path, first: int, group: int) -> None:
+def save_images(images: Tensor, folder: Path, first: int, group: int) -> None:
     """Write pictures as PROMPT-IMAGE.png, the first of them being number `first` of its side."""
     folder.mkdir(parents=True, exist_ok=True)
-    for n, picture in enumerate(plot.to_pictures(images), first):
+    for n, picture in enumerate(plot.to_pil_images(images), first):
         picture.save(folder / f"{n // group:04d}-{n % group:02d}.png")

@@ -24,10 +24,10 @@ from ..config.schema import Config
 from ..policy.base import Condition
 from .distributed import Processes
 from .forward_update import renoise
-from .lesson import Lesson
 from .plan import Plan, make_plan
-from .state import Learner
+from .state import TrainingState
 from .update import StepStatistics, improve
+from .update_batch import UpdateBatch
 
 
 class RunError(RuntimeError):
@@ -113,7 +113,7 @@ def check_failures(scores: dict[str, Tensor], config: Config, number: int) -> No
 
 
 @dataclass
-class Judgement:
+class ScoredRollout:
     """What the rewards said of one update's pictures, those of every process."""
 
     scores: dict[str, Tensor]  # name -> (P * G,)
@@ -123,16 +123,16 @@ class Judgement:
 
 def judge(
     scores: dict[str, Tensor], prompts: Sequence[str], window: PromptWindow, config: Config, number: int
-) -> Judgement:
-    """Scores of all groups and their prompts (P,) -> Judgement; raises RunError where too many scores failed."""
+) -> ScoredRollout:
+    """Scores of all groups and their prompts (P,) -> ScoredRollout; raises RunError where too many scores failed."""
     check_failures(scores, config, number)
     weights, size = config.reward.weights, config.rollout.group_size
     stacked = torch.stack([scores[name].view(-1, size) for name in weights])
     combined = combine_rewards(stacked, list(weights.values()), config.reward.standardise)
-    return Judgement(scores, combined, advantages(combined, prompts, window, config))
+    return ScoredRollout(scores, combined, advantages(combined, prompts, window, config))
 
 
-def align(learner: Learner, job: Job) -> Iterator[Update]:
+def align(learner: TrainingState, job: Job) -> Iterator[Update]:
     """Align the learner's policy, one Update after another, from `learner.done` to `config.run.updates`."""
     policy, config, prompts, processes = learner.policy, job.config, job.prompts, job.processes
     groups = processes.share(config.rollout.prompts_per_update)
@@ -166,7 +166,7 @@ def align(learner: Learner, job: Job) -> Iterator[Update]:
                 if config.objective.name in FORWARD:
                     seeds = [derive_seed(seed, number, g, 1) for g in groups]
                     path = renoise(path, plan, GroupNoise(seeds, size, policy.latent_shape), predict)
-                lesson = Lesson(plan, path, advantage, predict, policy, config)
+                lesson = UpdateBatch(plan, path, advantage, predict, policy, config)
                 statistics = improve(learner, lesson, processes)
             learner.done = number
             metrics = record(plan, judged, statistics, config)
@@ -176,7 +176,7 @@ def align(learner: Learner, job: Job) -> Iterator[Update]:
         yield Update(number, metrics, images, texts, judged.combined.flatten()[own])
 
 
-def record(plan: Plan, judged: Judgement, statistics: StepStatistics, config: Config) -> dict[str, Any]:
+def record(plan: Plan, judged: ScoredRollout, statistics: StepStatistics, config: Config) -> dict[str, Any]:
     """One line of metrics.jsonl but for its seconds; docs/metrics.md explains each key."""
     scores, combined = judged.scores, judged.combined
     weighted = torch.stack([w * scores[name] for name, w in config.reward.weights.items()]).sum(0)

@@ -7,8 +7,8 @@ from comfyui_pcpo.method.forward_process import image_scale, matching_log_ratio,
 from comfyui_pcpo.method.rollout import GroupNoise, Trajectory
 from comfyui_pcpo.method.surrogate import ppo
 
-from .lesson import Lesson, Predict, Renoised
 from .plan import Plan
+from .update_batch import Predict, Renoised, UpdateBatch
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def renoise(path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -
     return Renoised(latents, outs, errors, [image_scale(level, grid.kind) for level in levels], times)
 
 
-def forward_terms(lesson: Lesson, path: Renoised, i: int, rows: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+def forward_terms(lesson: UpdateBatch, path: Renoised, i: int, rows: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """(log-ratio, loss) of renoised samples under awm or nft, each (len(rows),); nft only watches the log-ratio."""
     o, error = lesson.config.objective, path.errors[i, rows].to(d.device)
     advantage = lesson.advantage[rows].to(d.device)

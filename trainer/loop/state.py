@@ -18,7 +18,7 @@ from .optimizer import make_optimizer
 
 
 @dataclass
-class Learner:
+class TrainingState:
     """What changes while a run goes on, and so what a checkpoint holds."""
 
     policy: Policy
@@ -62,8 +62,8 @@ def cloned(tree: Any) -> Any:
     return [cloned(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def make_learner(policy: Policy, config: Config) -> Learner:
+def make_training_state(policy: Policy, config: Config) -> TrainingState:
     o = config.optimizer
     optimizer = make_optimizer(policy.trainable(), o)
     average = Average(policy.trainable(), o.ema_decay, o.ema_every) if o.ema_decay else None
-    return Learner(policy, optimizer, PromptWindow(config.advantage.window, config.advantage.min_count), average)
+    return TrainingState(policy, optimizer, PromptWindow(config.advantage.window, config.advantage.min_count), average)

@@ -10,8 +10,8 @@ from comfyui_pcpo.method.surrogate import FORMS, OBJECTIVES, is_clipped, kl, tay
 
 from .distributed import Processes
 from .forward_update import forward_terms
-from .lesson import Lesson, Renoised
-from .state import Learner
+from .state import TrainingState
+from .update_batch import Renoised, UpdateBatch
 
 CLIPS = {"awm": "ppo", "nft": "matching"}  # whose flat region a forward-process objective has
 COUNTS = ("count", "log_ratio", "log_ratio_abs", "clipped", "taylor", "kl", "kl_count")
@@ -96,7 +96,7 @@ def no_statistics(steps: list[int], rounds: int) -> StepStatistics:
     )
 
 
-def improve(learner: Learner, lesson: Lesson, processes: Processes) -> StepStatistics:
+def improve(learner: TrainingState, lesson: UpdateBatch, processes: Processes) -> StepStatistics:
     """One optimizer step per minibatch, `optimizer.epochs` times over."""
     parameters, trained, o = learner.policy.trainable(), lesson.plan.trained, lesson.config.optimizer
     rounds = [part for _ in range(o.epochs) for part in lesson.plan.minibatches]
@@ -128,7 +128,7 @@ def improve(learner: Learner, lesson: Lesson, processes: Processes) -> StepStati
     return statistics
 
 
-def step_loss(lesson: Lesson, i: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+def step_loss(lesson: UpdateBatch, i: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Summed surrogate (and KL) of one denoising step over `rows`, (), and what is recorded of it, (len(ROWS),)."""
     o, path = lesson.config.objective, lesson.path
     out = lesson.predict(path.latents[i, rows], path.timesteps[i], rows)
@@ -162,7 +162,7 @@ def step_loss(lesson: Lesson, i: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     return loss, row
 
 
-def reference_kl(lesson: Lesson, i: int, rows: Tensor, out: Tensor) -> Tensor:
+def reference_kl(lesson: UpdateBatch, i: int, rows: Tensor, out: Tensor) -> Tensor:
     """KL of one step (or distance of outputs) to the model without its LoRA, (len(rows),); with gradient if trained."""
     if len(rows) == 0:
         return out.new_zeros(0, dtype=torch.float32)

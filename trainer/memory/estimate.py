@@ -163,13 +163,13 @@ def _update_bytes(policy: DiffusersPolicy, at_once: int) -> int:
 
 def pretends(policy: DiffusersPolicy) -> bool:
     """Whether the model's sizes can be found without computing; bitsandbytes' layers have no contentless copy."""
-    return policy.wiring.pretends and policy.config.model.quantize != "4bit"
+    return policy.adapter.pretends and policy.config.model.quantize != "4bit"
 
 
 def _decode_bytes(policy: DiffusersPolicy, at_once: int) -> int:
     def compute() -> None:
         with torch.no_grad():
-            policy.wiring.decode(torch.zeros(at_once, *policy.latent_shape, device=policy.device))
+            policy.adapter.decode(torch.zeros(at_once, *policy.latent_shape, device=policy.device))
 
     return peak_bytes([policy.pipeline.vae], compute)
 

@@ -13,7 +13,7 @@ class Movable(Protocol):
 Parts = dict[str, list[Movable]]
 
 
-class Residence:
+class Offloader:
     """Moves parts, which start on the CPU, by name.
 
     With `offload` only those that are asked for are on the device; `fixed` ones never leave.

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of all storages that come into being inside, until they go, and the most at a time."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Ledger(TorchDispatchMode):
 
 def peak_bytes(modules: list[nn.Module], compute: Callable[[], Any], pretend: bool = True) -> int:
     """The most bytes at a time that `compute` takes beyond the weights of `modules`; without `pretend` by doing it."""
-    ledger = Ledger()
+    ledger = MemoryTracker()
     weights = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     fake = next((t.fake_mode for t in weights if isinstance(t, FakeTensor)), None)  # a model that is only shapes
     fake = fake or FakeTensorMode(allow_non_fake_inputs=True)

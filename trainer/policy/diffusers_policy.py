@@ -14,7 +14,7 @@ from comfyui_pcpo.method.rollout import derive_seed
 from comfyui_pcpo.method.schedule import Grid, Kind
 
 from ..config.schema import Config, ConfigError
-from ..memory.offload import Parts, Residence
+from ..memory.offload import Offloader, Parts
 from ..memory.quantize import store
 from ..memory.shard import compile_blocks, shard, sharded
 from .base import LoraPairs
@@ -41,11 +41,11 @@ class DiffusersPolicy:
 
     def __init__(self, pipeline: Any, config: Config, more: Collection[str] = ()):
         self.pipeline, self.config = pipeline, config
-        self.wiring = wire(pipeline, config.rollout)
-        self.denoiser: Any = self.wiring.denoiser
-        self.family: Family = self.wiring.layout
-        self.kind: Kind = self.wiring.kind
-        self.latent_shape: tuple[int, int, int] = self.wiring.latent_shape
+        self.adapter = wire(pipeline, config.rollout)
+        self.denoiser: Any = self.adapter.denoiser
+        self.family: Family = self.adapter.layout
+        self.kind: Kind = self.adapter.kind
+        self.latent_shape: tuple[int, int, int] = self.adapter.latent_shape
         self.device = pick_device(config.model.device)
         self.dtype = DTYPES[config.model.precision]
         modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
@@ -59,7 +59,7 @@ class DiffusersPolicy:
         if config.model.compile:
             compile_blocks(self.denoiser)
 
-    def _settle(self, modules: list[nn.Module]) -> Residence:
+    def _settle(self, modules: list[nn.Module]) -> Offloader:
         """Put the pipeline's parts where they belong."""
         pipeline, m = self.pipeline, self.config.model
         if pipeline.vae.dtype != torch.float32:
@@ -67,7 +67,7 @@ class DiffusersPolicy:
         text = [part for part in modules if part is not self.denoiser and part is not pipeline.vae]
         parts: Parts = {"denoiser": [self.denoiser], "vae": [pipeline.vae], "text": [*text]}
         stays = m.quantize == "4bit" or sharded(m)  # cannot be moved once they are set up
-        residence = Residence(parts, self.device, m.offload, ["denoiser"] if stays else [])
+        residence = Offloader(parts, self.device, m.offload, ["denoiser"] if stays else [])
         if sharded(m):
             shard(self.denoiser, set(self.trainable()), self.device)
         if residence.offload:
@@ -89,14 +89,14 @@ class DiffusersPolicy:
             p.data = p.data.float()
 
     def grid(self, steps: int) -> Grid:
-        return self.wiring.grid(steps)
+        return self.adapter.grid(steps)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Encoded:
         self.residence.only("text")
-        positive = self.wiring.embed(prompts, self.device)
+        positive = self.adapter.embed(prompts, self.device)
         negative = (
-            None if self.config.rollout.cfg == 1 else self.wiring.embed([self.config.prompts.negative], self.device)
+            None if self.config.rollout.cfg == 1 else self.adapter.embed([self.config.prompts.negative], self.device)
         )
         self.residence.only("denoiser")
         if negative is None:
@@ -117,17 +117,17 @@ class DiffusersPolicy:
         else:
             both = {k: torch.cat([v, positive[k]]) for k, v in negative.items()}
             uncond, cond = self._call(torch.cat([x, x]), timestep, both).chunk(2)
-        return self.wiring.guide(uncond, cond, self.config.rollout.cfg)
+        return self.adapter.guide(uncond, cond, self.config.rollout.cfg)
 
     def _call(self, x: Tensor, timestep: float, text: Inputs) -> Tensor:
         t = torch.full((len(x),), timestep, device=x.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.wiring.call(x, t, text)
+            return self.adapter.call(x, t, text)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         self.residence.only("denoiser", "vae")
-        images = self.wiring.decode(latents.to(self.device))
+        images = self.adapter.decode(latents.to(self.device))
         self.residence.only("denoiser")
         return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
 

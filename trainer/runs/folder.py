@@ -24,7 +24,7 @@ from comfyui_pcpo.plotting import plot
 from ..config.loading import build, dump, tomllib
 from ..config.schema import Config, ConfigError
 from ..loop.align import Update
-from ..loop.state import Learner
+from ..loop.state import TrainingState
 from ..policy.base import LoraPairs
 
 
@@ -143,7 +143,7 @@ class RunFolder:
             with writing(self.curves_file, self.path):
                 plot.curves(records).save(self.curves_file)
 
-    def save(self, learner: Learner, config: Config) -> Path:
+    def save(self, learner: TrainingState, config: Config) -> Path:
         """A checkpoint after the last finished update, and the LoRA to use."""
         name = f"{learner.done:06d}"
         final, temporary = self.checkpoints / name, self.checkpoints / f"{name}.tmp"
@@ -171,7 +171,7 @@ class RunFolder:
             ) from error
         return final
 
-    def write_lora(self, pairs: LoraPairs, learner: Learner, config: Config) -> None:
+    def write_lora(self, pairs: LoraPairs, learner: TrainingState, config: Config) -> None:
         """The LoRA under ComfyUI's names, with the configuration in its metadata."""
         rank, family = config.lora.rank, learner.policy.family
         state = export_state(folded(pairs, config.lora.scale), rank, rank, "comfyui", family)
@@ -213,7 +213,7 @@ class RunFolder:
         file = average if average.is_file() else average.with_name("lora.safetensors")
         return folded(load_pairs(file), self.config().lora.scale)
 
-    def load(self, learner: Learner, which: str = "latest") -> None:
+    def load(self, learner: TrainingState, which: str = "latest") -> None:
         """Bring `learner` to a checkpoint. Raises ConfigError that names a damaged file and an older checkpoint."""
         folder = self.checkpoint(which)
         try:

@@ -15,7 +15,7 @@ from ..config.schema import Config, ConfigError
 from ..evaluation.sampling import padded
 from ..loop.align import Job, RunError, Update, align
 from ..loop.distributed import Processes, join
-from ..loop.state import Learner, make_learner
+from ..loop.state import TrainingState, make_training_state
 from ..policy.base import LoraPairs
 from ..policy.diffusers_policy import DTYPES, DiffusersPolicy, denoiser_of, module_names, pick_device
 from ..policy.loading import load_pipeline
@@ -80,7 +80,7 @@ def start_from(policy: DiffusersPolicy, config: Config, pairs: LoraPairs) -> Non
     policy.load_lora(start)
 
 
-def run_updates(folder: RunFolder, learner: Learner, job: Job) -> Iterator[Update]:
+def run_updates(folder: RunFolder, learner: TrainingState, job: Job) -> Iterator[Update]:
     """`align` with the folder kept: records, pictures, checkpoints; whatever ends it, finished updates are saved."""
     config, processes = job.config, job.processes
     board = _tensorboard(folder) if config.run.tensorboard and processes.main else None
@@ -114,7 +114,7 @@ def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> tuple[
     join()
     processes = Processes()
     job = Job(config, prompts, rewards, processes, tick)
-    learner = make_learner(make_policy(config), config)
+    learner = make_training_state(make_policy(config), config)
     folder = RunFolder(config.run.folder / config.run.name)
 
     def updates() -> Iterator[Update]:
@@ -143,7 +143,7 @@ def resume_run(
     join()
     processes = Processes()
     job = Job(config, prompts, rewards, processes, tick)
-    learner = make_learner(make_policy(config), config)
+    learner = make_training_state(make_policy(config), config)
 
     def go() -> Iterator[Update]:
         with folder.locked() if processes.main else nullcontext():

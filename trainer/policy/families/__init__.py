@@ -3,14 +3,14 @@
 from typing import Any
 
 from ...config.schema import ConfigError, RolloutConfig
-from .base import Inputs, Wiring, denoiser_of
+from .base import Inputs, PipelineAdapter, denoiser_of
 from .flux import Flux
 from .qwen import QwenImage
 from .sd3 import Sd3
 from .sdxl import Sdxl
 from .unet import Unet
 
-FAMILIES: dict[str, type[Wiring]] = {
+FAMILIES: dict[str, type[PipelineAdapter]] = {
     "StableDiffusionPipeline": Unet,
     "StableDiffusionXLPipeline": Sdxl,
     "StableDiffusion3Pipeline": Sd3,
@@ -19,7 +19,7 @@ FAMILIES: dict[str, type[Wiring]] = {
 }
 
 
-def wire(pipeline: Any, rollout: RolloutConfig) -> Wiring:
+def wire(pipeline: Any, rollout: RolloutConfig) -> PipelineAdapter:
     """The wiring of a pipeline. Raises ConfigError for a kind that has no entry."""
     name = type(pipeline).__name__
     if name not in FAMILIES:
@@ -27,4 +27,4 @@ def wire(pipeline: Any, rollout: RolloutConfig) -> Wiring:
     return FAMILIES[name](pipeline, rollout)
 
 
-__all__ = ["FAMILIES", "Inputs", "Wiring", "denoiser_of", "wire"]
+__all__ = ["FAMILIES", "Inputs", "PipelineAdapter", "denoiser_of", "wire"]

@@ -15,7 +15,7 @@ Inputs = dict[str, Tensor]
 """The denoiser's text inputs by name, one row per prompt."""
 
 
-class Wiring:
+class PipelineAdapter:
     """How a pipeline's parts go together: prompts to inputs, inputs to the denoiser, latents to pictures.
 
     The defaults are those of a flow transformer on the latents of a plain VAE.

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from comfyui_pcpo.lora.formats import Family
 
-from .base import Inputs, Wiring
+from .base import Inputs, PipelineAdapter
 
 TEXT_LENGTH = 512
 
 
-class Flux(Wiring):
+class Flux(PipelineAdapter):
     layout: Family = "flux"
 
     def channels(self) -> int:

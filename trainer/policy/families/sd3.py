@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import Inputs, Wiring
+from .base import Inputs, PipelineAdapter
 
 T5_LENGTH = 256
 
 
-class Sd3(Wiring):
+class Sd3(PipelineAdapter):
     def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:
         """Without T5 its tokens are left out, as ComfyUI does; diffusers would pad with 256 rows of zeros."""
         pipe = self.pipeline

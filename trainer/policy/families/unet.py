@@ -10,12 +10,12 @@ from comfyui_pcpo.lora.formats import Family
 from comfyui_pcpo.method.schedule import Grid, Kind, ddim_grid
 
 from ...config.schema import ConfigError, RolloutConfig
-from .base import Inputs, Wiring
+from .base import Inputs, PipelineAdapter
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
-class Unet(Wiring):
+class Unet(PipelineAdapter):
     layout: Family = "unet"
     kind: Kind = "ddim"
     token = 1

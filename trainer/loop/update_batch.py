@@ -27,7 +27,7 @@ class Renoised:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class UpdateBatch:
     """One update's stored steps, what became of them, and whom to ask again; of this process's B pictures."""
 
     plan: Plan
