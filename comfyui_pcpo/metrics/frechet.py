@@ -1,4 +1,4 @@
-"""How far two sets of pictures are apart, and how different the pictures of one prompt are, from their features."""
+"""Frechet distance, diversity and Inception Score, computed from features of images."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
     """
     for name, x in (("first", a), ("second", b)):
         if x.ndim != 2 or len(x) < 2:
-            raise ValueError(f"the {name} set has shape {tuple(x.shape)}, but needs 2 or more rows (N, D).")
+            raise ValueError(f"the {name} set has shape {tuple(x.shape)}, but must be (N, D) with 2 or more rows.")
     a, b = a.double(), b.double()
     x, y = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (a, b))  # S_a = x^T x
     cross = cross_few(x, y) if min(len(x), len(y)) < x.shape[1] else cross_many(x.T @ x, y.T @ y)
@@ -32,10 +32,10 @@ def cross_few(x: Tensor, y: Tensor) -> Tensor:
 
 
 def diversity(features: Tensor, group_size: int) -> float:
-    """Mean distance between pictures of the same prompt, (P * G, D) -> float: 1 - cosine over all pairs of a group."""
+    """Mean distance between images of the same prompt, (P * G, D) -> float: 1 - cosine over all pairs of a group."""
     if group_size < 2 or len(features) % group_size:
         raise ValueError(
-            f"{len(features)} rows do not split into groups of {group_size}. Use whole groups of 2 or more pictures."
+            f"{len(features)} rows do not split into groups of {group_size}. Use whole groups of 2 or more images."
         )
     unit = torch.nn.functional.normalize(features.double(), dim=-1).unflatten(0, (-1, group_size))
     cosine = unit @ unit.transpose(1, 2)
@@ -44,12 +44,12 @@ def diversity(features: Tensor, group_size: int) -> float:
 
 
 def inception_score(logits: Tensor) -> float:
-    """How sure and how varied a classifier finds pictures, (N, classes) -> float from 1 to classes, in float64.
+    """Confidence and variety of a classifier's predictions, (N, classes) -> float from 1 to classes, in float64.
 
-    Salimans et al. (arXiv 1606.03498):  exp(mean_n KL(p(y | x_n) || p(y))), over all pictures in one split
+    Salimans et al. (arXiv 1606.03498):  exp(mean_n KL(p(y | x_n) || p(y))), all images in one split
     """
     if logits.ndim != 2 or len(logits) < 2:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}, but need 2 or more rows (N, classes).")
+        raise ValueError(f"logits have shape {tuple(logits.shape)}, but must be (N, classes) with 2 or more rows.")
     each = logits.double().log_softmax(1)
     overall = each.exp().mean(0).log()
     return float((each.exp() * (each - overall)).sum(1).mean().exp())

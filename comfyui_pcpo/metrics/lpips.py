@@ -1,15 +1,15 @@
-"""LPIPS: how different two pictures look, from the layers of an AlexNet."""
+"""LPIPS: perceptual distance between two images, from the layers of an AlexNet."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WIDTHS = (64, 192, 384, 256, 256)
-MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in [-1, 1], as LPIPS 0.1 has them
+CHANNELS = (64, 192, 384, 256, 256)
+MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1], as in LPIPS 0.1
 
 
 def alexnet() -> nn.Sequential:
-    """The convolutions of torchvision's AlexNet under the numbers that they have there."""
+    """The convolutional part of torchvision's AlexNet, with its layer numbers."""
     return nn.Sequential(
         nn.Conv2d(3, 64, 11, 4, 2),
         nn.ReLU(),
@@ -35,30 +35,30 @@ class Lpips(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = alexnet()
-        self.heads = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in WIDTHS)
+        self.heads = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in CHANNELS)
 
     def layers(self, images: Tensor) -> list[Tensor]:
         """Unit vectors over the channels after each ReLU, float (B, H, W, 3) in [0, 1] -> 5 times (B, C, h, w)."""
         pixels = images.permute(0, 3, 1, 2) * 2 - 1
         x = (pixels - pixels.new_tensor(MEAN).view(3, 1, 1)) / pixels.new_tensor(STD).view(3, 1, 1)
-        found = []
+        activations = []
         for layer in self.features:
             x = layer(x)
             if isinstance(layer, nn.ReLU):
-                found.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
-        return found
+                activations.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return activations
 
     def between(self, x: list[Tensor], y: list[Tensor]) -> Tensor:
-        """Distances of pictures from their layers, -> (B,)."""
+        """Distances of images from their layers, -> (B,)."""
         parts = [F.conv2d((a - b).square(), w.view(1, -1, 1, 1)) for a, b, w in zip(x, y, self.heads, strict=True)]
         return torch.stack([part.mean((1, 2, 3)) for part in parts]).sum(0)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distances of pictures, float (B, H, W, 3) in [0, 1] twice -> (B,)."""
+        """Distances of images, float (B, H, W, 3) in [0, 1] twice -> (B,)."""
         return self.between(self.layers(x), self.layers(y))
 
     def pairwise(self, images: Tensor) -> Tensor:
-        """Mean distance over all pairs of pictures, (G, H, W, 3) -> (); layers are computed once per picture."""
+        """Mean distance over all pairs of images, (G, H, W, 3) -> (); layers are computed once per image."""
         layers = self.layers(images)
         first, second = torch.triu_indices(len(images), len(images), 1)
         return self.between([x[first] for x in layers], [x[second] for x in layers]).mean()

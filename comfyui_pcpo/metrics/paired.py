@@ -1,4 +1,4 @@
-"""Before and after over seeds: mean, standard error, and whether the difference could be chance."""
+"""Paired t-test of before against after over seeds, with means and standard errors."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Paired:
-    """after - before, and the two-sided p-value of the paired t-test; p is NaN where it cannot be told."""
+    """after - before, and the two-sided p-value of the paired t-test; p is NaN where it is undefined."""
 
     difference: Estimate
     t: float
@@ -33,12 +33,15 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired(before: Sequence[float], after: Sequence[float]) -> Paired:
-    """Student's t-test on the differences of pairs, those with a NaN left out.
+    """Student's t-test on the differences of pairs; pairs with a NaN are dropped.
 
     t = mean(d) / (std(d) / sqrt(n)),  n - 1 degrees of freedom
     """
     if len(before) != len(after):
-        raise ValueError(f"{len(before)} values before and {len(after)} after are no pairs. Give one for each seed.")
+        raise ValueError(
+            f"There are {len(before)} values before and {len(after)} after, but the test needs pairs. "
+            "Give one of each per seed."
+        )
     difference = estimate([b - a for a, b in zip(before, after, strict=True)])
     if not difference.error > 0:  # one seed, or differences without spread
         return Paired(difference, math.nan, math.nan)
@@ -46,16 +49,16 @@ def paired(before: Sequence[float], after: Sequence[float]) -> Paired:
     return Paired(difference, t, student(t, difference.count - 1))
 
 
-def student(t: float, freedom: int) -> float:
-    """Probability that Student's t is at least as far from 0, for whole degrees of freedom.
+def student(t: float, dof: int) -> float:
+    """Two-sided p-value of Student's t for an integer number of degrees of freedom.
 
-    Abramowitz and Stegun 26.7.3 and 26.7.4, with theta = atan(t / sqrt(freedom))
+    Abramowitz and Stegun 26.7.3 and 26.7.4, with theta = atan(t / sqrt(dof))
     """
-    theta = math.atan(abs(t) / math.sqrt(freedom))
+    theta = math.atan(abs(t) / math.sqrt(dof))
     sine, cosine = math.sin(theta), math.cos(theta)
-    odd = freedom % 2
+    odd = dof % 2
     term, total = (cosine if odd else 1.0), 0.0
-    for k in range(2 + odd, freedom + 1, 2):
+    for k in range(2 + odd, dof + 1, 2):
         total += term
         term *= (k - 1) / k * cosine * cosine
     inside = 2 / math.pi * (theta + sine * total) if odd else sine * total

@@ -23,7 +23,7 @@ class TinyEncoder(nn.Module):
         return (image.float() * text).sum(-1)
 
 
-def small(images: Tensor) -> Tensor:
+def encoder_input(images: Tensor) -> Tensor:
     """Pictures as emoji-align reads them, uint8 (B, H, W, 3) -> (B, 3, 64, 64) in [-1, 1]."""
     pixels = images.permute(0, 3, 1, 2).float() / 255
     if pixels.shape[-2:] != (PIXELS, PIXELS):
@@ -50,4 +50,4 @@ class Alignment(Reward):
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         assert isinstance(self.model, TinyEncoder)
         text = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").to(self.device)
-        return self.model(small(images.to(self.device)), text.input_ids, text.attention_mask)
+        return self.model(encoder_input(images.to(self.device)), text.input_ids, text.attention_mask)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from comfyui_pcpo.reward.alignment import small
+from comfyui_pcpo.reward.alignment import encoder_input
 from comfyui_pcpo.reward.base import Reward
 from comfyui_pcpo.tiny.pipelines import MODELS
 from comfyui_pcpo.tiny.polish import PolishNet, load_polish
@@ -21,4 +21,4 @@ class Polish(Reward):
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         assert isinstance(self.model, PolishNet)
-        return self.model(small(images.to(self.device)))
+        return self.model(encoder_input(images.to(self.device)))

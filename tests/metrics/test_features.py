@@ -1,11 +1,13 @@
 """The networks behind the evaluation metrics give what their references gave, from files in the published layouts."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from comfyui_pcpo.metrics import inception
+from comfyui_pcpo.metrics.errors import MetricError
 from comfyui_pcpo.metrics.features import (
     extract,
     load_dino,
@@ -14,7 +16,6 @@ from comfyui_pcpo.metrics.features import (
     load_tiny_features,
 )
 from comfyui_pcpo.metrics.frechet import inception_score
-from comfyui_pcpo.reward import RewardError
 from tests.golden import metric_recipe as recipe
 from tests.golden import reward_recipe as gold
 
@@ -48,26 +49,48 @@ def test_inception_equals_torch_fidelity(network, name):
     wanted = gold.golden("inception")
     features, logits = extract(network, gold.image(name))
     assert features.shape == (1, 2048) and logits.shape == (1, 1008)
-    for found, key, stride in ((features, "features", 128), (logits, "logits", 63)):
+    for output, key, stride in ((features, "features", 128), (logits, "logits", 63)):
         want = torch.tensor(wanted[key][name])
-        torch.testing.assert_close(found[0, ::stride], want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output[0, ::stride], want, rtol=1e-4, atol=1e-5)
 
 
 def test_an_ordinary_resize_is_not_the_references(network, monkeypatch):
+    from torch_fidelity import feature_extractor_inceptionv3 as library
+
     wanted = torch.tensor(gold.golden("inception")["features"]["small96"])
 
-    def ordinary(x, side):
-        return torch.nn.functional.interpolate(x, (side, side), mode="bilinear", align_corners=False)
+    def ordinary(x, size, align_corners):
+        return torch.nn.functional.interpolate(x, size, mode="bilinear", align_corners=align_corners)
 
-    monkeypatch.setattr(inception, "resize", ordinary)
-    found = extract(network, gold.image("small96"))[0][0, ::128]
-    assert (found - wanted).abs().max() > 100 * 1e-5
+    monkeypatch.setattr(library, "interpolate_bilinear_2d_like_tensorflow1x", ordinary)
+    features = extract(network, gold.image("small96"))[0][0, ::128]
+    assert (features - wanted).abs().max() > 100 * 1e-5
 
 
-def test_the_last_pool_takes_the_maximum_and_the_others_leave_the_border_out(network):
-    ones = torch.ones(1, 1, 4, 4)
-    assert torch.equal(inception.POOLS["avg"](ones), ones)
-    assert [layer.paths[-1][0] for layer in (network.layers["Mixed_7b"], network.layers["Mixed_7c"])] == ["avg", "max"]
+def test_inception_weights_never_run_code_nor_come_from_the_network(inception_file, tmp_path, monkeypatch):
+    import pickle
+    import socket
+
+    def refuse(*args):
+        raise AssertionError("network access")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert load_inception(inception_file)(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))[0].isfinite().all()
+
+    class Exploit:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    (tmp_path / "bad.pth").write_bytes(pickle.dumps(Exploit(), protocol=2))
+    with pytest.raises(MetricError, match=r"bad.pth .*cannot be read as weights"):
+        load_inception(tmp_path / "bad.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_fid_without_torch_fidelity_names_the_package(inception_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(MetricError, match=r"pip install torch-fidelity"):
+        load_inception(inception_file)
 
 
 def test_inception_score_equals_torch_fidelity_and_its_bounds():
@@ -96,20 +119,20 @@ def test_pairwise_lpips_is_the_mean_over_all_pairs(alexnet_file):
     torch.testing.assert_close(network.pairwise(batch), torch.cat(pairs).mean())
 
 
-def test_dino_is_the_class_token_of_the_normalised_picture(tmp_path):
+def test_dino_is_the_class_token_of_the_normalised_image(tmp_path):
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
     config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=518, patch_size=14)
     reference = Dinov2Model(config).eval()
     reference.save_pretrained(tmp_path)
-    picture = Image.fromarray(gold.picture("land300x451")).resize((224, 224), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+    resized = Image.fromarray(gold.picture("land300x451")).resize((224, 224), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
         want = reference(pixel_values=(pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)).pooler_output
-    (found,) = extract(load_dino(tmp_path), gold.image("land300x451"))
-    torch.testing.assert_close(found, want)
+    (features,) = extract(load_dino(tmp_path), gold.image("land300x451"))
+    torch.testing.assert_close(features, want)
 
 
 def test_tiny_features_do_not_depend_on_the_batch():
@@ -128,18 +151,18 @@ def test_tiny_features_do_not_depend_on_the_batch():
     ],
 )
 def test_an_absent_file_says_where_it_is_published(load, said, tmp_path):
-    with pytest.raises(RewardError, match=said):
+    with pytest.raises(MetricError, match=said):
         load(tmp_path / "gone")
 
 
 def test_absent_heads_and_weights_of_other_networks_are_named(alexnet_file, inception_file, tmp_path):
-    with pytest.raises(RewardError, match=r"of another shape|too many"):
+    with pytest.raises(MetricError, match=r"alexnet-owt-7be5be79.pth holds other weights than Inception's"):
         load_inception(alexnet_file)
-    with pytest.raises(RewardError, match=r"alexnet-owt-7be5be79.pth lacks 10 weights"):
+    with pytest.raises(MetricError, match=r"alexnet-owt-7be5be79.pth lacks 10 weights"):
         torch.save({"fc.weight": torch.zeros(2)}, alexnet_file)
         load_lpips(alexnet_file)
     (tmp_path / "alex.pth").unlink()
-    with pytest.raises(RewardError, match=r"alex.pth does not exist.*lpips package"):
+    with pytest.raises(MetricError, match=r"alex.pth does not exist.*lpips package"):
         load_lpips(alexnet_file)
 
 
@@ -152,8 +175,8 @@ def test_a_dino_folder_that_lacks_weights_is_named(tmp_path):
     state = load_file(tmp_path / "model.safetensors")
     state.pop("layernorm.weight")
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RewardError, match=r"lacks 1 weights, such as layernorm.weight"):
+    with pytest.raises(MetricError, match=r"lacks 1 weights, such as layernorm.weight"):
         load_dino(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"cut")
-    with pytest.raises(RewardError, match=r"cannot be read as DINOv2"):
+    with pytest.raises(MetricError, match=r"cannot be read as DINOv2"):
         load_dino(tmp_path)

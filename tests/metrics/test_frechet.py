@@ -36,7 +36,7 @@ def test_few_pictures_and_many_give_the_same_trace():
 
 
 def test_one_picture_has_no_spread():
-    with pytest.raises(ValueError, match="needs 2 or more rows"):
+    with pytest.raises(ValueError, match="2 or more rows"):
         frechet(features(1, 4, 0), features(4, 4, 0))
 
 

@@ -35,6 +35,6 @@ def test_nothing_is_claimed_from_one_seed_or_without_spread():
     assert math.isnan(estimate([1.0]).error) and estimate([1.0]).mean == 1.0
 
 
-def test_values_that_are_no_pairs_are_refused():
-    with pytest.raises(ValueError, match="no pairs"):
+def test_values_without_a_pair_are_refused():
+    with pytest.raises(ValueError, match="the test needs pairs"):
         paired([1.0], [1.0, 2.0])

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from comfyui_pcpo.metrics.errors import MetricError
 from comfyui_pcpo.metrics.features import extract, load_dino, load_inception, load_lpips, load_tiny_features
 from comfyui_pcpo.metrics.frechet import diversity, frechet, inception_score
 from comfyui_pcpo.metrics.lpips import Lpips
@@ -42,11 +43,14 @@ class Networks:
 def load_networks(tiny: bool, files: Files, device: str) -> Networks:
     """Read what was named; the tiny encoder only where it knows the pictures' world."""
     found: dict[str, torch.nn.Module] = {"tiny FD": load_tiny_features()} if tiny else {}
-    if files.inception is not None:
-        found["FID"] = load_inception(files.inception)
-    if files.dino is not None:
-        found["FD-DINOv2"] = load_dino(files.dino)
-    heads = None if files.lpips is None else load_lpips(files.lpips).to(device)
+    try:
+        if files.inception is not None:
+            found["FID"] = load_inception(files.inception)
+        if files.dino is not None:
+            found["FD-DINOv2"] = load_dino(files.dino)
+        heads = None if files.lpips is None else load_lpips(files.lpips).to(device)
+    except MetricError as error:
+        raise ConfigError(str(error)) from error
     return Networks({name: network.to(device) for name, network in found.items()}, heads)
 
 
