@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io, ui
 
-from comfyui_pcpo.lora.formats import export_state, family_of
+from comfyui_pcpo.lora.families import detect_family
+from comfyui_pcpo.lora.formats import export_state
 from comfyui_pcpo.plotting import plot
 
 from ..trainer.config.schema import ConfigError
@@ -89,4 +90,4 @@ class LoadRun(io.ComfyNode):
 def lora_state(folder: RunFolder, checkpoint: str = "latest") -> dict:
     """A checkpoint's LoRA under the names that ComfyUI reads."""
     pairs, rank = folder.lora(checkpoint.strip().lower()), folder.config().lora.rank
-    return export_state(pairs, rank, rank, "comfyui", family_of(pairs))
+    return export_state(pairs, rank, rank, "comfyui", detect_family(pairs))

@@ -1,19 +1,19 @@
-"""LoRA names and alpha folding: one adapter, the key layouts that ComfyUI, diffusers and kohya's tools read.
+"""LoRA state dicts in the key layouts that ComfyUI, diffusers and kohya's tools read.
 
-A pair is (A, B): A (r, in) or (r, in, k, k) comes first, B (out, r) or (out, r, 1, 1) second;
+A pair is (A, B): A (r, in) or (r, in, k, k) is applied first, B (out, r) or (out, r, 1, 1) second;
 the update is alpha / r B A.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.lora.original_names import Family, Place, family_of, original_names
+from comfyui_pcpo.lora.families import LORA_FAMILIES, Family, LoraFamily, detect_family, original_names
 
 Layout = Literal["comfyui", "diffusers", "kohya"]
 Pair = tuple[Tensor, Tensor]
@@ -21,7 +21,6 @@ Pair = tuple[Tensor, Tensor]
 _DOTTED = ("transformer.", "unet.", "diffusion_model.", "base_model.model.")
 _UNDERSCORED = ("lora_transformer_", "lora_unet_")
 _TEXT = ("lora_te", "text_encoder", "clip_", "t5xxl")
-_MLP_RATIO = 4  # of FLUX's single blocks, whose first layer holds q, k, v and the feed-forward part
 _SUFFIXES = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -42,29 +41,30 @@ def export_state(
     """The file's tensors by key.
 
     unet, comfyui and kohya    lora_unet_<underscored>.lora_down.weight, .lora_up.weight, .alpha
-    kohya of the others        the same with the original checkpoint's names, q, k and v as one module
+    kohya of other families    the same with the original checkpoint's names, q, k and v as one module
     everything else            unet.<name> or transformer.<name> + .lora_A.weight, .lora_B.weight; alpha / rank is in B
     """
-    if layout not in ("comfyui", "diffusers", "kohya"):
-        raise ValueError(f"layout is {layout!r}, but it must be 'comfyui', 'diffusers' or 'kohya'.")
-    if family not in get_args(Family):
-        raise ValueError(f"family is {family!r}, but it must be one of {', '.join(map(repr, get_args(Family)))}.")
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout is {layout!r}, but must be one of {', '.join(map(repr, get_args(Layout)))}.")
+    if family not in LORA_FAMILIES:
+        raise ValueError(f"family is {family!r}, but must be one of {', '.join(map(repr, LORA_FAMILIES))}.")
     if not pairs:
-        raise ValueError("there are 0 LoRA modules, but a file needs at least one. Check the target modules.")
+        raise ValueError("The LoRA has no modules, so there is nothing to export. Check the target modules.")
     for module, pair in pairs.items():
         _check_pair(module, pair, rank)
-    if layout == "kohya" and family != "unet":
-        return _kohya(fused({name: (a, _fold(b, alpha / rank)) for name, (a, b) in pairs.items()}, family))
-    if family == "unet" and layout != "diffusers":
+    names = LORA_FAMILIES[family]
+    if layout == "diffusers" or (layout == "comfyui" and not names.underscored):
+        return _peft(pairs, alpha / rank, names.prefix)
+    if names.underscored:
         return _kohya({name: (a, b, alpha) for name, (a, b) in pairs.items()})
-    return _peft(pairs, alpha / rank, family)
+    return _kohya(fused({name: (a, _fold(b, alpha / rank)) for name, (a, b) in pairs.items()}, family))
 
 
 def parse_state(state: Mapping[str, Tensor], module_names: Iterable[str] | None = None) -> dict[str, Pair]:
     """Read any of the layouts back as {diffusers module: (A, B)}, alpha / rank in B.
 
-    Underscored keys do not say where the dots were, nor originals what diffusers calls them: they need the model's
-    `module_names`. Keys of text encoders are left out with a warning.
+    Underscored keys and original names map to diffusers' modules only with the model's `module_names`. Keys of text
+    encoders are skipped with a warning.
     """
     names = list(module_names or ())
     dotted, original = _underscore_index(names), _original_index(names)
@@ -76,14 +76,14 @@ def parse_state(state: Mapping[str, Tensor], module_names: Iterable[str] | None 
             parts.setdefault(name, {})[part] = tensor
     if skipped:
         warnings.warn(
-            f"{len(skipped)} keys of text encoders, such as {skipped[0]}, are left out: only the denoiser has a LoRA.",
+            f"Skipping {len(skipped)} keys of text encoders, such as {skipped[0]}: only the denoiser can have a LoRA.",
             stacklevel=2,
         )
         if not parts:
-            raise ValueError("there are 0 LoRA weights of the denoiser. Use a file that was trained on one.")
+            raise ValueError("The file has no LoRA weights of the denoiser. Use one that was trained on the denoiser.")
     pairs: dict[str, Pair] = {}
-    for name, found in parts.items():
-        pair = _join(name, found)
+    for name, tensors in parts.items():
+        pair = _join(name, tensors)
         for module, part in original.get(name) or [(name, None)]:
             pairs[module] = _part(name, pair, part)
     return pairs
@@ -92,51 +92,55 @@ def parse_state(state: Mapping[str, Tensor], module_names: Iterable[str] | None 
 def fused(pairs: Mapping[str, Pair], family: Family) -> dict[str, tuple[Tensor, Tensor, float]]:
     """{original module: (A, B, alpha)}: parts of one original module become blocks of its A and B, alpha its rank."""
     places = original_names(pairs, family)
-    lost = sorted(set(pairs) - set(places))
-    if lost:
-        raise ValueError(f"{lost[0]} has no name in kohya's layout for {family}. Use the 'diffusers' layout.")
+    unnamed = sorted(set(pairs) - set(places))
+    if unnamed:
+        raise ValueError(f"{unnamed[0]} has no name in kohya's layout for {family}. Use the 'diffusers' layout.")
     groups: dict[str, dict[int | None, Pair]] = {}
     for module, (name, part) in places.items():
         groups.setdefault(name, {})[part] = pairs[module]
-    found = {}
+    modules = {}
     for name, parts in groups.items():
         a = torch.cat([pair[0].detach() for pair in parts.values()])
-        found[name] = (a, _blocks(name, parts), float(len(a)))
-    return found
+        modules[name] = (a, _blocks(name, parts, LORA_FAMILIES[family]), float(len(a)))
+    return modules
 
 
-def _blocks(name: str, parts: Mapping[int | None, Pair]) -> Tensor:
-    """B of a module from those of its parts, block by block; a part that is not there has rows of zeros."""
+def _blocks(name: str, parts: Mapping[int | None, Pair], family: LoraFamily) -> Tensor:
+    """B of an original module from those of its parts, block by block; a missing part has rows of zeros."""
     if None in parts:
         return parts[None][1].detach()
-    hidden, some = next(iter(parts.values()))[0].shape[1], next(iter(parts.values()))[1]
-    sizes = {0: hidden, 1: hidden, 2: hidden} | ({3: _MLP_RATIO * hidden} if name.endswith("linear1") else {})
+    (first_a, first_b), *_ = parts.values()
+    hidden = first_a.shape[1]
+    mlp = next((ratio * hidden for end, ratio in family.mlp_ratio.items() if name.endswith(end)), 0)
+    sizes = {0: hidden, 1: hidden, 2: hidden, 3: mlp}
     columns = []
     for part, (a, b) in parts.items():
-        rows = [b.detach() if k == part else some.new_zeros(size, len(a)) for k, size in sizes.items()]
+        rows = [b.detach() if k == part else first_b.new_zeros(size, len(a)) for k, size in sizes.items()]
         columns.append(torch.cat(rows))
     return torch.cat(columns, 1)
 
 
 def _part(name: str, pair: Pair, part: int | None) -> Pair:
-    """One part of a module with q, k and v in one; factors that do not reach it are dropped."""
+    """One part of a fused q, k, v module; rank components that do not affect it are dropped."""
     a, b = pair
     if part is None:
         return pair
     hidden = a.shape[1]
     if len(b) < 3 * hidden:
-        raise ValueError(f"{name} has {len(b)} rows, but q, k and v of {hidden} each need {3 * hidden}. The file is "
-                         "of another model.")  # fmt: skip
+        raise ValueError(
+            f"{name} has {len(b)} rows, but q, k and v of {hidden} each need {3 * hidden}. "
+            "Use a file that was trained on this model."
+        )
     b = b[part * hidden : (part + 1) * hidden] if part < 3 else b[3 * hidden :]
     used = b.ne(0).any(0)
-    used[0] |= ~used.any()  # a part that was not trained is one factor of zeros
+    used[0] |= ~used.any()  # an untrained part keeps one component of zeros
     return a[used].contiguous(), b[:, used].contiguous()
 
 
-def _original_index(names: list[str]) -> dict[str, list[Place]]:
+def _original_index(names: list[str]) -> dict[str, list[tuple[str, int | None]]]:
     """{original name, dotted and underscored: [(diffusers module, part)]}."""
-    index: dict[str, list[Place]] = {}
-    for module, (name, part) in original_names(names, family_of(names)).items():
+    index: dict[str, list[tuple[str, int | None]]] = {}
+    for module, (name, part) in original_names(names, detect_family(names)).items():
         for spelling in {name, name.replace(".", "_")}:
             index.setdefault(spelling, []).append((module, part))
     return index
@@ -153,8 +157,7 @@ def _kohya(pairs: Mapping[str, tuple[Tensor, Tensor, float]]) -> dict[str, Tenso
     return state
 
 
-def _peft(pairs: Mapping[str, Pair], scale: float, family: Family) -> dict[str, Tensor]:
-    prefix = "unet." if family == "unet" else "transformer."
+def _peft(pairs: Mapping[str, Pair], scale: float, prefix: str) -> dict[str, Tensor]:
     state = {}
     for module, (a, b) in pairs.items():
         state[f"{prefix}{module}.lora_A.weight"] = a.detach().contiguous()
@@ -176,11 +179,11 @@ def _check_pair(module: str, pair: Pair, rank: int) -> None:
             "or (r, in, k, k) and (out, r, 1, 1). Check the adapter."
         )
     if a.shape[0] != rank:
-        raise ValueError(f"{module} has rank {a.shape[0]}, but rank is {rank}. Export modules of one rank with it.")
+        raise ValueError(f"{module} has rank {a.shape[0]}, but rank is {rank}. Export modules of equal rank.")
 
 
 def _underscore_index(names: Iterable[str]) -> dict[str, str]:
-    """{underscored: dotted}; refuses two modules that the underscores make one."""
+    """{underscored: dotted}; refuses two modules with the same underscored name."""
     index: dict[str, str] = {}
     for name in names:
         flat = name.replace(".", "_")
@@ -192,7 +195,7 @@ def _underscore_index(names: Iterable[str]) -> dict[str, str]:
     return index
 
 
-def _split_key(key: str, dotted: Mapping[str, str], original: Mapping[str, list[Place]]) -> tuple[str, str]:
+def _split_key(key: str, dotted: Mapping[str, str], original: Container[str]) -> tuple[str, str]:
     """(diffusers or original module, "A", "B" or "alpha") of a key."""
     suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)
     if suffix:
@@ -213,18 +216,18 @@ def _split_key(key: str, dotted: Mapping[str, str], original: Mapping[str, list[
 def _restore_dots(flat: str, key: str, dotted: Mapping[str, str]) -> str:
     if flat not in dotted:
         raise ValueError(
-            f"key {key} matches none of the {len(dotted)} module names given, and underscores hide its dots. "
+            f"key {key} matches none of the {len(dotted)} given module names, which underscored keys need. "
             "Pass module_names of the model that the file was trained on."
         )
     return dotted[flat]
 
 
-def _join(module: str, found: Mapping[str, Tensor]) -> Pair:
+def _join(module: str, tensors: Mapping[str, Tensor]) -> Pair:
     """(A, B) of a module with alpha / rank in B; no alpha means alpha = rank."""
-    missing = [part for part in ("A", "B") if part not in found]
+    missing = [part for part in ("A", "B") if part not in tensors]
     if missing:
-        raise ValueError(f"{module} lacks its LoRA {missing[0]}, but A and B come in pairs. The file is incomplete.")
-    a, b = found["A"], found["B"]
+        raise ValueError(f"{module} lacks its LoRA {missing[0]}, but needs both A and B. The file is incomplete.")
+    a, b = tensors["A"], tensors["B"]
     _check_pair(module, (a, b), len(a))
-    scale = found["alpha"].item() / len(a) if "alpha" in found else 1.0
+    scale = tensors["alpha"].item() / len(a) if "alpha" in tensors else 1.0
     return a, _fold(b, scale)

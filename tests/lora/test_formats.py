@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from comfyui_pcpo.lora.families import LORA_FAMILIES, LoraFamily, detect_family, original_names
 from comfyui_pcpo.lora.formats import export_state, kohya_unet_name, parse_state
-from comfyui_pcpo.lora.original_names import original_names
 
 LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
 CONV = "down_blocks.0.resnets.0.conv1"
@@ -22,11 +22,11 @@ FAMILIES = list(SHAPES)
 
 def pairs(rank=2, family="unet"):
     g = torch.Generator().manual_seed(0)
-    found = {}
+    factors = {}
     for name, (out, *rest) in SHAPES[family].items():
         up = (out, rank, *[1] * (len(rest) - 1))
-        found[name] = (torch.randn(rank, *rest, generator=g), torch.randn(up, generator=g))
-    return found
+        factors[name] = (torch.randn(rank, *rest, generator=g), torch.randn(up, generator=g))
+    return factors
 
 
 def update(a, b, scale=1.0):
@@ -35,14 +35,14 @@ def update(a, b, scale=1.0):
 
 def applied(state):
     """The update of each key's module as ComfyUI computes it: alpha / rank, or 1 without alpha."""
-    found = {}
+    updates = {}
     for up in [k for k in state if k.endswith(("lora_up.weight", "lora_B.weight"))]:
         down = up.replace("lora_up", "lora_down").replace("lora_B", "lora_A")
         alpha = state.get(up.rsplit(".", 2)[0] + ".alpha")
-        found[up.rsplit(".", 2)[0]] = update(
+        updates[up.rsplit(".", 2)[0]] = update(
             state[down], state[up], alpha / len(state[down]) if alpha is not None else 1
         )
-    return found
+    return updates
 
 
 @pytest.mark.parametrize(
@@ -77,14 +77,14 @@ def test_kohya_unet_name_underscores_the_module():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_applies_the_same_update_with_alpha_once(layout, family):
     given = pairs(2, family)
-    found = applied(export_state(given, 6.0, 2, layout, family))
+    updates = applied(export_state(given, 6.0, 2, layout, family))
     expected = [update(a, b, 6.0 / 2) for a, b in given.values()]
     if layout == "kohya" and family == "sd3":
         zero = torch.zeros(6, 6)
         expected = [expected[0], torch.cat([zero, expected[1], zero]), torch.cat([zero, zero, expected[2]])]
     if layout == "kohya" and family == "flux":
         expected = [expected[0], torch.cat([expected[1], torch.zeros(12, 6), expected[2]])]
-    for ours, theirs in zip(found.values(), expected, strict=True):
+    for ours, theirs in zip(updates.values(), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -114,7 +114,7 @@ def test_exported_tensors_keep_their_dtype_and_are_ready_to_save():
 
 def test_underscored_keys_need_the_module_names():
     state = export_state(pairs(), 2.0, 2, "kohya", "unet")
-    with pytest.raises(ValueError, match="none of the 0 module names"):
+    with pytest.raises(ValueError, match="none of the 0 given module names"):
         parse_state(state)
 
 
@@ -142,9 +142,9 @@ def test_half_a_pair_is_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: export_state({}, 2.0, 2, "kohya", "unet"), "0 LoRA modules"),
+        (lambda: export_state({}, 2.0, 2, "kohya", "unet"), "has no modules"),
         (lambda: export_state(pairs(), 2.0, 2, "a1111", "unet"), "layout is 'a1111'"),  # type: ignore[arg-type]
-        (lambda: export_state(pairs(), 2.0, 2, "kohya", "wan"), "family is 'wan'.* 'unet', 'sd3', 'flux', 'plain'"),  # type: ignore[arg-type]
+        (lambda: export_state(pairs(), 2.0, 2, "kohya", "wan"), "family is 'wan'.* 'unet', 'flux', 'plain', 'sd3'"),  # type: ignore[arg-type]
         (lambda: export_state(pairs(), 2.0, 4, "kohya", "unet"), "has rank 2, but rank is 4"),
         (lambda: export_state({"m": (torch.zeros(2, 3), torch.zeros(2, 3))}, 2, 2, "kohya", "unet"), "m has A"),
     ],
@@ -157,11 +157,11 @@ def test_export_errors_name_the_number_and_the_way_out(make, message):
 @pytest.mark.parametrize(
     "key", ["lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha", "text_encoder.text_model.q_proj.lora_A.weight"]
 )
-def test_keys_of_text_encoders_are_left_out_with_a_warning(key):
+def test_keys_of_text_encoders_are_skipped_with_a_warning(key):
     state = export_state(pairs(), 2.0, 2, "diffusers", "unet")
-    with pytest.warns(UserWarning, match=f"1 keys of text encoders, such as {key}, are left out: only the denoiser"):
+    with pytest.warns(UserWarning, match=f"1 keys of text encoders, such as {key}: only the denoiser"):
         assert parse_state({**state, key: torch.zeros(2, 2)}).keys() == pairs().keys()
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="0 LoRA weights of the denoiser"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no LoRA weights of the denoiser"):
         parse_state({key: torch.zeros(2, 2)})
 
 
@@ -192,3 +192,37 @@ def test_a_fused_file_of_another_width_is_refused():
              "lora_unet_joint_blocks_1_x_block_attn_qkv.lora_up.weight": torch.zeros(18, 2)}  # fmt: skip
     with pytest.raises(ValueError, match="has 18 rows, but q, k and v of 8 each need 24"):
         parse_state(state, pairs(2, "sd3"))
+
+
+@pytest.mark.parametrize(
+    ("module", "family"),
+    [
+        (LINEAR, "unet"),
+        (SINGLE + "attn.to_q", "flux"),
+        (DOUBLE + "img_mlp.net.2", "plain"),
+        (DOUBLE + "attn.to_q", "sd3"),
+        ("layers.0.attention.to_q", "plain"),
+    ],
+)
+def test_module_names_tell_the_family(module, family):
+    assert detect_family([module]) == family
+
+
+def test_a_family_with_diffusers_names_needs_no_entry():
+    module = "layers.0.attention.to_q"
+    given = {module: (torch.ones(2, 4), torch.ones(4, 2))}
+    for layout in LAYOUTS:
+        back = parse_state(export_state(given, 2.0, 2, layout, detect_family(given)), given)
+        assert back.keys() == given.keys()
+
+
+def test_a_family_with_names_of_its_own_is_one_entry(monkeypatch):
+    def original(modules):
+        return {m: (m.replace("layers.", "blocks."), None) for m in modules}
+
+    monkeypatch.setitem(LORA_FAMILIES, "lumina", LoraFamily(mark=r"layers\.", original=original))
+    given = {"layers.0.to_q": (torch.ones(2, 4), torch.ones(4, 2))}
+    assert detect_family(given) == "lumina"
+    state = export_state(given, 2.0, 2, "kohya", "lumina")
+    assert "lora_unet_blocks_0_to_q.lora_up.weight" in state
+    assert parse_state(state, given).keys() == given.keys()

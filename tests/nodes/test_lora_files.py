@@ -17,7 +17,8 @@ import comfy.supported_models as kinds  # noqa: E402
 import comfy.utils  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 
-from comfyui_pcpo.lora.formats import export_state, family_of  # noqa: E402
+from comfyui_pcpo.lora.families import detect_family  # noqa: E402
+from comfyui_pcpo.lora.formats import export_state  # noqa: E402
 
 is_target = comfy_host.pack_module("comfyui_pcpo.lora.targets").is_target
 UNET = {
@@ -85,7 +86,7 @@ def test_the_patched_model_is_the_merged_one(family, layout, strength):
     pairs = random_lora(core)
     if family in UNETS and layout == "diffusers":
         pytest.skip("the host reads few of diffusers' names for UNets, so ours for it are kohya's")
-    state = export_state(pairs, 2.0, 2, layout, family_of(core.state_dict()))
+    state = export_state(pairs, 2.0, 2, layout, detect_family(core.state_dict()))
     model = load(family, core)
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
     patched, _ = comfy.sd.load_lora_for_models(model, None, state, strength, 0.0)

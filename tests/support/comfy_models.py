@@ -11,7 +11,8 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 from comfy.patcher_extension import CallbacksMP  # noqa: E402
 
-from comfyui_pcpo.lora.formats import export_state, family_of  # noqa: E402
+from comfyui_pcpo.lora.families import detect_family  # noqa: E402
+from comfyui_pcpo.lora.formats import export_state  # noqa: E402
 from comfyui_pcpo.tiny import pipelines  # noqa: E402
 
 steps = comfy_host.pack_module("nodes.host.samplers")
@@ -101,7 +102,7 @@ def random_lora(tiny, seed, size=0.05):
         if name.endswith(("to_q", "to_v", "to_out.0", "ff.net.2")):
             shapes = (4, module.in_features), (module.out_features, 4)
             pairs[name] = tuple(torch.randn(shape, generator=generator) * size for shape in shapes)
-    return export_state(pairs, 4.0, 4, "comfyui", family_of(pairs))
+    return export_state(pairs, 4.0, 4, "comfyui", detect_family(pairs))
 
 
 def lora_on(tiny, seed, model=None, strength=1.0):

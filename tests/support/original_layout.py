@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from comfyui_pcpo.lora.original_names import family_of, original_names
+from comfyui_pcpo.lora.families import detect_family, original_names
 
 UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
@@ -107,7 +107,7 @@ def sd3(core):
     state, fused = core.state_dict(), {}
     modules = [key.rpartition(".")[0] for key in state]
     places = {
-        **original_names(modules, family_of(modules)),
+        **original_names(modules, detect_family(modules)),
         **{name: (place, None) for name, place in SD3_ENDS.items()},
     }
     last = f"transformer_blocks.{core.config.num_layers - 1}.norm1_context.linear"

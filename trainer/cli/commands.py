@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import save_file
 
-from comfyui_pcpo.lora.formats import export_state, family_of
+from comfyui_pcpo.lora.families import detect_family
+from comfyui_pcpo.lora.formats import export_state
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.method.rollout import derive_seed
 from comfyui_pcpo.plotting import plot
@@ -82,7 +83,7 @@ def export_lora(run: Path, layout: str, checkpoint: str, out: Path | None) -> Pa
         raise ConfigError(f"--format {layout} is not one of {', '.join(FORMATS)}.")
     folder = RunFolder(run)
     config, pairs = folder.config(), folder.lora(checkpoint)
-    family: Any = read_lora(folder.lora_file)[1].get("pcpo.family") or family_of(pairs)
+    family: Any = read_lora(folder.lora_file)[1].get("pcpo.family") or detect_family(pairs)
     state = export_state(pairs, config.lora.rank, config.lora.rank, layout, family)
     path = out or run / f"lora-{layout}.safetensors"
     metadata = {"pcpo.config": dump(config), "format": "pt"}

@@ -1,0 +1,151 @@
+"""What a LoRA file has to know of each model family: the only place to edit for a new one.
+
+A family needs an entry in LORA_FAMILIES if original checkpoints (so also kohya's files and ComfyUI) name its modules
+differently from diffusers, or if its feed-forward layers have names of their own. All others are `plain`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from comfyui_pcpo.lora.unet_names import unet_names
+
+Family = str
+"""A key of LORA_FAMILIES."""
+
+
+class OriginalPart(NamedTuple):
+    """Original module and a part of it: 0, 1, 2 are q, k, v, 3 is what follows them, None is all of it."""
+
+    module: str
+    part: int | None = None
+
+
+Names = dict[str, OriginalPart]
+
+
+def same_names(modules: Sequence[str]) -> Names:
+    return {module: OriginalPart(module) for module in modules}
+
+
+@dataclass(frozen=True)
+class LoraFamily:
+    """Names of one family's modules, starting from those in diffusers."""
+
+    mark: str  # regular expression: start of a module name that tells the family
+    original: Callable[[Sequence[str]], Names] = same_names  # names in original checkpoints
+    prefix: str = "transformer."  # of the keys in diffusers' layout
+    underscored: bool = False  # ComfyUI and kohya's tools read diffusers' names with underscores
+    feed_forward: tuple[str, ...] = ()  # regular expressions: its feed-forward layers beyond `ff.net`, `ff_context.net`
+    mlp_ratio: Mapping[str, int] = field(default_factory=dict)  # original module -> hidden sizes of its part 3
+
+
+def attention(diffusers: str, original: str, added: bool = False) -> Names:
+    """q, k, v, which are one module in original checkpoints, and the output projection."""
+    names = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out") if added else ("to_q", "to_k", "to_v", "to_out.0")
+    *parts, out = (f"{diffusers}.{name}" for name in names)
+    fused = {name: OriginalPart(f"{original}.qkv", part) for part, name in enumerate(parts)}
+    return {**fused, out: OriginalPart(f"{original}.proj")}
+
+
+def linears(names: Mapping[str, str]) -> Names:
+    return {module: OriginalPart(original) for module, original in names.items()}
+
+
+def blocks(**tables: tuple[str, Names]) -> Callable[[Sequence[str]], Names]:
+    """Renaming of `block.3.inner` to `original_block.3.original_inner` by {block: (original block, inner names)}."""
+
+    def original(modules: Sequence[str]) -> Names:
+        names: Names = {}
+        for module in modules:
+            block, number, inner = (*module.split(".", 2), "", "")[:3]
+            name, table = tables.get(block, ("", {}))
+            if inner in table:
+                target = table[inner]
+                names[module] = OriginalPart(f"{name}.{number}.{target.module}", target.part)
+        return names
+
+    return original
+
+
+LORA_FAMILIES: dict[Family, LoraFamily] = {  # in the order in which `detect_family` tries the marks
+    "unet": LoraFamily(
+        mark=r"(down_blocks|up_blocks|mid_block)\.",
+        original=lambda modules: linears(unet_names(modules)),
+        prefix="unet.",
+        underscored=True,
+    ),
+    "flux": LoraFamily(
+        mark=r"single_transformer_blocks\.",
+        original=blocks(
+            transformer_blocks=(
+                "double_blocks",
+                {
+                    **attention("attn", "img_attn"),
+                    **attention("attn", "txt_attn", added=True),
+                    **linears({
+                        "ff.net.0.proj": "img_mlp.0",
+                        "ff.net.2": "img_mlp.2",
+                        "ff_context.net.0.proj": "txt_mlp.0",
+                        "ff_context.net.2": "txt_mlp.2",
+                        "norm1.linear": "img_mod.lin",
+                        "norm1_context.linear": "txt_mod.lin",
+                    }),
+                },
+            ),
+            single_transformer_blocks=(
+                "single_blocks",
+                {
+                    **{f"attn.to_{letter}": OriginalPart("linear1", part) for part, letter in enumerate("qkv")},
+                    "proj_mlp": OriginalPart("linear1", 3),
+                    **linears({"proj_out": "linear2", "norm.linear": "modulation.lin"}),
+                },
+            ),
+        ),
+        # a single block ends in a feed-forward layer that has the name of a UNet's projection
+        feed_forward=(r"proj_mlp", r"single_transformer_blocks\.\d+\.proj_out"),
+        mlp_ratio={"linear1": 4},
+    ),
+    "plain": LoraFamily(
+        mark=r".*\.img_mlp\.",  # Qwen-Image
+        feed_forward=(r"(img_mlp|txt_mlp)\.net\.(0\.proj|2)",),
+    ),
+    "sd3": LoraFamily(
+        mark=r"transformer_blocks\.\d+\.(attn2?|ff|ff_context|norm1|norm1_context)\.",
+        original=blocks(
+            transformer_blocks=(
+                "joint_blocks",
+                {
+                    **attention("attn", "x_block.attn"),
+                    **attention("attn2", "x_block.attn2"),
+                    **attention("attn", "context_block.attn", added=True),
+                    **linears({
+                        "ff.net.0.proj": "x_block.mlp.fc1",
+                        "ff.net.2": "x_block.mlp.fc2",
+                        "ff_context.net.0.proj": "context_block.mlp.fc1",
+                        "ff_context.net.2": "context_block.mlp.fc2",
+                        "norm1.linear": "x_block.adaLN_modulation.1",
+                        "norm1_context.linear": "context_block.adaLN_modulation.1",
+                    }),
+                },
+            )
+        ),
+    ),
+}  # fmt: skip
+
+
+def detect_family(modules: Iterable[str]) -> Family:
+    """The family of diffusers' module names: the first whose mark one of them has, otherwise `plain`."""
+    names = list(modules)
+    for name, family in LORA_FAMILIES.items():
+        if any(re.match(family.mark, module) for module in names):
+            return name
+    return "plain"
+
+
+def original_names(modules: Iterable[str], family: Family) -> Names:
+    """{diffusers module: its place in the original checkpoint}, for modules that have one."""
+    return LORA_FAMILIES[family].original(list(modules))
