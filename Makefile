@@ -1,8 +1,9 @@
-# make demo    install into .venv once, then align the embedded model (no download of weights)
-# make test    all tests          make lint    ruff          make types   pyright
-# make clean   caches and builds  make distclean    the same and .venv
+# make demo       install into .venv once, then align the embedded model (no download of weights)
+# make test       all tests                   make test-fast   all but the slow ones, about a minute
+# make lint       ruff                        make types       pyright
+# make clean      remove caches and builds    make distclean   the same and .venv
 #
-# PYTHON=python3.12 picks another interpreter; PIP_ARGS is handed to the installer (another package index, say).
+# PYTHON=python3.12 selects another interpreter; PIP_ARGS is passed to the installer, as in PIP_ARGS='-c constraints.txt'.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -10,15 +11,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types install clean distclean
+.PHONY: demo test test-fast lint types install clean distclean
 .DEFAULT_GOAL := demo
 
-# waiting threads sleep: two that spin make the demo ten times slower as soon as anything else runs beside it
+# idle OpenMP threads that spin instead of sleeping slow everything down tenfold as soon as the cores are shared
+export OMP_WAIT_POLICY := passive
+
 demo: install
-	OMP_WAIT_POLICY=passive $(BIN)/python -m trainer demo
+	$(BIN)/python -m trainer demo
 
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-fast: install
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 lint: install
 	$(BIN)/ruff check .
@@ -29,10 +35,10 @@ types: install
 
 install: $(INSTALLED)
 
-# torch and torchvision go in with one command, so that the installer picks two that fit each other.
+# torch and torchvision are installed by one command, so that the installer picks matching versions.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(sys.version_info < (3, 10) and \
-	"Python " + v + " is too old; 3.10 or newer is needed. Name one: make PYTHON=python3.12")'
+	"Python " + v + " is too old: 3.10 or newer is needed. Select one with make PYTHON=python3.12")'
 	@if command -v uv >/dev/null; then \
 		set -x; uv venv --allow-existing --python $(PYTHON) $(VENV) && \
 		uv pip install --python $(BIN)/python $(PIP_ARGS) -e '.[dev]'; \
