@@ -1,4 +1,4 @@
-"""What the Comfy Registry and a user's ComfyUI ask of this pack: metadata, requirements, shipped code."""
+"""Requirements of the Comfy Registry and of a user's ComfyUI: metadata, dependencies, shipped code."""
 
 import ast
 import fnmatch
@@ -19,19 +19,19 @@ REFUSED = {"subprocess", "pip", "ensurepip", "pty", "ctypes", "marshal", "dill"}
 
 
 def shipped() -> list[Path]:
-    """Tracked files that .comfyignore leaves in the archive."""
+    """Tracked files that .comfyignore does not exclude from the archive."""
     rules = (ROOT / ".comfyignore").read_text().split()
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
 
-    def left_out(name: str) -> bool:
+    def is_ignored(name: str) -> bool:
         return any(
             ("/" + name).startswith(r) if r.endswith("/") else fnmatch.fnmatch(name, r.lstrip("/")) for r in rules
         )
 
-    return [ROOT / name for name in names if name and not left_out(name) and (ROOT / name).is_file()]
+    return [ROOT / name for name in names if name and not is_ignored(name) and (ROOT / name).is_file()]
 
 
-def test_the_registry_knows_publisher_name_and_the_hosts_version():
+def test_metadata_names_publisher_and_required_comfyui_version():
     comfy = PROJECT["tool"]["comfy"]
     assert comfy["PublisherId"] and comfy["DisplayName"]
     assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
@@ -40,17 +40,17 @@ def test_the_registry_knows_publisher_name_and_the_hosts_version():
 
 
 @pytest.mark.parametrize("line", REQUIREMENTS)
-def test_a_requirement_is_a_lower_bound_that_the_package_has_too(line):
-    """Nothing is pinned or capped, so nothing that a user's ComfyUI needs is taken back."""
+def test_a_requirement_is_a_lower_bound_shared_with_the_package(line):
+    """Nothing is pinned or capped, so installing the pack never downgrades a package that ComfyUI needs."""
     assert re.fullmatch(r"[\w.-]+>=[\d.]+(; python_version < \"3\.\d+\")?", line)
     assert line.replace('"', "'") in [r.replace('"', "'") for r in PROJECT["project"]["dependencies"]]
 
 
-def test_torch_is_the_hosts_own():
+def test_torch_is_left_to_the_host():
     assert not [line for line in REQUIREMENTS if re.match(r"(torch|torchvision|torchaudio|numpy)\b", line)]
 
 
-def test_the_archive_has_what_the_nodes_need_and_no_tests():
+def test_the_archive_contains_what_the_nodes_need_and_no_tests():
     names = {path.relative_to(ROOT).as_posix() for path in shipped()}
     folders = {name.split("/")[0] for name in names}
     assert {"__init__.py", "nodes", "trainer", "comfyui_pcpo", "workflows", "web", "locales", "LICENSE"} <= folders
@@ -66,8 +66,8 @@ def test_the_embedded_models_together_are_at_most_20_mb():
 @pytest.mark.parametrize(
     "path", [p for p in shipped() if p.suffix == ".py"], ids=lambda p: p.relative_to(ROOT).as_posix()
 )
-def test_shipped_code_has_nothing_that_the_registry_refuses(path):
-    """No processes, no evaluation of text, no installation, no unpickling, no change of the environment."""
+def test_shipped_code_contains_nothing_that_the_registry_refuses(path):
+    """No subprocesses, evaluated strings, installations, unpickling or changes to the environment."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             assert not {alias.name.split(".")[0] for alias in node.names} & REFUSED
