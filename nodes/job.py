@@ -15,10 +15,10 @@ from comfyui_pcpo.plotting import plot
 
 from ..trainer.config.loading import build, without_effect
 from ..trainer.config.schema import Config, ConfigError
-from ..trainer.loop.align import Job, Update
+from ..trainer.loop.align import Job, Update, align
 from ..trainer.loop.state import make_training_state
 from ..trainer.runs.folder import RunFolder
-from ..trainer.runs.launch import run_updates
+from ..trainer.runs.launch import Run
 from .files import free_name, runs_folder
 from .host.policy import ComfyPolicy, with_policy
 from .types import EncodedPrompts, RewardSum
@@ -75,12 +75,12 @@ def train(task: Task, config: Config) -> RunFolder:
     def work(policy: ComfyPolicy) -> None:
         if task.lora is not None:
             policy.start_from(parse_state(task.lora, list(policy.layers)))
-        learner = make_training_state(policy, config)
-        job = Job(config, task.prompts.lines, rewards, tick=tick)
-        with folder.locked():
-            begin(folder, learner, config, task.resume)
-            bar.update_absolute(learner.done, config.run.updates)
-            for update in run_updates(folder, learner, job):
+        state = make_training_state(policy, config)
+        checkpoint = "latest" if task.resume and folder.config_file.is_file() else None
+        with Run(folder, state, Job(config, task.prompts.lines, rewards, tick=tick), checkpoint) as run:
+            bar.update_absolute(state.done, config.run.updates)
+            for update in align(run.state, run.job):
+                run.keep(update)
                 bar.update_absolute(
                     update.number, config.run.updates, ("JPEG", preview(update, folder, config), PREVIEW)
                 )
@@ -100,17 +100,6 @@ def train(task: Task, config: Config) -> RunFolder:
 def tick() -> None:
     """Called before every model call, so that Cancel is felt within one denoising step."""
     mm.throw_exception_if_processing_interrupted()
-
-
-def begin(folder: RunFolder, learner: Any, config: Config, resume: bool) -> None:
-    """An empty folder, or the newest checkpoint of one."""
-    if not (resume and folder.config_file.is_file()):
-        return folder.start(config)
-    if folder.numbers():
-        folder.load(learner)
-    folder.keep_records(learner.done)
-    folder.keep_checkpoints(learner.done)
-    return folder.rewrite_config(config)
 
 
 def out_of_memory(config: Config, error: Exception) -> ConfigError:

@@ -11,7 +11,7 @@ from comfyui_pcpo.plotting import plot
 
 from ..trainer import config as settings
 from ..trainer.config.loading import build
-from ..trainer.runs.folder import read_lora
+from ..trainer.policy.lora_pairs import read_lora
 from .host.samplers import USUAL, StepChoice, StochasticSampler
 from .images import to_image
 from .sampling import TRAINING, method_input, noise_level_input, noise_levels, sample_latent

@@ -25,7 +25,7 @@ from trainer.loop.plan import make_plan
 from trainer.loop.state import make_training_state
 from trainer.memory.estimate import memory
 from trainer.policy.diffusers_policy import DiffusersPolicy
-from trainer.runs.launch import load_rewards
+from trainer.runs.rewards import load_rewards
 
 from ..report.tables import table
 from . import reference_loop
@@ -90,15 +90,15 @@ def run(name: str, config: Config, tiny: bool, updates: int = UPDATES) -> tuple[
     """Some updates, -> their metrics and what they took; each is timed beside the reference loop."""
     torch.manual_seed(0)  # of the text encoders' weights
     policy = DiffusersPolicy(PIPELINES[ROWS[name][0]](tiny, False), config)
-    learner, device = make_training_state(policy, config), policy.device
-    stream = align(learner, Job(config, list(PROMPTS), load_rewards(config)))
+    job, device = Job(config, list(PROMPTS), load_rewards(config)), policy.device
+    stream = align(make_training_state(policy, config), job)
     rows, took, least = [], [], []
     for number in range(updates):
         start = clock(device)
         rows.append(next(stream).metrics)
         took.append(clock(device) - start)
         if number:
-            plan = make_plan(policy, config, len(PROMPTS), config.rollout.prompts_per_update, number)
+            plan = make_plan(policy, config, job.objective, PROMPTS, number)
             least.append(bare(policy, plan, plan.grid.timesteps.tolist(), config))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     ratio = [ours / theirs for ours, theirs in zip(took[1:], least, strict=True)]

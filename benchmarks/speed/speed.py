@@ -19,7 +19,8 @@ from trainer.config.schema import Config
 from trainer.loop.align import Job, Update, align
 from trainer.loop.plan import Plan, make_plan
 from trainer.loop.state import make_training_state
-from trainer.runs.launch import load_rewards, make_policy
+from trainer.policy.loading import make_policy
+from trainer.runs.rewards import load_rewards
 
 from ..report.tables import number, table
 from ..study.cells import Say, commit
@@ -69,9 +70,9 @@ def measure(config: Config) -> dict[str, float]:
     """Medians over updates, ours and the reference in turn: seconds per image and per transition, peak memory."""
     policy = make_policy(config)
     loaded = peak(policy.device)
-    learner = make_training_state(policy, config)
-    plan = make_plan(policy, config, len(PROMPTS), config.rollout.prompts_per_update, 1)
-    updates = align(learner, Job(config, config.prompts.read(), load_rewards(config)))
+    job = Job(config, config.prompts.read(), load_rewards(config))
+    plan = make_plan(policy, config, job.objective, job.prompts, 1)
+    updates = align(make_training_state(policy, config), job)
     next(updates)  # the first one warms up
     memory = peak(policy.device)
     rounds = [{**timed(updates, policy.device), **least(policy, config, plan)} for _ in range(REPEATS)]

@@ -13,8 +13,10 @@ from trainer.config.schema import Config
 from trainer.loop.align import Job, align
 from trainer.loop.state import make_training_state
 from trainer.policy.base import Policy
+from trainer.policy.loading import make_policy
 from trainer.runs.folder import RunFolder, finite
-from trainer.runs.launch import load_rewards, make_policy
+from trainer.runs.launch import begin
+from trainer.runs.rewards import load_rewards
 
 from .grid import Cell, cell_config, configuration, exams, gain, require_same
 from .measure import Evaluator, make_evaluator
@@ -66,22 +68,18 @@ def run_examined(config: Config, folder: RunFolder, form: Form, out: Path) -> li
     key = (config.model.name, form.steps, form.each, form.reference)
     if key not in _examiners:
         _examiners[key] = make_evaluator(policy, form, out / "reference")
-    examiner, learner = _examiners[key], make_training_state(policy, config)
+    examiner, state = _examiners[key], make_training_state(policy, config)
     rows = resumable(folder, config)
-    if folder.numbers():
-        folder.load(learner)
-    elif not folder.config_file.is_file():
-        folder.start(config)
-    folder.keep_records(learner.done)
+    begin(folder, state, config, "latest" if folder.config_file.is_file() else None)
     if not rows:
         rows = [{"update": 0, **base_examination(examiner, policy)}]
         write_json(folder.path / JOURNAL, rows)
-    for update in align(learner, Job(config, config.prompts.read(), load_rewards(config))):
+    for update in align(state, Job(config, config.prompts.read(), load_rewards(config))):
         folder.record(update)
         if update.number in exams(form):
             rows.append({"update": update.number, **examiner.measure(policy)})
             write_json(folder.path / JOURNAL, rows)
-            folder.save(learner, config)
+            folder.save(state, config)
     return rows
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from comfyui_pcpo.method.credit import smallest_target
 from trainer.config.loading import build, merge
 from trainer.config.schema import Config, ConfigError
-from trainer.runs.launch import make_policy
+from trainer.policy.loading import make_policy
 
 from .methods import BASELINE, CONTENDERS, OURS, PROMPTS, RECIPES, Contender, Form, Setting
 from .statistics import area

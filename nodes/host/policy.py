@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from comfyui_pcpo.method.schedule import Grid
 
 from ...trainer.config.schema import Config, ConfigError
-from ...trainer.evaluation.sampling import padded
 from ...trainer.policy.base import LoraPairs
+from ...trainer.policy.lora_pairs import padded
 from ..types import EncodedPrompts
 from .adapter import family_of, fresh_layers, places
 from .differentiable import differentiable

@@ -37,8 +37,9 @@ from comfyui_pcpo.tiny.pipelines import MODELS
 from tools.tiny.card import features, reality
 from trainer.config.loading import build
 from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
+from trainer.loop.objectives import make_objective
 from trainer.loop.plan import plan_steps
-from trainer.runs.launch import make_policy
+from trainer.policy.loading import make_policy
 
 
 @functools.cache
@@ -62,7 +63,7 @@ def test_every_cell_of_a_form_is_a_valid_run_whose_sampler_fits_its_model(name, 
         for contender in competing(form, Task(recipe, REWARDS[0])):
             config = cell_config(Cell(Task(recipe, REWARDS[0]), contender, 1e-3, 1e-3, 0), form, tmp_path)
             policy = policy_of(config.model.name)
-            _, trained = plan_steps(policy, config, policy.grid(form.steps), 1)
+            _, trained = plan_steps(policy, config, make_objective(config), 1)
             assert trained
             assert config.reward.weights == {REWARDS[0]: 1.0}
 

@@ -14,8 +14,8 @@ from benchmarks.study.methods import PROMPTS
 from benchmarks.study.work import if_free, progress, run_if_free, share, work
 from trainer.config.schema import ConfigError
 from trainer.evaluation.sampling import Draw, sample, sampling_policy
+from trainer.policy.loading import make_policy
 from trainer.runs.folder import RunFolder
-from trainer.runs.launch import make_policy
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_cell_whose_journal_was_cut_short_starts_again_from_the_base_model(don
 
 
 def test_a_run_whose_gradient_becomes_infinite_is_finished_as_one_without_pictures(tmp_path, monkeypatch):
-    def overflow(self, learner, config):
+    def overflow(self, state, config):
         raise FloatingPointError("the gradient norm is inf in minibatch 1.")
 
     form, said = small(updates=4), []

@@ -16,8 +16,9 @@ from comfyui_pcpo.method.forward_process import (
     target,
 )
 from comfyui_pcpo.method.schedule import ddim_grid, flow_grid
+from trainer.loop.objectives import make_objective
 from trainer.loop.plan import make_plan, plan_steps
-from trainer.runs.launch import make_policy
+from trainer.policy.loading import make_policy
 
 GRIDS = {"flow": flow_grid(5), "ddim": ddim_grid(5)}
 KINDS = tuple(GRIDS)
@@ -117,13 +118,13 @@ def test_everything_is_float32_or_wider():
 @pytest.mark.parametrize("name", ["awm", "nft"])
 def test_forward_objectives_start_from_an_unchanged_model_and_move_it(make_config, learn, model, name):
     sections = {"objective": {"name": name, "clip_range": 0.5}, "optimizer": {"minibatches": 2, "learning_rate": 1e-2}}
-    learner, updates = learn(make_config(model, **sections))
-    before = [p.detach().clone() for p in learner.policy.trainable()]
+    state, updates = learn(make_config(model, **sections))
+    before = [p.detach().clone() for p in state.policy.trainable()]
     metrics = next(updates).metrics
     assert metrics["first_log_ratio_abs_max"] == 0
     assert metrics["log_ratio_abs_max"] > 0
     assert metrics["per_step"]["grad_norm"][0] > 0
-    assert any(not torch.equal(p, b) for p, b in zip(learner.policy.trainable(), before, strict=True))
+    assert any(not torch.equal(p, b) for p, b in zip(state.policy.trainable(), before, strict=True))
 
 
 @pytest.mark.parametrize("name", ["awm", "nft"])
@@ -145,9 +146,8 @@ def test_forward_objectives_repeat_to_the_bit(make_config, learn, name):
 def test_forward_objectives_train_every_step_and_ignore_credit(make_config):
     config = make_config(rollout={"noise_level": 0.0}, objective={"name": "awm", "credit": "native"})
     policy = make_policy(config)
-    grid = policy.grid(3)
-    assert plan_steps(policy, config, grid, 1)[1] == [0, 1, 2]
-    assert make_plan(policy, config, 1, 1, 1).weights.tolist() == [1, 1, 1]
+    assert plan_steps(policy, config, make_objective(config), 1)[1] == [0, 1, 2]
+    assert make_plan(policy, config, make_objective(config), ["a fox"], 1).weights.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["awm", "nft"])
@@ -172,7 +172,7 @@ def test_forward_process_objectives_sample_without_noise_unless_told(make_config
 
     def stds(**rollout):
         config = make_config(model, objective={"name": name}, rollout=rollout)
-        return [step.std for step in plan_steps(policy, config, policy.grid(3), 1)[0]]
+        return [step.std for step in plan_steps(policy, config, make_objective(config), 1)[0]]
 
     assert stds() == [0, 0, 0]
     assert min(stds(noise_level=0.5)[:2]) > 0

@@ -115,7 +115,7 @@ def test_what_cannot_be_served_is_named(monkeypatch, capsys, tmp_path):
 
 
 def test_a_run_on_a_served_reward_trains_as_on_a_local_one(served, make_config, monkeypatch):
-    from trainer.runs.launch import start_run
+    from running import start_run
 
     _, url = served
     monkeypatch.setenv("PCPO_REWARD_URL", url)

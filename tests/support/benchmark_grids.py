@@ -50,8 +50,8 @@ def interrupted(cell: Cell, form: Form, out, monkeypatch) -> RunFolder:
     """The cell's folder after its first checkpoint."""
     saved = RunFolder.save
 
-    def stop(self, learner, config):
-        saved(self, learner, config)
+    def stop(self, state, config):
+        saved(self, state, config)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

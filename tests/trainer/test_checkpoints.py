@@ -6,14 +6,14 @@ import pytest
 import tiny_pipelines
 import torch
 import transformers
+from running import start_run
 from safetensors.torch import save_file
 
 from trainer.config.loading import load
 from trainer.config.schema import ConfigError
-from trainer.policy.loading import load_pipeline
+from trainer.policy.loading import load_pipeline, make_policy
 from trainer.policy.single_file import KINDS, kind_of
 from trainer.policy.skeletons import SKELETONS, write_skeleton
-from trainer.runs.launch import make_policy, start_run
 
 SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from running import start_run
 from scipy import stats
 
 from comfyui_pcpo.reward import load_reward
@@ -19,7 +20,6 @@ from trainer.evaluation.evaluate import Request, count_images, evaluate
 from trainer.evaluation.metrics import Meter, Networks, Tally, batches, image_files
 from trainer.evaluation.report import Metric
 from trainer.runs.folder import RunFolder
-from trainer.runs.launch import start_run
 
 PROMPTS = ["a fox", "two frogs"]
 

@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import tiny_pipelines
 import torch
+from running import resume_run, start_run
 
 from comfyui_pcpo.lora.targets import is_target
 from comfyui_pcpo.method.rollout import GroupNoise, rollout
@@ -14,12 +15,12 @@ from comfyui_pcpo.method.transition import deterministic
 from trainer.cli.commands import FORMATS, export_lora
 from trainer.config.schema import ConfigError
 from trainer.evaluation.source import read_pairs
-from trainer.policy.diffusers_policy import DiffusersPolicy, denoiser_of, module_names
-from trainer.policy.families import FAMILIES
+from trainer.policy.diffusers_policy import DiffusersPolicy, module_names
+from trainer.policy.families import FAMILIES, denoiser_of
 from trainer.policy.families.base import resolution_mu
 from trainer.policy.families.flux import pack, unpack
-from trainer.runs.folder import RunFolder, load_pairs
-from trainer.runs.launch import resume_run, start_run
+from trainer.policy.lora_pairs import load_pairs
+from trainer.runs.folder import RunFolder
 
 PROMPTS = ["a fox", "two red stars"]
 SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}

@@ -9,7 +9,7 @@ import torch
 from comfyui_pcpo.method.transition import transitions
 from trainer.cli.main import main
 from trainer.config.loading import load
-from trainer.runs.launch import make_policy
+from trainer.policy.loading import make_policy
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FAMILIES = {

@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 
 from comfyui_pcpo.lora.formats import export_state
 from trainer.config.schema import ConfigError
-from trainer.evaluation.sampling import padded, sampling_policy
+from trainer.evaluation.sampling import sampling_policy
 from trainer.evaluation.source import read_pairs
-from trainer.policy.diffusers_policy import DiffusersPolicy, denoiser_of, module_names
-from trainer.runs.folder import folded
-from trainer.runs.launch import make_policy, start_from
+from trainer.policy.diffusers_policy import DiffusersPolicy, module_names
+from trainer.policy.families import denoiser_of
+from trainer.policy.loading import make_policy, start_from
+from trainer.policy.lora_pairs import folded, padded
 
 SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
 LAYOUTS = ("comfyui", "diffusers", "kohya")

@@ -14,7 +14,7 @@ from trainer.config.loading import dump
 from trainer.memory.estimate import memory, pretends
 from trainer.memory.tracker import peak_bytes
 from trainer.policy.diffusers_policy import DiffusersPolicy
-from trainer.runs.launch import make_policy
+from trainer.policy.loading import make_policy
 
 SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
 MODELS = [

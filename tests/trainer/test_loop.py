@@ -6,14 +6,16 @@ from collections import Counter
 
 import pytest
 import torch
+from running import start_run
 
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed
 from comfyui_pcpo.reward.color import Colorfulness
 from trainer.config.schema import ConfigError
-from trainer.loop.align import RunError
+from trainer.loop.objectives import make_objective
 from trainer.loop.plan import choose_prompts, chunked, plan_steps
+from trainer.loop.scoring import RunError
+from trainer.policy.loading import make_policy
 from trainer.runs.folder import RunFolder
-from trainer.runs.launch import make_policy, start_run
 
 KEYS = {
     *("update", "reward_mean", "reward_std", "reward_groups", "rewards", "held_out", "failed"),
@@ -40,8 +42,8 @@ class Failing(Colorfulness):
         return scores
 
 
-def parameters(learner):
-    return [p.detach().clone() for p in learner.policy.trainable()]
+def parameters(state):
+    return [p.detach().clone() for p in state.policy.trainable()]
 
 
 def same(left, right):
@@ -53,7 +55,7 @@ def test_steps_outside_the_window_are_deterministic_and_not_trained(make_config,
     policy = make_policy(config)
     starts = set()
     for number in range(1, 30):
-        steps, trained = plan_steps(policy, config, policy.grid(6), number)
+        steps, trained = plan_steps(policy, config, make_objective(config), number)
         noisy = [i for i, step in enumerate(steps) if step.std > 0]
         assert trained == noisy == [noisy[0], noisy[0] + 1]
         assert 5 not in trained
@@ -64,7 +66,7 @@ def test_steps_outside_the_window_are_deterministic_and_not_trained(make_config,
 def test_train_steps_picks_that_share_and_every_step_in_turn(make_config):
     config = make_config(rollout={"steps": 9}, objective={"train_steps": 0.5, "last_step": False})
     policy = make_policy(config)
-    picks = [plan_steps(policy, config, policy.grid(9), number)[1] for number in range(1, 40)]
+    picks = [plan_steps(policy, config, make_objective(config), number)[1] for number in range(1, 40)]
     assert {len(pick) for pick in picks} == {4}
     assert set(Counter(i for pick in picks for i in pick)) == set(range(8))
 
@@ -73,7 +75,7 @@ def test_last_step_is_trained_only_if_asked_for(make_config, model):
     for last, expected in ((True, [0, 1, 2]), (False, [0, 1])):
         config = make_config(model, objective={"last_step": last})
         policy = make_policy(config)
-        assert plan_steps(policy, config, policy.grid(3), 1)[1] == expected
+        assert plan_steps(policy, config, make_objective(config), 1)[1] == expected
 
 
 def test_every_prompt_is_seen_equally_often():
@@ -104,18 +106,18 @@ def test_shared_noise_changes_the_pictures_of_a_run(make_config, learn):
 
 @pytest.mark.parametrize(("minibatches", "epochs"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_an_update_takes_minibatches_times_epochs_optimizer_steps(make_config, learn, minibatches, epochs):
-    learner, updates = learn(make_config(optimizer={"minibatches": minibatches, "epochs": epochs}))
+    state, updates = learn(make_config(optimizer={"minibatches": minibatches, "epochs": epochs}))
     next(updates)
-    assert {int(state["step"]) for state in learner.optimizer.state.values()} == {minibatches * epochs}
+    assert {int(moments["step"]) for moments in state.optimizer.state.values()} == {minibatches * epochs}
 
 
 def test_an_update_trains_the_lora_and_nothing_else(make_config, learn, model):
-    learner, updates = learn(make_config(model))
-    own = {id(p) for p in learner.policy.trainable()}
-    frozen = [p for p in learner.policy.denoiser.parameters() if id(p) not in own]
-    before, base = parameters(learner), [p.clone() for p in frozen]
+    state, updates = learn(make_config(model))
+    own = {id(p) for p in state.policy.trainable()}
+    frozen = [p for p in state.policy.denoiser.parameters() if id(p) not in own]
+    before, base = parameters(state), [p.clone() for p in frozen]
     list(updates)
-    assert not same(before, parameters(learner))
+    assert not same(before, parameters(state))
     assert same(base, frozen)
 
 
@@ -147,10 +149,10 @@ def test_several_rewards_train_together(make_config, learn):
 def test_failed_samples_train_nothing(make_config, learn, value):
     """One group, whose fourth image failed: the others are trained as if that image had scored as their mean does."""
     sections = {"rollout": {"group_size": 4}, "run": {"updates": 1}}
-    learner, updates = learn(make_config(**sections), rewards={"colorfulness": Failing({3}, value)})
+    state, updates = learn(make_config(**sections), rewards={"colorfulness": Failing({3}, value)})
     metrics = next(updates).metrics
     assert metrics["failed"] == 1
-    assert all(p.isfinite().all() for p in parameters(learner))
+    assert all(p.isfinite().all() for p in parameters(state))
     assert math.isfinite(metrics["reward_mean"])
 
 
@@ -158,20 +160,20 @@ def test_a_group_of_which_all_but_one_failed_trains_nothing(make_config, learn):
     config = make_config(
         rollout={"group_size": 4}, reward={"max_failed": 0.8}, optimizer={"weight_decay": 0.0}, run={"updates": 1}
     )
-    learner, updates = learn(config, rewards={"colorfulness": Failing({0, 1, 3})})
-    before = parameters(learner)
+    state, updates = learn(config, rewards={"colorfulness": Failing({0, 1, 3})})
+    before = parameters(state)
     assert next(updates).metrics["grad_norm"] == 0
-    assert same(before, parameters(learner))
+    assert same(before, parameters(state))
 
 
 @pytest.mark.parametrize(("broken", "allowed"), [({0, 1, 2}, 0.5), ({0, 1, 2, 3}, 1.0)])
 def test_too_many_failed_samples_stop_the_run_with_the_reason(make_config, learn, broken, allowed):
     config = make_config(rollout={"group_size": 4}, reward={"max_failed": allowed})
-    learner, updates = learn(config, rewards={"colorfulness": Failing(broken)})
-    before = parameters(learner)
+    state, updates = learn(config, rewards={"colorfulness": Failing(broken)})
+    before = parameters(state)
     with pytest.raises(RunError, match=f"{25 * len(broken)} % of the colorfulness scores failed.*max_failed"):
         next(updates)
-    assert same(before, parameters(learner))
+    assert same(before, parameters(state))
 
 
 def test_finished_updates_are_saved_when_a_reward_stops_the_run(make_config, monkeypatch):
@@ -193,20 +195,20 @@ def test_a_gradient_of_nan_stops_before_changing_weights(make_config, learn):
     """A weight of the base turns NaN between the rollout and the update: in the last model call of the second part."""
     calls = []
     config = make_config(optimizer={"minibatches": 2}, objective={"kl_images": 0}, run={"updates": 1})
-    learner, updates = learn(config, tick=lambda: spoil(learner, calls))
-    before = parameters(learner)
+    state, updates = learn(config, tick=lambda: spoil(state, calls))
+    before = parameters(state)
     with pytest.raises(FloatingPointError, match=r"gradient norm is nan in minibatch 2.*undone"):
         next(updates)
-    assert same(before, parameters(learner))
-    assert not learner.optimizer.state_dict()["state"]
-    assert learner.done == 0
+    assert same(before, parameters(state))
+    assert not state.optimizer.state_dict()["state"]
+    assert state.done == 0
 
 
-def spoil(learner, calls, at=12):
+def spoil(state, calls, at=12):
     calls.append(1)
     if len(calls) == at:
         with torch.no_grad():
-            learner.policy.denoiser.proj_out.bias.fill_(math.nan)
+            state.policy.denoiser.proj_out.bias.fill_(math.nan)
 
 
 def test_a_method_that_does_not_fit_the_model_is_a_configuration_error(make_config, learn):
@@ -215,7 +217,7 @@ def test_a_method_that_does_not_fit_the_model_is_a_configuration_error(make_conf
 
 
 def test_a_sampler_without_noise_is_refused(make_config, learn, model):
-    with pytest.raises(ConfigError, match="0 of 3 steps are stochastic"):
+    with pytest.raises(ConfigError, match="none of the 3 steps is stochastic"):
         next(learn(make_config(model, rollout={"noise_level": 0.0}))[1])
 
 
@@ -238,14 +240,14 @@ def test_lora_start_begins_from_that_file(make_config, tmp_path, model):
 
 
 def saved(folder: RunFolder):
-    from trainer.runs.folder import load_pairs
+    from trainer.policy.lora_pairs import load_pairs
 
     return load_pairs(folder.checkpoint() / "lora.safetensors")
 
 
 def test_an_update_that_is_stopped_while_it_is_recorded_was_not_done(make_config, learn, monkeypatch):
-    learner, updates = learn(make_config(run={"updates": 2}))
-    before = parameters(learner)
+    state, updates = learn(make_config(run={"updates": 2}))
+    before = parameters(state)
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -253,18 +255,18 @@ def test_an_update_that_is_stopped_while_it_is_recorded_was_not_done(make_config
     monkeypatch.setattr("trainer.loop.align.record", stop)
     with pytest.raises(KeyboardInterrupt):
         next(updates)
-    assert learner.done == 0
-    assert same(before, parameters(learner))
+    assert state.done == 0
+    assert same(before, parameters(state))
 
 
 def test_prompts_are_encoded_once_per_run(make_config, learn):
-    learner, updates = learn(make_config())
-    encode, calls = learner.policy.encode, []
+    state, updates = learn(make_config())
+    encode, calls = state.policy.encode, []
 
     def counted(prompts):
         calls.append(list(prompts))
         return encode(prompts)
 
-    learner.policy.encode = counted
+    state.policy.encode = counted
     assert len(list(updates)) == 2
     assert calls == [["a fox", "a red star", "two frogs"]]

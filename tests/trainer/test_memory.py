@@ -7,6 +7,7 @@ import json
 import pytest
 import tiny_pipelines
 import torch
+from running import resume_run, start_run
 from torch import nn
 
 from trainer.config.schema import ConfigError
@@ -15,8 +16,8 @@ from trainer.memory.quantize import EightBitLinear
 from trainer.policy import diffusers_policy
 from trainer.policy.diffusers_policy import DiffusersPolicy
 from trainer.policy.loading import load_pipeline
-from trainer.runs.folder import RunFolder, load_pairs
-from trainer.runs.launch import resume_run, start_run
+from trainer.policy.lora_pairs import load_pairs
+from trainer.runs.folder import RunFolder
 
 SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
 BITS_AND_BYTES = importlib.util.find_spec("bitsandbytes") is not None

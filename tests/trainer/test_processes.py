@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import tiny_pipelines
 import torch
+from running import start_run
 from safetensors.torch import load_file
 
 from trainer.config.loading import dump, merge
 from trainer.runs.folder import RunFolder
-from trainer.runs.launch import start_run
 
 WORKER = """
 import os, sys, torch
@@ -116,7 +116,7 @@ SHARE = """
 import sys, torch
 from trainer.config.loading import load
 from trainer.loop.distributed import join
-from trainer.runs.launch import make_policy
+from trainer.policy.loading import make_policy
 torch.set_num_threads(1)
 join()
 policy = make_policy(load(__import__("pathlib").Path(sys.argv[1])))

@@ -5,13 +5,14 @@ import time
 
 import pytest
 import torch
+from running import start_run
 
 from comfyui_pcpo.reward import RewardError, RewardSettings
 from comfyui_pcpo.reward.color import Colorfulness
 from trainer.config.loading import dump, load
 from trainer.config.schema import ConfigError
-from trainer.loop.align import Clock, at_work, score
-from trainer.runs.launch import load_rewards, start_run
+from trainer.loop.scoring import Clock, at_work, score
+from trainer.runs.rewards import load_rewards
 
 OWN = """
 from comfyui_pcpo.reward import Reward

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import resume_run, start_run
 from safetensors.torch import load_file
 
 from trainer.config.loading import merge
 from trainer.config.schema import ConfigError
 from trainer.runs.folder import RunFolder
-from trainer.runs.launch import resume_run, start_run
 
 AVERAGE = {"optimizer": {"ema_decay": 0.9, "ema_every": 1}}
 WINDOW = {"advantage": {"kind": "window", "window": 4, "min_count": 2}, "reward": {"standardise": False}}
@@ -22,7 +22,7 @@ KILLED = """
 import os, sys, signal, torch
 from pathlib import Path
 from trainer.config.loading import load
-from trainer.runs.launch import start_run
+from running import start_run
 torch.set_num_threads(1)
 calls = []
 def tick():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from running import start_run
 from safetensors.torch import load_file
 
 from comfyui_pcpo.method.guidance import ImplicitReward
@@ -11,10 +12,11 @@ from trainer.cli.commands import SampleRequest, export_lora, sample_images
 from trainer.config.schema import ConfigError
 from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
 from trainer.evaluation.source import open_source, parse_guide, read_pairs
-from trainer.policy.diffusers_policy import denoiser_of, module_names
-from trainer.policy.loading import load_pipeline
-from trainer.runs.folder import RunFolder, load_pairs
-from trainer.runs.launch import make_policy, start_run
+from trainer.policy.diffusers_policy import module_names
+from trainer.policy.families import denoiser_of
+from trainer.policy.loading import load_pipeline, make_policy
+from trainer.policy.lora_pairs import load_pairs
+from trainer.runs.folder import RunFolder
 
 PROMPT = "two foxes on a striped blue background"
 

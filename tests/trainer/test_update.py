@@ -8,11 +8,12 @@ import torch
 from comfyui_pcpo.method.rollout import GroupNoise, rollout
 from trainer.loop.align import Job, align
 from trainer.loop.distributed import Processes
+from trainer.loop.objectives import make_objective
 from trainer.loop.plan import make_plan
 from trainer.loop.state import TrainingState, make_training_state
-from trainer.loop.update import improve
-from trainer.loop.update_batch import UpdateBatch
-from trainer.runs.launch import load_rewards, make_policy
+from trainer.loop.update import UpdateBatch, improve
+from trainer.policy.loading import make_policy
+from trainer.runs.rewards import load_rewards
 
 SAMPLERS = [("emoji-flow", "flow_sde"), ("emoji-flow", "dance_sde"), ("emoji-flow", "cps"), ("emoji-eps", "ddim")]
 XI = 1e-4  # the tightest clip range of the published recipes
@@ -53,14 +54,16 @@ class Problem:
 
     def __init__(self, config):
         self.config, self.policy = config, make_policy(config)
-        self.learner = make_training_state(self.policy, config)
+        self.state = make_training_state(self.policy, config)
         self.generator = torch.Generator().manual_seed(0)
         self.move([0.05 * d for d in self.direction()])
-        self.plan = make_plan(self.policy, config, 1, 1, 1)
+        self.objective = make_objective(config)
+        self.plan = make_plan(self.policy, config, self.objective, ["a fox"], 1)
         condition = self.policy.encode(["a fox", "a fox"])
         self.predict = lambda x, t, rows: self.policy.predict(x, t, condition.rows(rows.tolist()))
         noise = GroupNoise([1], 2, self.policy.latent_shape)
-        self.path = rollout(self.predict, self.plan.grid, self.plan.transitions, noise, self.plan.minibatches[0])
+        path = rollout(self.predict, self.plan.grid, self.plan.transitions, noise, self.plan.minibatches[0])
+        self.steps = self.objective.prepare(path, self.plan, noise, self.predict)
         self.move([0.02 * d for d in self.direction()])
 
     def direction(self):
@@ -74,10 +77,10 @@ class Problem:
     def run(self, learning_rate):
         """Plain gradient descent in the optimizer's place: the parameters move by exactly -gradient x rate."""
         sgd = torch.optim.SGD(self.policy.trainable(), lr=learning_rate)
-        learner = TrainingState(self.policy, sgd, self.learner.window)
+        state = TrainingState(self.policy, sgd, self.state.window)
         advantage = torch.tensor([1.0, -0.5])
-        lesson = UpdateBatch(self.plan, self.path, advantage, self.predict, self.policy, self.config)
-        return improve(learner, lesson, Processes())
+        batch = UpdateBatch(self.plan, self.objective, self.steps, advantage, self.predict, self.config)
+        return improve(state, batch, Processes())
 
     def gradient(self):
         before = [p.detach().clone() for p in self.policy.trainable()]

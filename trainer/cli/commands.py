@@ -20,10 +20,12 @@ from ..config.schema import ConfigError
 from ..evaluation.metrics import IMAGE_SUFFIXES, images_in, read_image
 from ..evaluation.sampling import Draw, Guide, sample, sampling_policy
 from ..evaluation.source import open_source, parse_guide, read_pairs
-from ..policy.diffusers_policy import denoiser_of, module_names
+from ..policy.diffusers_policy import module_names
+from ..policy.families import denoiser_of
 from ..policy.loading import load_pipeline
-from ..runs.folder import RunFolder, read_lora
-from ..runs.launch import make_reward
+from ..policy.lora_pairs import read_lora
+from ..runs.folder import RunFolder
+from ..runs.rewards import make_reward
 
 FORMATS = ("comfyui", "diffusers", "kohya")
 

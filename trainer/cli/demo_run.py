@@ -13,7 +13,7 @@ from ..config.loading import build
 from ..config.schema import Config
 from ..evaluation.sampling import Draw, Guide, sample, sampling_policy
 from ..runs.folder import RunFolder
-from ..runs.launch import load_rewards
+from ..runs.rewards import load_rewards
 
 PROMPTS = (
     "a fox",

@@ -165,7 +165,7 @@ def download(reward: str, /, *, folder: Path | None = None, endpoint: str | None
     from comfyui_pcpo.reward import REWARDS
     from comfyui_pcpo.reward import download as fetch
 
-    from ..runs.launch import WEIGHTS
+    from ..runs.rewards import WEIGHTS
 
     if reward not in REWARDS:
         raise ConfigError(f"{reward!r} is none of {len(REWARDS)} rewards. Use one of {', '.join(sorted(REWARDS))}.")
@@ -218,7 +218,7 @@ def serve_reward(
     """
     from comfyui_pcpo.reward.service.server import RewardServer, ServerOptions
 
-    from ..runs.launch import make_reward
+    from ..runs.rewards import make_reward
 
     options = ServerOptions(host, port)
     served = make_reward(reward, _settings(folder, device, precision, images_at_once)).load()
@@ -240,7 +240,7 @@ def serve_reward(
 def _settings(folder: Path | None, device: str, precision: str, images_at_once: int = 16) -> RewardSettings:
     """Settings of a reward that belongs to no run."""
     from ..config.loading import build
-    from ..runs.launch import reward_settings
+    from ..runs.rewards import reward_settings
 
     given = {"folder": folder, "device": device, "precision": precision, "images_at_once": images_at_once}
     return reward_settings(build({"reward": given}, "options"))

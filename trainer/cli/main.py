@@ -19,11 +19,12 @@ from comfyui_pcpo.reward.base import RewardError, RewardSettings
 
 from ..config.loading import describe, dump, load, parse_overrides, tomllib, unknown_words, without_effect
 from ..config.schema import Config, ConfigError
-from ..loop.align import RunError
+from ..loop.scoring import RunError
 from ..runs.folder import RunFolder
+from ..runs.launch import Run
 from .benchmark import benchmark
 from .evaluation import COMMANDS
-from .progress import Bar, Stopped, follow
+from .progress import Bar, Stopped, outcome
 
 
 def version() -> str:
@@ -92,12 +93,22 @@ def quieten() -> None:
 @app.command
 def train(*tokens: Tokens) -> None:
     """Train a LoRA: `train configs/tiny-flow.toml --rollout.group-size 16 --run.name foxes`."""
-    from ..runs.launch import start_run
+    from ..runs import launch
 
-    resolved = _config(list(tokens))
+    config = _config(list(tokens))
     with Bar() as bar:
-        folder, updates = start_run(resolved, bar.tick)
-        follow(folder, updates, resolved.run.updates, bar)
+        follow(launch.start(config, bar.tick), bar)
+
+
+def follow(run: Run, bar: Bar, quiet: bool = False) -> None:
+    """Do a run, with a line per update and the files, or the way to continue, at the end."""
+    from ..loop.align import align
+
+    with outcome(run.folder, bar, quiet), run:
+        bar.begin(run.state.done, run.config.run.updates)
+        for update in align(run.state, run.job):
+            run.keep(update)
+            bar.show(update, run.folder)
 
 
 @app.command
@@ -113,11 +124,10 @@ def resume(run: Path, /, *, checkpoint: str = "latest", updates: int | None = No
     updates
         New number of updates, to go on with a finished run.
     """
-    from ..runs.launch import resume_run
+    from ..runs import launch
 
     with Bar() as bar:
-        folder, config, stream = resume_run(run, checkpoint, updates, bar.tick)
-        follow(folder, stream, config.run.updates, bar)
+        follow(launch.resume(run, checkpoint, updates, bar.tick), bar)
 
 
 @app.command
@@ -130,7 +140,7 @@ def options() -> None:
 def check(*tokens: Tokens) -> None:
     """Show the resolved configuration, its arithmetic and its memory; exit status 2 where something is missing."""
     from ..memory.estimate import arithmetic, budget
-    from ..runs.launch import make_policy
+    from ..policy.loading import make_policy
 
     resolved = _config([token for token in tokens if token != "--json"])
     as_json, found, prompts = "--json" in tokens, None, []
@@ -157,8 +167,8 @@ def check(*tokens: Tokens) -> None:
 
 def without(config: Config) -> Iterator[ConfigError]:
     """What this computer lacks for a run: files of rewards, a GPU."""
-    from ..policy.diffusers_policy import pick_device
-    from ..runs.launch import WEIGHTS, make_reward, reward_settings
+    from ..policy.device import pick_device
+    from ..runs.rewards import WEIGHTS, make_reward, reward_settings
 
     try:
         pick_device(config.model.device)
@@ -188,27 +198,27 @@ def demo(*, updates: int = 30, name: str | None = None, folder: Path = Path("out
     seed
         Seed of the run.
     """
-    from ..runs.launch import start_run
+    from ..runs import launch
     from .demo_run import compare, demo_config, draw
 
     start = time.perf_counter()
     config = demo_config(name or _free_name(folder, "demo"), folder, updates, seed)
     print(f"Aligning emoji-flow to {_plus(config)} for {updates} updates of {config.images_per_update} images.")
     with Bar() as bar:
-        run, stream = start_run(config, bar.tick)
-        follow(run, stream, updates, bar, quiet=True)
+        run = launch.start(config, bar.tick)
+        follow(run, bar, quiet=True)
     print("Comparing with the model before, on noise it has not been trained on ...")
-    found = compare(config, run, list(config.prompts.lines), seed=seed + 1, each=4)
+    found = compare(config, run.folder, list(config.prompts.lines), seed=seed + 1, each=4)
     first = next(iter(config.reward.weights))
-    draw(found, first, run.path / "before_after.png")
+    draw(found, first, run.folder.path / "before_after.png")
     for reward in found.scores:
         before, after, deviations = found.gain(reward)
         role = "held out" if reward in config.reward.held_out else "trained"
         print(f"  {reward:<24} {before:8.3f} -> {after:8.3f}   {deviations:+.2f} standard deviations  ({role})")
     print(f"time          {time.perf_counter() - start:.0f} s")
-    print(f"before/after  {(run.path / 'before_after.png').resolve()}")
-    print(f"curves        {run.curves_file.resolve()}")
-    print(f"LoRA          {run.lora_file.resolve()}")
+    print(f"before/after  {(run.folder.path / 'before_after.png').resolve()}")
+    print(f"curves        {run.folder.curves_file.resolve()}")
+    print(f"LoRA          {run.folder.lora_file.resolve()}")
 
 
 @app.command

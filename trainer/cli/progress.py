@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -31,35 +32,41 @@ class Bar:
     def tick(self) -> None:
         self.bar.update()
 
-    def next(self, update: Update | None, done: int, total: int) -> None:
-        """Begin the next update's count; the first one shows how many calls an update takes."""
-        if update is not None:
-            self.bar.total = self.bar.n if self.bar.total is None else self.bar.total
+    def begin(self, done: int, total: int) -> None:
+        """Show the first update's count; its end shows how many calls an update takes."""
+        self.total = total
+        self._count(done + 1)
+
+    def show(self, update: Update, folder: RunFolder) -> None:
+        """Write a finished update's line and begin the next one's count."""
+        self.bar.total = self.bar.n if self.bar.total is None else self.bar.total
+        self._count(update.number + 1)
+        if not self.mute:
+            line = summary(update)
+            folder.log(line)
+            self.bar.write(line)
+
+    def _count(self, number: int) -> None:
         self.bar.n = 0
         self.bar.last_print_n = 0
         self.bar.start_t = self.bar.last_print_t = time.time()
-        self.bar.set_description(f"update {min(done + 1, total)}/{total}")
+        self.bar.set_description(f"update {min(number, self.total)}/{self.total}")
 
 
-def follow(folder: RunFolder, updates: Iterator[Update], total: int, bar: Bar, quiet: bool = False) -> None:
-    """One line per update; on Ctrl-C the loop saves, and the way on is said."""
-    bar.next(None, len(folder.records()), total)
+@contextmanager
+def outcome(folder: RunFolder, bar: Bar, quiet: bool = False) -> Iterator[None]:
+    """Around a run: print its files at the end, or, after Ctrl-C, what was saved and how to continue."""
     try:
-        for update in updates:
-            bar.next(update, update.number, total)
-            line = summary(update)
-            if not bar.mute:
-                folder.log(line)
-                bar.bar.write(line)
+        yield
     except KeyboardInterrupt:
         if bar.mute:
             raise
-        latest = folder.checkpoint() if folder.numbers() else None
         bar.bar.close()
-        if latest is None:
-            print(f"\nstopped before the first update was finished; {folder.path} holds nothing to resume")
+        if folder.numbers():
+            print(f"\nstopped; saved as {folder.checkpoint().resolve()}")
+            print(f"continue with: python -m trainer resume {folder.path}")
         else:
-            print(f"\nstopped; saved as {latest.resolve()}\ngo on with: python -m trainer resume {folder.path}")
+            print(f"\nstopped before the first update was finished; {folder.path} holds nothing to resume")
         raise Stopped from None
     bar.bar.close()
     if not (quiet or bar.mute):

@@ -13,10 +13,11 @@ from comfyui_pcpo.method.rollout import derive_seed
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
 from ..config.schema import Config, ConfigError
-from ..policy.diffusers_policy import DiffusersPolicy, denoiser_of, module_names
+from ..policy.diffusers_policy import DiffusersPolicy, module_names
+from ..policy.families import denoiser_of
 from ..policy.loading import load_pipeline
 from ..runs.folder import RunFolder
-from ..runs.launch import make_reward, reward_settings
+from ..runs.rewards import make_reward, reward_settings
 from .metrics import Files, Meter, Tally, load_networks
 from .report import MOST_SHOWN, Metric, Report, Shown, save_images
 from .sampling import Draw, Guide, sample, sampling_policy

@@ -17,7 +17,7 @@ from comfyui_pcpo.metrics.lpips import Lpips
 from comfyui_pcpo.reward import Reward
 
 from ..config.schema import ConfigError
-from ..loop.align import score
+from ..loop.scoring import score
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LOWER = ("tiny FD", "FID", "FD-DINOv2")

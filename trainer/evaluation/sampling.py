@@ -6,18 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from comfyui_pcpo.method.guidance import ImplicitReward, irg
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed, rollout
 from comfyui_pcpo.method.schedule import Grid
 from comfyui_pcpo.method.transition import Transition, transitions
 
-from ..config.schema import Config, ConfigError
+from ..config.schema import Config
+from ..loop.objectives import make_objective
 from ..loop.plan import training_transitions
 from ..policy.base import LoraPairs
 from ..policy.diffusers_policy import DTYPES, DiffusersPolicy, Encoded
 from ..policy.loading import load_pipeline
+from ..policy.lora_pairs import padded
 
 
 @dataclass(frozen=True)
@@ -26,31 +27,6 @@ class Guide:
 
     pairs: LoraPairs
     reward: ImplicitReward
-
-
-def padded(pairs: LoraPairs, like: LoraPairs) -> LoraPairs:
-    """`pairs` as factors of the modules and the rank of `like`: zeros where there is nothing."""
-    unknown = sorted(set(pairs) - set(like))
-    if unknown:
-        raise ConfigError(
-            f"the LoRA has {len(unknown)} modules that this model does not train, first {unknown[0]}. "
-            "Use a LoRA of the same model, with lora.targets at least as wide as the LoRA's."
-        )
-    full = {}
-    for name, (down, up) in like.items():
-        if name not in pairs:
-            full[name] = (torch.zeros_like(down), torch.zeros_like(up))
-            continue
-        a, b = pairs[name]
-        missing = len(down) - len(a)
-        if missing < 0 or a.shape[1:] != down.shape[1:] or len(b) != len(up):
-            raise ConfigError(
-                f"{name} of the LoRA has shapes {tuple(a.shape)} and {tuple(b.shape)}; the model takes "
-                f"{tuple(down.shape)} and {tuple(up.shape)}. Use a LoRA of this model, or lora.rank {len(a)} or more."
-            )
-        grown_b = F.pad(b.transpose(0, 1), (*[0] * (2 * (b.ndim - 1)), 0, missing)).transpose(0, 1)
-        full[name] = (F.pad(a, (*[0] * (2 * (a.ndim - 1)), 0, missing)), grown_b)
-    return full
 
 
 def sampling_policy(config: Config, loras: Sequence[LoraPairs], pipeline: Any = None) -> DiffusersPolicy:
@@ -84,7 +60,9 @@ def sample(policy: DiffusersPolicy, prompts: Sequence[str], guides: Sequence[Gui
     """
     config, each, level = policy.config, draw.each, draw.noise_level
     grid = policy.grid(draw.steps)
-    path = training_transitions(policy, config, grid) if level < 0 else noisy(policy, grid, level)
+    path = (
+        training_transitions(policy, config, make_objective(config), grid) if level < 0 else noisy(policy, grid, level)
+    )
     condition = policy.encode(list(prompts)).rows([p for p in range(len(prompts)) for _ in range(each)])
     room = policy.lora()
     loras = [padded(guide.pairs, room) for guide in guides]

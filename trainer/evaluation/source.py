@@ -10,7 +10,8 @@ from comfyui_pcpo.tiny.pipelines import EMBEDDED
 from ..config.loading import build, tomllib
 from ..config.schema import Config, ConfigError
 from ..policy.base import LoraPairs
-from ..runs.folder import RunFolder, read_lora
+from ..policy.lora_pairs import read_lora
+from ..runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ def join() -> None:
     """Meet the other processes if a launcher (`accelerate launch`, torchrun) started several, each on its own GPU."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+    from accelerate import PartialState
+
+    gpu = torch.cuda.is_available()
+    PartialState(cpu=not gpu, backend="cpu:gloo,cuda:nccl" if gpu else "gloo")  # scores are gathered on the CPU
 
 
 class Processes:
@@ -30,14 +29,14 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def share(self, groups: int) -> list[int]:
-        """The groups of this process; neighbours stay together."""
+        """The groups of this process, contiguous."""
         if groups % self.size:
             raise ConfigError(
-                f"rollout.prompts_per_update {groups} does not split over {self.size} processes. "
+                f"rollout.prompts_per_update {groups} cannot be divided among {self.size} processes. "
                 f"Use a multiple of {self.size}."
             )
         mine = groups // self.size

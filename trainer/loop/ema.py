@@ -1,51 +1,51 @@
-"""A running average of the LoRA's weights: smoother than the weights of any one update, and what is used afterwards."""
+"""An exponential moving average of the LoRA's weights: smoother than those of any one update, and what a run keeps."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-class Average:
-    """Exponential moving average of `parameters`, taken after every `every`-th optimizer step.
+class LoraEma:
+    """diffusers' EMAModel of `parameters`, taken after every `every`-th optimizer step.
 
-    Flow-GRPO (arXiv 2505.05470), code:  average <- d average + (1 - d) p,  d = min(decay, (1 + n) / (10 + n)),
+    Flow-GRPO (arXiv 2505.05470), code:  ema <- d ema + (1 - d) p,  d = min(decay, (1 + n) / (10 + n)),
     with n the optimizer steps so far, so that the first values are soon forgotten.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float, every: int):
-        self.parameters, self.decay, self.every = list(parameters), decay, every
-        self.values = [p.detach().clone() for p in self.parameters]
-        self.steps = 0
+        from diffusers.training_utils import EMAModel  # heavy, and few runs keep an EMA
 
-    @torch.no_grad()
+        self.parameters, self.every, self.steps = list(parameters), every, 0
+        self.model: Any = EMAModel(self.parameters, decay=decay)
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The averaged parameters."""
+        return self.model.shadow_params
+
     def step(self) -> None:
         """Count an optimizer step; every `every`-th one enters the average."""
         self.steps += 1
-        if self.steps % self.every:
-            return
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for value, p in zip(self.values, self.parameters, strict=True):
-            value.lerp_(p, 1 - decay)
+        if self.steps % self.every == 0:
+            self.model.optimization_step = self.steps  # EMAModel's n is one less than its own count
+            self.model.step(self.parameters)
 
     @contextmanager
-    @torch.no_grad()
     def in_place(self) -> Iterator[None]:
-        """Inside, the parameters are the average."""
-        own = [p.detach().clone() for p in self.parameters]
-        self._write(self.values)
+        """Inside, the parameters are the averaged ones."""
+        self.model.store(self.parameters)
+        self.model.copy_to(self.parameters)
         try:
             yield
         finally:
-            self._write(own)
+            self.model.restore(self.parameters)
 
     @torch.no_grad()
-    def _write(self, values: Sequence[Tensor]) -> None:
-        for p, value in zip(self.parameters, values, strict=True):
-            p.copy_(value)
-
-    def restart(self, steps: int) -> None:
-        """Take the parameters as they are for the average after so many optimizer steps."""
-        self.values = [p.detach().clone() for p in self.parameters]
+    def restart(self, steps: int, values: Sequence[Tensor] | None = None) -> None:
+        """Continue after so many optimizer steps, from `values` or from the parameters as they are."""
         self.steps = steps
+        for own, value in zip(self.values, values or self.parameters, strict=True):
+            own.copy_(value)

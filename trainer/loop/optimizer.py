@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.schema import ConfigError, OptimizerConfig
+from ..config.schema import OptimizerConfig
+from ..memory.bitsandbytes import bitsandbytes_for
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -16,18 +17,6 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> t
         "weight_decay": config.weight_decay,
     }
     if config.name == "adamw8bit":
-        return bitsandbytes("optimizer.name = adamw8bit").optim.AdamW8bit(parameters, **settings)
+        return bitsandbytes_for("optimizer.name = adamw8bit").optim.AdamW8bit(parameters, **settings)
     # one kernel for all factors instead of a dozen for each
     return torch.optim.AdamW(parameters, **settings, fused=all(p.device.type in ("cpu", "cuda") for p in parameters))
-
-
-def bitsandbytes(wanted: str) -> Any:
-    """The package. Raises ConfigError that names what was `wanted` of it."""
-    try:
-        import bitsandbytes as package  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ConfigError(
-            f"{wanted} needs the package bitsandbytes, which is not installed. `pip install bitsandbytes`, or choose "
-            "another."
-        ) from None
-    return package

@@ -1,4 +1,4 @@
-"""What a run changes: the LoRA, its average, the optimizer, the window of rewards."""
+"""The training state: what a run changes, and so what a checkpoint holds."""
 
 import copy
 from collections.abc import Iterator
@@ -13,28 +13,38 @@ from comfyui_pcpo.method.advantage import PromptWindow
 
 from ..config.schema import Config
 from ..policy.base import Policy
-from .ema import Average
+from .ema import LoraEma
 from .optimizer import make_optimizer
 
 
 @dataclass
 class TrainingState:
-    """What changes while a run goes on, and so what a checkpoint holds."""
+    """A policy's LoRA, its optimizer, its EMA, the window of rewards, and the number of finished updates."""
 
     policy: Policy
     optimizer: torch.optim.Optimizer
     window: PromptWindow
-    average: Average | None = None
-    done: int = 0  # updates finished
+    ema: LoraEma | None = None
+    done: int = 0
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def step(self) -> None:
+        """One optimizer step with the gradients at hand."""
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Whatever ends the body early leaves LoRA, its average, optimizer, window and count as they were before it."""
+        """Whatever ends the body early leaves LoRA, EMA, optimizer, window and count as they were before it."""
         parameters, done = self.policy.trainable(), self.done
         values = cloned([p.detach() for p in parameters])
         optimizer, window = cloned(self.optimizer.state_dict()), copy.deepcopy(self.window.state_dict())
-        average = cloned(self.average.values) if self.average else []
-        steps = self.average.steps if self.average else 0
+        ema = None if self.ema is None else (self.ema.steps, cloned(self.ema.values))
         try:
             yield
         except BaseException:
@@ -45,16 +55,13 @@ class TrainingState:
             self.optimizer.load_state_dict(optimizer)
             self.window.load_state_dict(window)
             self.done = done
-            if self.average:
-                self.average.values, self.average.steps = (
-                    [v.to(p) for v, p in zip(average, parameters, strict=True)],
-                    steps,
-                )
+            if self.ema is not None and ema is not None:
+                self.ema.restart(*ema)
             raise
 
 
 def cloned(tree: Any) -> Any:
-    """A state dict whose tensors are copies in the computer's memory, which takes none of a GPU's."""
+    """A state dict whose tensors are copies on the CPU, where they take none of a GPU's memory."""
     if isinstance(tree, Tensor):
         return tree.to("cpu", copy=True)
     if isinstance(tree, dict):
@@ -63,7 +70,7 @@ def cloned(tree: Any) -> Any:
 
 
 def make_training_state(policy: Policy, config: Config) -> TrainingState:
-    o = config.optimizer
-    optimizer = make_optimizer(policy.trainable(), o)
-    average = Average(policy.trainable(), o.ema_decay, o.ema_every) if o.ema_decay else None
-    return TrainingState(policy, optimizer, PromptWindow(config.advantage.window, config.advantage.min_count), average)
+    """A fresh state around the policy's LoRA."""
+    o, a = config.optimizer, config.advantage
+    ema = LoraEma(policy.trainable(), o.ema_decay, o.ema_every) if o.ema_decay else None
+    return TrainingState(policy, make_optimizer(policy.trainable(), o), PromptWindow(a.window, a.min_count), ema)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from comfyui_pcpo.method.forward_process import FORWARD
-
 from ..config.schema import Config
+from ..loop.objectives import make_objective
 from ..loop.plan import chunked, plan_steps
 from ..policy.diffusers_policy import DiffusersPolicy
 from .tracker import peak_bytes
@@ -100,12 +99,13 @@ def arithmetic(config: Config) -> list[str]:
 
 def budget(policy: DiffusersPolicy, config: Config) -> Budget:
     r, o = config.rollout, config.optimizer
-    _, trained = plan_steps(policy, config, policy.grid(r.steps), 1)
+    objective = make_objective(config)
+    _, trained = plan_steps(policy, config, objective, 1)
     images = config.images_per_update
     chunks = [rows for part in chunked(config, r.prompts_per_update) for rows in part]
     some, every = config.objective.kl_images, config.objective.kl_weight > 0
     watched = sum(every or bool((rows < some).any()) for rows in chunks)
-    again = len(trained) if config.objective.name in FORWARD else 0  # renoised pictures are predicted once more
+    again = objective.calls_per_step * len(trained)
     return Budget(
         prompts=r.prompts_per_update,
         images=images,

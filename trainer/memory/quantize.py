@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..loop.optimizer import bitsandbytes
+from .bitsandbytes import bitsandbytes_for
 
 Quantize = Literal["none", "fp8", "int8", "4bit"]
 EIGHT = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
@@ -88,7 +88,7 @@ def store(denoiser: nn.Module, dtype: torch.dtype, quantize: Quantize = "none") 
 
 def four_bit(wide: nn.Linear, dtype: torch.dtype) -> nn.Module:
     """QLoRA's normal-float layer (arXiv 2305.14314). Raises ConfigError where bitsandbytes is not installed."""
-    package = bitsandbytes("model.quantize = 4bit").nn
+    package = bitsandbytes_for("model.quantize = 4bit").nn
     narrow = package.Linear4bit(
         wide.in_features, wide.out_features, wide.bias is not None, compute_dtype=dtype, quant_type="nf4"
     )

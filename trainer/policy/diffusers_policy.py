@@ -18,7 +18,8 @@ from ..memory.offload import Offloader, Parts
 from ..memory.quantize import store
 from ..memory.shard import compile_blocks, shard, sharded
 from .base import LoraPairs
-from .families import Inputs, denoiser_of, wire
+from .device import pick_device
+from .families import Inputs, wire
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,7 +54,7 @@ class DiffusersPolicy:
             part.requires_grad_(False).eval()
         self._add_lora(more)
         store(self.denoiser, self.dtype, config.model.quantize)
-        self.residence = self._settle(modules)
+        self.offloader = self._settle(modules)
         if config.model.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         if config.model.compile:
@@ -67,12 +68,12 @@ class DiffusersPolicy:
         text = [part for part in modules if part is not self.denoiser and part is not pipeline.vae]
         parts: Parts = {"denoiser": [self.denoiser], "vae": [pipeline.vae], "text": [*text]}
         stays = m.quantize == "4bit" or sharded(m)  # cannot be moved once they are set up
-        residence = Offloader(parts, self.device, m.offload, ["denoiser"] if stays else [])
+        offloader = Offloader(parts, self.device, m.offload, ["denoiser"] if stays else [])
         if sharded(m):
             shard(self.denoiser, set(self.trainable()), self.device)
-        if residence.offload:
-            pipeline.vae.enable_slicing()  # one picture at a time
-        return residence
+        if offloader.offload:
+            pipeline.vae.enable_slicing()  # one image at a time
+        return offloader
 
     def _add_lora(self, more: Collection[str]) -> None:
         from peft import LoraConfig
@@ -93,18 +94,18 @@ class DiffusersPolicy:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Encoded:
-        self.residence.only("text")
+        self.offloader.only("text")
         positive = self.adapter.embed(prompts, self.device)
         negative = (
             None if self.config.rollout.cfg == 1 else self.adapter.embed([self.config.prompts.negative], self.device)
         )
-        self.residence.only("denoiser")
+        self.offloader.only("denoiser")
         if negative is None:
             return Encoded(positive, None)
         return Encoded(positive, {k: v.expand(len(prompts), *v.shape[1:]) for k, v in negative.items()})
 
     def predict(self, x: Tensor, timestep: float, condition: Encoded) -> Tensor:
-        self.residence.only("denoiser")
+        self.offloader.only("denoiser")
         positive, negative = condition.positive, condition.negative
         if negative is None:
             return self._call(x, timestep, positive)
@@ -126,9 +127,9 @@ class DiffusersPolicy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        self.residence.only("denoiser", "vae")
+        self.offloader.only("denoiser", "vae")
         images = self.adapter.decode(latents.to(self.device))
-        self.residence.only("denoiser")
+        self.offloader.only("denoiser")
         return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
 
     def trainable(self) -> list[nn.Parameter]:
@@ -180,18 +181,3 @@ def module_names(denoiser: nn.Module) -> list[str]:
     """Every module that could carry a LoRA, whether or not it does."""
     modules = [n for n, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     return [n.removesuffix(".base_layer") for n in modules if ".lora_" not in n]
-
-
-def pick_device(name: str, key: str = "model.device") -> torch.device:
-    """`auto` is the first GPU if there is one. Raises ConfigError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"{key} is {name}, but PyTorch sees 0 GPUs. Use cpu or auto.")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"{key} {name} is not a device. Use auto, cpu or cuda.") from None
-
-
-__all__ = ["DiffusersPolicy", "Encoded", "denoiser_of", "module_names", "pick_device"]

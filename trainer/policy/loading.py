@@ -1,4 +1,4 @@
-"""Loads a diffusers pipeline: the embedded models, a checkpoint file, a local folder, or a hub name."""
+"""From a configuration to a policy: embedded model, checkpoint file, local folder or hub name, and the LoRA's start."""
 
 import difflib
 from pathlib import Path
@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 
+from comfyui_pcpo.lora.formats import parse_state
 from comfyui_pcpo.tiny import pipelines
 
-from ..config.schema import ConfigError
+from ..config.schema import Config, ConfigError
+from .base import LoraPairs
+from .diffusers_policy import DTYPES, DiffusersPolicy, module_names
+from .families import denoiser_of
+from .lora_pairs import padded, read_lora
 from .single_file import left_out, load_checkpoint, precisions
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -57,3 +62,28 @@ def _not_loaded(name: str, base: str | None, error: Exception) -> str:
         f"model.name {name} could not be loaded: {why}. {guess}Use {', '.join(pipelines.EMBEDDED)}, a .safetensors "
         "checkpoint, a folder that save_pretrained wrote, or a name on the hub that this computer has or can download."
     )
+
+
+def make_policy(config: Config) -> DiffusersPolicy:
+    """The configured model with a fresh LoRA, or with that of `lora.start`."""
+    m, start = config.model, config.lora.start
+    pipeline = load_pipeline(m.name, m.config, DTYPES[m.precision])
+    if start is None:
+        return DiffusersPolicy(pipeline, config)
+    try:
+        pairs = parse_state(read_lora(start)[0], module_names(denoiser_of(pipeline)))
+    except ValueError as error:
+        raise ConfigError(f"lora.start {start}: {error}") from None
+    policy = DiffusersPolicy(pipeline, config, pairs)
+    start_from(policy, config, pairs)
+    return policy
+
+
+def start_from(policy: DiffusersPolicy, config: Config, pairs: LoraPairs) -> None:
+    """Load a LoRA; modules and ranks that it lacks keep their fresh values, which add nothing yet."""
+    fresh, scale = policy.lora(), config.lora.scale
+    start = {}
+    for name, (down, up) in padded(pairs, fresh).items():
+        rank = len(pairs[name][0]) if name in pairs else 0
+        start[name] = (torch.cat([down[:rank], fresh[name][0][rank:]]), up / scale)
+    policy.load_lora(start)

@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from comfyui_pcpo.lora.formats import export_state
@@ -26,6 +26,7 @@ from ..config.schema import Config, ConfigError
 from ..loop.align import Update
 from ..loop.state import TrainingState
 from ..policy.base import LoraPairs
+from ..policy.lora_pairs import folded, load_pairs, save_pairs
 
 
 class NotSaved(ConfigError):
@@ -143,24 +144,24 @@ class RunFolder:
             with writing(self.curves_file, self.path):
                 plot.curves(records).save(self.curves_file)
 
-    def save(self, learner: TrainingState, config: Config) -> Path:
+    def save(self, state: TrainingState, config: Config) -> Path:
         """A checkpoint after the last finished update, and the LoRA to use."""
-        name = f"{learner.done:06d}"
+        name = f"{state.done:06d}"
         final, temporary = self.checkpoints / name, self.checkpoints / f"{name}.tmp"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            pairs = learner.policy.lora()
+            pairs = state.policy.lora()
             save_pairs(pairs, temporary / "lora.safetensors")
-            torch.save(learner.optimizer.state_dict(), temporary / "optimizer.pt")
-            state = {"update": learner.done, "window": learner.window.state_dict()}
-            if learner.average is not None:
-                with learner.average.in_place():
-                    pairs = learner.policy.lora()
+            torch.save(state.optimizer.state_dict(), temporary / "optimizer.pt")
+            rest: dict[str, Any] = {"update": state.done, "window": state.window.state_dict()}
+            if state.ema is not None:
+                with state.ema.in_place():
+                    pairs = state.policy.lora()
                 save_pairs(pairs, temporary / "average.safetensors")
-                state["average_steps"] = learner.average.steps
-            (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            self.write_lora(pairs, learner, config)
+                rest["average_steps"] = state.ema.steps
+            (temporary / "state.json").write_text(json.dumps(rest), encoding="utf-8")
+            self.write_lora(pairs, state, config)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
@@ -171,18 +172,18 @@ class RunFolder:
             ) from error
         return final
 
-    def write_lora(self, pairs: LoraPairs, learner: TrainingState, config: Config) -> None:
+    def write_lora(self, pairs: LoraPairs, state: TrainingState, config: Config) -> None:
         """The LoRA under ComfyUI's names, with the configuration in its metadata."""
-        rank, family = config.lora.rank, learner.policy.family
-        state = export_state(folded(pairs, config.lora.scale), rank, rank, "comfyui", family)
+        rank, family = config.lora.rank, state.policy.family
+        tensors = export_state(folded(pairs, config.lora.scale), rank, rank, "comfyui", family)
         metadata = {
             "pcpo.config": dump(config),
-            "pcpo.updates": str(learner.done),
+            "pcpo.updates": str(state.done),
             "pcpo.family": family,
             "format": "pt",
         }
         temporary = self.lora_file.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in state.items()}, temporary, metadata)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
         temporary.replace(self.lora_file)
 
     def numbers(self) -> list[int]:
@@ -208,56 +209,28 @@ class RunFolder:
         return self.checkpoints / f"{number:06d}"
 
     def lora(self, which: str = "latest") -> LoraPairs:
-        """A checkpoint's factors, averaged if the run keeps an average, with alpha / rank folded into the second."""
+        """A checkpoint's factors, those of the EMA if the run keeps one, with alpha / rank folded into the second."""
         average = self.checkpoint(which) / "average.safetensors"
         file = average if average.is_file() else average.with_name("lora.safetensors")
         return folded(load_pairs(file), self.config().lora.scale)
 
-    def load(self, learner: TrainingState, which: str = "latest") -> None:
-        """Bring `learner` to a checkpoint. Raises ConfigError that names a damaged file and an older checkpoint."""
+    def load(self, state: TrainingState, which: str = "latest") -> None:
+        """Bring `state` to a checkpoint. Raises ConfigError that names a damaged file and an older checkpoint."""
         folder = self.checkpoint(which)
         try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            if learner.average is not None:
-                learner.policy.load_lora(load_pairs(folder / "average.safetensors"))
-                learner.average.restart(state["average_steps"])
-            learner.policy.load_lora(load_pairs(folder / "lora.safetensors"))
+            rest = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if state.ema is not None:
+                state.policy.load_lora(load_pairs(folder / "average.safetensors"))
+                state.ema.restart(rest["average_steps"])
+            state.policy.load_lora(load_pairs(folder / "lora.safetensors"))
             moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            learner.optimizer.load_state_dict(moments)
-            learner.window.load_state_dict(state["window"])
-            learner.done = state["update"]
+            state.optimizer.load_state_dict(moments)
+            state.window.load_state_dict(rest["window"])
+            state.done = rest["update"]
         except Exception as error:
             older = [n for n in self.numbers() if n < int(folder.name)]
             way = f"Use --checkpoint {older[-1]}" if older else "Start the run again under another name"
             raise ConfigError(f"checkpoint {folder} is damaged ({type(error).__name__}: {error}). {way}.") from error
-
-
-def folded(pairs: LoraPairs, scale: float) -> LoraPairs:
-    """Factors whose product is the whole change: `scale`, alpha / rank, goes into the second."""
-    return {name: (down, up * scale) for name, (down, up) in pairs.items()}
-
-
-def save_pairs(pairs: LoraPairs, path: Path) -> None:
-    """Write factors as `load_pairs` reads them."""
-    flat = {f"{module}.{part}": t for module, pair in pairs.items() for part, t in zip("AB", pair, strict=True)}
-    save_file({k: v.contiguous() for k, v in flat.items()}, path)
-
-
-def load_pairs(path: Path) -> LoraPairs:
-    """The factors of a checkpoint's LoRA. Raises ConfigError for a missing or damaged file."""
-    flat, _ = read_lora(path)
-    return {key[:-2]: (flat[key], flat[key[:-2] + ".B"]) for key in flat if key.endswith(".A")}
-
-
-def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of an exported LoRA. Raises ConfigError for a missing or damaged file."""
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist. Give a LoRA file, such as a run's lora.safetensors.")
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ConfigError(f"{path} is not a whole safetensors file ({error}). Copy or export it again.") from None
 
 
 def _line(row: dict[str, Any]) -> str:

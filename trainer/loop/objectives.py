@@ -1,0 +1,163 @@
+"""What an update minimises: a surrogate on the stored trajectory, or a loss on the forward process.
+
+The loop knows the interface `Objective` only. A new loss on the trajectory is one line in
+`comfyui_pcpo.method.surrogate.OBJECTIVES`; a new kind of objective is a class here and its line in `make_objective`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from comfyui_pcpo.method.credit import target_weights
+from comfyui_pcpo.method.forward_process import (
+    FORWARD,
+    image_scale,
+    matching_log_ratio,
+    nft,
+    noised,
+    output_distance,
+    scales,
+    target,
+)
+from comfyui_pcpo.method.rollout import GroupNoise, Trajectory
+from comfyui_pcpo.method.schedule import Grid
+from comfyui_pcpo.method.surrogate import FORMS, OBJECTIVES, is_clipped, kl, ppo
+from comfyui_pcpo.method.transition import Method, Transition, default_noise_level
+
+from ..config.schema import AdvantageConfig, Config, ObjectiveConfig
+from .plan import Plan, StepRules
+
+Predict = Callable[[Tensor, float, Tensor], Tensor]
+"""(latents (b, C, H, W), the model's timestep, rows (b,)) -> model output (b, C, H, W)."""
+
+
+@dataclass
+class StoredSteps:
+    """What the sampling model saw and answered at each step; float32 on the CPU, 0 at steps that are not trained."""
+
+    latents: Tensor  # (T, B, C, H, W)
+    outs: Tensor  # (T, B, C, H, W)
+    noises: Tensor  # (T, B, C, H, W) the noise that was drawn; on the forward process the error of `outs`
+    timesteps: Sequence[float]  # (T,)
+
+    def at(self, i: int, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Output and noise of some images at step i, each (b, C, H, W), on `device`."""
+        return self.outs[i, rows].to(device), self.noises[i, rows].to(device)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """One denoising step of some images, each (b,)."""
+
+    log_ratio: Tensor
+    loss: Tensor
+    clipped: Tensor  # bool: the term lies in its flat region
+
+
+class Objective(StepRules, Protocol):
+    """What the loop asks of an objective."""
+
+    @property
+    def calls_per_step(self) -> int:
+        """Model calls that `prepare` makes for each trained step and chunk."""
+        ...
+
+    def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> StoredSteps:
+        """What the update replays; `noise` has draws of its own, independent of the rollout's."""
+        ...
+
+    def terms(self, steps: StoredSteps, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
+        """Log-ratio and loss at step i from the new output (b, C, H, W) and the advantages (b,)."""
+        ...
+
+    def divergence(self, d_ref: Tensor, plan: Plan, i: int) -> Tensor:
+        """Distance of step i to the reference from the difference of outputs, (b, C, H, W) -> (b,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class OnTrajectory:
+    """A surrogate of the ratio of each stored denoising step: ppo, log_hinge, matching."""
+
+    config: ObjectiveConfig
+    calls_per_step: int = 0
+
+    def noise_level(self, method: Method) -> float:
+        return default_noise_level(method)
+
+    def trainable(self, steps: Sequence[Transition]) -> list[int]:
+        return [i for i, step in enumerate(steps) if step.std > 0]
+
+    def weights(self, steps: Sequence[Transition], grid: Grid, trained: Sequence[int]) -> Tensor:
+        return target_weights(steps, grid, self.config.credit, trained)
+
+    def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> StoredSteps:
+        return StoredSteps(path.latents, path.outs, path.noises, path.timesteps)
+
+    def terms(self, steps: StoredSteps, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
+        old, noise = steps.at(i, rows, out.device)
+        weight, native, xi = float(plan.weights[i]), plan.transitions[i].weight, self.config.clip_range
+
+        log_ratio = FORMS[self.config.form](out - old, noise, weight, native)
+        loss = OBJECTIVES[self.config.name](log_ratio, advantage, xi)
+
+        return Terms(log_ratio, loss, is_clipped(log_ratio, advantage, xi, self.config.name))
+
+    def divergence(self, d_ref: Tensor, plan: Plan, i: int) -> Tensor:
+        return kl(d_ref, plan.transitions[i])
+
+
+@dataclass(frozen=True)
+class OnForwardProcess:
+    """A loss of finished samples that are noised again: awm, nft. Their steps need no noise of their own."""
+
+    config: ObjectiveConfig
+    advantage: AdvantageConfig
+    calls_per_step: int = 1  # each renoised sample is predicted once before the update
+
+    def noise_level(self, method: Method) -> float:
+        return 0.0
+
+    def trainable(self, steps: Sequence[Transition]) -> list[int]:
+        return list(range(len(steps)))
+
+    def weights(self, steps: Sequence[Transition], grid: Grid, trained: Sequence[int]) -> Tensor:
+        return torch.ones(grid.steps, dtype=torch.float64)
+
+    @torch.no_grad()
+    def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> StoredSteps:
+        """Noise the final latents afresh at every trained step and predict them with the model as it is now."""
+        x0, grid, levels = path.final, plan.grid, scales(plan.grid)
+        latents, outs, errors = (torch.zeros(grid.steps, *x0.shape) for _ in range(3))
+        for i in plan.trained:
+            eps = noise.next()
+            latents[i] = noised(x0, eps, levels[i])
+            for rows in plan.chunks:
+                outs[i, rows] = predict(latents[i, rows], path.timesteps[i], rows).float().cpu()
+            errors[i] = outs[i] - target(x0, eps, grid.kind)
+        return StoredSteps(latents, outs, errors, path.timesteps)
+
+    def terms(self, steps: StoredSteps, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
+        old, error = steps.at(i, rows, out.device)
+        o, bound, scale = self.config, self.advantage.clip, image_scale(scales(plan.grid)[i], plan.grid.kind)
+
+        log_ratio = matching_log_ratio(out - old, error)
+        if o.name == "awm":
+            loss, flat = ppo(log_ratio, advantage, o.clip_range), "ppo"
+        else:  # the log-ratio is only watched
+            loss, flat = nft(out - old, error, advantage, scale, bound, o.nft_beta), "matching"
+
+        return Terms(log_ratio, loss, is_clipped(log_ratio, advantage, o.clip_range, flat))
+
+    def divergence(self, d_ref: Tensor, plan: Plan, i: int) -> Tensor:
+        return output_distance(d_ref)
+
+
+def make_objective(config: Config) -> Objective:
+    """The configured objective."""
+    if config.objective.name in FORWARD:
+        return OnForwardProcess(config.objective, config.advantage)
+    return OnTrajectory(config.objective)

@@ -1,0 +1,106 @@
+"""From images to advantages: every reward scores, failures are counted, rewards are combined and compared."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from comfyui_pcpo.method.advantage import (
+    PromptWindow,
+    clip_advantage,
+    combine_rewards,
+    failed_share,
+    group_advantage,
+)
+from comfyui_pcpo.reward.base import Reward
+
+from ..config.schema import Config
+from .plan import Plan
+
+
+class RunError(RuntimeError):
+    """A run that cannot continue; the message gives the reason and the fix."""
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent by name."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def rounded(self) -> dict[str, float]:
+        return {name: round(seconds, 4) for name, seconds in self.seconds.items()}
+
+
+@contextmanager
+def on_its_device(reward: Reward, offload: bool) -> Iterator[Reward]:
+    """The reward on its own device; with `offload` it leaves a GPU afterwards, so that the rollout has that memory."""
+    reward.to(reward.settings.device)
+    try:
+        yield reward
+    finally:
+        if offload and reward.device.type != "cpu":
+            reward.to("cpu")
+
+
+def score(
+    rewards: dict[str, Reward],
+    images: Tensor,
+    prompts: list[str],
+    stopwatch: Stopwatch | None = None,
+    offload: bool = True,
+) -> dict[str, Tensor]:
+    """Every reward of every image, (B, H, W, 3) -> name -> (B,); each reward's seconds go to the stopwatch."""
+    stopwatch, scores = stopwatch or Stopwatch(), {}
+    for name, reward in rewards.items():
+        with stopwatch(name), on_its_device(reward, offload):
+            scores[name] = reward.score(images, prompts).float().cpu()
+    return scores
+
+
+@dataclass
+class ScoredRollout:
+    """The rewards of one update's images, those of every process."""
+
+    scores: dict[str, Tensor]  # name -> (P * G,)
+    combined: Tensor  # (P, G) what is trained on
+    advantage: Tensor  # (P, G)
+    seconds: Stopwatch  # of each reward
+
+
+def compare(
+    scores: dict[str, Tensor], plan: Plan, window: PromptWindow, config: Config, seconds: Stopwatch
+) -> ScoredRollout:
+    """Scores of all groups, name -> (P * G,) -> ScoredRollout. Raises RunError when too many scores failed."""
+    check_failures(scores, config, plan.number)
+    weights = config.reward.weights
+    stacked = torch.stack([scores[name].view(-1, plan.group_size) for name in weights])
+    combined = combine_rewards(stacked, list(weights.values()), config.reward.standardise)
+    return ScoredRollout(scores, combined, advantages(combined, plan.prompts, window, config), seconds)
+
+
+def advantages(rewards: Tensor, prompts: Sequence[str], window: PromptWindow, config: Config) -> Tensor:
+    """Combined rewards (P, G) -> clipped advantages (P, G); failed samples get 0."""
+    a = config.advantage
+    raw = window.advantage(list(prompts), rewards) if a.kind == "window" else group_advantage(rewards, a.spread)
+    return clip_advantage(raw, a.clip)
+
+
+def check_failures(scores: dict[str, Tensor], config: Config, number: int) -> None:
+    """Raise RunError when more scores of a trained reward failed than the run allows, or all of them."""
+    for name in config.reward.weights:
+        share = failed_share(scores[name])
+        if share > config.reward.max_failed or share == 1:
+            raise RunError(
+                f"update {number}: {100 * share:.0f} % of the {name} scores failed (NaN or infinite), more than "
+                f"reward.max_failed = {config.reward.max_failed:g} allows. Look at the reward, then resume the run."
+            )

@@ -1,0 +1,17 @@
+"""The device that a configuration names."""
+
+import torch
+
+from ..config.schema import ConfigError
+
+
+def pick_device(name: str, key: str = "model.device") -> torch.device:
+    """`auto` is the first GPU, or the CPU without one. Raises ConfigError for a device that does not exist."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"{key} is {name}, but PyTorch finds no GPU. Use cpu or auto.")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"{key} {name} is not a device. Use auto, cpu or cuda.") from None

@@ -1,0 +1,67 @@
+"""A LoRA as pairs of factors by module: read, written, and fitted to the modules and the rank that a model trains."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from ..config.schema import ConfigError
+from .base import LoraPairs
+
+
+def folded(pairs: LoraPairs, scale: float) -> LoraPairs:
+    """Factors whose product is the whole change: `scale`, alpha / rank, goes into the second."""
+    return {name: (down, up * scale) for name, (down, up) in pairs.items()}
+
+
+def padded(pairs: LoraPairs, like: LoraPairs) -> LoraPairs:
+    """`pairs` as factors of the modules and the rank of `like`, with zeros where they have nothing.
+
+    Raises ConfigError for modules or shapes that `like` has no room for.
+    """
+    unknown = sorted(set(pairs) - set(like))
+    if unknown:
+        raise ConfigError(
+            f"the LoRA has {len(unknown)} modules that this model does not train, first {unknown[0]}. "
+            "Use a LoRA of the same model, with lora.targets at least as wide as the LoRA's."
+        )
+    full = {}
+    for name, (down, up) in like.items():
+        if name not in pairs:
+            full[name] = (torch.zeros_like(down), torch.zeros_like(up))
+            continue
+        a, b = pairs[name]
+        missing = len(down) - len(a)
+        if missing < 0 or a.shape[1:] != down.shape[1:] or len(b) != len(up):
+            raise ConfigError(
+                f"{name} of the LoRA has shapes {tuple(a.shape)} and {tuple(b.shape)}; the model takes "
+                f"{tuple(down.shape)} and {tuple(up.shape)}. Use a LoRA of this model, or lora.rank {len(a)} or more."
+            )
+        grown_b = F.pad(b.transpose(0, 1), (*[0] * (2 * (b.ndim - 1)), 0, missing)).transpose(0, 1)
+        full[name] = (F.pad(a, (*[0] * (2 * (a.ndim - 1)), 0, missing)), grown_b)
+    return full
+
+
+def save_pairs(pairs: LoraPairs, path: Path) -> None:
+    """Write factors as `load_pairs` reads them."""
+    flat = {f"{module}.{part}": t for module, pair in pairs.items() for part, t in zip("AB", pair, strict=True)}
+    save_file({k: v.contiguous() for k, v in flat.items()}, path)
+
+
+def load_pairs(path: Path) -> LoraPairs:
+    """The factors of a checkpoint's LoRA. Raises ConfigError for a missing or damaged file."""
+    flat, _ = read_lora(path)
+    return {key[:-2]: (flat[key], flat[key[:-2] + ".B"]) for key in flat if key.endswith(".A")}
+
+
+def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a LoRA file. Raises ConfigError for a missing or damaged file."""
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist. Give a LoRA file, such as a run's lora.safetensors.")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is not an intact safetensors file ({error}). Copy or export it again.") from None

@@ -1,0 +1,43 @@
+"""The rewards that a configuration names."""
+
+from pathlib import Path
+
+import torch
+
+from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, import_reward, load_reward
+
+from ..config.schema import Config, ConfigError
+from ..policy.device import pick_device
+
+WEIGHTS = Path("models/rewards")
+"""Folder of the rewards' weight files unless a configuration or an option names another."""
+
+
+def reward_settings(config: Config) -> RewardSettings:
+    """Where the rewards of a configuration find their weights, and how their networks run."""
+    r = config.reward
+    device = pick_device(config.model.device) if r.device == "auto" else pick_device(r.device, "reward.device")
+    precision = {"float32": torch.float32, "float16": torch.float16}[r.precision]
+    return RewardSettings(r.folder or WEIGHTS, str(device), precision, r.images_at_once)
+
+
+def make_reward(name: str, settings: RewardSettings) -> Reward:
+    """A reward by its name, or the user's own by module:Class. Raises ConfigError for an unknown name."""
+    try:
+        return import_reward(name)(settings) if ":" in name else load_reward(name, settings)
+    except RewardError as error:
+        raise ConfigError(f"reward: {error}") from None
+
+
+def load_rewards(config: Config) -> dict[str, Reward]:
+    """The trained and the held-out rewards, by name, their weights not read yet."""
+    settings = reward_settings(config)
+    return {name: make_reward(name, settings) for name in (*config.reward.weights, *config.reward.held_out)}
+
+
+def read_rewards(config: Config) -> dict[str, Reward]:
+    """As `load_rewards`, with their weights read into CPU memory, so that a missing file is reported at once."""
+    rewards = load_rewards(config)
+    for reward in rewards.values():
+        reward.to("cpu").load()
+    return rewards

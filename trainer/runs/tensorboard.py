@@ -1,0 +1,28 @@
+"""TensorBoard events beside a run's own files."""
+
+from pathlib import Path
+from typing import Any
+
+from ..config.schema import ConfigError
+from ..loop.align import Update
+
+
+def make_board(folder: Path) -> Any:
+    """A SummaryWriter. Raises ConfigError where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "run.tensorboard is true, but TensorBoard is not installed. `pip install tensorboard`, or set it to false."
+        ) from None
+    return SummaryWriter(str(folder))
+
+
+def write_board(board: Any, update: Update) -> None:
+    """Every number of an update's metrics."""
+    for key, value in update.metrics.items():
+        if isinstance(value, int | float):
+            board.add_scalar(key, value, update.number)
+        elif key in ("rewards", "held_out"):
+            for name, mean in value.items():
+                board.add_scalar(f"{key}/{name}", mean, update.number)
