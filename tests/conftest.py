@@ -72,7 +72,11 @@ def script() -> Callable[..., subprocess.Popen[str]]:
     """script(code, *arguments, **environment): another Python with the project on its path, its output captured."""
 
     def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+        env = (
+            os.environ
+            | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support"))), "OMP_NUM_THREADS": "1"}
+            | environment
+        )
         return subprocess.Popen(
             [sys.executable, "-c", code, *map(str, arguments)],
             stdout=subprocess.PIPE,

@@ -144,7 +144,7 @@ def test_export_refuses_unknown_formats_and_damaged_checkpoints(run, capsys):
     assert "comfyui, diffusers, kohya" in capsys.readouterr().err
     (run.checkpoint() / "lora.safetensors").write_bytes(b"cut")
     assert main(["export", str(run.path)]) == 2
-    assert "lora.safetensors is not a whole safetensors file" in capsys.readouterr().err
+    assert "lora.safetensors is not an intact safetensors file" in capsys.readouterr().err
 
 
 def test_sample_compares_before_and_after(run, tmp_path):
@@ -184,7 +184,7 @@ def test_score_takes_the_folder_and_the_precision_of_the_weights(tmp_path, capsy
 
 def test_score_names_what_it_cannot_read(tmp_path, capsys):
     assert main(["score", str(tmp_path)]) == 2
-    assert "holds 0 pictures" in capsys.readouterr().err
+    assert "holds no images" in capsys.readouterr().err
     (tmp_path / "no.png").write_text("text")
     assert main(["score", str(tmp_path / "no.png"), "--reward", "colorfulness"]) == 2
     assert "no.png is not a picture" in capsys.readouterr().err

@@ -155,7 +155,7 @@ def test_accelerate_launches_a_run_with_a_shipped_file(make_config, tmp_path, na
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command = [*launcher, str(ROOT / "configs" / "accelerate" / f"{name}.yaml"), "--cpu", "--num_processes", "2",
                "--main_process_port", free_port(), "-m", "trainer", "train", str(file)]  # fmt: skip
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests/support"))), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     run = RunFolder(config.run.folder / name)

@@ -11,7 +11,7 @@ from comfyui_pcpo.reward import RewardError, RewardSettings
 from comfyui_pcpo.reward.color import Colorfulness
 from trainer.config.loading import dump, load
 from trainer.config.schema import ConfigError
-from trainer.loop.scoring import Clock, at_work, score
+from trainer.loop.scoring import Stopwatch, on_its_device, score
 from trainer.runs.rewards import load_rewards
 
 OWN = """
@@ -71,14 +71,14 @@ def test_the_weight_folder_is_relative_to_the_file_that_names_it(tmp_path):
 def test_a_reward_leaves_its_device_between_rollouts_only_when_asked():
     reward = Colorfulness(RewardSettings(device="meta"))
     for leaves, after in ((True, "cpu"), (False, "meta"), (True, "cpu")):
-        with at_work(reward, leaves):
+        with on_its_device(reward, leaves):
             assert reward.device.type == "meta"
         assert reward.device.type == after
 
 
 def test_a_reward_that_raises_leaves_its_device_too():
     reward = Colorfulness(RewardSettings(device="meta"))
-    with pytest.raises(ZeroDivisionError), at_work(reward, True):
+    with pytest.raises(ZeroDivisionError), on_its_device(reward, True):
         raise ZeroDivisionError
     assert reward.device.type == "cpu"
 
@@ -90,7 +90,7 @@ class Slow(Colorfulness):
 
 
 def test_every_rewards_seconds_are_told_apart():
-    clock = Clock()
+    clock = Stopwatch()
     score({"slow": Slow(), "quick": Colorfulness()}, torch.rand(2, 4, 4, 3), [""] * 2, clock)
     assert clock.seconds["slow"] >= 0.2 > clock.seconds["quick"]
 

@@ -171,7 +171,7 @@ def test_a_lora_of_another_model_is_refused(make_config, trained, model):
 
 def test_a_damaged_or_missing_lora_is_named(make_config, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    with pytest.raises(ConfigError, match=r"cut.safetensors is not a whole safetensors file"):
+    with pytest.raises(ConfigError, match=r"cut.safetensors is not an intact safetensors file"):
         open_source(str(tmp_path / "cut.safetensors"))
     with pytest.raises(ConfigError, match=r"gone.safetensors does not exist"):
         open_source(str(tmp_path / "gone.safetensors"))
