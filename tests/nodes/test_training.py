@@ -28,7 +28,9 @@ types = comfy_host.pack_module("nodes.types")
 settings = comfy_host.pack_module("trainer.config.schema")
 options = comfy_host.pack_module("trainer.config.loading")
 run_module = comfy_host.pack_module("trainer.runs.folder")
-train_module = comfy_host.pack_module("trainer.runs.launch")
+launch = comfy_host.pack_module("trainer.runs.launch")
+loading = comfy_host.pack_module("trainer.policy.loading")
+lora_pairs = comfy_host.pack_module("trainer.policy.lora_pairs")
 align = comfy_host.pack_module("trainer.loop.align")
 learning = comfy_host.pack_module("trainer.loop.state")
 ConfigError = settings.ConfigError
@@ -85,7 +87,7 @@ def test_one_update_equals_the_trainers(tiny, objective):
     """The same LoRA, noise and prompts: the loop on both policies gives the same record."""
     c = config(tiny.name, updates=1)
     c = c.model_copy(update={"objective": c.objective.model_copy(update={"name": objective})})
-    reference = train_module.make_policy(c)
+    reference = loading.make_policy(c)
     pairs, rewards = reference.lora(), {r.name: r for r in tiny.reward.rewards}
 
     def work(policy):
@@ -151,13 +153,24 @@ def test_a_run_leaves_the_model_as_it_was(tiny):
     assert not any("forward" in vars(m) or m._forward_hooks for m in tiny.model.model.modules())
 
 
+def finish(run):
+    """Do the run headless, -> the numbers of its updates."""
+    numbers = []
+    with run:
+        for update in align.align(run.state, run.job):
+            run.keep(update)
+            numbers.append(update.number)
+    return numbers
+
+
 def test_the_run_folder_is_the_command_lines(flow, tmp_path):
     """The same files, the same configuration but for the name of the run, the same fields in every record."""
     run = flow.train("like-the-command-line", preview_every=1, save_every=1)[3].path
     c = run_module.RunFolder(run).config()
     c = c.model_copy(update={"run": c.run.model_copy(update={"folder": tmp_path, "name": "theirs"})})
-    folder, updates = train_module.start_run(c)
-    list(updates)
+    theirs = launch.start(c)
+    finish(theirs)
+    folder = theirs.folder
 
     def tree(path):
         return {p.relative_to(path).as_posix() for p in path.rglob("*") if p.name != ".lock"} - {"log.txt"}
@@ -166,14 +179,13 @@ def test_the_run_folder_is_the_command_lines(flow, tmp_path):
     mine, theirs = (run_module.RunFolder(p) for p in (run, folder.path))
     assert options.dump(theirs.config()) == options.dump(c)
     assert [row.keys() for row in mine.records()] == [row.keys() for row in theirs.records()]
-    shapes = [{k: v.shape for k, v in run_module.read_lora(f.lora_file)[0].items()} for f in (mine, theirs)]
+    shapes = [{k: v.shape for k, v in lora_pairs.read_lora(f.lora_file)[0].items()} for f in (mine, theirs)]
     assert shapes[0] == shapes[1]
 
 
 def test_the_command_line_goes_on_where_the_node_stopped_and_back(flow):
     run = flow.train("there-and-back", updates=1)[3].path
-    _, _, updates = train_module.resume_run(run, updates=2)
-    assert [u.number for u in updates] == [2]
+    assert finish(launch.resume(run, updates=2)) == [2]
     assert flow.train("there-and-back", updates=3, resume=True)[2] == 3
 
 
