@@ -115,6 +115,7 @@ def test_everything_is_float32_or_wider():
     assert {x.dtype for x in (*found, nft(low, low, torch.ones(1), 1.0))} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["awm", "nft"])
 def test_forward_objectives_start_from_an_unchanged_model_and_move_it(make_config, learn, model, name):
     sections = {"objective": {"name": name, "clip_range": 0.5}, "optimizer": {"minibatches": 2, "learning_rate": 1e-2}}
@@ -136,6 +137,7 @@ def test_forward_objectives_need_no_noise_in_the_sampler(make_config, learn, mod
     assert math.isfinite(metrics["kl"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["awm", "nft"])
 def test_forward_objectives_repeat_to_the_bit(make_config, learn, name):
     config = make_config(objective={"name": name})
@@ -150,6 +152,7 @@ def test_forward_objectives_train_every_step_and_ignore_credit(make_config):
     assert make_plan(policy, config, make_objective(config), ["a fox"], 1).weights.tolist() == [1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["awm", "nft"])
 def test_the_loss_of_a_forward_objective_falls_over_the_same_samples(make_config, learn, model, name):
     """The reported loss is the mean over epochs, so going over one rollout six times must bring it down."""

@@ -44,6 +44,7 @@ def alexnet_file(tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipe.IMAGE_SUFFIXES)
 def test_inception_equals_torch_fidelity(network, name):
     wanted = gold.golden("inception")
@@ -119,6 +120,7 @@ def test_pairwise_lpips_is_the_mean_over_all_pairs(alexnet_file):
     torch.testing.assert_close(network.pairwise(batch), torch.cat(pairs).mean())
 
 
+@pytest.mark.slow
 def test_dino_is_the_class_token_of_the_normalised_image(tmp_path):
     from transformers import Dinov2Config, Dinov2Model
 

@@ -30,6 +30,7 @@ def test_frechet_of_a_set_to_itself_is_zero_and_of_a_shifted_one_the_shift():
         assert frechet(a.float(), a.float() + 3) == pytest.approx(8 * 9, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_few_pictures_and_many_give_the_same_trace():
     x, y = features(6, 10, 3), features(9, 10, 4)
     torch.testing.assert_close(cross_few(x, y), cross_many(x.T @ x, y.T @ y), rtol=1e-6, atol=0)

@@ -19,6 +19,8 @@ comfy_host.skip_without_host()
 
 import comfy_server  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 MODULES = os.environ.get("PLAYWRIGHT_MODULES", "")
 if not (CHROMIUM and shutil.which("node") and (Path(MODULES) / "node_modules" / "playwright-core").is_dir()):

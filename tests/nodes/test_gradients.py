@@ -18,6 +18,8 @@ import torch  # noqa: E402
 
 from comfyui_pcpo.tiny import pipelines  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 comfy_policy = comfy_host.pack_module("nodes.host.policy")
 options = comfy_host.pack_module("trainer.config.loading")
 LINES = comfy_models.LINES

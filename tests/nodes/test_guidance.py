@@ -21,6 +21,8 @@ from comfy_models import biggest, forget_loaded, lora_on, partly_loaded  # noqa:
 from comfyui_pcpo.method.guidance import ImplicitReward  # noqa: E402
 from comfyui_pcpo.tiny import pipelines  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 irg = comfy_host.pack_module("nodes.host.irg")
 types = comfy_host.pack_module("nodes.types")
 ConfigError = comfy_host.pack_module("trainer.config.schema").ConfigError

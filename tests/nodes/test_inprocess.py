@@ -15,6 +15,8 @@ comfy_host.skip_without_host()
 
 import torch  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 comfy_host.load_pack()
 ConfigError = comfy_host.pack_module("trainer.config.schema").ConfigError
 run = comfy_host.execute

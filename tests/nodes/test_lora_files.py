@@ -20,6 +20,8 @@ from comfy.model_patcher import ModelPatcher  # noqa: E402
 from comfyui_pcpo.lora.families import detect_family  # noqa: E402
 from comfyui_pcpo.lora.formats import export_state  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 is_target = comfy_host.pack_module("comfyui_pcpo.lora.targets").is_target
 UNET = {
     "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],

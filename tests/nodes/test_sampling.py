@@ -18,6 +18,8 @@ from comfyui_pcpo.method.rollout import rollout  # noqa: E402
 from comfyui_pcpo.method.transition import mean  # noqa: E402
 from comfyui_pcpo.tiny import pipelines  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ConfigError = comfy_host.pack_module("trainer.config.schema").ConfigError
 
 

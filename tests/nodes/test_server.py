@@ -14,6 +14,8 @@ comfy_host.skip_without_host()
 
 import comfy_server  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def info(comfyui):

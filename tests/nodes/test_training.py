@@ -21,6 +21,8 @@ from comfy_models import LINES, biggest  # noqa: E402
 
 from comfyui_pcpo.tiny import pipelines  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 call = comfy_host.execute
 job = comfy_host.pack_module("nodes.job")
 comfy_policy = comfy_host.pack_module("nodes.host.policy")

@@ -89,6 +89,7 @@ def test_polish_explains_most_of_how_spoiled_unseen_drawings_are():
     assert polish_quality(MODELS, 200) > 0.8
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_the_card_is_written(tmp_path):
     models = tmp_path / "models"
     common = ["--work", str(tmp_path / "work"), "--models", str(models), "--pictures", "96", "--batch", "8"]

@@ -15,6 +15,8 @@ from trainer.policy.loading import load_pipeline, make_policy
 from trainer.policy.single_file import KINDS, kind_of
 from trainer.policy.skeletons import SKELETONS, write_skeleton
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
 
 

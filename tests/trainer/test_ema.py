@@ -1,5 +1,6 @@
 """The running average of the LoRA: its formula, and that what is saved and sampled is the average."""
 
+import pytest
 import torch
 from running import start_run
 from safetensors.torch import load_file
@@ -11,6 +12,8 @@ from trainer.policy.diffusers_policy import module_names
 from trainer.policy.families import denoiser_of
 from trainer.policy.loading import load_pipeline
 from trainer.policy.lora_pairs import load_pairs
+
+pytestmark = pytest.mark.slow
 
 EMA = {"optimizer": {"ema_decay": 0.9, "ema_every": 1, "learning_rate": 0.03}}
 

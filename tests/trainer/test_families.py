@@ -22,6 +22,8 @@ from trainer.policy.families.flux import pack, unpack
 from trainer.policy.lora_pairs import load_pairs
 from trainer.runs.folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a fox", "two red stars"]
 SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
 PACKED = ("flux", "qwen-image")

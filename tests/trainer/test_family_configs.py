@@ -11,6 +11,8 @@ from trainer.cli.main import main
 from trainer.config.loading import load
 from trainer.policy.loading import make_policy
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 FAMILIES = {
     "sd15-ddpo": "sd15",

@@ -17,6 +17,8 @@ from trainer.policy.families import denoiser_of
 from trainer.policy.loading import make_policy, start_from
 from trainer.policy.lora_pairs import folded, padded
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
 LAYOUTS = ("comfyui", "diffusers", "kohya")
 UNREAD = {

@@ -16,6 +16,8 @@ from trainer.memory.tracker import peak_bytes
 from trainer.policy.diffusers_policy import DiffusersPolicy
 from trainer.policy.loading import make_policy
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
 MODELS = [
     {},

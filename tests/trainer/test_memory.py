@@ -19,6 +19,8 @@ from trainer.policy.loading import load_pipeline
 from trainer.policy.lora_pairs import load_pairs
 from trainer.runs.folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
 BITS_AND_BYTES = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not BITS_AND_BYTES, reason="bitsandbytes is not installed")

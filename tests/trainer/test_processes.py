@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from trainer.config.loading import dump, merge
 from trainer.runs.folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 WORKER = """
 import os, sys, torch
 from pathlib import Path

@@ -14,6 +14,8 @@ from trainer.config.schema import ConfigError
 from trainer.loop.scoring import Stopwatch, on_its_device, score
 from trainer.runs.rewards import load_rewards
 
+pytestmark = pytest.mark.slow
+
 OWN = """
 from comfyui_pcpo.reward import Reward
 

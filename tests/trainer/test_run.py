@@ -16,6 +16,8 @@ from trainer.config.loading import merge
 from trainer.config.schema import ConfigError
 from trainer.runs.folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 AVERAGE = {"optimizer": {"ema_decay": 0.9, "ema_every": 1}}
 WINDOW = {"advantage": {"kind": "window", "window": 4, "min_count": 2}, "reward": {"standardise": False}}
 KILLED = """

@@ -15,6 +15,8 @@ from trainer.loop.update import UpdateBatch, improve
 from trainer.policy.loading import make_policy
 from trainer.runs.rewards import load_rewards
 
+pytestmark = pytest.mark.slow
+
 SAMPLERS = [("emoji-flow", "flow_sde"), ("emoji-flow", "dance_sde"), ("emoji-flow", "cps"), ("emoji-eps", "ddim")]
 XI = 1e-4  # the tightest clip range of the published recipes
 
