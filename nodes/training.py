@@ -7,6 +7,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from comfyui_pcpo.method.credit import CREDITS
+from comfyui_pcpo.method.forward_process import FORWARD_OBJECTIVES
+from comfyui_pcpo.method.surrogate import OBJECTIVES
 from comfyui_pcpo.plotting import plot
 
 from ..trainer import config as settings
@@ -125,7 +127,7 @@ def advanced_inputs() -> list[io.Input]:
         _advanced(method_input()),
         _advanced(noise_level_input("the method's published value, and 0 for the objectives awm and nft")),
         io.Combo.Input(
-            "objective", options=["log_hinge", "ppo", "matching", "awm", "nft"], default="log_hinge",
+            "objective", options=[*OBJECTIVES, *FORWARD_OBJECTIVES], default="log_hinge",
             tooltip=field(o, "name"), **more,
         ),
         io.Float.Input(

@@ -1,24 +1,39 @@
-"""Native to target weights of the trained steps, and the DDIM sigmas that carry a wanted weight."""
+"""Native to target weights of the trained steps."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the configuration reads this module's names without loading torch
+    from torch import Tensor
 
-from comfyui_pcpo.method.schedule import Grid
+    from comfyui_pcpo.method.schedule import Grid
+    from comfyui_pcpo.method.transition import Transition
 
-if TYPE_CHECKING:
-    from comfyui_pcpo.method.transition import Transition  # transition.py calls the sigma solvers below
+Credit = str
 
-Credit = Literal["native", "proportionate", "uniform", "tempflow", "guard", "guard_dt"]
-Sigma = Literal["native", "paper", "uniform"]
-CREDITS: tuple[Credit, ...] = get_args(Credit)
-SIGMAS: tuple[Sigma, ...] = get_args(Sigma)
+
+@dataclass(frozen=True)
+class StepQuantities:
+    """What a credit may depend on, each (S,) float64 over the trained steps."""
+
+    weight: Tensor  # native weight w = -B / s
+    dt: Tensor  # share of the trajectory
+    size: Tensor  # |B|, by how much the mean follows the model's output
+    std: Tensor  # s
+
+
+# each: the target weights up to a constant, (S,)
+CREDITS: dict[Credit, Callable[[StepQuantities], Tensor]] = {
+    "native": lambda step: step.weight,
+    "proportionate": lambda step: step.dt,
+    "uniform": lambda step: step.weight.new_ones(len(step.weight)),
+    "tempflow": lambda step: step.weight * step.std,
+    "guard": lambda step: step.size,
+    "guard_dt": lambda step: step.size / step.dt,
+}
 
 
 def target_weights(steps: Sequence[Transition], grid: Grid, credit: Credit, trained: Sequence[int]) -> Tensor:
@@ -33,28 +48,19 @@ def target_weights(steps: Sequence[Transition], grid: Grid, credit: Credit, trai
         guard          |B|, rescaled; guard_dt: |B| / dt        GRPO-Guard (arXiv 2510.22319), RatioNorm
     """
     chosen = _check_trained(steps, grid, trained)
-    w = torch.tensor([steps[i].weight for i in chosen], dtype=torch.float64)
-    dt = grid.dt[chosen]
-    size = torch.tensor([abs(steps[i].b) for i in chosen], dtype=torch.float64)
-    std = torch.tensor([steps[i].std for i in chosen], dtype=torch.float64)
-    shapes = {
-        "native": w,
-        "proportionate": dt,
-        "uniform": torch.ones_like(w),
-        "tempflow": w * std,
-        "guard": size,
-        "guard_dt": size / dt,
-    }
-    if credit not in shapes:
+    if credit not in CREDITS:
         raise ValueError(f"credit is {credit!r}, but it must be one of {', '.join(CREDITS)}.")
-    weights = torch.zeros(grid.steps, dtype=torch.float64)
-    shape = shapes[credit]
-    weights[chosen] = w if credit == "native" else shape * (w.sum() / shape.sum())
+    dt = grid.dt[chosen]
+    w = dt.new_tensor([steps[i].weight for i in chosen])
+    size, std = dt.new_tensor([abs(steps[i].b) for i in chosen]), dt.new_tensor([steps[i].std for i in chosen])
+    shape = CREDITS[credit](StepQuantities(w, dt, size, std))
+    weights = dt.new_zeros(grid.steps)
+    weights[chosen] = shape * (w.sum() / shape.sum())
     return weights
 
 
 def _check_trained(steps: Sequence[Transition], grid: Grid, trained: Sequence[int]) -> list[int]:
-    """The trained steps in order; refuses repeats, strangers and steps without noise."""
+    """The trained steps in order; refuses repeats, steps off the grid and steps without noise."""
     chosen = sorted(int(i) for i in trained)
     if len(steps) != grid.steps:
         raise ValueError(
@@ -62,7 +68,7 @@ def _check_trained(steps: Sequence[Transition], grid: Grid, trained: Sequence[in
         )
     if not chosen or len(set(chosen)) != len(chosen) or not 0 <= chosen[0] <= chosen[-1] < grid.steps:
         raise ValueError(
-            f"trained steps are {chosen}, but they are different numbers from 0 to {grid.steps - 1}, at least one."
+            f"trained steps are {chosen}, but must be different numbers from 0 to {grid.steps - 1}, at least one."
         )
     for i in chosen:
         if steps[i].std == 0:
@@ -71,59 +77,3 @@ def _check_trained(steps: Sequence[Transition], grid: Grid, trained: Sequence[in
                 "Leave it out of the trained steps, or raise the noise level."
             )
     return chosen
-
-
-def ddim_native_sigma(ab_t: float, ab_prev: float, eta: float) -> float:
-    """Standard deviation of a DDIM step, eta times the DDPM posterior's.
-
-    DDIM (arXiv 2010.02502), Equation 16:  sigma = eta sqrt((1 - ab') / (1 - ab)) sqrt(1 - ab / ab')
-    """
-    return eta * math.sqrt((1 - ab_prev) / (1 - ab_t) * (1 - ab_t / ab_prev))
-
-
-def ddim_smallest_target(ab_t: float, ab_prev: float) -> float:
-    """The smallest weight that any sigma can give a DDIM step; 0 for a step that cannot have noise.
-
-    From PCPO's sigma equation, real iff  w* >= w_min = sqrt(a^2 / b^2 - 1),  a^2 - b^2 = ab' / ab - 1,  b^2 = 1 - ab'.
-    It is the native weight at eta = 1, so no sigma gives a step less weight than that.
-    """
-    return math.sqrt((ab_prev / ab_t - 1) / (1 - ab_prev)) if ab_prev < 1 else 0.0
-
-
-def smallest_target(grid: Grid) -> float:
-    """The smallest w* that every noisy step of a ddim grid can carry."""
-    levels = grid.levels.tolist()
-    return max(ddim_smallest_target(ab_t, ab_prev) for ab_t, ab_prev in pairwise(levels))
-
-
-def ddim_sigma(ab_t: float, ab_prev: float, choice: Sigma, target: float | None = None) -> float:
-    """Standard deviation of a DDIM step under one of three rules.
-
-        native   DDPM posterior (eta = 1)
-        uniform  minus root of s^2 (1 + w^2) - 2 a w s + a^2 - b^2 = 0: C / s = w* exactly, s small
-        paper    plus root, near native; above w* = a / b it solves (a + sqrt(b^2 - s^2)) / s = w*, not C / s = w*
-
-    PCPO (arXiv 2509.25774), DDIM variance; the authors' code takes the plus root at every step.
-    A step to ab' = 1 cannot have noise: its sigma is 0 under each rule.
-    """
-    if choice not in SIGMAS:
-        raise ValueError(f"sigma is {choice!r}, but it must be one of {', '.join(SIGMAS)}.")
-    if choice == "native":
-        return ddim_native_sigma(ab_t, ab_prev, 1.0)
-    check_target(choice, target, ddim_smallest_target(ab_t, ab_prev), "this step")
-    if target is None or ab_prev == 1:
-        return 0.0
-    a = math.sqrt((1 - ab_t) * ab_prev / ab_t)
-    gap = ab_prev / ab_t - 1  # a^2 - b^2 without cancellation
-    top = a * target + math.sqrt(max(0.0, target**2 * (1 - ab_prev) - gap))
-    return top / (1 + target**2) if choice == "paper" else gap / top
-
-
-def check_target(choice: Sigma, target: float | None, smallest: float, where: str) -> None:
-    """Refuse a w* that is missing, or below the smallest one that `where` can carry."""
-    if target is None or not target >= smallest * (1 - 1e-12) or not math.isfinite(target):
-        enough = math.ceil(smallest * 1e4) / 1e4
-        raise ValueError(
-            f"target is {target}, but sigma = {choice!r} solves C / sigma = w*, and {where} cannot carry a w* below "
-            f"{enough:.4f}. Use target = {enough:.4f} or more, or sigma = 'native'."
-        )

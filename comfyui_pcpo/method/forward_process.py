@@ -1,4 +1,4 @@
-"""Objectives on the forward process: finished samples are noised again, and the model is judged by its prediction.
+"""Objectives on the forward process: finished samples are noised again, and the loss compares predictions of them.
 
 They need no trajectory and no stochastic sampler, only final latents, their advantages and the model that made them.
 Throughout, d = out_new - out_old, and `error` is how far the old model's prediction was off, out_old - target.
@@ -7,15 +7,17 @@ Throughout, d = out_new - out_old, and `error` is how far the old model's predic
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from comfyui_pcpo.method.schedule import Grid, Kind
+from comfyui_pcpo.method.surrogate import never_clipped, ppo, ppo_clipped
 from comfyui_pcpo.method.transition import wide
 
-ForwardObjective = Literal["awm", "nft"]
-FORWARD: tuple[ForwardObjective, ...] = ("awm", "nft")
+if TYPE_CHECKING:  # the configuration reads this module's names without loading torch
+    from torch import Tensor
+
+    from comfyui_pcpo.method.schedule import Grid, Kind
 
 
 def scales(grid: Grid) -> list[tuple[float, float]]:
@@ -33,7 +35,7 @@ def noised(x0: Tensor, eps: Tensor, scale: tuple[float, float]) -> Tensor:
 
 
 def target(x0: Tensor, eps: Tensor, kind: Kind) -> Tensor:
-    """What a perfect model answers at x_t, (B, C, H, W) -> (B, C, H, W): the velocity eps - x0 of flow, or eps."""
+    """Output of a perfect model at x_t, (B, C, H, W) -> (B, C, H, W): the velocity eps - x0 of flow, or eps."""
     return wide(eps) - wide(x0) if kind == "flow" else wide(eps)
 
 
@@ -44,7 +46,7 @@ def image_scale(scale: tuple[float, float], kind: Kind) -> float:
 
 
 def matching_log_ratio(d: Tensor, error: Tensor) -> Tensor:
-    """Log-ratio of a finished sample by how well it is predicted, (B, C, H, W) -> (B,).
+    """Log-ratio of a finished sample, from the errors of its prediction, (B, C, H, W) -> (B,).
 
     AWM (arXiv 2509.25050), its code's uniform weight:  log p = -|out - target|^2, so
     log rho = |e|^2 - |e + d|^2 = -(2 <d, e> + |d|^2),  means over the latent
@@ -66,6 +68,30 @@ def nft(d: Tensor, error: Tensor, advantage: Tensor, k: float, bound: float = 5.
     r = (0.5 + wide(advantage) / (2 * bound)).clamp(0, 1)
     closer, further = (_normalised(k * (error + sign * beta * d)) for sign in (1, -1))
     return bound / beta * (r * closer + (1 - r) * further)
+
+
+@dataclass(frozen=True)
+class ForwardSettings:
+    """Constants of a run's forward-process objective."""
+
+    xi: float  # clip range (awm)
+    bound: float = 5.0  # advantage clip (nft)
+    beta: float = 1.0  # nft's beta
+
+
+@dataclass(frozen=True)
+class ForwardLoss:
+    """An objective on the forward process: its loss, and where that is flat by design."""
+
+    loss: Callable[[Tensor, Tensor, Tensor, float, ForwardSettings], Tensor]  # (d, error, advantage, k, settings)
+    clipped: Callable[[Tensor, Tensor, float], Tensor]  # (log-ratio, advantage, xi) -> (B,) bool
+
+
+FORWARD_OBJECTIVES: dict[str, ForwardLoss] = {
+    "awm": ForwardLoss(lambda d, error, a, k, s: ppo(matching_log_ratio(d, error), a, s.xi), ppo_clipped),
+    "nft": ForwardLoss(lambda d, error, a, k, s: nft(d, error, a, k, s.bound, s.beta), never_clipped),
+}
+FORWARD: tuple[str, ...] = tuple(FORWARD_OBJECTIVES)
 
 
 def _normalised(x: Tensor) -> Tensor:

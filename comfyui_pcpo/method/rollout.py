@@ -1,4 +1,4 @@
-"""Trajectories: pictures sampled from a policy, with all that the update needs to recompute each step exactly."""
+"""Trajectories: images sampled from a policy, with everything the update needs to recompute each step exactly."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,9 +36,9 @@ def derive_seed(*parts: int) -> int:
 
 
 class GroupNoise:
-    """Noise of whole groups, each from its own generator: a group's pictures do not depend on who draws the others.
+    """Noise of whole groups, each from its own generator: a group's images do not depend on the other groups.
 
-    Noise is drawn on the CPU, so a seed means the same picture on every device.
+    Noise is drawn on the CPU, so a seed gives the same image on every device.
     """
 
     def __init__(self, seeds: Sequence[int], group_size: int, shape: Sequence[int], shared_first: bool = False):
@@ -46,7 +46,7 @@ class GroupNoise:
         self.group_size, self.shape, self.shared_first = group_size, tuple(shape), shared_first
 
     def first(self) -> Tensor:
-        """Where the pictures start, -> (P * G, C, H, W); the same for all of a group if `shared_first`."""
+        """The first latents, -> (P * G, C, H, W); one per group, repeated, if `shared_first`."""
         if not self.shared_first:
             return self.next()
         firsts = [
@@ -63,7 +63,7 @@ class GroupNoise:
 def rollout(
     predict: Predict, grid: Grid, transitions: Sequence[Transition], noise: GroupNoise, chunks: Sequence[Tensor]
 ) -> Trajectory:
-    """Sample every picture of `noise`, one model call per step and chunk of rows, -> Trajectory.
+    """Sample every image of `noise`, one model call per step and chunk of rows, -> Trajectory.
 
     The update calls the model with the same chunks, so that an unchanged model repeats its outputs to the bit.
     """

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from comfyui_pcpo.method.transition import Transition, wide
 
-Form = Literal["exact", "scale", "linear"]
-Weight = float | Tensor
+if TYPE_CHECKING:  # the configuration reads this module's names without loading torch
+    from torch import Tensor
+
+Form = str
+Weight: TypeAlias = "float | Tensor"
 
 
 def log_ratio(d: Tensor, noise: Tensor, weight: Weight) -> Tensor:
@@ -40,7 +41,7 @@ def log_ratio_scaled(d: Tensor, noise: Tensor, weight: Weight, native: Weight) -
 
 
 # each: (d, noise, target weight, native weight) -> (B,)
-FORMS: dict[str, Callable[[Tensor, Tensor, Weight, Weight], Tensor]] = {
+FORMS: dict[Form, Callable[[Tensor, Tensor, Weight, Weight], Tensor]] = {
     "exact": lambda d, noise, weight, native: log_ratio(d, noise, weight),
     "scale": log_ratio_scaled,
     "linear": lambda d, noise, weight, native: log_ratio_linear(d, noise, weight),
@@ -53,7 +54,7 @@ def ppo(log_ratio: Tensor, advantage: Tensor, xi: float) -> Tensor:
     PPO (arXiv 1707.06347), Equation 7:  max(-A rho, -A clip(rho, 1 - xi, 1 + xi))
     """
     rho, advantage = wide(log_ratio).exp(), wide(advantage)
-    return torch.maximum(-advantage * rho, -advantage * rho.clamp(1 - xi, 1 + xi))
+    return (-advantage * rho).maximum(-advantage * rho.clamp(1 - xi, 1 + xi))
 
 
 def log_hinge(log_ratio: Tensor, advantage: Tensor, xi: float) -> Tensor:
@@ -73,28 +74,45 @@ def matching(log_ratio: Tensor, advantage: Tensor, xi: float) -> Tensor:
     return xi * advantage.abs() - advantage * wide(log_ratio)
 
 
-OBJECTIVES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "ppo": ppo,
-    "log_hinge": log_hinge,
-    "matching": matching,
+def ppo_clipped(log_ratio: Tensor, advantage: Tensor, xi: float) -> Tensor:
+    """ppo's flat region,  A > 0 and rho > 1 + xi, or A < 0 and rho < 1 - xi,  (B,), (B,) -> (B,) bool."""
+    rho = wide(log_ratio).exp()
+    return ((advantage > 0) & (rho > 1 + xi)) | ((advantage < 0) & (rho < 1 - xi))
+
+
+def log_hinge_clipped(log_ratio: Tensor, advantage: Tensor, xi: float) -> Tensor:
+    """log_hinge's flat region,  sign(A) log rho > xi,  (B,), (B,) -> (B,) bool."""
+    return matching(log_ratio, advantage, xi) < 0
+
+
+def never_clipped(log_ratio: Tensor, advantage: Tensor, xi: float) -> Tensor:
+    """No flat region, (B,), (B,) -> (B,) bool."""
+    return log_ratio.new_zeros(len(log_ratio)).bool()
+
+
+@dataclass(frozen=True)
+class SurrogateLoss:
+    """An objective on the trajectory; both functions are of (log-ratio (B,), advantage (B,), xi)."""
+
+    loss: Callable[[Tensor, Tensor, float], Tensor]  # -> (B,)
+    clipped: Callable[[Tensor, Tensor, float], Tensor]  # -> (B,) bool, where the loss is flat by design
+
+
+OBJECTIVES: dict[str, SurrogateLoss] = {
+    "log_hinge": SurrogateLoss(log_hinge, log_hinge_clipped),
+    "ppo": SurrogateLoss(ppo, ppo_clipped),
+    "matching": SurrogateLoss(matching, never_clipped),
 }
 
 
 def is_clipped(log_ratio: Tensor, advantage: Tensor, xi: float, objective: str) -> Tensor:
     """Whether a term lies strictly inside its flat region, where it has no gradient, (B,), (B,) -> (B,) bool.
 
-    ppo: A > 0 and rho > 1 + xi, or A < 0 and rho < 1 - xi.  log_hinge: sign(A) log rho > xi.  matching: never.
     An advantage of 0 trains nothing anyway and does not count as clipped.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective is {objective!r}, but it must be one of {', '.join(OBJECTIVES)}.")
-    log_rho, advantage = wide(log_ratio.detach()), wide(advantage)
-    if objective == "ppo":
-        rho = log_rho.exp()
-        return ((advantage > 0) & (rho > 1 + xi)) | ((advantage < 0) & (rho < 1 - xi))
-    if objective == "log_hinge":
-        return matching(log_rho, advantage, xi) < 0
-    return torch.zeros_like(log_rho, dtype=torch.bool)
+    return OBJECTIVES[objective].clipped(log_ratio.detach(), advantage, xi)
 
 
 def taylor_error(log_ratio: Tensor) -> Tensor:
@@ -116,7 +134,7 @@ def kl(d_ref: Tensor, transition: Transition) -> Tensor:
 
 def _per_image(weight: Weight, d: Tensor) -> Weight:
     """A float as it is; a tensor of weights as (B,) on the device and in the width of `d`."""
-    if not isinstance(weight, Tensor):
+    if isinstance(weight, float | int):
         return weight
     if weight.shape not in ((), d.shape[:1]):
         raise ValueError(f"weight has shape {tuple(weight.shape)}, but it is a number or one per image, ({len(d)},).")
@@ -126,4 +144,4 @@ def _per_image(weight: Weight, d: Tensor) -> Weight:
 def _column(weight: Weight, d: Tensor) -> Weight:
     """`weight` ready to multiply (B, C, H, W): a float, or (B, 1, 1, 1)."""
     weight = _per_image(weight, d)
-    return weight.reshape(-1, *[1] * (d.ndim - 1)) if isinstance(weight, Tensor) else weight
+    return weight if isinstance(weight, float | int) else weight.reshape(-1, *[1] * (d.ndim - 1))

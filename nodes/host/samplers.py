@@ -8,16 +8,17 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.method.credit import smallest_target
+from comfyui_pcpo.method.ddim_variance import SIGMAS, smallest_target
 from comfyui_pcpo.method.rollout import Trajectory, derive_seed
+from comfyui_pcpo.method.samplers import AUTO_METHOD, METHODS, default_noise_level, transitions
 from comfyui_pcpo.method.schedule import Grid
-from comfyui_pcpo.method.transition import METHODS, Transition, default_noise_level, log_prob, mean, transitions
+from comfyui_pcpo.method.transition import Transition, log_prob, mean
 
 from ..types import RecordedTrajectory
 from .spaces import Space, space_of
 
 METHOD_NAMES = ["auto", *METHODS]
-SIGMA_NAMES = ["native", "paper", "uniform"]
+SIGMA_NAMES = list(SIGMAS)
 USUAL = -1.0  # noise_level: the published value of the method
 
 
@@ -34,9 +35,7 @@ class StepChoice:
     trainer_end: bool = False  # the last level is the picture, whatever noise its alpha_bar has
 
     def resolve(self, kind: str) -> tuple[str, float]:
-        method = self.method
-        if method == "auto":
-            method = "ddim" if kind == "ddim" else "flow_sde"
+        method = AUTO_METHOD[kind] if self.method == "auto" else self.method
         return method, default_noise_level(method) if self.noise_level < 0 else self.noise_level
 
     def transitions(self, grid: Grid) -> list[Transition]:

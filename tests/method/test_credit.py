@@ -6,9 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from comfyui_pcpo.method.credit import CREDITS, ddim_sigma, smallest_target, target_weights
+from comfyui_pcpo.method.credit import CREDITS, target_weights
+from comfyui_pcpo.method.ddim_variance import ddim_native_sigma, ddim_sigma, smallest_target
+from comfyui_pcpo.method.samplers import METHODS, default_noise_level, transitions
 from comfyui_pcpo.method.schedule import ddim_grid, flow_grid, flow_grid_from_sigmas
-from comfyui_pcpo.method.transition import METHODS, ddim_native_sigma, default_noise_level, transitions
 
 torch.set_num_threads(1)
 
@@ -185,7 +186,7 @@ def test_a_step_without_noise_cannot_be_trained():
 @pytest.mark.parametrize("trained", [[], [0, 0], [4], [-1]])
 def test_trained_steps_are_distinct_and_on_the_grid(trained):
     grid, trs = run("dance_sde", 4)
-    with pytest.raises(ValueError, match="different numbers from 0 to 3"):
+    with pytest.raises(ValueError, match="must be different numbers from 0 to 3"):
         target_weights(trs, grid, "native", trained)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from comfyui_pcpo.method.guidance import ImplicitReward, cfg, irg, proportionate_schedule
+from comfyui_pcpo.method.samplers import transitions
 from comfyui_pcpo.method.schedule import ddim_grid
-from comfyui_pcpo.method.transition import Transition, transitions
+from comfyui_pcpo.method.transition import Transition
 
 torch.set_num_threads(1)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

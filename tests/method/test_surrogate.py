@@ -96,7 +96,7 @@ def test_everything_is_float32_or_wider(dtype):
         assert form(d, z, torch.ones(3, dtype=dtype), 1.0).dtype == torch.float32
         assert form(d.double(), z, 1.0, 1.0).dtype == torch.float64
     for objective in OBJECTIVES.values():
-        assert objective(torch.zeros(3, dtype=dtype), advantage, 1e-4).dtype == torch.float32
+        assert objective.loss(torch.zeros(3, dtype=dtype), advantage, 1e-4).dtype == torch.float32
     assert taylor_error(torch.zeros(3, dtype=dtype)).dtype == torch.float32
     assert kl(d, Transition(1.0, -0.1, 0.2)).dtype == torch.float32
     assert torch.equal(log_ratio(d, z, 1.5), log_ratio(d.float(), z.float(), 1.5))
@@ -147,7 +147,7 @@ def test_a_term_is_clipped_exactly_where_its_gradient_is_zero_on_either_side_of_
     edge = math.log(1 + sign * XI) if objective == "ppo" else sign * XI
     x = numbers(edge - 1e-9, edge + 1e-9).requires_grad_()
     a = numbers(sign, sign)
-    (grad,) = torch.autograd.grad(OBJECTIVES[objective](x, a, XI).sum(), x)
+    (grad,) = torch.autograd.grad(OBJECTIVES[objective].loss(x, a, XI).sum(), x)
     clipped = is_clipped(x, a, XI, objective)
     assert torch.equal(clipped, grad == 0)
     assert clipped.tolist() == ([False] * 2 if objective == "matching" else [sign < 0, sign > 0])
@@ -160,7 +160,7 @@ def test_surrogate_gradient_equals_finite_differences(objective, form):
     advantage = numbers(1.3, -0.7, 0.4)
 
     def loss(d):
-        return OBJECTIVES[objective](FORMS[form](d, z, 0.9, 0.6), advantage, 0.05)
+        return OBJECTIVES[objective].loss(FORMS[form](d, z, 0.9, 0.6), advantage, 0.05)
 
     assert torch.autograd.gradcheck(loss, d.requires_grad_(), eps=1e-6, atol=1e-9, rtol=1e-6)
 

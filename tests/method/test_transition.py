@@ -6,22 +6,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage]
 
+from comfyui_pcpo.method.ddim_variance import ddim_native_sigma
+from comfyui_pcpo.method.samplers import METHODS, default_noise_level, deterministic, transitions
 from comfyui_pcpo.method.schedule import ddim_grid, flow_grid, flow_grid_from_sigmas
 from comfyui_pcpo.method.surrogate import log_ratio
-from comfyui_pcpo.method.transition import (
-    METHODS,
-    Transition,
-    cps,
-    dance_sde,
-    ddim,
-    ddim_native_sigma,
-    default_noise_level,
-    deterministic,
-    flow_sde,
-    mean,
-    step,
-    transitions,
-)
+from comfyui_pcpo.method.transition import Transition, cps, dance_sde, ddim, flow_sde, mean, step
 
 torch.set_num_threads(1)
 SHAPE = (2, 3, 4, 4)
@@ -113,7 +102,7 @@ def test_ddim_step_equals_the_diffusers_scheduler(eta):
 def test_flow_steps_keep_the_marginals_to_first_order(method):
     # x0 = 0 and x_t = t eps: the exact step has variance t'^2; the SDE discretisations are off by O(dt)
     t, t_next = 0.5, 0.499
-    tr = {"dance_sde": dance_sde(t, t_next, 0.3), "flow_sde": flow_sde(t, t_next, 0.7, 0.9), "cps": cps(t, t_next, 0.7)}
+    tr = {"dance_sde": dance_sde(t, t_next, 0.3), "flow_sde": flow_sde(t, t_next, 0.7), "cps": cps(t, t_next, 0.7)}
     step_of = tr[method]
     variance = (step_of.a * t + step_of.b) ** 2 + step_of.std**2
     assert variance == pytest.approx(t_next**2, rel=1e-4)
@@ -177,7 +166,7 @@ def test_flow_sde_takes_the_next_level_in_one_denominator_at_t_one():
     first = transitions(flow_grid(10), "flow_sde", 0.7)[0]
     assert first.weight == pytest.approx(0.051, abs=5e-4)
     t1 = flow_grid(10).levels[1].item()
-    assert first == flow_sde(1.0, t1, 0.7, t1)
+    assert first == flow_sde(1.0, t1, 0.7)
     assert first.std == pytest.approx(0.7, rel=1e-12)  # g^2 dt = h^2 / (1 - t1) * (1 - t1)
     assert -first.b == pytest.approx(1 - t1, rel=1e-12)  # the 1 - t of the mean stays 0
 

@@ -13,6 +13,8 @@ LIGHT = (
     "comfyui_pcpo",
     "comfyui_pcpo.method.schedule",
     "comfyui_pcpo.method.transition",
+    "comfyui_pcpo.method.ddim_variance",
+    "comfyui_pcpo.method.samplers",
     "comfyui_pcpo.method.credit",
     "comfyui_pcpo.method.surrogate",
     "comfyui_pcpo.method.advantage",
@@ -44,6 +46,12 @@ def test_importing_the_library_imports_no_heavy_package():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_configuration_reads_the_names_of_the_method_without_torch():
+    code = "import sys, trainer.config.schema; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=name_of)

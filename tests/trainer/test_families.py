@@ -10,8 +10,8 @@ from running import resume_run, start_run
 
 from comfyui_pcpo.lora.targets import is_target
 from comfyui_pcpo.method.rollout import GroupNoise, rollout
+from comfyui_pcpo.method.samplers import deterministic
 from comfyui_pcpo.method.schedule import flow_grid
-from comfyui_pcpo.method.transition import deterministic
 from trainer.cli.commands import FORMATS, export_lora
 from trainer.config.schema import ConfigError
 from trainer.evaluation.source import read_pairs

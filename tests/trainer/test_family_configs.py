@@ -6,7 +6,7 @@ import pytest
 import tiny_pipelines
 import torch
 
-from comfyui_pcpo.method.transition import transitions
+from comfyui_pcpo.method.samplers import transitions
 from trainer.cli.main import main
 from trainer.config.loading import load
 from trainer.policy.loading import make_policy

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed, rollout
-from comfyui_pcpo.method.transition import deterministic, transitions
+from comfyui_pcpo.method.samplers import deterministic, transitions
 from trainer.cli.commands import SampleRequest, export_lora, sample_images
 from trainer.config.schema import ConfigError
 from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy

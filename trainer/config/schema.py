@@ -1,9 +1,23 @@
 """The one configuration tree: a field's type, default, range and sentence serve the nodes, `--help` and the README."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from comfyui_pcpo.method.credit import CREDITS
+from comfyui_pcpo.method.ddim_variance import Sigma
+from comfyui_pcpo.method.forward_process import FORWARD_OBJECTIVES
+from comfyui_pcpo.method.samplers import SAMPLERS
+from comfyui_pcpo.method.surrogate import FORMS, OBJECTIVES
+
+if TYPE_CHECKING:
+    MethodName = ObjectiveName = CreditName = FormName = str
+else:  # the choices are the method's own tables, so an addition there needs no edit here
+    MethodName = Literal[("auto", *SAMPLERS)]
+    ObjectiveName = Literal[(*OBJECTIVES, *FORWARD_OBJECTIVES)]
+    CreditName = Literal[tuple(CREDITS)]
+    FormName = Literal[tuple(FORMS)]
 
 
 class ConfigError(ValueError):
@@ -98,7 +112,7 @@ class RolloutConfig(Section):
     prompts_per_update: int = Field(default=4, ge=1, description="Prompts drawn for each update.")
     group_size: int = Field(default=8, ge=2, description="Images per prompt; advantages compare them with each other.")
     steps: int = Field(default=10, ge=2, le=1000, description="Denoising steps.")
-    method: Literal["auto", "ddim", "dance_sde", "flow_sde", "cps"] = Field(
+    method: MethodName = Field(
         default="auto", description="Stochastic sampler; auto is ddim for epsilon models and flow_sde for flow models."
     )
     noise_level: float | None = Field(
@@ -107,9 +121,7 @@ class RolloutConfig(Section):
         le=2,
         description="Randomness of the sampler; if left out the method's usual value, and 0 for awm and nft.",
     )
-    sigma: Literal["native", "paper", "uniform"] = Field(
-        default="native", description="Standard deviations of ddim steps."
-    )
+    sigma: Sigma = Field(default="native", description="Standard deviations of ddim steps.")
     target_weight: float | None = Field(
         default=None, gt=0, description="Weight w* that sigma = paper or uniform aims at."
     )
@@ -192,17 +204,15 @@ class AdvantageConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    name: Literal["log_hinge", "ppo", "matching", "awm", "nft"] = Field(
+    name: ObjectiveName = Field(
         default="log_hinge",
         description="Surrogate loss; log_hinge is PCPO's. awm and nft noise the finished pictures again instead of "
         "replaying their steps; credit and form do not apply to them.",
     )
-    credit: Literal["proportionate", "native", "uniform", "tempflow", "guard", "guard_dt"] = Field(
+    credit: CreditName = Field(
         default="proportionate", description="Weight of each denoising step in the loss; proportionate is PCPO's."
     )
-    form: Literal["exact", "scale", "linear"] = Field(
-        default="exact", description="How the weight enters the log-ratio."
-    )
+    form: FormName = Field(default="exact", description="How the weight enters the log-ratio.")
     clip_range: float = Field(
         default=1e-3, gt=0, lt=1, description="How far a step's ratio may move before it stops counting."
     )

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from comfyui_pcpo.method.guidance import ImplicitReward, irg
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed, rollout
+from comfyui_pcpo.method.samplers import transitions
 from comfyui_pcpo.method.schedule import Grid
-from comfyui_pcpo.method.transition import Transition, transitions
+from comfyui_pcpo.method.transition import Transition
 
 from ..config.schema import Config
 from ..loop.objectives import make_objective

@@ -14,18 +14,20 @@ from torch import Tensor
 from comfyui_pcpo.method.credit import target_weights
 from comfyui_pcpo.method.forward_process import (
     FORWARD,
+    FORWARD_OBJECTIVES,
+    ForwardSettings,
     image_scale,
     matching_log_ratio,
-    nft,
     noised,
     output_distance,
     scales,
     target,
 )
 from comfyui_pcpo.method.rollout import GroupNoise, Trajectory
+from comfyui_pcpo.method.samplers import Method, default_noise_level
 from comfyui_pcpo.method.schedule import Grid
-from comfyui_pcpo.method.surrogate import FORMS, OBJECTIVES, is_clipped, kl, ppo
-from comfyui_pcpo.method.transition import Method, Transition, default_noise_level
+from comfyui_pcpo.method.surrogate import FORMS, OBJECTIVES, kl
+from comfyui_pcpo.method.transition import Transition
 
 from ..config.schema import AdvantageConfig, Config, ObjectiveConfig
 from .plan import Plan, StepRules
@@ -100,11 +102,12 @@ class OnTrajectory:
     def terms(self, steps: StoredSteps, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
         old, noise = steps.at(i, rows, out.device)
         weight, native, xi = float(plan.weights[i]), plan.transitions[i].weight, self.config.clip_range
+        surrogate = OBJECTIVES[self.config.name]
 
         log_ratio = FORMS[self.config.form](out - old, noise, weight, native)
-        loss = OBJECTIVES[self.config.name](log_ratio, advantage, xi)
+        loss = surrogate.loss(log_ratio, advantage, xi)
 
-        return Terms(log_ratio, loss, is_clipped(log_ratio, advantage, xi, self.config.name))
+        return Terms(log_ratio, loss, surrogate.clipped(log_ratio.detach(), advantage, xi))
 
     def divergence(self, d_ref: Tensor, plan: Plan, i: int) -> Tensor:
         return kl(d_ref, plan.transitions[i])
@@ -142,15 +145,13 @@ class OnForwardProcess:
 
     def terms(self, steps: StoredSteps, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
         old, error = steps.at(i, rows, out.device)
-        o, bound, scale = self.config, self.advantage.clip, image_scale(scales(plan.grid)[i], plan.grid.kind)
+        o, scale = self.config, image_scale(scales(plan.grid)[i], plan.grid.kind)
+        objective, settings = FORWARD_OBJECTIVES[o.name], ForwardSettings(o.clip_range, self.advantage.clip, o.nft_beta)
 
         log_ratio = matching_log_ratio(out - old, error)
-        if o.name == "awm":
-            loss, flat = ppo(log_ratio, advantage, o.clip_range), "ppo"
-        else:  # the log-ratio is only watched
-            loss, flat = nft(out - old, error, advantage, scale, bound, o.nft_beta), "matching"
+        loss = objective.loss(out - old, error, advantage, scale, settings)
 
-        return Terms(log_ratio, loss, is_clipped(log_ratio, advantage, o.clip_range, flat))
+        return Terms(log_ratio, loss, objective.clipped(log_ratio.detach(), advantage, o.clip_range))
 
     def divergence(self, d_ref: Tensor, plan: Plan, i: int) -> Tensor:
         return output_distance(d_ref)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed
+from comfyui_pcpo.method.samplers import AUTO_METHOD, Method, deterministic, transitions
 from comfyui_pcpo.method.schedule import Grid
-from comfyui_pcpo.method.transition import Method, Transition, deterministic, transitions
+from comfyui_pcpo.method.transition import Transition
 
 from ..config.schema import Config, ConfigError
 from ..policy.base import Policy
@@ -83,9 +84,7 @@ def make_plan(policy: Policy, config: Config, rules: StepRules, prompts: Sequenc
 
 def sampler_method(policy: Policy, config: Config) -> Method:
     """`auto` resolved: ddim for epsilon models, flow_sde for flow models."""
-    if config.rollout.method != "auto":
-        return config.rollout.method
-    return "ddim" if policy.kind == "ddim" else "flow_sde"
+    return AUTO_METHOD[policy.kind] if config.rollout.method == "auto" else config.rollout.method
 
 
 def training_transitions(policy: Policy, config: Config, rules: StepRules, grid: Grid) -> list[Transition]:
