@@ -1,77 +1,66 @@
-"""Rewards by name. Making one costs nothing; weights are read by `load` or by the first `score`, never downloaded."""
+"""Rewards by name. A new reward is one file in this folder and one line in CLASSES.
+
+Constructing a reward is cheap: weights are read by `load` or by the first `score`, and never downloaded."""
 
 import difflib
 from pathlib import Path
 
-from comfyui_pcpo.reward.aesthetic import Aesthetic
-from comfyui_pcpo.reward.alignment import Alignment
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardFile, RewardSettings, Scores
-from comfyui_pcpo.reward.bertscore import BertScore
-from comfyui_pcpo.reward.clipscore import ClipCosine, ClipLogits, ClipScore25, ClipScore100
-from comfyui_pcpo.reward.color import Colorfulness, Redness
 from comfyui_pcpo.reward.combine import CombinedReward, CombinedScores
-from comfyui_pcpo.reward.hpsv2 import HPSv2, HPSv21
-from comfyui_pcpo.reward.imagereward import ImageReward
-from comfyui_pcpo.reward.jpeg import JpegCompressibility, JpegIncompressibility
-from comfyui_pcpo.reward.ocr import Ocr
-from comfyui_pcpo.reward.pickscore import PickScore
-from comfyui_pcpo.reward.polish import Polish
-from comfyui_pcpo.reward.service.endpoint import VlmRating, VlmYes
-from comfyui_pcpo.reward.service.remote import Remote
 from comfyui_pcpo.reward.user import (
+    classes_by_name,
     import_reward,
     installed_rewards,
-    named,
-    own_folder,
-    own_names,
+    reward_folder,
     rewards_in_folder,
+    user_reward_names,
 )
 from comfyui_pcpo.reward.weights.hub import download
 
-CLASSES: tuple[type[Reward], ...] = (
-    Alignment,
-    Polish,
-    HPSv2,
-    HPSv21,
-    PickScore,
-    ImageReward,
-    Aesthetic,
-    ClipCosine,
-    ClipScore25,
-    ClipScore100,
-    ClipLogits,
-    Ocr,
-    Colorfulness,
-    Redness,
-    JpegCompressibility,
-    JpegIncompressibility,
-    BertScore,
-    VlmYes,
-    VlmRating,
-    Remote,
-)
-REWARDS: dict[str, type[Reward]] = {cls.name: cls for cls in CLASSES}
+CLASSES: dict[str, str] = {  # name -> module of this package and class
+    "alignment": "alignment:Alignment",
+    "polish": "polish:Polish",
+    "hpsv2": "hpsv2:HPSv2",
+    "hpsv2.1": "hpsv2:HPSv21",
+    "pickscore": "pickscore:PickScore",
+    "imagereward": "imagereward:ImageReward",
+    "aesthetic": "aesthetic:Aesthetic",
+    "clip_cosine": "clipscore:ClipCosine",
+    "clipscore_2.5": "clipscore:ClipScore25",
+    "clipscore_100": "clipscore:ClipScore100",
+    "clip_logits": "clipscore:ClipLogits",
+    "ocr": "ocr:Ocr",
+    "colorfulness": "color:Colorfulness",
+    "redness": "color:Redness",
+    "jpeg_compressibility": "jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "jpeg:JpegIncompressibility",
+    "bertscore": "bertscore:BertScore",
+    "vlm_yes": "service.endpoint:VlmYes",
+    "vlm_rating": "service.endpoint:VlmRating",
+    "remote": "service.remote:Remote",
+}
+REWARDS: dict[str, type[Reward]] = {name: import_reward(f"{__name__}.{spec}") for name, spec in CLASSES.items()}
 
 
 def available(user_folder: Path | None = None) -> dict[str, type[Reward]]:
-    """Ours, those of installed packages, and those in the user's folder (or PCPO_REWARD_FOLDER): name -> class."""
-    folder = user_folder or own_folder()
+    """Built-in rewards, those of installed packages, and those in the user's folder (or PCPO_REWARD_FOLDER)."""
+    folder = user_folder or reward_folder()
     own = rewards_in_folder(folder) if folder is not None else []
-    return REWARDS | named([*installed_rewards(), *own], REWARDS)
+    return REWARDS | classes_by_name([*installed_rewards(), *own], REWARDS)
 
 
 def offered() -> list[str]:
-    """The names to choose from; none of the users' code is run for it."""
-    return list(dict.fromkeys([*REWARDS, *own_names()]))
+    """All reward names, found without running any user code."""
+    return list(dict.fromkeys([*REWARDS, *user_reward_names()]))
 
 
 def load_reward(name: str, settings: RewardSettings | None = None, user_folder: Path | None = None) -> Reward:
-    """The reward called `name`, its weights not read yet."""
+    """The reward called `name`, with its weights not yet loaded."""
     classes = REWARDS if name in REWARDS else available(user_folder)
     if name not in classes:
         near = difflib.get_close_matches(name, classes, 1)
         guess = f"Did you mean {near[0]}? " if near else ""
-        raise RewardError(f"{name!r} is none of {len(classes)} rewards. {guess}There are {', '.join(sorted(classes))}.")
+        raise RewardError(f"{name!r} is not a known reward. {guess}Use one of {', '.join(sorted(classes))}.")
     return classes[name](settings)
 
 

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor: how pretty people would find a picture, from 1 to 10."""
+"""LAION's aesthetic predictor: the rating that people would give an image, from 1 to 10."""
 
 from typing import ClassVar, cast
 
@@ -14,7 +14,7 @@ CLIP_FILE = RewardFile("timm/vit_large_patch14_clip_224.openai", "open_clip_mode
 
 
 def linear_head(width: int) -> nn.Sequential:
-    """Five linear layers without activations between them; the gaps in numbering are dropout, (B, D) -> (B, 1)."""
+    """Five linear layers without activations; dropout layers keep the checkpoint's numbering, (B, D) -> (B, 1)."""
     dropouts = [nn.Dropout(0.2), nn.Dropout(0.2), nn.Dropout(0.1)]
     layers: list[nn.Module] = []
     for (before, after), dropout in zip(((width, 1024), (1024, 128), (128, 64)), dropouts, strict=True):
@@ -23,19 +23,19 @@ def linear_head(width: int) -> nn.Sequential:
 
 
 class AestheticModel(nn.Module):
-    """CLIP's vision tower and the head that reads its unit vectors."""
+    """CLIP's vision tower and a head on its normalized embedding."""
 
     def __init__(self, visual: nn.Module, head: nn.Module):
         super().__init__()
         self.visual, self.head = visual, head
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Score of normalised pictures, (B, 3, 224, 224) -> (B,)."""
+        """Score of normalized images, (B, 3, 224, 224) -> (B,)."""
         return self.head(F.normalize(self.visual(pixels).float(), dim=-1))[:, 0]
 
 
 class Aesthetic(Reward):
-    """LAION-Aesthetics V2 (Schuhmann 2022), the reward of DDPO and most papers after it."""
+    """LAION-Aesthetics V2 (Schuhmann 2022), the reward of DDPO and of most later papers."""
 
     name = "aesthetic"
     needs_prompt = False

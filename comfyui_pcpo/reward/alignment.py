@@ -1,4 +1,4 @@
-"""Does the picture show what the prompt says? Answered by the embedded tiny image-text encoder."""
+"""Image-text similarity under the embedded tiny encoder."""
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -17,14 +17,14 @@ class TinyEncoder(nn.Module):
         self.image, self.text = image, text
 
     def forward(self, images: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Cosine of pictures in [-1, 1] and their texts, (B, 3, 64, 64), (B, L), (B, L) -> (B,)."""
+        """Cosine of images in [-1, 1] and their prompts, (B, 3, 64, 64), (B, L), (B, L) -> (B,)."""
         image = self.image.embed(self.image.encode(images))
         text = F.normalize(self.text(input_ids=tokens, attention_mask=mask).text_embeds.float(), dim=-1)
         return (image.float() * text).sum(-1)
 
 
 def encoder_input(images: Tensor) -> Tensor:
-    """Pictures as emoji-align reads them, uint8 (B, H, W, 3) -> (B, 3, 64, 64) in [-1, 1]."""
+    """Input of the embedded encoders, uint8 (B, H, W, 3) -> (B, 3, 64, 64) in [-1, 1]."""
     pixels = images.permute(0, 3, 1, 2).float() / 255
     if pixels.shape[-2:] != (PIXELS, PIXELS):
         pixels = F.interpolate(pixels, (PIXELS, PIXELS), mode="bilinear", antialias=True)
@@ -32,7 +32,7 @@ def encoder_input(images: Tensor) -> Tensor:
 
 
 class Alignment(Reward):
-    """Cosine between picture and prompt in the embedded models' little world of emoji."""
+    """Cosine of image and prompt; only meaningful for images and prompts of the embedded models."""
 
     name = "alignment"
     typical_range = (-0.2, 0.9)

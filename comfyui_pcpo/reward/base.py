@@ -1,6 +1,6 @@
-"""What a reward is, and the one place that checks what goes into one and what comes out.
+"""The Reward base class, which validates inputs and outputs of all rewards.
 
-Images arrive as float [0, 1]; every reward sees what a saved picture would hold: RGB, clamped, rounded to 8 bit.
+Images arrive as float in [0, 1]; rewards see them as a saved file would hold them: RGB, clamped, rounded to 8 bit.
 """
 
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 
 class RewardError(ValueError):
-    """A reward that cannot be made or asked; the message names the number, the rule and the way out."""
+    """A reward that cannot be constructed or computed; the message has the value, the rule and the fix."""
 
 
 @dataclass(frozen=True)
 class RewardFile:
-    """A weight file: where it is published, its name, its approximate size in bytes and its licence."""
+    """A weight file: hub repository, file name, approximate size in bytes and licence."""
 
     hub_id: str
     filename: str
@@ -27,7 +27,7 @@ class RewardFile:
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """How a reward runs: folder with weight files, device, precision of its network, images per forward pass."""
+    """Folder of the weight files, device, dtype of the network and images per forward pass."""
 
     folder: Path | None = None
     device: str = "cpu"
@@ -37,24 +37,24 @@ class RewardSettings:
     def __post_init__(self) -> None:
         if self.images_at_once < 1:
             raise RewardError(
-                f"images_at_once is {self.images_at_once}, but a forward pass needs images. Use 1 or more."
+                f"images_at_once is {self.images_at_once}, but a forward pass needs at least one image. Use 1 or more."
             )
         if self.dtype not in (torch.float32, torch.float16):
             raise RewardError(
-                f"dtype is {self.dtype}, whose rounding costs up to 1e-3. Use torch.float32 or torch.float16."
+                f"dtype is {self.dtype}, which changes scores by up to 1e-3. Use torch.float32 or torch.float16."
             )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores (B,), NaN = failed, and what else a reward found out: name -> one entry per image."""
+    """Scores (B,), NaN = failed, and further outputs of a reward: name -> one entry per image."""
 
     values: Tensor
     extras: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Reward:
-    """Base of all rewards: subclasses write `score_batch`, and `build` where they have a network."""
+    """Base class of all rewards. Subclasses define `score_batch`, and `build` if they have a network."""
 
     name: ClassVar[str] = ""
     needs_prompt: ClassVar[bool] = True
@@ -69,17 +69,17 @@ class Reward:
         self.model: nn.Module | None = None
 
     def build(self) -> nn.Module | None:
-        """The network with its weights, its towers in `settings.dtype`; None for rewards without one."""
+        """The network with loaded weights, its towers in `settings.dtype`; None for rewards without a network."""
         return None
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor | Scores:
-        """Scores of 8-bit pictures, uint8 (B, H, W, 3) -> (B,)."""
+        """Scores of 8-bit images, uint8 (B, H, W, 3) -> (B,)."""
         raise NotImplementedError(
-            f"{type(self).__name__} lacks score_batch. Write one that returns one score per image."
+            f"{type(self).__name__} does not define score_batch. Define it to return one score per image."
         )
 
     def load(self) -> "Reward":
-        """Read the weights unless they are here already; `score` does so by itself."""
+        """Load the weights if they are not loaded yet; `score` calls this."""
         if self.model is None:
             model = self.build()
             if model is not None:
@@ -87,7 +87,7 @@ class Reward:
         return self
 
     def unload(self) -> None:
-        """Forget the weights; the next `score` reads them again. `to("cpu")` only leaves the GPU."""
+        """Drop the weights; the next `score` loads them again. `to("cpu")` only frees GPU memory."""
         self.model = None
 
     def to(self, device: str | torch.device) -> "Reward":
@@ -97,48 +97,50 @@ class Reward:
         return self
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """One score per image, float32 [0, 1] (B, H, W, C) -> float32 (B,); NaN means that the score failed."""
+        """One score per image, float32 [0, 1] (B, H, W, C) -> float32 (B,); NaN marks a failed score."""
         return self.measure(images, prompts).values
 
     @torch.no_grad()
     def measure(self, images: Tensor, prompts: list[str]) -> Scores:
-        """As `score`, with extras such as the captions that a reward went by."""
-        check(images, prompts)
+        """`score` with extras, such as the captions that a reward used."""
+        check_batch(images, prompts)
         values, extras = [], {}
         if len(prompts):
             self.load()
         for start in range(0, len(prompts), self.settings.images_at_once):
             part = slice(start, start + self.settings.images_at_once)
-            found = self.measure_batch(images[part], prompts[part])
-            values.append(found.values)
-            for key, entries in found.extras.items():
+            scores = self.measure_batch(images[part], prompts[part])
+            values.append(scores.values)
+            for key, entries in scores.extras.items():
                 extras.setdefault(key, [""] * start).extend(entries)
         return Scores(torch.cat(values) if values else torch.zeros(0), extras)
 
     def measure_batch(self, images: Tensor, prompts: list[str]) -> Scores:
-        """One micro-batch; an infinite score, and the score of a picture with NaN pixels, is a failed one."""
-        found = self.score_batch(eight_bit(images), prompts)
-        found = found if isinstance(found, Scores) else Scores(found)
-        values = found.values.detach().to("cpu", torch.float32)
+        """One micro-batch; infinite scores and scores of images with NaN pixels become NaN."""
+        output = self.score_batch(eight_bit(images), prompts)
+        scores = output if isinstance(output, Scores) else Scores(output)
+        values = scores.values.detach().to("cpu", torch.float32)
         if values.shape != (len(prompts),):
             raise RewardError(
                 f"{self.name} returned scores of shape {tuple(values.shape)} for {len(prompts)} images. "
                 "score_batch must return one number per image."
             )
         broken = ~images[..., :3].isfinite().flatten(1).all(1).cpu() | ~values.isfinite()
-        return Scores(values.masked_fill(broken, float("nan")), found.extras)
+        return Scores(values.masked_fill(broken, float("nan")), scores.extras)
 
 
-def check(images: Tensor, prompts: list[str]) -> None:
-    """Refuse what is not a batch of pictures with one prompt each."""
+def check_batch(images: Tensor, prompts: list[str]) -> None:
+    """Validate a batch of images with one prompt each."""
     if images.ndim != 4 or images.shape[-1] not in (3, 4) or 0 in images.shape[1:]:
-        raise RewardError(f"images have shape {tuple(images.shape)}, not (B, H, W, 3 or 4). Put channels last.")
+        raise RewardError(f"images have shape {tuple(images.shape)}, but must be (B, H, W, 3 or 4). Put channels last.")
     if not images.is_floating_point():
-        raise RewardError(f"images are {images.dtype}, but must be float in [0, 1]. Divide 8-bit pictures by 255.")
+        raise RewardError(f"images are {images.dtype}, but must be float in [0, 1]. Divide 8-bit images by 255.")
     if isinstance(prompts, str) or len(prompts) != len(images):
-        raise RewardError(f"{len(images)} images came with {len(prompts)} prompts. Give a list, one for each.")
+        raise RewardError(
+            f"Got {len(images)} images and {len(prompts)} prompts. Give a list with one prompt per image."
+        )
 
 
 def eight_bit(images: Tensor) -> Tensor:
-    """What a saved picture holds, float (B, H, W, 3 or 4) -> uint8 (B, H, W, 3): no alpha, clamped, rounded."""
+    """Pixels of a saved image, float (B, H, W, 3 or 4) -> uint8 (B, H, W, 3): no alpha, clamped, rounded."""
     return (images[..., :3].nan_to_num(0.0, 1.0, 0.0).float().clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""DDPO's prompt alignment: a model describes the picture, and BERTScore compares description and prompt."""
+"""DDPO's prompt alignment: BERTScore between the prompt and a VLM's description of the image."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,7 +19,7 @@ HUB_ID = "microsoft/deberta-xlarge-mnli"
 
 @dataclass(frozen=True)
 class Embedded:
-    """Unit vectors of a text's tokens (L, D), and which of them are words (L,), not start or end marks."""
+    """Unit vectors of a text's tokens (L, D), and a mask of the words (L,) that excludes special tokens."""
 
     vectors: Tensor
     words: Tensor
@@ -35,7 +35,7 @@ def recall(reference: Embedded, candidate: Embedded) -> float:
 
 
 class BertScore(EndpointReward):
-    """Recall of "The image contains {prompt}" in the model's description.
+    """BERTScore recall of "The image contains {prompt}" in the model's description.
 
     Black et al. 2023, Training Diffusion Models with Reinforcement Learning, section 5.2
     """
@@ -57,14 +57,16 @@ class BertScore(EndpointReward):
         self.tokenizer: Any = None
 
     def build(self) -> nn.Module:
-        """DeBERTa from its folder of config, tokenizer and weights; layers above the 40th are dropped."""
+        """DeBERTa from its folder of config, tokenizer and weights; layers above the 40th are removed."""
         from transformers import AutoModel, AutoTokenizer
 
         if self.settings.folder is None:
-            raise RewardError("No weight folder is set, but bertscore needs microsoft/deberta-xlarge-mnli. Set it.")
+            raise RewardError(
+                f"No weight folder is set, but bertscore needs {HUB_ID}. Set the folder of reward weights."
+            )
         folder = file_path(self.settings.folder, self.files[0]).parent
         if not (folder / "config.json").is_file():
-            raise RewardError(f"{folder} has no config.json. Put microsoft/deberta-xlarge-mnli there.")
+            raise RewardError(f"{folder} has no config.json. Download {HUB_ID} into it.")
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=self.settings.dtype)
         model.encoder.layer = model.encoder.layer[: self.layer]
@@ -79,8 +81,8 @@ class BertScore(EndpointReward):
         hidden = self.model(**entry.to(self.device)).last_hidden_state[0]
         return Embedded(F.normalize(hidden.float(), dim=-1), (mask == 0).to(self.device))
 
-    def judge(self, picture: np.ndarray, prompt: str) -> tuple[float, str]:
-        caption = self.vlm.chat(picture, QUESTION, {"max_tokens": 64})["text"]
+    def score_image(self, image: np.ndarray, prompt: str) -> tuple[float, str]:
+        caption = self.vlm.chat(image, QUESTION, {"max_tokens": 64})["text"]
         if not caption.strip():
             return float("nan"), caption
         return recall(self.embed(f"The image contains {prompt}"), self.embed(caption)), caption

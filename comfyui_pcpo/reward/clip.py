@@ -1,4 +1,4 @@
-"""The CLIP networks that rewards stand on, as open_clip and as transformers lay them out."""
+"""CLIP networks in the weight layouts of open_clip and of transformers."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ CONTEXT, VOCABULARY = 77, 49408
 
 @dataclass(frozen=True)
 class ClipShape:
-    """Sizes of a CLIP with a vision transformer for pictures of 224 x 224."""
+    """Sizes of a CLIP with a vision transformer for images of 224 x 224."""
 
     embed: int
     width: int
@@ -49,7 +49,7 @@ def open_clip_model(shape: ClipShape) -> "CLIP":
 
 
 def transformers_clip(shape: ClipShape) -> "CLIPModel":
-    """transformers' CLIP; eos_token_id 2 is what published CLIP configs say: pool at the largest token id."""
+    """transformers' CLIP; eos_token_id 2, as in published CLIP configs, means pooling at the largest token id."""
     from transformers import CLIPConfig, CLIPModel
 
     act = "quick_gelu" if shape.quick_gelu else "gelu"
@@ -78,5 +78,5 @@ def transformers_clip(shape: ClipShape) -> "CLIPModel":
 
 
 def cosine(left: Tensor, right: Tensor) -> Tensor:
-    """Cosine in float32 whatever the towers' precision, (B, D), (B, D) -> (B,)."""
+    """Cosine in float32, independent of the towers' precision, (B, D), (B, D) -> (B,)."""
     return (F.normalize(left.float(), dim=-1) * F.normalize(right.float(), dim=-1)).sum(-1)

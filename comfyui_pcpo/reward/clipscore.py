@@ -1,4 +1,4 @@
-"""CLIPScore: does OpenAI's CLIP find that picture and prompt belong together? Its scale is part of the name."""
+"""CLIPScore: similarity of image and prompt under OpenAI's CLIP. The name includes the scale."""
 
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ClipCosine(Reward):
-    """Cosine of picture and prompt under CLIP ViT-L/14."""
+    """Cosine of image and prompt under CLIP ViT-L/14."""
 
     name = "clip_cosine"
     typical_range = (0.1, 0.35)
@@ -32,10 +32,10 @@ class ClipCosine(Reward):
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         model = cast("CLIP", self.model)
-        unique, place = distinct(prompts)
+        unique, index = distinct(prompts)
         texts = model.encode_text(clip_tokens(unique).to(self.device))
         pixels = crop_round(images.to(self.device)).to(self.settings.dtype)
-        return cosine(model.encode_image(pixels), texts[place.to(self.device)])
+        return cosine(model.encode_image(pixels), texts[index.to(self.device)])
 
 
 class ClipScore25(ClipCosine):
@@ -62,7 +62,7 @@ class ClipScore100(ClipCosine):
 
 
 class ClipLogits(ClipCosine):
-    """exp(logit scale) cos, what CLIP itself was trained with; the scale lies in the weights, about 100.
+    """exp(logit scale) cos, CLIP's training logits; the scale, about 100, is part of the weights.
 
     Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision, figure 3
     """

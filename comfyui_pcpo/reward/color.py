@@ -1,4 +1,4 @@
-"""Rewards read off the pixels: how colourful a picture is, and how red."""
+"""Rewards computed from pixels: colorfulness and redness."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from comfyui_pcpo.reward.base import Reward
 
 
 def colorfulness(images: Tensor) -> Tensor:
-    """Colourfulness of pictures in [0, 1], (B, H, W, 3) -> (B,).
+    """Colourfulness of images in [0, 1], (B, H, W, 3) -> (B,).
 
     Hasler and Suesstrunk 2003, Measuring Colourfulness in Natural Images, metric M3 with pixels in [0, 1]:
     M = |std of (rg, yb)| + 0.3 |mean of (rg, yb)|,  rg = R - G,  yb = (R + G) / 2 - B
@@ -30,7 +30,7 @@ class Colorfulness(Reward):
 
 
 class Redness(Reward):
-    """How far red is above the mean of green and blue; a smoke test that any model can learn within minutes."""
+    """Mean of red minus the mean of green and blue; a smoke test that any model learns within minutes."""
 
     name = "redness"
     needs_prompt = False

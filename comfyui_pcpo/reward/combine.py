@@ -1,4 +1,4 @@
-"""Several rewards at once, each with its weight."""
+"""A weighted combination of rewards."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from comfyui_pcpo.reward.base import Reward, RewardError
 
 @dataclass(frozen=True)
 class CombinedScores:
-    """Each reward's own scores (K, B), and their weighted raw sum (B,) in which NaN means that one of them failed."""
+    """Each reward's own scores (K, B), and their weighted raw sum (B,) where NaN marks a failure of any of them."""
 
     components: Tensor
     total: Tensor
@@ -20,16 +20,16 @@ class CombinedScores:
 class CombinedReward:
     """K rewards with weights. `advantage.combine_rewards` z-scores the components; `total` is the plain sum.
 
-    `weights` (K,) point upward: where a lower score is better, the sign is turned here and nowhere else.
+    `weights` (K,) are negated here, and nowhere else, for rewards where lower is better.
     """
 
     def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]):
         if not rewards or len(rewards) != len(weights):
-            raise RewardError(f"{len(rewards)} rewards came with {len(weights)} weights. Give each its weight.")
+            raise RewardError(f"Got {len(rewards)} rewards and {len(weights)} weights. Give one weight per reward.")
         self.rewards = list(rewards)
         self.names = [reward.name for reward in rewards]
         if len(set(self.names)) < len(self.names):
-            raise RewardError(f"rewards are {', '.join(self.names)}, but each may come once. Add up the weights.")
+            raise RewardError(f"rewards are {', '.join(self.names)}, but each must be unique. Add up its weights.")
         signs = [1.0 if reward.higher_is_better else -1.0 for reward in rewards]
         self.weights = torch.tensor([s * w for s, w in zip(signs, weights, strict=True)], dtype=torch.float32)
 
@@ -40,7 +40,7 @@ class CombinedReward:
     def score(self, images: Tensor, prompts: list[str]) -> CombinedScores:
         """All rewards' scores, float (B, H, W, C) -> components (K, B) and total (B,)."""
         components = torch.stack([reward.score(images, prompts) for reward in self.rewards])
-        counted = self.weights != 0  # weight 0: measured, never trained on, and its failures harm nothing
+        counted = self.weights != 0  # weight 0: reported only, so its failures must not reach the total
         return CombinedScores(components, (self.weights[counted, None] * components[counted]).sum(0))
 
     def load(self) -> "CombinedReward":

@@ -1,4 +1,4 @@
-"""Human Preference Score v2 and v2.1: a CLIP ViT-H-14 trained to prefer what people preferred."""
+"""Human Preference Score v2 and v2.1: a CLIP ViT-H-14 fine-tuned on human preferences."""
 
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class HPSv2(Reward):
-    """Cosine of picture and prompt without logit scale.
+    """Cosine of image and prompt without logit scale.
 
     Wu et al. 2023, Human Preference Score v2
     """
@@ -35,14 +35,14 @@ class HPSv2(Reward):
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         model = cast("CLIP", self.model)
-        unique, place = distinct(prompts)
+        unique, index = distinct(prompts)
         texts = model.encode_text(clip_tokens(unique).to(self.device))
         pixels = pad_square(images.to(self.device)).to(self.settings.dtype)
-        return cosine(model.encode_image(pixels), texts[place.to(self.device)])
+        return cosine(model.encode_image(pixels), texts[index.to(self.device)])
 
 
 class HPSv21(HPSv2):
-    """The same network trained on more and newer preferences."""
+    """HPSv2 trained on more and newer preferences."""
 
     name = "hpsv2.1"
     typical_range = (0.14, 0.33)

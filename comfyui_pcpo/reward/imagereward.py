@@ -1,4 +1,4 @@
-"""ImageReward v1.0: BLIP reads picture and prompt together, a small head says how well people would rate them."""
+"""ImageReward v1.0: BLIP with cross-attention from prompt to image, and a head that predicts human ratings."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from comfyui_pcpo.reward.aesthetic import linear_head
 from comfyui_pcpo.reward.base import Reward, RewardFile
-from comfyui_pcpo.reward.weights.checkpoint import load_strict, locate, read_state, without
+from comfyui_pcpo.reward.weights.checkpoint import drop_suffixes, load_strict, locate, read_state
 from comfyui_pcpo.reward.weights.preprocess import crop_round
 from comfyui_pcpo.reward.weights.tokens import bert_tokens
 
@@ -54,25 +54,25 @@ def new_name(name: str) -> str:
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """ImageReward.pt's state dict in our names, without the parts that scoring never reads."""
-    return {new_name(name): tensor for name, tensor in without(state, UNUSED).items()}
+    """ImageReward.pt's state dict in our names, without the parts that scoring does not use."""
+    return {new_name(name): tensor for name, tensor in drop_suffixes(state, UNUSED).items()}
 
 
 class ImageRewardModel(nn.Module):
-    """Vision tower, text tower that looks at the picture by cross-attention, and the head on its first token."""
+    """Vision tower, text tower with cross-attention to the image, and a head on its first token."""
 
     def __init__(self, vision: "BlipVisionModel", text: "BlipTextModel", head: nn.Module):
         super().__init__()
         self.vision, self.text, self.head = vision, text, head
 
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Standardised score, (B, 3, 224, 224), (B, 35), (B, 35) -> (B,)."""
-        seen = self.vision(pixel_values=pixels).last_hidden_state
+        """Standardized score, (B, 3, 224, 224), (B, 35), (B, 35) -> (B,)."""
+        image = self.vision(pixel_values=pixels).last_hidden_state
         read = self.text(
             input_ids=tokens,
             attention_mask=mask,
-            encoder_hidden_states=seen,
-            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
+            encoder_hidden_states=image,
+            encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.long, device=image.device),
         ).last_hidden_state
         return (self.head(read[:, 0].float())[:, 0] - MEAN) / STD
 
@@ -107,7 +107,7 @@ def imagereward_model(shape: BlipShape) -> ImageRewardModel:
 
 
 class ImageReward(Reward):
-    """Standardised output of the head.
+    """Standardized output of the head.
 
     Xu et al. 2023, ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation
     """

@@ -1,4 +1,4 @@
-"""Size of the picture as a JPEG file, the rewards of DDPO that need no network."""
+"""JPEG file size, DDPO's rewards without a network."""
 
 import io
 
@@ -17,15 +17,15 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
     Black et al. 2023, Training Diffusion Models with Reinforcement Learning, section 5.1
     """
     sizes = []
-    for picture in images.cpu().numpy():
+    for image in images.cpu().numpy():
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, format="JPEG", quality=QUALITY)
+        Image.fromarray(image).save(file, format="JPEG", quality=QUALITY)
         sizes.append(file.tell() / 1000)
     return torch.tensor(sizes, dtype=torch.float32)
 
 
 class JpegCompressibility(Reward):
-    """Minus the file size in kB: smooth, empty pictures win."""
+    """Negative file size in kB: favors smooth, empty images."""
 
     name = "jpeg_compressibility"
     needs_prompt = False
@@ -36,7 +36,7 @@ class JpegCompressibility(Reward):
 
 
 class JpegIncompressibility(Reward):
-    """The file size in kB: busy, noisy pictures win."""
+    """File size in kB: favors busy, noisy images."""
 
     name = "jpeg_incompressibility"
     needs_prompt = False

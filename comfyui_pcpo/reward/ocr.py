@@ -1,4 +1,4 @@
-"""Can the text that the prompt asks for be read in the picture? Read by RapidOCR (the `ocr` extra)."""
+"""Text rendering: how well RapidOCR (the `ocr` extra) reads the quoted text of the prompt in the image."""
 
 import re
 from collections.abc import Callable
@@ -9,22 +9,22 @@ from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardError, Scores
 
-Reader = Callable[[np.ndarray], str]  # uint8 (H, W, 3) RGB -> all text in it
+Reader = Callable[[np.ndarray], str]  # uint8 (H, W, 3) RGB -> its text
 
 
 def target_text(prompt: str) -> str | None:
-    """What stands between the first double quotes, straight or curly; None where nothing does."""
-    found = re.search(r'["\u201c\u201d]([^"\u201c\u201d]+)["\u201c\u201d]', prompt)
-    return plain(found.group(1)) or None if found else None
+    """The text in the first double quotes, straight or curly; None without any."""
+    quoted = re.search(r'["\u201c\u201d]([^"\u201c\u201d]+)["\u201c\u201d]', prompt)
+    return plain(quoted.group(1)) or None if quoted else None
 
 
 def plain(text: str) -> str:
-    """Text without case and spaces, in which readers differ."""
+    """Text without case and spaces, which OCR does not read reliably."""
     return "".join(text.lower().split())
 
 
 def levenshtein(left: str, right: str) -> int:
-    """Fewest insertions, deletions and replacements that turn one text into the other."""
+    """Edit distance: fewest insertions, deletions and replacements from one text to the other."""
     row = list(range(len(right) + 1))
     for i, a in enumerate(left, 1):
         before, row[0] = row[0], i
@@ -34,7 +34,7 @@ def levenshtein(left: str, right: str) -> int:
 
 
 def text_score(target: str, read: str) -> float:
-    """1 if the target was read, else 1 - min(distance, n) / n for its n characters.
+    """1 if the target is part of the text, else 1 - min(distance, n) / n for its n characters.
 
     Liu et al. 2025, Flow-GRPO, section 5.1, visual text rendering
     """
@@ -47,18 +47,18 @@ def rapid_reader() -> Reader:
     try:
         from rapidocr import RapidOCR  # type: ignore[import-not-found]
     except ImportError as error:
-        raise RewardError("ocr needs 1 more package, rapidocr. Install it: pip install rapidocr onnxruntime") from error
+        raise RewardError("ocr needs the package rapidocr. Install it: pip install rapidocr onnxruntime") from error
     engine = RapidOCR(params={"Global.log_level": "critical"})
 
-    def read(picture: np.ndarray) -> str:
-        found = engine(np.ascontiguousarray(picture[:, :, ::-1]))  # it takes arrays as BGR
-        return " ".join(getattr(found, "txts", None) or ())
+    def read(image: np.ndarray) -> str:
+        result = engine(np.ascontiguousarray(image[:, :, ::-1]))  # RapidOCR reads arrays as BGR
+        return " ".join(getattr(result, "txts", None) or ())
 
     return read
 
 
 class Ocr(Reward):
-    """How much of the quoted text in the prompt can be read; a prompt without quotes has no score."""
+    """Share of the prompt's quoted text that can be read; NaN for prompts without quotes."""
 
     name = "ocr"
     reader: Reader | None = None
@@ -72,7 +72,7 @@ class Ocr(Reward):
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Scores:
         assert self.reader is not None
-        read = [self.reader(picture) for picture in images.cpu().numpy()]
+        read = [self.reader(image) for image in images.cpu().numpy()]
         targets = [target_text(prompt) for prompt in prompts]
         values = [text_score(t, plain(r)) if t else float("nan") for t, r in zip(targets, read, strict=True)]
         return Scores(torch.tensor(values), {"text": read})

@@ -1,4 +1,4 @@
-"""PickScore v1: a CLIP ViT-H-14 trained on which of two pictures people picked."""
+"""PickScore v1: a CLIP ViT-H-14 fine-tuned on choices between two images."""
 
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardFile
 from comfyui_pcpo.reward.clip import VIT_H_14, ClipShape, cosine, transformers_clip
-from comfyui_pcpo.reward.weights.checkpoint import load_strict, locate, read_state, without
+from comfyui_pcpo.reward.weights.checkpoint import drop_suffixes, load_strict, locate, read_state
 from comfyui_pcpo.reward.weights.preprocess import crop_floor
 from comfyui_pcpo.reward.weights.tokens import distinct, plain_clip_tokens
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from transformers import CLIPModel
 
 
-def features(output: object) -> Tensor:
-    """Embedding (B, D) of CLIPModel.get_*_features: a tensor until transformers 4, a model output since 5."""
+def embedding(output: object) -> Tensor:
+    """Embedding (B, D) of CLIPModel.get_*_features: a tensor up to transformers 4, a model output since 5."""
     return output if isinstance(output, Tensor) else cast("Tensor", output.pooler_output)  # type: ignore[attr-defined]
 
 
 class PickScore(Reward):
-    """exp(logit_scale) times the cosine of picture and prompt.
+    """exp(logit_scale) times the cosine of image and prompt.
 
     Kirstain et al. 2023, Pick-a-Pic, equation 1 before the softmax
     """
@@ -33,7 +33,7 @@ class PickScore(Reward):
 
     def build(self) -> "CLIPModel":
         path = locate(self.settings, self.files[0])
-        state = without(read_state(path, self.files[0]), (".position_ids",))
+        state = drop_suffixes(read_state(path, self.files[0]), (".position_ids",))
         model = transformers_clip(self.shape)
         load_strict(model, state, path)
         self.scale = model.logit_scale.detach().float().exp().item()  # before half precision rounds it
@@ -41,9 +41,9 @@ class PickScore(Reward):
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         model = cast("CLIPModel", self.model)
-        unique, place = distinct(prompts)
-        texts = features(model.get_text_features(input_ids=plain_clip_tokens(unique).to(self.device)))
+        unique, index = distinct(prompts)
+        texts = embedding(model.get_text_features(input_ids=plain_clip_tokens(unique).to(self.device)))
         pixels = crop_floor(images.to(self.device)).to(self.settings.dtype)
         return self.scale * cosine(
-            features(model.get_image_features(pixel_values=pixels)), texts[place.to(self.device)]
+            embedding(model.get_image_features(pixel_values=pixels)), texts[index.to(self.device)]
         )

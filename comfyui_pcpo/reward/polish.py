@@ -1,4 +1,4 @@
-"""How clean a drawing looks, judged by an embedded tiny network that has seen drawings and spoiled copies of them."""
+"""Cleanness of a drawing, predicted by an embedded tiny network trained on drawings and degraded copies."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from comfyui_pcpo.tiny.polish import PolishNet, load_polish
 
 
 class Polish(Reward):
-    """A learned taste for clean drawings: what the aesthetic predictors are to photographs, for the embedded models."""
+    """Learned cleanness of drawings; the counterpart of aesthetic predictors for the embedded models."""
 
     name = "polish"
     needs_prompt = False

@@ -1,7 +1,7 @@
-"""Rewards that users write: installed packages (entry points), .py files in one folder, or module:Class.
+"""User-defined rewards: installed packages (entry points), .py files in one folder, or module:Class.
 
-The folder is the choice of who installs, by the environment variable PCPO_REWARD_FOLDER, and headless configurations
-may name module:Class; a workflow offers names only. Listing the names runs none of the code.
+The environment variable PCPO_REWARD_FOLDER sets the folder, and configuration files may name module:Class; workflows
+only choose among names. Listing the names runs no user code.
 """
 
 import ast
@@ -19,83 +19,84 @@ from comfyui_pcpo.reward.base import Reward, RewardError
 GROUP = "pcpo.rewards"
 
 
-def own_folder() -> Path | None:
-    """The folder that PCPO_REWARD_FOLDER names; None where it is not set."""
+def reward_folder() -> Path | None:
+    """The folder in PCPO_REWARD_FOLDER; None if it is unset."""
     text = os.environ.get("PCPO_REWARD_FOLDER", "")
     folder = Path(text) if text else None
     if folder is not None and not folder.is_dir():
-        raise RewardError(f"PCPO_REWARD_FOLDER names {folder}, which is no folder. Make it, or unset the variable.")
+        raise RewardError(f"PCPO_REWARD_FOLDER is {folder}, which is not a folder. Create it, or unset the variable.")
     return folder
 
 
-def check_class(found: object, source: str) -> type[Reward]:
-    """Refuse what is not a named Reward that scores."""
-    if not (inspect.isclass(found) and issubclass(found, Reward)):
-        raise RewardError(f"{source} is a {type(found).__name__}, not a class made from comfyui_pcpo.reward.Reward.")
-    if not found.name or found.score_batch is Reward.score_batch:
-        raise RewardError(f"{source} has 0 of what a reward needs, a name and score_batch, or 1 of 2. Write both.")
-    return found
+def check_class(value: object, source: str) -> type[Reward]:
+    """Validate that a value is a Reward class with a name and `score_batch`."""
+    if not (inspect.isclass(value) and issubclass(value, Reward)):
+        raise RewardError(f"{source} must be a subclass of comfyui_pcpo.reward.Reward, not a {type(value).__name__}.")
+    if not value.name or value.score_batch is Reward.score_batch:
+        raise RewardError(f"{source} must define both `name` and `score_batch`.")
+    return value
 
 
 def load_file(path: Path) -> ModuleType:
-    """The module in a file, under a name of its own that no import finds."""
+    """Import a file under a private module name."""
     name = f"pcpo_user_rewards_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise RewardError(f"{path} is not a Python file. Give it a name that ends in .py.")
+        raise RewardError(f"{path} is not a Python file. Its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise RewardError(
-            f"{path} failed with {type(error).__name__}: {error}. Mend the file or move it away."
-        ) from error
+        raise RewardError(f"{path} failed with {type(error).__name__}: {error}. Fix the file or remove it.") from error
     return module
 
 
 def rewards_in_file(path: Path) -> list[type[Reward]]:
-    """The reward classes that a file itself defines."""
+    """The reward classes that a file defines (not those that it imports)."""
     module = load_file(path)
     own = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__]
-    found = [check_class(cls, f"{path}: {cls.__name__}") for cls in own if issubclass(cls, Reward)]
-    if not found:
+    classes = [check_class(cls, f"{path}: {cls.__name__}") for cls in own if issubclass(cls, Reward)]
+    if not classes:
         raise RewardError(
-            f"{path} defines 0 rewards. Write a class made from comfyui_pcpo.reward.Reward, or move it away."
+            f"{path} defines no reward. Add a subclass of comfyui_pcpo.reward.Reward, or remove the file."
         )
-    return found
+    return classes
 
 
 def installed_rewards() -> list[type[Reward]]:
-    """The classes that installed packages offer under the entry-point group `pcpo.rewards`."""
+    """Classes that installed packages register under the entry-point group `pcpo.rewards`."""
     from importlib.metadata import entry_points
 
-    found = [
-        (point.name, check_class(point.load(), f"entry point {point.name}")) for point in entry_points(group=GROUP)
-    ]
-    for name, cls in found:
-        if cls.name != name:
-            raise RewardError(f"entry point {name} is the reward {cls.name!r}, but both must have 1 name. Rename one.")
-    return [cls for _, cls in found]
+    classes = []
+    for point in entry_points(group=GROUP):
+        cls = check_class(point.load(), f"entry point {point.name}")
+        if cls.name != point.name:
+            raise RewardError(
+                f"Entry point {point.name!r} loads a reward with `name = {cls.name!r}`; the entry-point name and the "
+                "class's `name` must match."
+            )
+        classes.append(cls)
+    return classes
 
 
 def files_in_folder(folder: Path) -> list[Path]:
-    """A folder's own .py files in the order of their names; files named _* are left out."""
+    """The .py files of a folder, sorted; names that start with _ are skipped."""
     return sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
 
 
 def rewards_in_folder(folder: Path) -> list[type[Reward]]:
-    """All rewards in a folder's own .py files."""
+    """All rewards in the .py files of a folder."""
     return [cls for path in files_in_folder(folder) for cls in rewards_in_file(path)]
 
 
 def names_in_file(path: Path) -> Iterator[str]:
-    """The `name = "..."` or `name: str = "..."` of each class in a file, which is read and not run."""
+    """The `name = "..."` or `name: str = "..."` of each class in a file, parsed without running it."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):
-        return  # it is named when somebody asks for a reward of the folder
+        return  # loading a reward of the folder reports the broken file
     for node in (item for item in tree.body if isinstance(item, ast.ClassDef) and item.bases):
         for line in (item for item in node.body if isinstance(item, ast.Assign | ast.AnnAssign)):
             targets = line.targets if isinstance(line, ast.Assign) else [line.target]
@@ -104,8 +105,8 @@ def names_in_file(path: Path) -> Iterator[str]:
                 yield line.value.value
 
 
-def own_names() -> list[str]:
-    """Names of the users' rewards, installed or in the folder, without running their code."""
+def user_reward_names() -> list[str]:
+    """Names of user-defined rewards, installed or in the folder, without running their code."""
     from importlib.metadata import entry_points
 
     text = os.environ.get("PCPO_REWARD_FOLDER", "")
@@ -113,24 +114,22 @@ def own_names() -> list[str]:
     return [*(point.name for point in entry_points(group=GROUP)), *(n for path in files for n in names_in_file(path))]
 
 
-def named(classes: Iterable[type[Reward]], taken: Iterable[str]) -> dict[str, type[Reward]]:
-    """Classes by name; a name that is taken is refused."""
-    found: dict[str, type[Reward]] = {}
+def classes_by_name(classes: Iterable[type[Reward]], taken: Iterable[str]) -> dict[str, type[Reward]]:
+    """Classes by name; duplicate names are refused."""
+    by_name: dict[str, type[Reward]] = {}
     taken = set(taken)
     for cls in classes:
-        if cls.name in taken or cls.name in found:
-            raise RewardError(
-                f"{cls.__module__} names a reward {cls.name!r}, but 1 exists already. Choose another name."
-            )
-        found[cls.name] = cls
-    return found
+        if cls.name in taken or cls.name in by_name:
+            raise RewardError(f"{cls.__module__} defines the reward {cls.name!r}, which already exists. Rename it.")
+        by_name[cls.name] = cls
+    return by_name
 
 
 def import_reward(spec: str) -> type[Reward]:
-    """The class that a headless configuration names as module:Class."""
+    """The class that a configuration names as module:Class."""
     module, _, name = spec.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        value = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise RewardError(f"{spec!r} cannot be imported ({error}). Write it as module:Class.") from error
-    return check_class(found, spec)
+        raise RewardError(f"{spec!r} cannot be imported ({error}). Use the form module:Class.") from error
+    return check_class(value, spec)

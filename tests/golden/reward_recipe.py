@@ -1,4 +1,4 @@
-"""Deterministic weights and pictures for the reward tests, and the scores that reference implementations gave them."""
+"""Deterministic weights and images for the reward tests, and the scores that reference implementations gave them."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
     return {name: weight(name, shape) for name, shape in shapes.items()}
 
 
-def picture(name: str) -> np.ndarray:
+def array(name: str) -> np.ndarray:
     """Waves, rectangles and noise, uint8 (H, W, 3): sharp edges, so that details of resizing matter."""
     height, width, seed = IMAGE_SUFFIXES[name]
     random = np.random.RandomState(seed)
@@ -72,10 +72,10 @@ def picture(name: str) -> np.ndarray:
 
 @lru_cache(maxsize=len(IMAGE_SUFFIXES))
 def image(name: str) -> Tensor:
-    """The picture as ComfyUI hands it over, float (1, H, W, 3) in [0, 1]."""
-    return torch.from_numpy(picture(name))[None].float() / 255
+    """The image as ComfyUI passes it, float (1, H, W, 3) in [0, 1]."""
+    return torch.from_numpy(array(name))[None].float() / 255
 
 
 def scores(reward: Any, names: Iterable[str] = IMAGE_SUFFIXES) -> dict[str, float]:
-    """The reward's score of golden pictures with their prompts."""
+    """The reward's score of golden images with their prompts."""
     return {name: reward.score(image(name), [PROMPTS[name]]).item() for name in names}

@@ -128,7 +128,7 @@ def test_dino_is_the_class_token_of_the_normalised_image(tmp_path):
     config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=518, patch_size=14)
     reference = Dinov2Model(config).eval()
     reference.save_pretrained(tmp_path)
-    resized = Image.fromarray(gold.picture("land300x451")).resize((224, 224), Image.Resampling.BICUBIC)
+    resized = Image.fromarray(gold.array("land300x451")).resize((224, 224), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():

@@ -31,17 +31,17 @@ def test_frechet_of_a_set_to_itself_is_zero_and_of_a_shifted_one_the_shift():
 
 
 @pytest.mark.slow
-def test_few_pictures_and_many_give_the_same_trace():
+def test_few_images_and_many_give_the_same_trace():
     x, y = features(6, 10, 3), features(9, 10, 4)
     torch.testing.assert_close(cross_few(x, y), cross_many(x.T @ x, y.T @ y), rtol=1e-6, atol=0)
 
 
-def test_one_picture_has_no_spread():
+def test_one_image_has_no_spread():
     with pytest.raises(ValueError, match="2 or more rows"):
         frechet(features(1, 4, 0), features(4, 4, 0))
 
 
-def test_diversity_is_zero_for_equal_pictures_and_one_for_orthogonal_ones():
+def test_diversity_is_zero_for_equal_images_and_one_for_orthogonal_ones():
     assert diversity(torch.ones(4, 3), 2) == pytest.approx(0, abs=1e-12)
     assert diversity(torch.eye(4), 2) == pytest.approx(1)
     assert diversity(torch.tensor([[1.0, 0], [0, 1], [1, 0], [1, 0]]), 2) == pytest.approx(0.5)

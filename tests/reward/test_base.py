@@ -28,26 +28,26 @@ class Given(Reward):
         return torch.tensor([float(prompt) for prompt in prompts])
 
 
-def pictures(*values):
+def images(*values):
     return torch.tensor(values)[:, None, None, None].expand(-1, 4, 4, 3).clone()
 
 
-def test_pictures_are_clamped_rounded_and_lose_their_alpha():
-    batch = torch.cat([pictures(-1.0, 0.5, 0.4999 / 255, 2.0), torch.zeros(4, 4, 4, 1)], -1)
+def test_images_are_clamped_rounded_and_lose_their_alpha():
+    batch = torch.cat([images(-1.0, 0.5, 0.4999 / 255, 2.0), torch.zeros(4, 4, 4, 1)], -1)
     assert First().score(batch, ["a"] * 4).tolist() == [0, 128, 0, 255]
 
 
 def test_scores_do_not_depend_on_images_at_once():
-    batch, prompts = pictures(*[n / 255 for n in range(7)]), [str(n) for n in range(7)]
-    found = First(RewardSettings(images_at_once=3)).measure(batch, prompts)
-    assert found.values.tolist() == list(range(7))
-    assert found.extras["note"] == [f"{n}!" for n in range(7)]
+    batch, prompts = images(*[n / 255 for n in range(7)]), [str(n) for n in range(7)]
+    scores = First(RewardSettings(images_at_once=3)).measure(batch, prompts)
+    assert scores.values.tolist() == list(range(7))
+    assert scores.extras["note"] == [f"{n}!" for n in range(7)]
 
 
 def test_failed_scores_are_nan_never_zero():
-    found = Given().score(pictures(0.0, 0.0, 0.0, 0.5), ["nan", "inf", "-inf", "3"])
-    assert found.isnan().tolist() == [True, True, True, False]
-    broken = pictures(0.5, 0.5)
+    scores = Given().score(images(0.0, 0.0, 0.0, 0.5), ["nan", "inf", "-inf", "3"])
+    assert scores.isnan().tolist() == [True, True, True, False]
+    broken = images(0.5, 0.5)
     broken[0, 1, 1, 1] = float("nan")
     assert First().score(broken, ["", ""]).isnan().tolist() == [True, False]
 
@@ -63,11 +63,11 @@ def test_no_images_have_no_scores():
         (torch.zeros(8, 8, 3), [""], "Put channels last"),
         (torch.zeros(1, 0, 8, 3), [""], "Put channels last"),
         (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), [""], "Divide"),
-        (torch.zeros(2, 8, 8, 3), [""], "2 images came with 1 prompts"),
+        (torch.zeros(2, 8, 8, 3), [""], "2 images and 1 prompts"),
         (torch.zeros(2, 8, 8, 3), "ab", "Give a list"),
     ],
 )
-def test_what_is_no_batch_of_pictures_is_refused(images, prompts, said):
+def test_a_malformed_batch_is_refused(images, prompts, said):
     with pytest.raises(RewardError, match=said):
         First().score(images, prompts)
 
@@ -78,9 +78,9 @@ def test_a_reward_with_too_few_scores_is_refused():
             return torch.zeros(1)
 
     with pytest.raises(RewardError, match=r"shape \(1,\) for 2 images"):
-        Short().score(pictures(0.0, 0.0), ["", ""])
-    with pytest.raises(NotImplementedError, match="lacks score_batch"):
-        Reward().score(pictures(0.0), [""])
+        Short().score(images(0.0, 0.0), ["", ""])
+    with pytest.raises(NotImplementedError, match="does not define score_batch"):
+        Reward().score(images(0.0), [""])
 
 
 def test_settings_refuse_what_would_cost_accuracy():
@@ -104,9 +104,9 @@ def test_an_unloaded_reward_loads_itself_again():
 def test_alignment_is_a_cosine_and_takes_any_size():
     reward = load_reward("alignment")
     batch = torch.rand(3, 100, 80, 3, generator=torch.Generator().manual_seed(0))
-    found = reward.score(batch, ["a fox", "", "word " * 1000])
-    assert found.isfinite().all() and (found.abs() <= 1).all()
-    assert torch.allclose(reward.score(batch[1:2], [""]), found[1:2], atol=1e-5)
+    scores = reward.score(batch, ["a fox", "", "word " * 1000])
+    assert scores.isfinite().all() and (scores.abs() <= 1).all()
+    assert torch.allclose(reward.score(batch[1:2], [""]), scores[1:2], atol=1e-5)
 
 
 def test_every_reward_states_what_it_is():
@@ -123,25 +123,25 @@ def test_an_unknown_name_lists_the_known_ones():
 
 def test_combined_scores_turn_the_sign_where_lower_is_better():
     both = CombinedReward([First(), Given()], [2.0, 3.0])
-    found = both.score(pictures(1 / 255, 2 / 255), ["10", "nan"])
-    assert found.components.shape == (2, 2) and found.components[1, 0] == 10
-    assert found.total[0] == 2 * 1 - 3 * 10 and found.total[1].isnan()
+    scores = both.score(images(1 / 255, 2 / 255), ["10", "nan"])
+    assert scores.components.shape == (2, 2) and scores.components[1, 0] == 10
+    assert scores.total[0] == 2 * 1 - 3 * 10 and scores.total[1].isnan()
     assert both.weights.tolist() == [2, -3] and both.names == ["first", "given"] and both.needs_prompt
 
 
 def test_a_reward_of_weight_zero_is_measured_and_cannot_spoil_the_total():
     watched = CombinedReward([First(), Given()], [1.0, 0.0]).load().to("cpu")
-    assert watched.score(pictures(1 / 255), ["nan"]).total.tolist() == [1]
+    assert watched.score(images(1 / 255), ["nan"]).total.tolist() == [1]
     watched.unload()
 
 
 def test_combinations_that_mean_nothing_are_refused():
-    with pytest.raises(RewardError, match="1 rewards came with 2 weights"):
+    with pytest.raises(RewardError, match="1 rewards and 2 weights"):
         CombinedReward([First()], [1.0, 2.0])
-    with pytest.raises(RewardError, match="each may come once"):
+    with pytest.raises(RewardError, match="each must be unique"):
         CombinedReward([First(), First()], [1.0, 2.0])
 
 
 def test_a_misspelt_name_gets_the_nearest():
-    with pytest.raises(RewardError, match=r"'colorfullness' is none of \d+ rewards\. Did you mean colorfulness\?"):
+    with pytest.raises(RewardError, match=r"'colorfullness' is not a known reward\. Did you mean colorfulness\?"):
         load_reward("colorfullness")

@@ -10,7 +10,7 @@ import pytest
 from comfyui_pcpo.reward import REWARDS, Reward, RewardError, RewardSettings, download
 from comfyui_pcpo.reward.base import RewardFile
 from comfyui_pcpo.reward.weights.checkpoint import file_path, locate
-from comfyui_pcpo.reward.weights.hub import is_whole, may_login, stream
+from comfyui_pcpo.reward.weights.hub import is_intact, may_send_token, stream
 from trainer.cli.main import main
 
 LARGE, SMALL = bytes(range(256)) * 40_000, b'{"hidden_size": 2}'
@@ -153,8 +153,8 @@ def test_a_redirect_takes_the_login_along_to_the_same_host_only(path, shown, sen
     ],
 )
 def test_a_login_stays_with_its_host_and_its_encryption(after, may):
-    assert may_login("https://hub.example/a", after) is may
-    assert may_login("http://hub.example/a", "https://hub.example/a")
+    assert may_send_token("https://hub.example/a", after) is may
+    assert may_send_token("http://hub.example/a", "https://hub.example/a")
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_a_download_that_was_given_up_goes_on_where_it_stopped(hub, tmp_path):
 
 def test_a_file_that_was_damaged_on_the_way_is_deleted_and_named(hub, tmp_path):
     hub.damage = True
-    with pytest.raises(RewardError, match=r"weights.pt from someone/things arrived with 10240000 bytes whose checksum"):
+    with pytest.raises(RewardError, match=r"weights.pt from someone/things has 10240000 bytes whose checksum"):
         download(Two, tmp_path, hub.url)
     assert not file_path(tmp_path, Two.files[0]).exists()
     hub.damage = False
@@ -224,10 +224,10 @@ def test_a_file_that_the_hub_lacks_and_a_hub_that_is_not_there_are_named(hub, tm
 def test_checksums_are_sha256_of_large_files_and_gits_of_small_ones(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"hello\n")
-    assert is_whole(path, "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03", 6)
-    assert is_whole(path, "ce013625030ba8dba906f756967f9e9ca394464a", None)  # what `git hash-object` says
-    assert not is_whole(path, "ce013625030ba8dba906f756967f9e9ca394464b", None)
-    assert not is_whole(path, None, 7)
+    assert is_intact(path, "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03", 6)
+    assert is_intact(path, "ce013625030ba8dba906f756967f9e9ca394464a", None)  # what `git hash-object` says
+    assert not is_intact(path, "ce013625030ba8dba906f756967f9e9ca394464b", None)
+    assert not is_intact(path, None, 7)
 
 
 def test_the_command_fetches_by_name_and_prints_the_files(hub, tmp_path, capsys, monkeypatch):

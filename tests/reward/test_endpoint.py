@@ -89,7 +89,7 @@ def test_models_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("PCPO_VLM_URL", "http://127.0.0.1:1/v1")
     reward = load_reward("vlm_rating")
     assert isinstance(reward, EndpointReward) and reward.vlm.model == "m"
-    with pytest.raises(NotImplementedError, match="lacks judge"):
+    with pytest.raises(NotImplementedError, match="does not define score_image"):
         EndpointReward(vlm=reward.vlm).score(GREY, [""])
 
 

@@ -13,7 +13,7 @@ from comfyui_pcpo.reward import RewardError, RewardSettings
 from comfyui_pcpo.reward.base import RewardFile
 from comfyui_pcpo.reward.hpsv2 import HPSv2
 from comfyui_pcpo.reward.weights.checkpoint import load_strict, read_state
-from comfyui_pcpo.reward.weights.tokens import mending_tokenizer, plain_clip_tokens
+from comfyui_pcpo.reward.weights.tokens import ftfy_tokenizer, plain_clip_tokens
 
 torch.set_num_threads(1)
 FILE = RewardFile("someone/things", "weights.pt", 1000, "MIT")
@@ -57,7 +57,9 @@ def test_what_is_no_state_dict_is_refused(tmp_path):
 
 def test_weights_of_another_model_are_counted(tmp_path):
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(RewardError, match=r"lacks 1 weights, has 1 too many and 1 of another shape \(such as bias\)"):
+    with pytest.raises(
+        RewardError, match=r"lacks 1 weights, has 1 unknown ones and 1 of another shape \(such as bias\)"
+    ):
         load_strict(model, {"weight": torch.zeros(3, 2), "other": torch.zeros(1)}, tmp_path / "weights.pt")
 
 
@@ -70,7 +72,7 @@ def test_importing_rewards_imports_no_large_library():
 def test_plain_ids_equal_those_of_the_transformers_tokenizer():
     from transformers import CLIPTokenizer
 
-    ours = mending_tokenizer()
+    ours = ftfy_tokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {names.get(token, token): n for token, n in ours.encoder.items()}
     theirs = CLIPTokenizer(vocab=vocabulary, merges=list(ours.bpe_ranks), pad_token="!", model_max_length=77)
@@ -85,5 +87,5 @@ def test_plain_ids_equal_those_of_the_transformers_tokenizer():
         "x" * 5000,
         "Don't we've I'LL",
     ]
-    found = theirs(prompts, padding="max_length", truncation=True, max_length=77).input_ids
-    assert plain_clip_tokens(prompts).tolist() == found
+    expected = theirs(prompts, padding="max_length", truncation=True, max_length=77).input_ids
+    assert plain_clip_tokens(prompts).tolist() == expected

@@ -112,18 +112,18 @@ def test_pickscore_equals_the_reference(settings):
 
 
 def test_clipscores_are_scaled_and_never_negative(settings):
-    pictures, prompts = gold.image("small96"), [gold.PROMPTS["small96"]]  # a cosine of -0.04
-    assert TinyClip25(settings).score(pictures, prompts).item() == 0
+    images, prompts = gold.image("small96"), [gold.PROMPTS["small96"]]  # a cosine of -0.04
+    assert TinyClip25(settings).score(images, prompts).item() == 0
     cosine = gold.golden("aesthetic")["clip_cosine"]["exact224"]
     found = TinyClip100(settings).score(gold.image("exact224"), [gold.PROMPTS["exact224"]]).item()
     assert found == pytest.approx(100 * cosine, rel=1e-5)
 
 
 def test_clip_logits_keep_their_sign_and_take_the_scale_of_the_weights(settings):
-    pictures, prompts = gold.image("small96"), [gold.PROMPTS["small96"]]
+    images, prompts = gold.image("small96"), [gold.PROMPTS["small96"]]
     cosine = gold.golden("aesthetic")["clip_cosine"]["small96"]
     assert cosine < 0
-    assert TinyLogits(settings).score(pictures, prompts).item() == pytest.approx(100 * cosine, rel=1e-5)
+    assert TinyLogits(settings).score(images, prompts).item() == pytest.approx(100 * cosine, rel=1e-5)
 
 
 def test_token_ids_equal_the_reference():
@@ -198,11 +198,11 @@ def test_a_resize_without_antialias_is_wrong(settings, monkeypatch):
 
 @pytest.mark.parametrize("cls", [TinyHps, TinyPick, TinyBlip, TinyAesthetic, TinyClip])
 def test_a_score_does_not_depend_on_the_batch(cls, settings):
-    pictures = torch.cat([gold.image("exact224"), gold.image("exact224").flip(2), gold.image("exact224").flip(1)])
+    images = torch.cat([gold.image("exact224"), gold.image("exact224").flip(2), gold.image("exact224").flip(1)])
     prompts = ["a cat", "", "two cats on a mat"]
     reward = cls(settings)
-    together = reward.score(pictures, prompts)
-    alone = torch.cat([reward.score(pictures[n : n + 1], prompts[n : n + 1]) for n in range(3)])
+    together = reward.score(images, prompts)
+    alone = torch.cat([reward.score(images[n : n + 1], prompts[n : n + 1]) for n in range(3)])
     assert torch.allclose(together, alone, rtol=1e-5, atol=2e-5 if cls is TinyPick else 1e-6)
 
 

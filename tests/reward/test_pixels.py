@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 
 def test_jpeg_size_is_that_of_the_file_in_kilobytes():
     file = io.BytesIO()
-    Image.fromarray(gold.picture("small96")).save(file, format="JPEG", quality=95)
+    Image.fromarray(gold.array("small96")).save(file, format="JPEG", quality=95)
     size = len(file.getvalue()) / 1000
     assert load_reward("jpeg_incompressibility").score(gold.image("small96"), [""]).item() == pytest.approx(size)
     assert load_reward("jpeg_compressibility").score(gold.image("small96"), [""]).item() == pytest.approx(-size)
@@ -48,7 +48,7 @@ def test_redness_is_red_above_the_others():
 
 @pytest.mark.parametrize("name", ["land300x451", "port337x225", "sq512", "small96"])
 def test_two_passes_equal_pillow_to_one_grey_level_and_one_pass_does_not(name):
-    images = torch.from_numpy(gold.picture(name))[None]
+    images = torch.from_numpy(gold.array(name))[None]
     height, width = shortest_side(images).shape[1:3]
     wanted = pil_bicubic(images, height, width).int()
     assert (two_pass_bicubic(images, height, width).int() - wanted).abs().max() <= 1
@@ -62,7 +62,7 @@ def test_odd_margins_are_cut_one_pixel_apart():
 
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 224), (224, 100), (512, 3), (1, 700)])
-def test_padding_keeps_the_whole_picture_inside_black_bars(size):
+def test_padding_keeps_the_whole_image_inside_black_bars(size):
     found = pad_square(torch.full((1, *size, 3), 255, dtype=torch.uint8))
     assert found.shape == (1, 3, 224, 224)
     white = (found[0, 0] > 0).sum().item() / 224**2
@@ -85,7 +85,7 @@ def test_text_scores_by_hand():
 
 def test_ocr_fails_a_prompt_without_text_and_keeps_what_it_read():
     reward = Ocr()
-    reward.reader = lambda picture: "Open 24 h"
+    reward.reader = lambda image: "Open 24 h"
     found = reward.measure(torch.zeros(3, 8, 8, 3), ['"open 24 h"', '"shut"', "a shop"])
     assert found.values[0] == 1 and found.values[1] < 0.5 and found.values[2].isnan()
     assert found.extras["text"] == ["Open 24 h"] * 3
@@ -106,5 +106,5 @@ def test_ocr_reads_a_drawn_word():
 
     canvas = Image.new("RGB", (400, 160), "white")
     ImageDraw.Draw(canvas).text((20, 50), "NASA 2049", fill=(200, 0, 0), font=ImageFont.load_default(60))
-    picture = torch.from_numpy(np.array(canvas))[None].float() / 255
-    assert load_reward("ocr").score(picture, ['a sign "NASA 2049"']).item() == 1
+    image = torch.from_numpy(np.array(canvas))[None].float() / 255
+    assert load_reward("ocr").score(image, ['a sign "NASA 2049"']).item() == 1

@@ -39,24 +39,24 @@ def client(url, **peer):
     return Remote(RewardSettings(images_at_once=10), Peer(url, TOKEN, **({"pause": 0.05, "timeout": 20.0} | peer)))
 
 
-def pictures(seed, count):
+def images(seed, count):
     return torch.rand(count, 32, 32, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def test_eight_clients_score_500_pictures_and_a_killed_server_fails_the_rest(served):
-    """8 clients x 63 pictures; then a server that is killed in the middle gives NaN for what it did not score."""
+def test_eight_clients_score_500_images_and_a_killed_server_fails_the_rest(served):
+    """8 clients x 63 images; then a server that is killed in the middle gives NaN for what it did not score."""
     process, url = served
     local = load_reward("colorfulness")
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda n: client(url).score(pictures(n, 63), [""] * 63), range(8)))
+        found = list(pool.map(lambda n: client(url).score(images(n, 63), [""] * 63), range(8)))
     for n, scores in enumerate(found):
-        torch.testing.assert_close(scores, local.score(pictures(n, 63), [""] * 63))
+        torch.testing.assert_close(scores, local.score(images(n, 63), [""] * 63))
 
     def lose(n):
         if n == 4:
             process.kill()
             process.wait()
-        return client(url, retries=1, timeout=5.0).score(pictures(n, 63), [""] * 63)
+        return client(url, retries=1, timeout=5.0).score(images(n, 63), [""] * 63)
 
     with ThreadPoolExecutor(2) as pool:
         lost = list(pool.map(lose, range(8)))
@@ -64,7 +64,7 @@ def test_eight_clients_score_500_pictures_and_a_killed_server_fails_the_rest(ser
     assert lost[-1].isnan().all()
     for n, scores in enumerate(lost):
         known = scores.isfinite()
-        torch.testing.assert_close(scores[known], local.score(pictures(n, 63), [""] * 63)[known])
+        torch.testing.assert_close(scores[known], local.score(images(n, 63), [""] * 63)[known])
 
 
 def test_a_server_on_all_addresses_says_so_and_tells_one_that_clients_reach(script):

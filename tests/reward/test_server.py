@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, load_reward
-from comfyui_pcpo.reward.service.remote import Remote, read_rewards
+from comfyui_pcpo.reward.service.remote import Remote, decode_scores
 from comfyui_pcpo.reward.service.server import RewardServer, ServerOptions
-from comfyui_pcpo.reward.service.wire import LostServer, Peer, ask, decode_png, encode_png
+from comfyui_pcpo.reward.service.wire import Peer, ServerUnavailable, ask, decode_png, encode_png
 
 torch.set_num_threads(1)
 TOKEN = "0123456789abcdef-test"
@@ -58,7 +58,7 @@ def client(url, **peer):
     return Remote(RewardSettings(images_at_once=8), Peer(url, TOKEN, **({"pause": 0.01, "timeout": 10.0} | peer)))
 
 
-def pictures(count, size=16):
+def images(count, size=16):
     return torch.linspace(0, 1, count)[:, None, None, None].expand(-1, size, size, 3)
 
 
@@ -88,44 +88,44 @@ def test_remote_scores_equal_local_ones(serve):
 
 
 def test_failed_scores_travel_as_null(serve):
-    found = client(serve(Moody()).url).score(pictures(3), ["a", "fail", "b"])
-    assert found.isnan().tolist() == [False, True, False]
+    scores = client(serve(Moody()).url).score(images(3), ["a", "fail", "b"])
+    assert scores.isnan().tolist() == [False, True, False]
 
 
 def test_eight_clients_at_once_get_their_own_scores(serve):
     url = serve(Moody()).url
-    count = 63  # 8 clients x 63 = 504 pictures
+    count = 63  # 8 clients x 63 = 504 images
 
     def work(n):
         batch = ((torch.arange(count) * 4 + n) % 256)[:, None, None, None].expand(-1, 8, 8, 3) / 255
         return client(url).score(batch, [""] * count), (torch.arange(count) * 4 + n) % 256
 
     with ThreadPoolExecutor(8) as pool:
-        for found, wanted in pool.map(work, range(8)):
-            assert torch.equal(found, wanted.float())
+        for scores, expected in pool.map(work, range(8)):
+            assert torch.equal(scores, expected.float())
 
 
 def test_a_server_that_dies_fails_the_samples_and_nothing_else(serve):
     server = serve(Moody())
     remote = client(server.url, retries=1, timeout=1.0)
-    assert remote.score(pictures(4), [""] * 4).isfinite().all()
+    assert remote.score(images(4), [""] * 4).isfinite().all()
     server.shutdown()
     server.server_close()
-    assert remote.score(pictures(4), [""] * 4).isnan().all()
+    assert remote.score(images(4), [""] * 4).isnan().all()
     assert not remote.is_healthy()
 
 
 def test_a_reward_that_raises_costs_the_request_and_not_the_server(serve):
     remote = client(serve(Moody()).url)
-    assert remote.score(pictures(2), ["raise", "a"]).isnan().all()
-    assert remote.score(pictures(2), ["a", "a"]).isfinite().all()
+    assert remote.score(images(2), ["raise", "a"]).isnan().all()
+    assert remote.score(images(2), ["a", "a"]).isfinite().all()
 
 
 def test_without_the_token_only_health_is_told(serve):
     server = serve(Moody())
     stranger = Remote(peer=Peer(server.url, "wrong"))
     assert stranger.is_healthy()
-    for attempt in (lambda: stranger.score(pictures(1), [""]), stranger.info):
+    for attempt in (lambda: stranger.score(images(1), [""]), stranger.info):
         with pytest.raises(RewardError, match="status 401"):
             attempt()
 
@@ -151,11 +151,11 @@ def test_wrong_requests_are_refused_and_the_server_goes_on(body, serve):
     server = serve(Moody())
     status, answer = post(server, body)
     assert status == 400 and answer["error"]
-    assert client(server.url).score(pictures(1), [""]).isfinite().all()
+    assert client(server.url).score(images(1), [""]).isfinite().all()
 
 
 def test_too_much_is_refused_before_it_is_read(serve):
-    server = serve(Moody(), most_bytes=10_000, most_images=2)
+    server = serve(Moody(), max_bytes=10_000, max_images=2)
     image = encode_png(np.zeros((4, 4, 3), np.uint8))
     assert post(server, json.dumps({"prompts": [""] * 3, "images": [image] * 3}))[0] == 413
     assert post(server, b"", headers={"Content-Length": "99999999999999999999999"})[0] == 413
@@ -191,8 +191,8 @@ def test_a_decompression_bomb_is_refused_by_its_header(side, serve):
     assert status == 400 and ("pixels" in answer["error"] or "cannot be read" in answer["error"])
 
 
-def test_pictures_that_unpack_to_too_much_together_are_refused_by_their_headers(serve):
-    server = serve(Moody(), most_pixels_in_all=100)
+def test_images_that_unpack_to_too_much_together_are_refused_by_their_headers(serve):
+    server = serve(Moody(), max_total_pixels=100)
     huge = base64.b64encode(bomb(4000, 4000)).decode()  # unpacking it would be refused as what cannot be read
     status, answer = post(serve(Moody()), json.dumps({"prompts": [""] * 9, "images": [huge] * 9}))
     assert status == 413
@@ -203,7 +203,7 @@ def test_pictures_that_unpack_to_too_much_together_are_refused_by_their_headers(
     assert post(server, json.dumps({"prompts": [""] * 2, "images": [image] * 2}))[0] == 200
 
 
-def test_the_reward_is_given_as_many_pictures_as_it_takes_at_once(serve):
+def test_the_reward_is_given_as_many_images_as_it_takes_at_once(serve):
     class Counting(Moody):
         def score(self, images, prompts):
             given.append(len(images))
@@ -216,7 +216,7 @@ def test_the_reward_is_given_as_many_pictures_as_it_takes_at_once(serve):
     assert given == [3, 1, 3]  # four of one size, three of the other
 
 
-def test_a_picture_whose_pixels_are_broken_is_refused_though_its_header_is_whole(serve):
+def test_an_image_whose_pixels_are_broken_is_refused_though_its_header_is_whole(serve):
     images = [encode_png(np.zeros((4, 4, 3), np.uint8)), base64.b64encode(bomb(4, 4)).decode()]
     status, answer = post(serve(Moody()), json.dumps({"prompts": [""] * 2, "images": images}))
     assert status == 400 and "cannot be read" in answer["error"]
@@ -231,7 +231,7 @@ def test_the_address_that_a_server_tells_is_one_that_clients_reach(host, usual, 
     assert urlsplit(server.url).hostname not in ("0.0.0.0", "::")
     usual = f"[{usual}]" if ":" in usual else usual
     for url in (server.url, f"http://{usual}:{server.server_address[1]}"):
-        assert client(url, retries=0).score(pictures(2), [""] * 2).isfinite().all()
+        assert client(url, retries=0).score(images(2), [""] * 2).isfinite().all()
     assert server.is_everywhere == (host != "::1")
 
 
@@ -255,9 +255,9 @@ def test_pictures_of_several_sizes_keep_their_order(serve):
 
 def test_answers_that_are_not_rewards_count_as_none():
     for answer in ([], {"rewards": [1]}, {"rewards": ["1", "2"]}, {"rewards": [True, 1]}):
-        with pytest.raises(LostServer):
-            read_rewards(answer, 2)
-    assert read_rewards({"rewards": [1, None]}, 2).isnan().tolist() == [False, True]
+        with pytest.raises(ServerUnavailable):
+            decode_scores(answer, 2)
+    assert decode_scores({"rewards": [1, None]}, 2).isnan().tolist() == [False, True]
 
 
 def test_addresses_and_tokens_come_from_the_environment(monkeypatch):
@@ -272,5 +272,5 @@ def test_addresses_and_tokens_come_from_the_environment(monkeypatch):
         ServerOptions()
     with pytest.raises(RewardError, match="not a server address"):
         Peer("file:///etc/passwd")
-    with pytest.raises(LostServer, match="no answer in 1 tries"):
+    with pytest.raises(ServerUnavailable, match="no answer in 1 attempts"):
         ask(Peer("https://127.0.0.1:1/v1", retries=0, timeout=1), "/info")

@@ -1,11 +1,17 @@
 """Rewards of the user's own: one folder, installed packages, module:Class; names and nothing else from workflows."""
 
 import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from comfyui_pcpo.reward import REWARDS, Reward, RewardError, available, import_reward, load_reward, offered
+import comfyui_pcpo
+from comfyui_pcpo.reward import CLASSES, REWARDS, Reward, RewardError, available, import_reward, load_reward, offered
 from comfyui_pcpo.reward.jpeg import JpegCompressibility
 from comfyui_pcpo.reward.user import load_file
 
@@ -37,9 +43,9 @@ def test_a_file_in_the_folder_is_a_reward(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (GOOD.format(name="alignment"), "exists already"),
-        (GOOD.format(name=""), "a name and score_batch"),
-        ("x = 1", "defines 0 rewards"),
+        (GOOD.format(name="alignment"), "already exists"),
+        (GOOD.format(name=""), "must define both `name` and `score_batch`"),
+        ("x = 1", "defines no reward"),
         ("1 / 0", "ZeroDivisionError"),
         ("def (", "SyntaxError"),
     ],
@@ -81,7 +87,7 @@ def test_an_entry_point_bears_its_rewards_name(monkeypatch):
             return JpegCompressibility
 
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [Point()])
-    with pytest.raises(RewardError, match="both must have 1 name"):
+    with pytest.raises(RewardError, match=r"the entry-point name and the class's `name` must match"):
         available()
 
 
@@ -112,7 +118,7 @@ def test_a_folder_that_is_not_there_is_named_and_costs_the_built_in_rewards_noth
     monkeypatch.setenv("PCPO_REWARD_FOLDER", str(tmp_path / "gone"))
     assert offered() == list(REWARDS)
     assert load_reward("redness").name == "redness"
-    with pytest.raises(RewardError, match="gone, which is no folder"):
+    with pytest.raises(RewardError, match="gone, which is not a folder"):
         load_reward("darkness")
 
 
@@ -121,11 +127,32 @@ def test_headless_configurations_name_a_class():
     for spec in ("nowhere_at_all:X", "json:Nothing", ":X", "json"):
         with pytest.raises(RewardError, match="module:Class"):
             import_reward(spec)
-    with pytest.raises(RewardError, match="not a class made from"):
+    with pytest.raises(RewardError, match="must be a subclass of"):
         import_reward("json:loads")
 
 
 @pytest.mark.parametrize("name", ["comfyui_pcpo.reward.jpeg:JpegCompressibility", "../mine", "http://127.0.0.1"])
 def test_a_name_is_never_code_nor_path_nor_address(name):
-    with pytest.raises(RewardError, match="is none of"):
+    with pytest.raises(RewardError, match="is not a known reward"):
         load_reward(name)
+
+
+def test_the_table_of_built_in_rewards_has_their_own_names():
+    assert {name: cls.name for name, cls in REWARDS.items()} == {name: name for name in CLASSES}
+
+
+def test_a_new_built_in_reward_is_one_file_and_one_line(tmp_path):
+    """In a copy of the package: the class in a file of its own, and its line in CLASSES."""
+    package = tmp_path / "comfyui_pcpo"
+    shutil.copytree(Path(comfyui_pcpo.__file__).parent, package, ignore=shutil.ignore_patterns("models", "__pycache__"))
+    write(package / "reward", "darkness.py", GOOD.format(name="darkness"))
+    table = package / "reward" / "__init__.py"
+    first = '    "alignment": "alignment:Alignment",'
+    table.write_text(table.read_text().replace(first, f'{first}\n    "darkness": "darkness:Darkness",'))
+    code = (
+        "import torch; from comfyui_pcpo.reward import load_reward, offered; assert 'darkness' in offered(); "
+        "print(load_reward('darkness').score(torch.ones(1, 4, 4, 3), ['']).item())"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "0.0", done.stderr

@@ -142,7 +142,7 @@ def test_every_network_that_is_named_adds_its_metric(run, tmp_path):
     Dinov2Model(config).save_pretrained(tmp_path / "dino")
     (tmp_path / "real").mkdir()
     for name in recipe.IMAGE_SUFFIXES:  # three sizes
-        Image.fromarray(gold.picture(name)).save(tmp_path / "real" / f"{name}.png")
+        Image.fromarray(gold.array(name)).save(tmp_path / "real" / f"{name}.png")
     files = Files(tmp_path / "inception.pth", tmp_path / "dino", tmp_path / "alexnet.pth")
     found = evaluate(small(run.path, seeds=1, reference=tmp_path / "real", files=files, rewards=("redness",)))
     names = ["redness", "tiny FD", "tiny diversity", "FID", "FD-DINOv2", "Inception Score", "LPIPS diversity"]

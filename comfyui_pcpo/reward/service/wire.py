@@ -1,4 +1,4 @@
-"""JSON over HTTP and pictures as base64 PNG: all that goes to another process, and nothing that could run there."""
+"""The wire format: JSON over HTTP, images as base64 PNG. Nothing in it can execute code."""
 
 import base64
 import binascii
@@ -16,16 +16,16 @@ from PIL import Image
 
 from comfyui_pcpo.reward.base import RewardError
 
-MOST_BYTES = 64_000_000
+MAX_BYTES = 64_000_000
 
 
-class LostServer(Exception):
-    """The other side does not answer, or not with what was agreed: the samples fail, the run goes on."""
+class ServerUnavailable(Exception):
+    """The server does not answer, or not in the expected format. The samples get NaN and the run continues."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A server: base URL, bearer token, seconds to wait per try, tries beyond the first, seconds between them."""
+    """A server: base URL, bearer token, timeout in seconds, retries and the pause between them in seconds."""
 
     url: str
     token: str = field(default="", repr=False)
@@ -36,49 +36,49 @@ class Peer:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise RewardError(f"{self.url!r} is not a server address. Write it like http://127.0.0.1:8000")
+            raise RewardError(f"{self.url!r} is not a server address. Use a URL such as http://127.0.0.1:8000")
 
 
-def encode_png(picture: np.ndarray) -> str:
-    """Base64 PNG of a picture, uint8 (H, W, 3)."""
+def encode_png(image: np.ndarray) -> str:
+    """Base64 PNG of an image, uint8 (H, W, 3)."""
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="PNG", compress_level=1)
+    Image.fromarray(image).save(file, format="PNG", compress_level=1)
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 @contextmanager
-def opened_png(text: str, most_pixels: int) -> Iterator[Image.Image]:
-    """A base64 PNG with its header read and its size checked, before a single pixel is unpacked."""
+def opened_png(text: str, max_pixels: int) -> Iterator[Image.Image]:
+    """A base64 PNG with its size checked from the header, before any pixels are decoded."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as picture:
-            pixels = picture.width * picture.height
-            if pixels > most_pixels:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
+            pixels = image.width * image.height
+            if pixels > max_pixels:
                 raise RewardError(
-                    f"A picture has {pixels} pixels, but at most {most_pixels} are taken. Send it smaller."
+                    f"An image has {pixels} pixels, but at most {max_pixels} are accepted. Send a smaller one."
                 )
-            yield picture
+            yield image
     except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, RewardError):
             raise
-        raise RewardError("A picture cannot be read. Send each as base64 of a PNG file.") from error
+        raise RewardError("An image cannot be read. Send each image as base64 of a PNG file.") from error
 
 
-def png_size(text: str, most_pixels: int) -> tuple[int, int]:
-    """Height and width of a base64 PNG, as its header tells."""
-    with opened_png(text, most_pixels) as picture:
-        return picture.height, picture.width
+def png_size(text: str, max_pixels: int) -> tuple[int, int]:
+    """Height and width of a base64 PNG, from its header."""
+    with opened_png(text, max_pixels) as image:
+        return image.height, image.width
 
 
-def decode_png(text: str, most_pixels: int) -> np.ndarray:
-    """The picture in a base64 PNG, uint8 (H, W, 3)."""
-    with opened_png(text, most_pixels) as picture:
-        return np.array(picture.convert("RGBA").convert("RGB"))
+def decode_png(text: str, max_pixels: int) -> np.ndarray:
+    """The image in a base64 PNG, uint8 (H, W, 3)."""
+    with opened_png(text, max_pixels) as image:
+        return np.array(image.convert("RGBA").convert("RGB"))
 
 
 def ask(peer: Peer, path: str, payload: dict[str, Any] | None = None) -> Any:
-    """The JSON answer to GET, or to POST where there is a payload. Redirects are not followed.
+    """The JSON answer to a GET, or to a POST if there is a payload. Redirects are not followed.
 
-    Raises LostServer when no try got an answer, RewardError when the server says that the request is wrong.
+    Raises ServerUnavailable if all attempts fail, RewardError if the server rejects the request.
     """
     from http.client import HTTPException
 
@@ -92,18 +92,18 @@ def ask(peer: Peer, path: str, payload: dict[str, Any] | None = None) -> Any:
             problem = f"{type(error).__name__}: {error}"
             continue
         if status == 200:
-            return parse(body)
+            return decode_json(body)
         if 400 <= status < 500 and status not in (408, 429):
             reason = body[:200].decode("utf-8", "replace")
             raise RewardError(
-                f"{peer.url}{path} refused with status {status}: {reason}. Mend the request or its token."
+                f"{peer.url}{path} rejected the request with status {status}: {reason}. Fix the request or the token."
             )
         problem = f"status {status}"
-    raise LostServer(f"{peer.url}{path} gave no answer in {1 + peer.retries} tries ({problem}).")
+    raise ServerUnavailable(f"{peer.url}{path} gave no answer in {1 + peer.retries} attempts ({problem}).")
 
 
 def exchange(peer: Peer, path: str, payload: dict[str, Any] | None) -> tuple[int, bytes]:
-    """One request on a connection of its own -> status and body."""
+    """One request on a new connection -> status and body."""
     from http.client import HTTPConnection, HTTPSConnection
 
     parts = urlsplit(peer.url)
@@ -117,13 +117,13 @@ def exchange(peer: Peer, path: str, payload: dict[str, Any] | None) -> tuple[int
             headers["Content-Type"] = "application/json"
             connection.request("POST", parts.path.rstrip("/") + path, json.dumps(payload).encode(), headers)
         answer = connection.getresponse()
-        return answer.status, answer.read(MOST_BYTES)
+        return answer.status, answer.read(MAX_BYTES)
     finally:
         connection.close()
 
 
-def parse(body: bytes) -> Any:
+def decode_json(body: bytes) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise LostServer(f"The answer of {len(body)} bytes is not JSON.") from error
+        raise ServerUnavailable(f"The answer of {len(body)} bytes is not JSON.") from error

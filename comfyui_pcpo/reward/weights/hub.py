@@ -1,7 +1,7 @@
-"""Weight files from the Hugging Face hub, only ever when somebody asks for them: resumed, checked, put in their place.
+"""Downloads weight files from the Hugging Face hub, on request only, with resume and checksum.
 
-The hub's own library tells address, size and checksum of a file; the bytes are fetched here, because that library
-begins anew where a download was broken off.
+huggingface_hub looks up URL, size and checksum of a file; the bytes are fetched here, because that library restarts an
+interrupted download from the beginning.
 """
 
 import hashlib
@@ -15,72 +15,77 @@ from comfyui_pcpo.reward.base import Reward, RewardError, RewardFile
 from comfyui_pcpo.reward.weights.checkpoint import file_path
 
 BLOCK, TIMEOUT = 1 << 20, 30.0
-Tick = Callable[[RewardFile, int, int | None], None]  # bytes that are here, of how many
+Tick = Callable[[RewardFile, int, int | None], None]  # file, bytes received, total size
 
 
 def download(
     reward: type[Reward], folder: Path, endpoint: str | None = None, tick: Tick = lambda file, done, size: None
 ) -> list[Path]:
-    """Fetch a reward's weight files; what arrived stays when the line breaks, and the next call goes on from there."""
+    """Download a reward's weight files; an interrupted download is resumed by the next call."""
     return [fetch(file, file_path(folder, file), endpoint, tick) for file in reward.files]
 
 
 def fetch(file: RewardFile, path: Path, endpoint: str | None, tick: Tick) -> Path:
-    """One file of the hub at `path`, its checksum the one that the hub tells. Raises RewardError otherwise."""
+    """Download one file to `path` and verify its checksum. Raises RewardError on failure."""
     source = f"{file.filename} from {file.hub_id}"
     try:
-        told, headers = ask_hub(file, endpoint)
-        if path.is_file() and is_whole(path, told.etag, told.size):
+        metadata, headers = ask_hub(file, endpoint)
+        if path.is_file() and is_intact(path, metadata.etag, metadata.size):
             return path
-        part = path.with_name(f"{path.name}.{(told.etag or 'file')[:12]}.part")
+        part = path.with_name(f"{path.name}.{(metadata.etag or 'file')[:12]}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
-        receive(Request(told.location, headers=headers), part, told.size, lambda done: tick(file, done, told.size))
-    except Exception as error:  # the hub's library and its HTTP client have many kinds
+        receive(
+            Request(metadata.location, headers=headers),
+            part,
+            metadata.size,
+            lambda done: tick(file, done, metadata.size),
+        )
+    except Exception as error:  # huggingface_hub and its HTTP client raise many types
         reason = " ".join(str(error).split())
         raise RewardError(
             f"{source} could not be fetched ({type(error).__name__}: {reason}). "
-            "Try again: what arrived is kept, and the download goes on from there."
+            "Try again: the download resumes where it stopped."
         ) from error
-    if not is_whole(part, told.etag, told.size):
+    if not is_intact(part, metadata.etag, metadata.size):
         size = part.stat().st_size
         part.unlink()
         raise RewardError(
-            f"{source} arrived with {size} bytes whose checksum is not the hub's {told.etag} ({told.size} bytes). "
-            "It was damaged on the way and has been deleted: try again."
+            f"{source} has {size} bytes whose checksum is not the hub's {metadata.etag} ({metadata.size} bytes). "
+            "The damaged download has been deleted: try again."
         )
     part.replace(path)
     return path
 
 
 def ask_hub(file: RewardFile, endpoint: str | None) -> tuple[Any, dict[str, str]]:
-    """Address, size and checksum of a file, and the headers to fetch it with; a login is shown to the hub only."""
+    """URL, size and checksum of a file, and request headers; the access token is sent to the hub only."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
     url = hf_hub_url(file.hub_id, file.filename, endpoint=endpoint)
-    told = get_hf_file_metadata(url)
-    headers = build_hf_headers() if may_login(url, told.location) else {}
-    return told, {**headers, "Accept-Encoding": "identity"}
+    metadata = get_hf_file_metadata(url)
+    headers = build_hf_headers() if may_send_token(url, metadata.location) else {}
+    return metadata, {**headers, "Accept-Encoding": "identity"}
 
 
-def may_login(before: str, after: str) -> bool:
-    """Whether a login for one address may be shown to the next: the same host and port, and no less encrypted."""
+def may_send_token(before: str, after: str) -> bool:
+    """Whether a token for one URL may be sent to the next: same host and port, and no downgrade from https."""
     old, new = urlsplit(before), urlsplit(after)
     return new.netloc == old.netloc and new.scheme in (old.scheme, "https")
 
 
 class Redirects(HTTPRedirectHandler):
-    """Follows redirects as usual, but takes the login along only where it may be shown."""
+    """Follows redirects, but drops the access token where it may not be sent."""
 
     def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
         following = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if following is not None and not may_login(req.full_url, newurl):
+        if following is not None and not may_send_token(req.full_url, newurl):
             following.remove_header("Authorization")
         return following
 
 
 def receive(request: Request, part: Path, size: int | None, tick: Callable[[int], None]) -> None:
-    """Bring a partial file to its size, trying again as long as every try brings something."""
+    """Complete a partial file, retrying as long as every attempt makes progress."""
     while True:
         before = part.stat().st_size if part.is_file() else 0
         if size is not None and before >= size:
@@ -95,25 +100,25 @@ def receive(request: Request, part: Path, size: int | None, tick: Callable[[int]
         if size is None or done >= size:
             return
         if done <= before:
-            raise OSError(f"{done} of {size} bytes arrived")
+            raise OSError(f"received {done} of {size} bytes")
 
 
 def stream(request: Request, part: Path, start: int, tick: Callable[[int], None]) -> None:
-    """Append what the server sends from byte `start` on; a server that cannot do so begins anew."""
+    """Append the file from byte `start` on; start over if the server does not support ranges."""
     if start:
         request.add_header("Range", f"bytes={start}-")
-    answers = build_opener(Redirects()).open(request, timeout=TIMEOUT)
-    with answers as answer, part.open("ab" if answer.status == 206 else "wb") as file:
-        while block := answer.read(BLOCK):
+    response = build_opener(Redirects()).open(request, timeout=TIMEOUT)
+    with response, part.open("ab" if response.status == 206 else "wb") as file:
+        while block := response.read(BLOCK):
             file.write(block)
             tick(file.tell())
 
 
-def is_whole(path: Path, etag: str | None, size: int | None) -> bool:
-    """Whether a file is what the hub tells of it: SHA-256 of large files, git's SHA-1 of small ones, and the size."""
+def is_intact(path: Path, etag: str | None, size: int | None) -> bool:
+    """Whether size and checksum match the hub's: SHA-256 for large files, git's SHA-1 for small ones."""
     if size is not None and path.stat().st_size != size:
         return False
-    if etag is None or len(etag) not in (40, 64):  # a mirror that tells no checksum
+    if etag is None or len(etag) not in (40, 64):  # a mirror without checksums
         return True
     sums = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with path.open("rb") as opened:

@@ -1,6 +1,6 @@
-"""From 8-bit pictures to what each network reads, exactly as its authors did it: a pixel of difference shows.
+"""Preprocessing of each network, exactly as its authors did it: one pixel of difference changes the scores.
 
-Pictures come as uint8 (B, H, W, 3) and leave as float (B, 3, 224, 224), normalised as CLIP's were.
+Images are uint8 (B, H, W, 3); results are float (B, 3, 224, 224), normalized with CLIP's mean and std.
 """
 
 import numpy as np
@@ -14,20 +14,20 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """Subtract CLIP's mean and divide by its spread, (B, 3, H, W) in [0, 1] -> (B, 3, H, W)."""
+def normalize(pixels: Tensor) -> Tensor:
+    """Subtract CLIP's mean and divide by its std, (B, 3, H, W) in [0, 1] -> (B, 3, H, W)."""
     mean, std = pixels.new_tensor(MEAN).view(3, 1, 1), pixels.new_tensor(STD).view(3, 1, 1)
     return (pixels - mean) / std
 
 
 def pil_bicubic(images: Tensor, height: int, width: int) -> Tensor:
     """Pillow's bicubic resize, uint8 (B, H, W, 3) -> uint8 (B, height, width, 3)."""
-    pictures = [Image.fromarray(p).resize((width, height), Image.Resampling.BICUBIC) for p in images.cpu().numpy()]
-    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).to(images.device)
+    resized = [Image.fromarray(i).resize((width, height), Image.Resampling.BICUBIC) for i in images.cpu().numpy()]
+    return torch.from_numpy(np.stack([np.asarray(i) for i in resized])).to(images.device)
 
 
 def two_pass_bicubic(images: Tensor, height: int, width: int) -> Tensor:
-    """Pillow's resize to one grey level, on any device: width, round to 8 bit, then height and round again."""
+    """Pillow's resize on any device, equal to one gray level: width, round to 8 bit, then height and round again."""
     pixels = images.permute(0, 3, 1, 2).float()
     for size in ((images.shape[1], width), (height, width)):
         if pixels.shape[-2:] != size:
@@ -36,7 +36,7 @@ def two_pass_bicubic(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def bicubic(images: Tensor, height: int, width: int) -> Tensor:
-    """Pillow itself for pictures on the CPU, its equal elsewhere, uint8 (B, H, W, 3) -> (B, height, width, 3)."""
+    """Pillow on the CPU, `two_pass_bicubic` on other devices, uint8 (B, H, W, 3) -> (B, height, width, 3)."""
     resize = pil_bicubic if images.device.type == "cpu" else two_pass_bicubic
     return resize(images, height, width)
 
@@ -49,29 +49,29 @@ def shortest_side(images: Tensor) -> Tensor:
 
 
 def center_crop(images: Tensor, top: int, left: int) -> Tensor:
-    """A 224 x 224 cut, normalised, uint8 (B, h, w, 3) -> (B, 3, 224, 224)."""
-    cut = images[:, top : top + SIDE, left : left + SIDE]
-    return normalise(cut.permute(0, 3, 1, 2).float() / 255)
+    """A normalized 224 x 224 crop, uint8 (B, h, w, 3) -> (B, 3, 224, 224)."""
+    crop = images[:, top : top + SIDE, left : left + SIDE]
+    return normalize(crop.permute(0, 3, 1, 2).float() / 255)
 
 
 def crop_floor(images: Tensor) -> Tensor:
-    """transformers' CLIP processor: odd margins are rounded down, uint8 (B, H, W, 3) -> (B, 3, 224, 224)."""
+    """As transformers' CLIP processor: odd margins are rounded down, uint8 (B, H, W, 3) -> (B, 3, 224, 224)."""
     images = shortest_side(images)
     return center_crop(images, (images.shape[1] - SIDE) // 2, (images.shape[2] - SIDE) // 2)
 
 
 def crop_round(images: Tensor) -> Tensor:
-    """torchvision's CenterCrop: odd margins are rounded, halves to even, uint8 (B, H, W, 3) -> (B, 3, 224, 224)."""
+    """As torchvision's CenterCrop: odd margins are rounded, halves to even, uint8 (B, H, W, 3) -> (B, 3, 224, 224)."""
     images = shortest_side(images)
     return center_crop(images, round((images.shape[1] - SIDE) / 2), round((images.shape[2] - SIDE) / 2))
 
 
 def pad_square(images: Tensor) -> Tensor:
-    """HPSv2: longer side to 224 in float, black bars, then normalise, uint8 (B, H, W, 3) -> (B, 3, 224, 224)."""
+    """HPSv2: longer side to 224 in float, black bars, then normalize, uint8 (B, H, W, 3) -> (B, 3, 224, 224)."""
     pixels = images.permute(0, 3, 1, 2).float() / 255
     scale = SIDE / max(pixels.shape[-2:])
     size = tuple(max(1, round(side * scale)) for side in pixels.shape[-2:])
     if pixels.shape[-2:] != size:
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
     down, right = SIDE - size[0], SIDE - size[1]
-    return normalise(F.pad(pixels, (right // 2, right - right // 2, down // 2, down - down // 2)))
+    return normalize(F.pad(pixels, (right // 2, right - right // 2, down // 2, down - down // 2)))

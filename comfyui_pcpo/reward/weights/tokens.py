@@ -1,4 +1,4 @@
-"""Prompts to token ids, without any hub: open_clip carries CLIP's vocabulary, bert_vocab.txt is BERT's."""
+"""Tokenizers that need no hub access: open_clip includes CLIP's vocabulary, bert_vocab.txt is BERT's."""
 
 import re
 import unicodedata
@@ -17,7 +17,7 @@ BERT_LENGTH = 35
 
 
 @lru_cache(maxsize=1)
-def mending_tokenizer() -> "SimpleTokenizer":
+def ftfy_tokenizer() -> "SimpleTokenizer":
     """OpenAI's cleaning: ftfy, HTML unescaped twice, whitespace, lower case."""
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -26,7 +26,7 @@ def mending_tokenizer() -> "SimpleTokenizer":
 
 @lru_cache(maxsize=1)
 def plain_tokenizer() -> "SimpleTokenizer":
-    """The cleaning of transformers' fast tokenizer: NFC, whitespace, lower case. Quotes and &amp; stay as they are."""
+    """The cleaning of transformers' fast tokenizer: NFC, whitespace, lower case. Quotes and &amp; are unchanged."""
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer = SimpleTokenizer()
@@ -49,23 +49,23 @@ def plain_clean(x: str) -> str:
 
 
 def clip_tokens(prompts: list[str]) -> Tensor:
-    """CLIP's ids with OpenAI's cleaning, B prompts -> (B, 77)."""
-    return mending_tokenizer()(prompts)
+    """CLIP token ids with OpenAI's cleaning, B prompts -> (B, 77)."""
+    return ftfy_tokenizer()(prompts)
 
 
 def plain_clip_tokens(prompts: list[str]) -> Tensor:
-    """CLIP's ids as transformers makes them, B prompts -> (B, 77)."""
+    """CLIP token ids as in transformers, B prompts -> (B, 77)."""
     return plain_tokenizer()(prompts)
 
 
 def bert_tokens(prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """BERT's ids and mask, B prompts -> (B, 35), (B, 35)."""
-    found = bert_tokenizer().encode_batch(prompts)
-    return tensor([entry.ids for entry in found]), tensor([entry.attention_mask for entry in found])
+    """BERT token ids and mask, B prompts -> (B, 35), (B, 35)."""
+    encodings = bert_tokenizer().encode_batch(prompts)
+    return tensor([entry.ids for entry in encodings]), tensor([entry.attention_mask for entry in encodings])
 
 
 def distinct(prompts: list[str]) -> tuple[list[str], Tensor]:
-    """Each prompt once, and which of them belongs to each image (B,): a group shares its prompt's encoding."""
+    """Unique prompts and each image's index into them (B,), so that a group encodes its prompt once."""
     unique = list(dict.fromkeys(prompts))
-    place = {prompt: n for n, prompt in enumerate(unique)}
-    return unique, tensor([place[prompt] for prompt in prompts])
+    index = {prompt: n for n, prompt in enumerate(unique)}
+    return unique, tensor([index[prompt] for prompt in prompts])
