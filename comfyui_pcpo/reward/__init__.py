@@ -11,8 +11,8 @@ from comfyui_pcpo.reward.user import (
     classes_by_name,
     import_reward,
     installed_rewards,
-    reward_folder,
     rewards_in_folder,
+    user_reward_folder,
     user_reward_names,
 )
 from comfyui_pcpo.reward.weights.hub import download
@@ -44,7 +44,7 @@ REWARDS: dict[str, type[Reward]] = {name: import_reward(f"{__name__}.{spec}") fo
 
 def available(user_folder: Path | None = None) -> dict[str, type[Reward]]:
     """Built-in rewards, those of installed packages, and those in the user's folder (or PCPO_REWARD_FOLDER)."""
-    folder = user_folder or reward_folder()
+    folder = user_folder or user_reward_folder()
     own = rewards_in_folder(folder) if folder is not None else []
     return REWARDS | classes_by_name([*installed_rewards(), *own], REWARDS)
 

@@ -19,7 +19,7 @@ from comfyui_pcpo.reward.base import Reward, RewardError
 GROUP = "pcpo.rewards"
 
 
-def reward_folder() -> Path | None:
+def user_reward_folder() -> Path | None:
     """The folder in PCPO_REWARD_FOLDER; None if it is unset."""
     text = os.environ.get("PCPO_REWARD_FOLDER", "")
     folder = Path(text) if text else None
