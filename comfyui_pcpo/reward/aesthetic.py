@@ -23,14 +23,14 @@ def linear_head(width: int) -> nn.Sequential:
 
 
 class AestheticModel(nn.Module):
-    """CLIP's vision tower and a head on its normalized embedding."""
+    """CLIP's vision tower and a head on its normalised embedding."""
 
     def __init__(self, visual: nn.Module, head: nn.Module):
         super().__init__()
         self.visual, self.head = visual, head
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Score of normalized images, (B, 3, 224, 224) -> (B,)."""
+        """Score of normalised images, (B, 3, 224, 224) -> (B,)."""
         return self.head(F.normalize(self.visual(pixels).float(), dim=-1))[:, 0]
 
 

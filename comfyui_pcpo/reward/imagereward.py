@@ -66,7 +66,7 @@ class ImageRewardModel(nn.Module):
         self.vision, self.text, self.head = vision, text, head
 
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Standardized score, (B, 3, 224, 224), (B, 35), (B, 35) -> (B,)."""
+        """Standardised score, (B, 3, 224, 224), (B, 35), (B, 35) -> (B,)."""
         image = self.vision(pixel_values=pixels).last_hidden_state
         read = self.text(
             input_ids=tokens,
@@ -107,7 +107,7 @@ def imagereward_model(shape: BlipShape) -> ImageRewardModel:
 
 
 class ImageReward(Reward):
-    """Standardized output of the head.
+    """Standardised output of the head.
 
     Xu et al. 2023, ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation
     """

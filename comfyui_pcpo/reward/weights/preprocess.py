@@ -1,6 +1,6 @@
 """Preprocessing of each network, exactly as its authors did it: one pixel of difference changes the scores.
 
-Images are uint8 (B, H, W, 3); results are float (B, 3, 224, 224), normalized with CLIP's mean and std.
+Images are uint8 (B, H, W, 3); results are float (B, 3, 224, 224), normalised with CLIP's mean and std.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalize(pixels: Tensor) -> Tensor:
+def normalise(pixels: Tensor) -> Tensor:
     """Subtract CLIP's mean and divide by its std, (B, 3, H, W) in [0, 1] -> (B, 3, H, W)."""
     mean, std = pixels.new_tensor(MEAN).view(3, 1, 1), pixels.new_tensor(STD).view(3, 1, 1)
     return (pixels - mean) / std
@@ -27,7 +27,7 @@ def pil_bicubic(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def two_pass_bicubic(images: Tensor, height: int, width: int) -> Tensor:
-    """Pillow's resize on any device, equal to one gray level: width, round to 8 bit, then height and round again."""
+    """Pillow's resize on any device, equal to one grey level: width, round to 8 bit, then height and round again."""
     pixels = images.permute(0, 3, 1, 2).float()
     for size in ((images.shape[1], width), (height, width)):
         if pixels.shape[-2:] != size:
@@ -49,9 +49,9 @@ def shortest_side(images: Tensor) -> Tensor:
 
 
 def center_crop(images: Tensor, top: int, left: int) -> Tensor:
-    """A normalized 224 x 224 crop, uint8 (B, h, w, 3) -> (B, 3, 224, 224)."""
+    """A normalised 224 x 224 crop, uint8 (B, h, w, 3) -> (B, 3, 224, 224)."""
     crop = images[:, top : top + SIDE, left : left + SIDE]
-    return normalize(crop.permute(0, 3, 1, 2).float() / 255)
+    return normalise(crop.permute(0, 3, 1, 2).float() / 255)
 
 
 def crop_floor(images: Tensor) -> Tensor:
@@ -67,11 +67,11 @@ def crop_round(images: Tensor) -> Tensor:
 
 
 def pad_square(images: Tensor) -> Tensor:
-    """HPSv2: longer side to 224 in float, black bars, then normalize, uint8 (B, H, W, 3) -> (B, 3, 224, 224)."""
+    """HPSv2: longer side to 224 in float, black bars, then normalise, uint8 (B, H, W, 3) -> (B, 3, 224, 224)."""
     pixels = images.permute(0, 3, 1, 2).float() / 255
     scale = SIDE / max(pixels.shape[-2:])
     size = tuple(max(1, round(side * scale)) for side in pixels.shape[-2:])
     if pixels.shape[-2:] != size:
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
     down, right = SIDE - size[0], SIDE - size[1]
-    return normalize(F.pad(pixels, (right // 2, right - right // 2, down // 2, down - down // 2)))
+    return normalise(F.pad(pixels, (right // 2, right - right // 2, down // 2, down - down // 2)))
