@@ -24,26 +24,26 @@ class OriginalPart(NamedTuple):
     part: int | None = None
 
 
-Names = dict[str, OriginalPart]
+OriginalNames = dict[str, OriginalPart]
 
 
-def same_names(modules: Sequence[str]) -> Names:
+def same_names(modules: Sequence[str]) -> OriginalNames:
     return {module: OriginalPart(module) for module in modules}
 
 
 @dataclass(frozen=True)
 class LoraFamily:
-    """Names of one family's modules, starting from those in diffusers."""
+    """OriginalNames of one family's modules, starting from those in diffusers."""
 
     mark: str  # regular expression: start of a module name that tells the family
-    original: Callable[[Sequence[str]], Names] = same_names  # names in original checkpoints
+    original: Callable[[Sequence[str]], OriginalNames] = same_names  # names in original checkpoints
     prefix: str = "transformer."  # of the keys in diffusers' layout
     underscored: bool = False  # ComfyUI and kohya's tools read diffusers' names with underscores
     feed_forward: tuple[str, ...] = ()  # regular expressions: its feed-forward layers beyond `ff.net`, `ff_context.net`
     mlp_ratio: Mapping[str, int] = field(default_factory=dict)  # original module -> hidden sizes of its part 3
 
 
-def attention(diffusers: str, original: str, added: bool = False) -> Names:
+def attention(diffusers: str, original: str, added: bool = False) -> OriginalNames:
     """q, k, v, which are one module in original checkpoints, and the output projection."""
     names = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out") if added else ("to_q", "to_k", "to_v", "to_out.0")
     *parts, out = (f"{diffusers}.{name}" for name in names)
@@ -51,15 +51,15 @@ def attention(diffusers: str, original: str, added: bool = False) -> Names:
     return {**fused, out: OriginalPart(f"{original}.proj")}
 
 
-def linears(names: Mapping[str, str]) -> Names:
+def linears(names: Mapping[str, str]) -> OriginalNames:
     return {module: OriginalPart(original) for module, original in names.items()}
 
 
-def blocks(**tables: tuple[str, Names]) -> Callable[[Sequence[str]], Names]:
+def blocks(**tables: tuple[str, OriginalNames]) -> Callable[[Sequence[str]], OriginalNames]:
     """Renaming of `block.3.inner` to `original_block.3.original_inner` by {block: (original block, inner names)}."""
 
-    def original(modules: Sequence[str]) -> Names:
-        names: Names = {}
+    def original(modules: Sequence[str]) -> OriginalNames:
+        names: OriginalNames = {}
         for module in modules:
             block, number, inner = (*module.split(".", 2), "", "")[:3]
             name, table = tables.get(block, ("", {}))
@@ -146,6 +146,6 @@ def detect_family(modules: Iterable[str]) -> Family:
     return "plain"
 
 
-def original_names(modules: Iterable[str], family: Family) -> Names:
+def original_names(modules: Iterable[str], family: Family) -> OriginalNames:
     """{diffusers module: its place in the original checkpoint}, for modules that have one."""
     return LORA_FAMILIES[family].original(list(modules))
