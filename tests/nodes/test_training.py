@@ -170,7 +170,7 @@ def test_the_run_folder_is_the_command_lines(flow, tmp_path):
     run = flow.train("like-the-command-line", preview_every=1, save_every=1)[3].path
     c = run_module.RunFolder(run).config()
     c = c.model_copy(update={"run": c.run.model_copy(update={"folder": tmp_path, "name": "theirs"})})
-    theirs = launch.start(c)
+    theirs = launch.start_run(c)
     finish(theirs)
     folder = theirs.folder
 
@@ -187,7 +187,7 @@ def test_the_run_folder_is_the_command_lines(flow, tmp_path):
 
 def test_the_command_line_goes_on_where_the_node_stopped_and_back(flow):
     run = flow.train("there-and-back", updates=1)[3].path
-    assert finish(launch.resume(run, updates=2)) == [2]
+    assert finish(launch.resume_run(run, updates=2)) == [2]
     assert flow.train("there-and-back", updates=3, resume=True)[2] == 3
 
 

@@ -11,7 +11,7 @@ from trainer.runs.folder import RunFolder
 
 def start_run(config: Any, tick: Callable[[], None] = lambda: None) -> tuple[RunFolder, Iterator[Update]]:
     """A new run, loaded and checked -> (folder, updates)."""
-    run = launch.start(config, tick)
+    run = launch.start_run(config, tick)
     return run.folder, kept(run)
 
 
@@ -19,7 +19,7 @@ def resume_run(
     path: Path, which: str = "latest", updates: int | None = None, tick: Callable[[], None] = lambda: None
 ) -> tuple[RunFolder, Any, Iterator[Update]]:
     """A run that continues -> (folder, config, updates)."""
-    run = launch.resume(path, which, updates, tick)
+    run = launch.resume_run(path, which, updates, tick)
     return run.folder, run.config, kept(run)
 
 

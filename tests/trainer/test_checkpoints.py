@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from trainer.config.loading import load
 from trainer.config.schema import ConfigError
 from trainer.policy.loading import load_pipeline, make_policy
-from trainer.policy.single_file import KINDS, kind_of
+from trainer.policy.single_file import CHECKPOINT_KINDS, checkpoint_kind
 from trainer.policy.skeletons import SKELETONS, write_skeleton
 
 pytestmark = pytest.mark.slow
@@ -129,8 +129,8 @@ def test_a_skeletons_tokenizer_is_clips(tmp_path):
     ],
 )
 def test_a_checkpoint_is_told_by_its_keys(key, kind, tmp_path):
-    found = kind_of({key, "joint_blocks.0.x_block.mlp.fc1.bias"} if "joint" in key else {key}, tmp_path)
-    assert found in KINDS and kind in (found.pipeline, found.base)
+    found = checkpoint_kind({key, "joint_blocks.0.x_block.mlp.fc1.bias"} if "joint" in key else {key}, tmp_path)
+    assert found in CHECKPOINT_KINDS and kind in (found.pipeline, found.base)
 
 
 @pytest.mark.parametrize(

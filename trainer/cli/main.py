@@ -97,7 +97,7 @@ def train(*tokens: Tokens) -> None:
 
     config = _config(list(tokens))
     with Bar() as bar:
-        follow(launch.start(config, bar.tick), bar)
+        follow(launch.start_run(config, bar.tick), bar)
 
 
 def follow(run: Run, bar: Bar, quiet: bool = False) -> None:
@@ -127,7 +127,7 @@ def resume(run: Path, /, *, checkpoint: str = "latest", updates: int | None = No
     from ..runs import launch
 
     with Bar() as bar:
-        follow(launch.resume(run, checkpoint, updates, bar.tick), bar)
+        follow(launch.resume_run(run, checkpoint, updates, bar.tick), bar)
 
 
 @app.command
@@ -205,7 +205,7 @@ def demo(*, updates: int = 30, name: str | None = None, folder: Path = Path("out
     config = demo_config(name or _free_name(folder, "demo"), folder, updates, seed)
     print(f"Aligning emoji-flow to {_plus(config)} for {updates} updates of {config.images_per_update} images.")
     with Bar() as bar:
-        run = launch.start(config, bar.tick)
+        run = launch.start_run(config, bar.tick)
         follow(run, bar, quiet=True)
     print("Comparing with the model before, on noise it has not been trained on ...")
     found = compare(config, run.folder, list(config.prompts.lines), seed=seed + 1, each=4)

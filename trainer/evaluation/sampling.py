@@ -17,7 +17,7 @@ from ..config.schema import Config
 from ..loop.objectives import make_objective
 from ..loop.plan import training_transitions
 from ..policy.base import LoraPairs
-from ..policy.diffusers_policy import DTYPES, DiffusersPolicy, Encoded
+from ..policy.diffusers_policy import PRECISIONS, DiffusersPolicy, Encoded
 from ..policy.loading import load_pipeline
 from ..policy.lora_pairs import padded
 
@@ -35,7 +35,7 @@ def sampling_policy(config: Config, loras: Sequence[LoraPairs], pipeline: Any = 
     ranks = [len(down) for pairs in loras for down, _ in pairs.values()]
     lora = config.lora.model_copy(update={"rank": max(ranks, default=1), "alpha": None, "targets": "attention"})
     trained = {name for pairs in loras for name in pairs}
-    pipeline = pipeline or load_pipeline(config.model.name, config.model.config, DTYPES[config.model.precision])
+    pipeline = pipeline or load_pipeline(config.model.name, config.model.config, PRECISIONS[config.model.precision])
     return DiffusersPolicy(pipeline, config.model_copy(update={"lora": lora}), trained)
 
 

@@ -1,4 +1,4 @@
-"""THE loop: sample, score, compare, take gradient steps, record."""
+"""THE loop: plan, sample, score, compare, take gradient steps, record."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.method.rollout import Trajectory, rollout
+from comfyui_pcpo.method.rollout import Predict, Trajectory, rollout
 from comfyui_pcpo.reward.base import Reward
 
 from ..config.schema import Config
 from ..policy.base import Condition, Policy
 from .distributed import Processes
-from .objectives import Objective, Predict, make_objective
+from .objectives import Objective, make_objective
 from .plan import Plan, make_plan
 from .records import Measured, record
-from .scoring import ScoredRollout, Stopwatch, compare, score
+from .scoring import ScoredRollout, Stopwatch, compare_scores, score
 from .state import TrainingState
 from .update import UpdateBatch, improve
 
@@ -69,7 +69,7 @@ def align(state: TrainingState, job: Job) -> Iterator[Update]:
             seconds = Stopwatch()
             plan = make_plan(state.policy, job.config, job.objective, job.prompts, number)
             with seconds("rollout"):
-                samples = sample(state.policy, job, plan, condition)
+                samples = roll_out(state.policy, job, plan, condition)
             with seconds("reward"):
                 scored = score_rollout(state, job, plan, samples.images)
             with seconds("update"):
@@ -79,7 +79,7 @@ def align(state: TrainingState, job: Job) -> Iterator[Update]:
         yield Update(number, metrics, samples.images, plan.texts, own_rows(scored.combined, job))
 
 
-def sample(policy: Policy, job: Job, plan: Plan, condition: Condition) -> Samples:
+def roll_out(policy: Policy, job: Job, plan: Plan, condition: Condition) -> Samples:
     """Roll out this process's groups and decode their images."""
     rows_of = [job.prompts.index(text) for text in plan.texts]
     own = condition.rows(rows_of)
@@ -100,7 +100,7 @@ def score_rollout(state: TrainingState, job: Job, plan: Plan, images: Tensor) ->
     seconds = Stopwatch()
     own = score(job.rewards, images, plan.texts, seconds, job.config.reward.offload)
     scores = {name: job.processes.gather(values) for name, values in own.items()}
-    return compare(scores, plan, state.window, job.config, seconds)
+    return compare_scores(scores, plan, state.window, job.config, seconds)
 
 
 def update_batch(policy: Policy, job: Job, plan: Plan, samples: Samples, scored: ScoredRollout) -> UpdateBatch:

@@ -1,10 +1,10 @@
 """What an update minimises: a surrogate on the stored trajectory, or a loss on the forward process.
 
-The loop knows the interface `Objective` only. A new loss on the trajectory is one line in
+The loop depends on the interface `Objective` alone. A new loss on the trajectory is one line in
 `comfyui_pcpo.method.surrogate.OBJECTIVES`; a new kind of objective is a class here and its line in `make_objective`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from comfyui_pcpo.method.forward_process import (
     scales,
     target,
 )
-from comfyui_pcpo.method.rollout import GroupNoise, Trajectory
+from comfyui_pcpo.method.rollout import GroupNoise, Predict, Trajectory
 from comfyui_pcpo.method.samplers import Method, default_noise_level
 from comfyui_pcpo.method.schedule import Grid
 from comfyui_pcpo.method.surrogate import FORMS, OBJECTIVES, kl
@@ -31,9 +31,6 @@ from comfyui_pcpo.method.transition import Transition
 
 from ..config.schema import AdvantageConfig, Config, ObjectiveConfig
 from .plan import Plan, StepRules
-
-Predict = Callable[[Tensor, float, Tensor], Tensor]
-"""(latents (b, C, H, W), the model's timestep, rows (b,)) -> model output (b, C, H, W)."""
 
 
 @dataclass

@@ -77,7 +77,7 @@ class ScoredRollout:
     seconds: Stopwatch  # of each reward
 
 
-def compare(
+def compare_scores(
     scores: dict[str, Tensor], plan: Plan, window: PromptWindow, config: Config, seconds: Stopwatch
 ) -> ScoredRollout:
     """Scores of all groups, name -> (P * G,) -> ScoredRollout. Raises RunError when too many scores failed."""

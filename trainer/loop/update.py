@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from comfyui_pcpo.method.rollout import Predict
+
 from ..config.schema import Config
 from ..policy.base import Policy
 from .distributed import Processes
-from .objectives import Objective, Predict, StoredSteps, Terms
+from .objectives import Objective, StoredSteps, Terms
 from .plan import Plan
 from .state import TrainingState
 from .statistics import StepStatistics

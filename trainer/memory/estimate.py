@@ -1,4 +1,4 @@
-"""The arithmetic of a configuration: how many pictures, transitions and model calls, and how much memory."""
+"""The arithmetic of a configuration: how many images, transitions and model calls, and how much memory."""
 
 import math
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ class Memory:
     denoiser: int
     text: int  # text encoders
     vae: int
-    lora: int  # LoRA, its gradients, the optimizer's moments, the average
+    lora: int  # LoRA, its gradients, the optimizer's moments, the EMA
     update: int  # activations of one forward and backward pass, at their peak
     decode: int  # the same of one call of the VAE
     offload: bool
@@ -35,13 +35,13 @@ class Memory:
         core = self.denoiser + self.lora
         return {
             "update": core + self.update + resting,
-            "pictures": core + self.decode + (self.vae if self.offload else resting),
+            "decoding": core + self.decode + (self.vae if self.offload else resting),
             "prompts": self.text if self.offload else core + resting,
         }
 
     def lines(self) -> list[str]:
-        found = self.phases()
-        most = max(found, key=lambda name: found[name])
+        phases = self.phases()
+        most = max(phases, key=lambda name: phases[name])
         parts = {
             "model": self.denoiser,
             "text encoders": self.text,
@@ -51,10 +51,10 @@ class Memory:
             "of the VAE": self.decode,
         }
         return [
-            f"memory on the model's device: {_gib(found[most])} GiB at most, in the {most}, without the rewards' own ("
-            + ", ".join(f"{_gib(size)} {name}" for name, size in found.items()) + ")",
+            f"memory on the model's device: {_gib(phases[most])} GiB at most, in the {most} phase; rewards not counted ("
+            + ", ".join(f"{_gib(size)} {name}" for name, size in phases.items()) + ")",
             "of which " + ", ".join(f"{_gib(size)} {name}" for name, size in parts.items())
-            + ("; text encoders and VAE wait in the computer's memory" if self.offload else ""),
+            + ("; text encoders and VAE wait in CPU memory" if self.offload else ""),
         ]  # fmt: skip
 
 
@@ -71,7 +71,7 @@ class Budget:
     rollout_calls: int  # model calls per update
     update_calls: int  # forward and backward passes per update
     reference_calls: int  # forward passes of the model without its LoRA, for the KL, per update
-    trajectory_bytes: int  # in the computer's memory
+    trajectory_bytes: int  # in CPU memory
     memory: Memory
 
     def lines(self, config: Config) -> list[str]:
@@ -83,7 +83,7 @@ class Budget:
             f"per update, {self.reference_calls} forward passes without the LoRA, "
             f"{r.images_at_once} images at once at most",
             *self.memory.lines(),
-            f"trajectories in the computer's memory: {_gib(self.trajectory_bytes)} GiB",
+            f"trajectories in CPU memory: {_gib(self.trajectory_bytes)} GiB",
         ]
 
 
@@ -139,7 +139,7 @@ def memory(policy: DiffusersPolicy, config: Config, at_once: int) -> Memory:
 
 
 def _training_bytes(lora: list[nn.Parameter], config: Config) -> int:
-    """float32 factors, the gradient of a step and of a minibatch, two moments, and the average."""
+    """float32 factors, the gradient of a step and of a minibatch, two moments, and the EMA."""
     copies = 3 + bool(config.optimizer.ema_decay)
     packed = config.optimizer.name == "adamw8bit"
     moments = sum(2 * p.numel() * (1 if packed and p.numel() >= PACKED else 4) for p in lora)

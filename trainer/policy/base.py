@@ -18,7 +18,7 @@ class Condition(Protocol):
     """Encoded prompts; the loop only ever picks rows of it."""
 
     def rows(self, index: Sequence[int]) -> "Condition":
-        """The condition of a batch: one row per picture."""
+        """The condition of a batch: one row per image."""
         ...
 
 
@@ -27,7 +27,7 @@ class Policy(Protocol):
 
     kind: Literal["ddim", "flow"]
     family: Family  # names the LoRA layout: unet, sd3, flux or plain
-    latent_shape: tuple[int, int, int]  # (C, H, W) of one picture
+    latent_shape: tuple[int, int, int]  # (C, H, W) of one image
     device: torch.device
 
     def grid(self, steps: int) -> Grid:
@@ -43,7 +43,7 @@ class Policy(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Clean latents (B, C, H, W) -> pictures (B, H, W, 3) in [0, 1] on the CPU."""
+        """Clean latents (B, C, H, W) -> images (B, H, W, 3) in [0, 1] on the CPU."""
         ...
 
     def trainable(self) -> list[nn.Parameter]:

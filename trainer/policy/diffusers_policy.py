@@ -21,7 +21,7 @@ from .base import LoraPairs
 from .device import pick_device
 from .families import Inputs, wire
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -48,7 +48,7 @@ class DiffusersPolicy:
         self.kind: Kind = self.adapter.kind
         self.latent_shape: tuple[int, int, int] = self.adapter.latent_shape
         self.device = pick_device(config.model.device)
-        self.dtype = DTYPES[config.model.precision]
+        self.dtype = PRECISIONS[config.model.precision]
         modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         for part in modules:
             part.requires_grad_(False).eval()

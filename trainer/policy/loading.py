@@ -11,7 +11,7 @@ from comfyui_pcpo.tiny import pipelines
 
 from ..config.schema import Config, ConfigError
 from .base import LoraPairs
-from .diffusers_policy import DTYPES, DiffusersPolicy, module_names
+from .diffusers_policy import PRECISIONS, DiffusersPolicy, module_names
 from .families import denoiser_of
 from .lora_pairs import padded, read_lora
 from .single_file import left_out, load_checkpoint, precisions
@@ -67,7 +67,7 @@ def _not_loaded(name: str, base: str | None, error: Exception) -> str:
 def make_policy(config: Config) -> DiffusersPolicy:
     """The configured model with a fresh LoRA, or with that of `lora.start`."""
     m, start = config.model, config.lora.start
-    pipeline = load_pipeline(m.name, m.config, DTYPES[m.precision])
+    pipeline = load_pipeline(m.name, m.config, PRECISIONS[m.precision])
     if start is None:
         return DiffusersPolicy(pipeline, config)
     try:

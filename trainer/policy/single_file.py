@@ -18,7 +18,7 @@ from .skeletons import write_skeleton
 
 
 @dataclass(frozen=True)
-class Kind:
+class CheckpointKind:
     """How to tell a checkpoint and what to load it as."""
 
     mark: str  # a key, or the start of one, that only this kind has
@@ -27,19 +27,20 @@ class Kind:
     base: str | None  # a pipeline on the hub with the parts that the file lacks
 
 
-KINDS = (
-    Kind("conditioner.embedders.1.", "StableDiffusionXLPipeline", "unet", None),
-    Kind("cond_stage_model.transformer.", "StableDiffusionPipeline", "unet", None),
-    Kind("cond_stage_model.model.", "StableDiffusionPipeline", "unet", None),
-    Kind("joint_blocks.0.x_block.attn2.", "StableDiffusion3Pipeline", "SD3Transformer2DModel",
+CHECKPOINT_KINDS = (
+    CheckpointKind("conditioner.embedders.1.", "StableDiffusionXLPipeline", "unet", None),
+    CheckpointKind("cond_stage_model.transformer.", "StableDiffusionPipeline", "unet", None),
+    CheckpointKind("cond_stage_model.model.", "StableDiffusionPipeline", "unet", None),
+    CheckpointKind("joint_blocks.0.x_block.attn2.", "StableDiffusion3Pipeline", "SD3Transformer2DModel",
          "stabilityai/stable-diffusion-3.5-medium"),
-    Kind("joint_blocks.37.", "StableDiffusion3Pipeline", "SD3Transformer2DModel",
+    CheckpointKind("joint_blocks.37.", "StableDiffusion3Pipeline", "SD3Transformer2DModel",
          "stabilityai/stable-diffusion-3.5-large"),
-    Kind("joint_blocks.0.", "StableDiffusion3Pipeline", "SD3Transformer2DModel",
+    CheckpointKind("joint_blocks.0.", "StableDiffusion3Pipeline", "SD3Transformer2DModel",
          "stabilityai/stable-diffusion-3-medium-diffusers"),
-    Kind("double_blocks.0.img_mod.", "FluxPipeline", "FluxTransformer2DModel", "black-forest-labs/FLUX.1-dev"),
+    CheckpointKind("double_blocks.0.img_mod.", "FluxPipeline", "FluxTransformer2DModel",
+         "black-forest-labs/FLUX.1-dev"),
 )  # fmt: skip
-SD2 = KINDS[2]
+SD2 = CHECKPOINT_KINDS[2]
 SCHNELL = "black-forest-labs/FLUX.1-schnell"  # the FLUX.1 that takes no guidance
 SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant")
 PREFIX = "model.diffusion_model."
@@ -57,7 +58,7 @@ def load_checkpoint(path: Path, base: str | None, dtype: torch.dtype = torch.flo
     SD and SDXL, which are small, are read in float32 whatever `dtype` is.
     """
     keys = read_keys(path)
-    kind = kind_of(keys, path)
+    kind = checkpoint_kind(keys, path)
     scales = [key for key in keys if key.endswith(SCALES)]
     if scales:
         raise ConfigError(
@@ -96,10 +97,10 @@ def read_keys(path: Path) -> set[str]:
         raise ConfigError(f"{path} is not a whole safetensors file ({error}). Copy or download it again.") from None
 
 
-def kind_of(keys: set[str], path: Path) -> Kind:
+def checkpoint_kind(keys: set[str], path: Path) -> CheckpointKind:
     """Which kind of checkpoint has these keys. Raises ConfigError for none of them."""
     bare = {key.removeprefix(PREFIX) for key in keys}
-    for kind in KINDS:
+    for kind in CHECKPOINT_KINDS:
         if any(key.startswith(kind.mark) for key in bare):
             return kind
     if any("lora_" in key for key in keys):
@@ -107,12 +108,12 @@ def kind_of(keys: set[str], path: Path) -> Kind:
     if any(key.startswith(("input_blocks.", "down_blocks.")) for key in bare):
         raise ConfigError(f"{path} is a UNet without text encoders. Give the whole checkpoint or a folder.")
     raise ConfigError(
-        f"{path} holds {len(keys)} tensors, but none that tells an SD1.x, SD2.x, SDXL, SD3.x or FLUX.1 checkpoint. "
-        "Give one of these, or a folder or hub name of a diffusers pipeline."
+        f"{path} holds {len(keys)} tensors, but none that identifies an SD1.x, SD2.x, SDXL, SD3.x or FLUX.1 "
+        "checkpoint. Give one of these, or a folder or hub name of a diffusers pipeline."
     )
 
 
-def check_base(base: str, kind: Kind) -> None:
+def check_base(base: str, kind: CheckpointKind) -> None:
     """Refuse a folder that is no pipeline, or one of another kind; a hub name is left to diffusers."""
     import diffusers
 
@@ -121,14 +122,14 @@ def check_base(base: str, kind: Kind) -> None:
     if not (Path(base) / "model_index.json").is_file():
         raise ConfigError(f"model.config {base} has no model_index.json. Give a folder of a diffusers pipeline.")
     index: Any = diffusers.DiffusionPipeline.load_config(base)
-    found = index["_class_name"]
-    if found != kind.pipeline:
+    pipeline_class = index["_class_name"]
+    if pipeline_class != kind.pipeline:
         raise ConfigError(
-            f"model.config {base} is a {found}, but the checkpoint is a {kind.pipeline}. Give one of those."
+            f"model.config {base} is a {pipeline_class}, but the checkpoint is a {kind.pipeline}. Give one of those."
         )
 
 
-def _whole(path: Path, kind: Kind, config: str) -> Any:
+def _whole(path: Path, kind: CheckpointKind, config: str) -> Any:
     import diffusers
 
     pipeline: Any = getattr(diffusers, kind.pipeline)
@@ -139,7 +140,7 @@ def _whole(path: Path, kind: Kind, config: str) -> Any:
     )
 
 
-def _with_transformer(path: Path, kind: Kind, base: str, dtype: torch.dtype) -> Any:
+def _with_transformer(path: Path, kind: CheckpointKind, base: str, dtype: torch.dtype) -> Any:
     import diffusers
 
     model: Any = getattr(diffusers, kind.denoiser)

@@ -1,4 +1,4 @@
-"""The run folder: configuration, metrics, checkpoints, pictures; made, locked, resumed.
+"""The run folder: configuration, metrics, checkpoints, images; made, locked, resumed.
 
 A checkpoint is written under a temporary name and renamed, and metrics beyond it are cut off on resume, so a run that
 was killed at any moment goes on to the same numbers as one that was not.
@@ -128,7 +128,7 @@ class RunFolder:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def draw(self, update: Update, group_size: int) -> Path:
-        """The newest pictures, each group sorted by score."""
+        """The newest images, each group sorted by score."""
         order = update.scores.nan_to_num(-math.inf).view(-1, group_size).argsort(1, descending=True)
         rows = (order + torch.arange(len(order))[:, None] * group_size).flatten()[: 8 * group_size]
         captions = [f"{update.prompts[i]}  {update.scores[i]:.2f}" for i in rows.tolist()]

@@ -88,12 +88,12 @@ def begin(folder: RunFolder, state: TrainingState, config: Config, checkpoint: s
         folder.keep_checkpoints(state.done)
 
 
-def start(config: Config, tick: Callable[[], None] = lambda: None) -> Run:
+def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> Run:
     """A new run; everything is loaded and checked before its folder is made."""
     return _assemble(RunFolder(config.run.folder / config.run.name), config, tick, None)
 
 
-def resume(
+def resume_run(
     path: Path, checkpoint: str = "latest", updates: int | None = None, tick: Callable[[], None] = lambda: None
 ) -> Run:
     """A run that continues from a checkpoint, to `updates` in all. Raises ConfigError when it is finished."""

@@ -23,7 +23,7 @@ def wire(pipeline: Any, rollout: RolloutConfig) -> PipelineAdapter:
     """The wiring of a pipeline. Raises ConfigError for a kind that has no entry."""
     name = type(pipeline).__name__
     if name not in FAMILIES:
-        raise ConfigError(f"{name} is not a pipeline that this trainer knows. Known are {', '.join(FAMILIES)}.")
+        raise ConfigError(f"{name} is not a supported pipeline. Supported are {', '.join(FAMILIES)}.")
     return FAMILIES[name](pipeline, rollout)
 
 

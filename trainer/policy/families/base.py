@@ -16,7 +16,7 @@ Inputs = dict[str, Tensor]
 
 
 class PipelineAdapter:
-    """How a pipeline's parts go together: prompts to inputs, inputs to the denoiser, latents to pictures.
+    """How a pipeline's parts go together: prompts to inputs, inputs to the denoiser, latents to images.
 
     The defaults are those of a flow transformer on the latents of a plain VAE.
     """
@@ -51,7 +51,7 @@ class PipelineAdapter:
         return sides[0], sides[1]
 
     def grid(self, steps: int) -> Grid:
-        """The noise levels that the pipeline itself would use for the rollout's picture size."""
+        """The noise levels that the pipeline itself would use for the rollout's image size."""
         if self.rollout.shift is not None:
             return flow_grid(steps, self.rollout.shift)
         scheduler = self.pipeline.scheduler
@@ -75,7 +75,7 @@ class PipelineAdapter:
         return uncond + scale * (cond - uncond)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Clean latents (B, C, H, W) -> pictures (B, 3, H, W) in [-1, 1]."""
+        """Clean latents (B, C, H, W) -> images (B, 3, H, W) in [-1, 1]."""
         c = self.pipeline.vae.config
         z = latents / c.scaling_factor + (getattr(c, "shift_factor", None) or 0.0)
         return self.pipeline.vae.decode(z).sample

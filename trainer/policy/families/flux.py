@@ -12,7 +12,7 @@ from comfyui_pcpo.lora.formats import Family
 
 from .base import Inputs, PipelineAdapter
 
-TEXT_LENGTH = 512
+T5_TOKENS = 512
 
 
 class Flux(PipelineAdapter):
@@ -28,7 +28,7 @@ class Flux(PipelineAdapter):
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
 
     def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:
-        length = min(TEXT_LENGTH, self.pipeline.tokenizer_2.model_max_length)
+        length = min(T5_TOKENS, self.pipeline.tokenizer_2.model_max_length)
         hidden, pooled, _ = self.pipeline.encode_prompt(list(prompts), None, device=device, max_sequence_length=length)
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
@@ -37,7 +37,7 @@ class Flux(PipelineAdapter):
         guidance = torch.full_like(t, self.rollout.guidance) if self.denoiser.config.guidance_embeds else None
         txt_ids = torch.zeros(text["encoder_hidden_states"].shape[1], 3, device=x.device)
         out = self.denoiser(
-            pack(x), timestep=t / 1000, guidance=guidance, img_ids=places(h, w, x.device), txt_ids=txt_ids, **text
+            pack(x), timestep=t / 1000, guidance=guidance, img_ids=position_ids(h, w, x.device), txt_ids=txt_ids, **text
         )
         return unpack(out.sample.float(), h, w)
 
@@ -52,7 +52,7 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (h, w)), 2)
 
 
-def places(h: int, w: int, device: torch.device) -> Tensor:
+def position_ids(h: int, w: int, device: torch.device) -> Tensor:
     """Row and column of each token, -> (h w, 3)."""
     rows, columns = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).float()

@@ -1,4 +1,4 @@
-"""SDXL: the UNet with a second text encoder, and told the size of the picture."""
+"""SDXL: the UNet with a second text encoder, and told the size of the image."""
 
 from collections.abc import Sequence
 
