@@ -51,7 +51,7 @@ class Memory:
             "of the VAE": self.decode,
         }
         return [
-            f"memory on the model's device: {_gib(phases[most])} GiB at most, in the {most} phase; rewards not counted ("
+            f"memory on the model's device: {_gib(phases[most])} GiB at most ({most}), rewards not counted ("
             + ", ".join(f"{_gib(size)} {name}" for name, size in phases.items()) + ")",
             "of which " + ", ".join(f"{_gib(size)} {name}" for name, size in parts.items())
             + ("; text encoders and VAE wait in CPU memory" if self.offload else ""),
