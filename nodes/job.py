@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from comfyui_pcpo.lora.formats import parse_state
-from comfyui_pcpo.plotting import plot
+from comfyui_pcpo.plotting.grids import grid
+from comfyui_pcpo.plotting.run_curves import curves
 
 from ..trainer.config.loading import build, without_effect
 from ..trainer.config.schema import Config, ConfigError
@@ -25,6 +26,7 @@ from .types import EncodedPrompts, RewardSum
 
 log = logging.getLogger("pcpo")
 PREVIEW = 512
+PREVIEW_CURVE = 220  # least height of the curve under the images
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,10 @@ def preview(update: Update, folder: RunFolder, config: Config) -> Image.Image:
     scores = update.scores[-size:].nan_to_num(-torch.inf)
     order = scores.argsort(descending=True)
     captions = [f"{float(s):.2f}" for s in scores[order]]
-    group = plot.grid(update.images[-size:][order], captions, columns=min(size, 4), tile=120)
+    group = grid(update.images[-size:][order], captions, columns=min(size, 4), tile=120)
     records = [{**row, "rewards": {}} for row in folder.records()]  # the total alone
-    curve = plot.curves(records, panels=("reward",))
-    curve = curve.resize((group.width, round(curve.height * group.width / curve.width)))
-    picture = Image.new("RGB", (group.width, group.height + curve.height), "white")
-    picture.paste(group, (0, 0))
-    picture.paste(curve, (0, group.height))
-    return picture
+    curve = curves(records, panels=("reward",), size=(group.width, max(PREVIEW_CURVE, round(0.6 * group.width))))
+    image = Image.new("RGB", (group.width, group.height + curve.height), "white")
+    image.paste(group, (0, 0))
+    image.paste(curve, (0, group.height))
+    return image

@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from comfyui_pcpo.plotting import plot
+from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.reward import REWARDS, RewardSettings, load_reward, offered
 from comfyui_pcpo.reward.weights.checkpoint import file_path
 
@@ -122,9 +122,9 @@ class ScoreImages(io.ComfyNode):
         head = f"{len(images)} pictures, mean {best.nanmean():.3f}, best {best[0]:.3f}" + (
             f": {prompt}" if prompt else ""
         )
-        grid = to_image(plot.grid(images[order][..., :3], [f"{s:.3f}" for s in best.tolist()]))
-        preview = ui.PreviewImage(grid, cls=cls)
-        return io.NodeOutput(images[kept], best[: len(kept)].tolist(), "\n".join([head, *rows]), grid, ui=preview)
+        shown = to_image(grid(images[order][..., :3], [f"{s:.3f}" for s in best.tolist()]))
+        preview = ui.PreviewImage(shown, cls=cls)
+        return io.NodeOutput(images[kept], best[: len(kept)].tolist(), "\n".join([head, *rows]), shown, ui=preview)
 
 
 def _row(place: int, total: float, names: list[str], parts: Tensor) -> str:

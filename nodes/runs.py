@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from comfyui_pcpo.lora.families import detect_family
 from comfyui_pcpo.lora.formats import export_state
-from comfyui_pcpo.plotting import plot
+from comfyui_pcpo.plotting.run_curves import curves
 
 from ..trainer.config.schema import ConfigError
 from ..trainer.runs.folder import RunFolder
@@ -43,7 +43,7 @@ class PlotRun(io.ComfyNode):
 
     @classmethod
     def execute(cls, run: Run, smoothing: float, panels: str) -> io.NodeOutput:
-        image = to_image(plot.curves(RunFolder(run.path).records(), smoothing, PANELS[panels]))
+        image = to_image(curves(RunFolder(run.path).records(), smoothing, PANELS[panels]))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 

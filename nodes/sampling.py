@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from comfyui_pcpo.method.credit import CREDITS, target_weights
-from comfyui_pcpo.plotting import plot
+from comfyui_pcpo.plotting.credit import credit_weights
 
 from ..trainer.config.schema import ConfigError
 from .host.samplers import METHOD_NAMES, SIGMA_NAMES, USUAL, Recorder, StepChoice, StochasticSampler
@@ -207,7 +207,7 @@ class PlotCredit(io.ComfyNode):
                 f"0 of {steps} steps have noise, so there is no credit to show. Use a noise_level above 0."
             )
         targets, native = target_weights(taken, grid, credit, trained).tolist(), [s.weight for s in taken]
-        image = to_image(plot.credit(native, targets, [s.std for s in taken], trained))
+        image = to_image(credit_weights(native, targets, [s.std for s in taken], trained))
         head = f"{name}, noise level {level:g}, {steps} steps, {credit} credit; the last step is not trained"
         columns = "step   level     std   native   target"
         rows = [

@@ -9,7 +9,8 @@ from comfy_api.latest import io, ui
 from comfyui_pcpo.method.credit import CREDITS
 from comfyui_pcpo.method.forward_process import FORWARD_OBJECTIVES
 from comfyui_pcpo.method.surrogate import OBJECTIVES
-from comfyui_pcpo.plotting import plot
+from comfyui_pcpo.plotting.grids import before_after
+from comfyui_pcpo.plotting.run_curves import curves
 
 from ..trainer import config as settings
 from ..trainer.config.loading import build
@@ -114,7 +115,7 @@ class TrainLoRA(io.ComfyNode):
         folder = train(task, make_config(task, sections(widgets)))
         records = folder.records()
         losses = {"loss": [row["loss"] for row in records]}
-        picture = ui.PreviewImage(to_image(plot.curves(records, panels=("reward", "clip"))), cls=cls)
+        picture = ui.PreviewImage(to_image(curves(records, panels=("reward", "clip"))), cls=cls)
         return io.NodeOutput(read_lora(folder.lora_file)[0], losses, len(records), Run(folder.path), ui=picture)
 
 
@@ -196,14 +197,14 @@ class Compare(io.ComfyNode):
         latent = latent_image or empty_latent(model)
         aligned = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
         sides = [paint(m, vae, prompts, latent, (seed, steps, cfg)) for m in (model, aligned)]
-        scores, report = [None, None], f"{len(prompts.lines)} prompts, no reward connected"
+        scores, report = None, f"{len(prompts.lines)} prompts, no reward connected"
         if reward is not None:
-            scores = [reward.combined().score(side, list(prompts.lines)).total for side in sides]
-            before, after = (s.nanmean() for s in scores)
+            totals = [reward.combined().score(side, list(prompts.lines)).total for side in sides]
+            before, after = (total.nanmean() for total in totals)
+            scores = totals[0].tolist(), totals[1].tolist()
             names = " + ".join(r.name for r in reward.rewards)
             report = f"{names}: {before:.3f} before, {after:.3f} after, over {len(prompts.lines)} prompts"
-        lists = [None if s is None else s.tolist() for s in scores]
-        grid = to_image(plot.before_after(*sides, prompts.lines, *lists))
+        grid = to_image(before_after(*sides, prompts.lines, scores))
         return io.NodeOutput(*sides, grid, report, ui=ui.PreviewImage(grid, cls=cls))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from comfyui_pcpo.plotting.plot import column
+from comfyui_pcpo.plotting.run_curves import column
 from trainer.runs.folder import RunFolder
 
 from ..study.grid import (

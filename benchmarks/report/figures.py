@@ -1,24 +1,27 @@
-"""The benchmark's pictures."""
+"""The benchmark's figures."""
 
-import math
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from comfyui_pcpo.plotting.axis import Axis, ticks
-from comfyui_pcpo.plotting.axis import tick_text as written
-from comfyui_pcpo.plotting.canvas import COLORS, GRID, INK, MUTED, PAPER, Canvas, text_width
-from comfyui_pcpo.plotting.figure import Line, Panel, Style, figure
-from comfyui_pcpo.plotting.plot import smooth
+from comfyui_pcpo.plotting import style
+from comfyui_pcpo.plotting.panels import STEP_AXIS, Line, LineStyle, Panel, draw_panels
+from comfyui_pcpo.plotting.run_curves import smooth
+from comfyui_pcpo.plotting.style import COLORS, TEXT
 
 from ..study.methods import BASELINE, CONTENDERS, OURS
 from ..study.statistics import Interval, t_limits
 from .collect import Found, Run, Summary, by_step, mean_of_updates, over_updates
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # one colour per objective and credit; PCPO's variants share its blue
-LOOKS: dict[str, tuple[int, Style]] = {
+LOOKS: dict[str, tuple[int, LineStyle]] = {
     "ppo": (6, "line"),
     "log-hinge": (1, "dashed"),  # it often lies on native PPO's line
     "pcpo": (0, "line"),
@@ -34,18 +37,22 @@ LOOKS: dict[str, tuple[int, Style]] = {
     "pcpo-cps": (5, "points"),
 }
 SIZE = (520, 380)
+FOREST_WIDTH, FOREST_LEFT, FOREST_ROW = 760, 230, 24
+
+Group = tuple[str, Sequence[tuple[str, Interval]]]
+"""A title, and effects by method."""
 
 
 def line(name: str, x: Sequence[float], y: Sequence[float]) -> Line:
-    color, style = LOOKS[name]
-    return Line(CONTENDERS[name].title, x, y, style=style, color=color)
+    color, line_style = LOOKS[name]
+    return Line(CONTENDERS[name].title, x, y, style=line_style, color=color)
 
 
 def band(name: str, x: Sequence[float], limits: Sequence[Interval]) -> Line:
     """The contender's curve with its intervals."""
-    color, style = LOOKS[name]
+    color, line_style = LOOKS[name]
     low, high = [i.low for i in limits], [i.high for i in limits]
-    return Line(CONTENDERS[name].title, x, [i.value for i in limits], low, high, style, color)
+    return Line(CONTENDERS[name].title, x, [i.value for i in limits], low, high, line_style, color)
 
 
 def _mean(runs: Sequence[Run], of: Callable[[Run], Sequence[float]]) -> list[float]:
@@ -73,7 +80,7 @@ def convergence(found: Found) -> Image.Image:
     counts = sorted({len(runs) for runs in found.runs.values()})
     seeds = f"{'-'.join(map(str, (counts[0], counts[-1])[: len(counts)]))} seeds"
     units = "std of the base model's rewards"
-    return figure(
+    return draw_panels(
         [
             Panel("Gain, ruined pictures too", "update", units, gains, note=f"{seeds}, means"),
             Panel("Kept gain", "update", units, kept, note="95 % bands"),
@@ -105,18 +112,16 @@ def health(found: Found) -> Image.Image:
     def curve(key: str) -> Callable[[Run], Sequence[float]]:
         return lambda run: smooth(over_updates(run, key), 0.6)
 
-    axis = "denoising step, noise first"
+    unsteadiness = steps("grad_norm", _unsteadiness)
     panels = [
         Panel("Clip fraction", "update", "share of clipped terms", _each(found, curve("clip_fraction"), updates)),
-        Panel("Clip fraction per step", axis, "share of clipped terms", steps("clip_fraction")),
-        Panel("Taylor error per step", axis, "|log rho - (rho - 1)|", steps("taylor_error")),
-        Panel("Gradient norm", "update", "norm", _each(found, curve("grad_norm"), updates)),
-        Panel("Gradient norm per step", axis, "norm of the step's share", steps("grad_norm")),
-        Panel("Unsteadiness of the gradient norm", axis, "std / mean over updates", steps("grad_norm", _unsteadiness)),
+        Panel("Clip fraction per step", STEP_AXIS, "share of clipped terms", steps("clip_fraction")),
+        Panel("Taylor error per step", STEP_AXIS, "|log rho - (rho - 1)|", steps("taylor_error"), log_y=True),
+        Panel("Gradient norm", "update", "norm", _each(found, curve("grad_norm"), updates), log_y=True),
+        Panel("Gradient norm per step", STEP_AXIS, "norm of the step's share", steps("grad_norm"), log_y=True),
+        Panel("Unsteadiness of the gradient norm", STEP_AXIS, "std / mean over updates", unsteadiness),
     ]
-    logs = ("Taylor error per step", "Gradient norm", "Gradient norm per step")
-    panels = [replace(p, log_y=True, note="log axis") if p.title in logs else p for p in panels]
-    return figure(panels, columns=3, size=SIZE)
+    return draw_panels(panels, columns=3, size=SIZE)
 
 
 def matched(found: Found) -> Image.Image:
@@ -134,45 +139,44 @@ def matched(found: Found) -> Image.Image:
             for name, runs in found.runs.items()
         ]
         panels.append(Panel(title, "gain, std of the base model's rewards", label, lines))
-    return figure(panels, columns=2, size=(560, 380))
+    return draw_panels(panels, columns=2, size=(560, 380))
 
 
-def forest(groups: Sequence[tuple[str, Sequence[tuple[str, Interval]]]], title: str, axis_title: str) -> Image.Image:
+def forest(groups: Sequence[Group], title: str, x_label: str) -> Image.Image:
     """Effects with their limits, one row each, under the title of their group; 0 is a line."""
+    from matplotlib.ticker import MaxNLocator
+
     rows = sum(len(effects) + 1 for _, effects in groups)
-    left = 24 + max(text_width(CONTENDERS[name].title, 12) for _, effects in groups for name, _ in effects)
-    width, top, row = 760, 52, 24
-    canvas = Canvas(width, top + rows * row + 52)
-    every = [v for _, effects in groups for _, i in effects for v in (i.value, i.low, i.high) if math.isfinite(v)]
-    every.append(0.0)
-    room = 0.05 * (max(every) - min(every)) or 1.0
-    axis = Axis(min(every) - room, max(every) + room, left + 20, width - 24)
-    canvas.text((24, 24), title, INK, 15)
-    foot = top + rows * row
-    marks = ticks(axis.low, axis.high, 7)
-    for mark in marks:
-        at = axis.at(mark)
-        canvas.line([(at, top - 8), (at, foot)], MUTED if mark == 0 else GRID)
-        canvas.text((at, foot + 12), written(mark, marks[1] - marks[0]), MUTED, 11, "mm")
-    canvas.text(((axis.start + axis.end) / 2, foot + 34), axis_title, MUTED, 11, "mm")
-    y = float(top)
+    figure = style.new_figure(FOREST_WIDTH, 44 + rows * FOREST_ROW + 52)
+    axes = style.add_axes(figure, FOREST_LEFT, 44, FOREST_WIDTH - FOREST_LEFT - 24, rows * FOREST_ROW)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=style.GRID, linewidth=style.THIN, linestyle="-")
+    axes.spines["bottom"].set_visible(False)
+    axes.axvline(0, color=style.MUTED, linewidth=style.THIN)
+    axes.set(ylim=(rows, 0), yticks=())
+    axes.set_xlabel(x_label, **style.text_look())
+    figure.suptitle(title, x=24 / FOREST_WIDTH, ha="left", **style.text_look(style.TITLE, style.INK))
+    paper = {"facecolor": style.PAPER, "edgecolor": "none", "pad": 2}
+    y = 0.5
     for name, effects in groups:
-        canvas.box((24, y, 28 + text_width(name, 13), y + row), PAPER)
-        canvas.text((24, y + row / 2), name, INK, 13)
-        for effect in effects:
-            y += row
-            _draw_effect(canvas, axis, effect, left, y + row / 2)
-        y += row
-    return canvas.finish()
+        _write_beside(axes, name, y, 24 - FOREST_LEFT, {**style.text_look(style.HEADING, style.INK), "bbox": paper})
+        for method, interval in effects:
+            y += 1
+            _write_beside(axes, CONTENDERS[method].title, y, -8, {"ha": "right", **style.text_look(TEXT, style.INK)})
+            _draw_effect(axes, interval, y, COLORS[LOOKS[method][0]])
+        y += 1
+    axes.xaxis.set_major_locator(MaxNLocator(7, steps=style.ROUND))
+    return style.render(figure)
 
 
-def _draw_effect(canvas: Canvas, axis: Axis, effect: tuple[str, Interval], left: float, y: float) -> None:
-    name, found = effect
-    color = COLORS[LOOKS[name][0]]
-    canvas.text((left, y), CONTENDERS[name].title, INK, 12, "rm")
-    if math.isfinite(found.low) and math.isfinite(found.high):
-        low, high = axis.at(found.low), axis.at(found.high)
-        canvas.line([(low, y), (high, y)], color, 2)
-        for end in (low, high):
-            canvas.line([(end, y - 4), (end, y + 4)], color, 2)
-    canvas.dot(axis.at(found.value), y, color, 4.5)
+def _write_beside(axes: Axes, text: str, y: float, pixels: float, look: dict[str, Any]) -> None:
+    """Text at a height of the data, so many pixels to the right of the axes' left edge."""
+    axes.annotate(text, (0, y), (pixels, 0), axes.get_yaxis_transform(), "offset points", va="center", **look)
+
+
+def _draw_effect(axes: Axes, interval: Interval, y: float, color: str) -> None:
+    """A dot with its limits where they are known."""
+    limits = np.array([[interval.value - interval.low], [interval.high - interval.value]])
+    error = limits if np.isfinite(limits).all() else None
+    look = {"color": color, "markersize": 9, "linewidth": style.LINE, "capsize": 4, "capthick": style.LINE}
+    axes.errorbar([interval.value], [y], xerr=error, fmt="o", **look)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from comfyui_pcpo.plotting.figure import Line, Panel, figure
+from comfyui_pcpo.plotting.panels import Line, Panel, draw_panels
 from trainer.cli.main import quieten
 from trainer.config.loading import build, merge
 from trainer.config.schema import Config
@@ -203,4 +203,4 @@ def growth(rows: list[dict[str, Any]]) -> Image.Image:
                 alone = [row["least"] for row in some]
                 lines.append(Line(f"{model}, model calls alone", x, alone, style="dashed", color=color))
         panels.append(Panel(f"Seconds per update by {label}", label, "CPU seconds", lines))
-    return figure(panels, columns=2, size=(520, 340))
+    return draw_panels(panels, columns=2, size=(520, 340))

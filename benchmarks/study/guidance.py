@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from comfyui_pcpo.method.guidance import ImplicitReward
-from comfyui_pcpo.plotting.figure import Line, Panel, Style, figure
+from comfyui_pcpo.plotting.panels import Line, LineStyle, Panel, draw_panels
 from trainer.config.schema import Config, ConfigError
 from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
 from trainer.evaluation.source import read_pairs
@@ -189,7 +189,7 @@ def points(rows: list[Row], way: str) -> dict[Weights, list[Row]]:
 def front(found: Row) -> Image.Image:
     """Reward A against reward B along each way of mixing them, and the price; means over seeds."""
     before, lines, prices = found["before"], [], []
-    looks: tuple[tuple[str, tuple[Weights, ...], str, Style], ...] = (
+    looks: tuple[tuple[str, tuple[Weights, ...], str, LineStyle], ...] = (
         ("both", MIXES, "", "points"),
         ("irg", MIXES, "", "points"),
         ("sum", MIXES, "", "points"),
@@ -210,7 +210,7 @@ def front(found: Row) -> Image.Image:
         lines.append(Line(title, x, y, style=style, color=color))
         prices.append(Line(title, [w[0] / sum(w) for w in weights], kept, style=style, color=color))
     seeds = f"{len({row['seed'] for row in found['rows']})} seeds, means"
-    return figure(
+    return draw_panels(
         [
             Panel("Front of two rewards", f"gain in {FIRST}, std", f"gain in {SECOND}, std", lines, note=seeds),
             Panel("Right object", f"share of {FIRST}", "share of pictures", prices, hlines=(before["object"],)),

@@ -3,8 +3,8 @@
 import math
 
 import pytest
-
 from comfyui_pcpo.plotting.canvas import DOWN, MUTED, UP
+
 from comfyui_pcpo.plotting.evaluation import Slope, color, difference_text, draw
 
 RISING = ([1.0, 1.1, 0.9], [2.0, 2.2, 1.9])

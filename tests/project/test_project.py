@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("comfyui_pcpo", "trainer", "nodes", "tests", "benchmarks", "tools")
-HEAVY = ("diffusers", "transformers", "open_clip", "peft")
+HEAVY = ("diffusers", "transformers", "open_clip", "peft", "matplotlib")
 LIGHT = (
     "comfyui_pcpo",
     "comfyui_pcpo.method.schedule",
@@ -21,7 +21,10 @@ LIGHT = (
     "comfyui_pcpo.method.rollout",
     "comfyui_pcpo.method.guidance",
     "comfyui_pcpo.lora.formats",
-    "comfyui_pcpo.plotting.plot",
+    "comfyui_pcpo.plotting.credit",
+    "comfyui_pcpo.plotting.evaluation",
+    "comfyui_pcpo.plotting.grids",
+    "comfyui_pcpo.plotting.run_curves",
     "comfyui_pcpo.reward",
 )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.metrics import frechet as distance
-from comfyui_pcpo.plotting import plot
+from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
 from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, PATTERNS, Scene, held_out_prompts, parse
 from comfyui_pcpo.tiny.pipelines import MODELS, load_tiny
@@ -121,7 +121,7 @@ def write_card(args: argparse.Namespace) -> None:
         log.info("%s %s", name, rows[name])
         shown = [prompt for prompt in SHOWN for _ in range(3)]
         pictures = generate(name, shown, 3, args.models)
-        plot.grid(pictures, shown, columns=6, tile=128).save(args.images / f"{name}.png")
+        grid(pictures, shown, columns=6, tile=128).save(args.images / f"{name}.png")
     (args.models / "README.md").write_text(card_text(rows, len(prompts), polish_quality(args.models)), encoding="utf-8")
 
 

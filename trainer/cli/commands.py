@@ -12,7 +12,7 @@ from comfyui_pcpo.lora.families import detect_family
 from comfyui_pcpo.lora.formats import export_state
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.method.rollout import derive_seed
-from comfyui_pcpo.plotting import plot
+from comfyui_pcpo.plotting.grids import before_after, grid
 from comfyui_pcpo.reward import RewardSettings
 
 from ..config.loading import dump
@@ -58,8 +58,8 @@ def sample_images(source: str, wish: SampleRequest, draw: Draw) -> Image.Image:
     after = sample(policy, prompts, composed, draw)
     texts = [prompt for prompt in prompts for _ in range(draw.each)]
     if not wish.compare:
-        return plot.grid(after, texts, columns=draw.each)
-    return plot.before_after(sample(policy, prompts, [], draw), after, texts)
+        return grid(after, texts, columns=draw.each)
+    return before_after(sample(policy, prompts, [], draw), after, texts)
 
 
 def score_images(path: Path, prompt: str, rewards: list[str], settings: RewardSettings) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.method.guidance import ImplicitReward
-from comfyui_pcpo.plotting import plot
+from comfyui_pcpo.plotting.grids import before_after
 
 from ..config.loading import build
 from ..config.schema import Config
@@ -87,12 +87,11 @@ def draw(comparison: Comparison, reward: str, path: Path, most: int = 8) -> None
     for row, prompt in enumerate(comparison.prompts):
         first.setdefault(prompt, row)
     rows = torch.tensor(list(first.values())[:most])
-    before, after = comparison.scores[reward]
-    picture = plot.before_after(
+    scores = comparison.scores[reward]
+    image = before_after(
         comparison.before[rows],
         comparison.after[rows],
         [comparison.prompts[i] for i in rows.tolist()],
-        before[rows].tolist(),
-        after[rows].tolist(),
+        (scores[0][rows].tolist(), scores[1][rows].tolist()),
     )
-    picture.save(path)
+    image.save(path)

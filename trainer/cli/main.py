@@ -14,7 +14,7 @@ from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
-from comfyui_pcpo.plotting import plot
+from comfyui_pcpo.plotting.run_curves import compare_runs, curves
 from comfyui_pcpo.reward.base import RewardError, RewardSettings
 
 from ..config.loading import describe, dump, load, parse_overrides, tomllib, unknown_words, without_effect
@@ -302,8 +302,8 @@ def plot_(*runs: Path, out: Path | None = None) -> None:
             raise ConfigError(f"{run} has 0 finished updates, so there is nothing to draw. Train it first.")
     one = len(runs) == 1
     path = out or (RunFolder(runs[0]).curves_file if one else Path("compare.png"))
-    picture = plot.curves(next(iter(records.values()))) if one else plot.compare_runs(records)
-    picture.save(path)
+    image = curves(next(iter(records.values()))) if one else compare_runs(records)
+    image.save(path)
     print(path.resolve())
 
 

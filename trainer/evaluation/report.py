@@ -1,4 +1,4 @@
-"""What an evaluation found: a table, a JSON file and pictures."""
+"""What an evaluation found: a table, a JSON file and images."""
 
 import json
 import math
@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from comfyui_pcpo.metrics.paired import Estimate, estimate, paired
-from comfyui_pcpo.plotting import evaluation as slopes
-from comfyui_pcpo.plotting import plot
+from comfyui_pcpo.plotting.evaluation import Slope, slope_chart
+from comfyui_pcpo.plotting.grids import before_after, grid, to_pil_images
 
 from ..runs.folder import finite
 from .metrics import LOWER
@@ -56,7 +56,7 @@ class Metric:
 
 @dataclass
 class Shown:
-    """The first seed's first picture of each prompt on one side, with its score."""
+    """The first seed's first image of each prompt on one side, with its score."""
 
     images: list[Tensor] = field(default_factory=list)  # (1, H, W, 3) each
     scores: list[float] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Report:
     notes: list[str]
 
     def tree(self) -> dict[str, Any]:
-        """The whole as JSON has it, without the pictures."""
+        """The whole as JSON has it, without the images."""
         metrics = {metric.name: metric.summary() for metric in self.metrics}
         return finite({**self.setup, "prompts": self.prompts, "metrics": metrics, "notes": self.notes})
 
@@ -86,28 +86,27 @@ class Report:
         return ["  ".join([row[0].ljust(widths[0]), *rest]) for row, rest in zip(rows, cells, strict=True)]
 
     def write(self, folder: Path) -> list[Path]:
-        """evaluation.json and the pictures, -> the files."""
+        """evaluation.json and the images, -> the files."""
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "evaluation.json"]
         files[0].write_text(json.dumps(self.tree(), indent=2) + "\n", encoding="utf-8")
-        for name, picture in self.draw().items():
+        for name, image in self.draw().items():
             files.append(folder / name)
-            picture.save(files[-1])
+            image.save(files[-1])
         return files
 
     def draw(self) -> dict[str, Image.Image]:
-        """File name -> picture: the metrics and the pairs, or samples of a model without a LoRA."""
+        """File name -> image: the metrics and the pairs, or samples of a model without a LoRA."""
         before, texts = self.shown["before"], self.prompts[:MOST_SHOWN]
         if "after" not in self.shown:
             captions = [f"{text}  {value:.2f}" for text, value in zip(texts, before.scores, strict=True)]
-            return {"samples.png": plot.grid(torch.cat(before.images), captions)}
+            return {"samples.png": grid(torch.cat(before.images), captions)}
         after = self.shown["after"]
-        lines = [slopes.Slope(m.name, m.role, m.before, m.after, m.lower) for m in self.metrics]
+        lines = [Slope(m.name, m.role, m.before, m.after, m.lower) for m in self.metrics]
         columns = len(lines) if len(lines) < 5 else math.ceil(len(lines) / math.ceil(len(lines) / 4))
-        pairs = plot.before_after(
-            torch.cat(before.images), torch.cat(after.images), texts, before.scores, after.scores, columns=4
-        )
-        return {"evaluation.png": slopes.draw(lines, columns), "before_after.png": pairs}
+        scores = before.scores, after.scores
+        pairs = before_after(torch.cat(before.images), torch.cat(after.images), texts, scores, columns=4)
+        return {"evaluation.png": slope_chart(lines, columns), "before_after.png": pairs}
 
 
 def _named(e: Estimate) -> dict[str, float]:
@@ -119,7 +118,7 @@ def _cell(e: Estimate, sign: str = "") -> str:
 
 
 def save_images(images: Tensor, folder: Path, first: int, group: int) -> None:
-    """Write pictures as PROMPT-IMAGE.png, the first of them being number `first` of its side."""
+    """Write images as PROMPT-IMAGE.png, the first of them being number `first` of its side."""
     folder.mkdir(parents=True, exist_ok=True)
-    for n, picture in enumerate(plot.to_pil_images(images), first):
-        picture.save(folder / f"{n // group:04d}-{n % group:02d}.png")
+    for n, image in enumerate(to_pil_images(images), first):
+        image.save(folder / f"{n // group:04d}-{n % group:02d}.png")

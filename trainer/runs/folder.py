@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from comfyui_pcpo.lora.formats import export_state
-from comfyui_pcpo.plotting import plot
+from comfyui_pcpo.plotting.grids import grid
+from comfyui_pcpo.plotting.run_curves import curves
 
 from ..config.loading import build, dump, tomllib
 from ..config.schema import Config, ConfigError
@@ -135,14 +136,14 @@ class RunFolder:
         path = self.grids / f"{update.number:06d}.jpg"
         with writing(path, self.path):
             self.grids.mkdir(exist_ok=True)
-            plot.grid(update.images[rows], captions, columns=group_size).save(path, quality=92)
+            grid(update.images[rows], captions, columns=group_size).save(path, quality=92)
         return path
 
     def draw_curves(self) -> None:
         records = self.records()
         if records:
             with writing(self.curves_file, self.path):
-                plot.curves(records).save(self.curves_file)
+                curves(records).save(self.curves_file)
 
     def save(self, state: TrainingState, config: Config) -> Path:
         """A checkpoint after the last finished update, and the LoRA to use."""

@@ -1,0 +1,185 @@
+"""Image grids with captions, and pairs of images before and after training, by Pillow.
+
+Everything is drawn at SCALE times its size and reduced once, which smooths lines and letters.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from comfyui_pcpo.plotting.style import BETTER, COLORS, DESK, HEADING, INK, MUTED, PAPER, TEXT, WORSE
+from comfyui_pcpo.plotting.text import wrap
+
+SCALE = 3
+TILE = 160  # longer side of an image
+GAP, CARD_GAP = 12, 14
+ROW, CARD_ROW = 15, 17  # distance of two rows of text
+INSET, BETWEEN = 10, 4  # beside a card's images, and between them
+HEAD = 20  # above the cards
+SCORE_FOOT, PLAIN_FOOT = 38, 12  # below a card's images, with and without scores
+CORNER, CARD_CORNER = 6, 10  # radii
+
+Images = np.ndarray | Tensor
+Scores = tuple[Sequence[float], Sequence[float]]
+
+
+@cache
+def _font(size: float) -> ImageFont.FreeTypeFont:
+    """matplotlib's DejaVu Sans: all plots share one font, and Pillow's own has no letter outside of English."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size * SCALE)
+
+
+def text_width(text: str, size: float) -> float:
+    return _font(size).getlength(text) / SCALE
+
+
+class Canvas:
+    """An image drawn at SCALE times its size; coordinates are those of the finished one."""
+
+    def __init__(self, width: float, height: float, paper: str = PAPER):
+        self.size = (round(width), round(height))
+        self.image = Image.new("RGB", (self.size[0] * SCALE, self.size[1] * SCALE), paper)
+        self.draw = ImageDraw.Draw(self.image, "RGBA")
+
+    def box(self, edges: tuple[float, float, float, float], color: str, radius: float) -> None:
+        left, top, right, bottom = (round(v * SCALE) for v in edges)
+        self.draw.rounded_rectangle((left, top, right - 1, bottom - 1), radius * SCALE, color)
+
+    def text(self, middle: tuple[float, float], text: str, color: str = INK, size: float = TEXT) -> None:
+        self.draw.text((middle[0] * SCALE, middle[1] * SCALE), text, color, _font(size), "mm")
+
+    def paste(self, image: Image.Image, at: tuple[float, float], size: tuple[int, int]) -> None:
+        """Put an image on the canvas with rounded corners and a hairline that holds white images on white paper."""
+        filter = Image.Resampling.BICUBIC if size[0] > image.width else Image.Resampling.LANCZOS
+        large = image.resize((size[0] * SCALE, size[1] * SCALE), filter)
+        mask = Image.new("L", large.size, 0)
+        right, bottom = large.width - 1, large.height - 1
+        ImageDraw.Draw(mask).rounded_rectangle((0, 0, right, bottom), CORNER * SCALE, 255)
+        left, top = round(at[0] * SCALE), round(at[1] * SCALE)
+        self.image.paste(large, (left, top), mask)
+        edges = (left, top, left + right, top + bottom)
+        self.draw.rounded_rectangle(edges, CORNER * SCALE, outline=INK + "24", width=SCALE)
+
+    def finish(self) -> Image.Image:
+        return self.image.resize(self.size, Image.Resampling.BOX)
+
+
+def to_pil_images(images: Images) -> list[Image.Image]:
+    """uint8 or float in [0, 1], (B, H, W, 3) -> B images."""
+    if isinstance(images, Tensor):
+        images = (images.detach().float() if images.is_floating_point() else images.detach()).cpu().numpy()
+    if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise ValueError(f"images have shape {tuple(images.shape)}, but must be (B, H, W, 3) with B of at least 1.")
+    if images.dtype != np.uint8:
+        if not np.issubdtype(images.dtype, np.floating):
+            raise ValueError(f"images are {images.dtype}, but must be uint8 or float in [0, 1]. Convert them.")
+        images = np.rint(np.clip(np.nan_to_num(images), 0, 1) * 255).astype(np.uint8)
+    return [Image.fromarray(image) for image in images]
+
+
+def _tile_size(image: Image.Image, tile: int) -> tuple[int, int]:
+    ratio = tile / max(image.size)
+    return max(1, round(image.width * ratio)), max(1, round(image.height * ratio))
+
+
+def _require_same_count(images: int, others: Mapping[str, Sequence[Any] | None]) -> None:
+    for name, values in others.items():
+        if values is not None and len(values) != images:
+            raise ValueError(f"{len(values)} {name} for {images} images. Give one for each.")
+
+
+def _sheet(tiles: Sequence[Image.Image], columns: int, gap: int, paper: str = PAPER, head: int = 0) -> Image.Image:
+    """Tiles of one size in rows, with gaps around them and `head` more pixels above."""
+    width, height = tiles[0].width + gap, tiles[0].height + gap
+    sheet = Image.new("RGB", (gap + columns * width, head + gap + math.ceil(len(tiles) / columns) * height), paper)
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (gap + i % columns * width, head + gap + i // columns * height))
+    return sheet
+
+
+def grid(images: Images, captions: Sequence[str] | None = None, columns: int = 4, tile: int = TILE) -> Image.Image:
+    """Images in rows, (B, H, W, 3), each over its caption of at most two rows."""
+    parts = to_pil_images(images)
+    _require_same_count(len(parts), {"captions": captions})
+    width, height = size = _tile_size(parts[0], tile)
+    texts = [wrap(caption, width, partial(text_width, size=TEXT)) for caption in captions or [""] * len(parts)]
+    foot = 10 + ROW * max(len(text) for text in texts) if any(captions or ()) else 0
+    tiles = []
+    for image, text in zip(parts, texts, strict=True):
+        canvas = Canvas(width, height + foot)
+        canvas.paste(image, (0, 0), size)
+        for k, line in enumerate(text):
+            canvas.text((width / 2, height + 13 + ROW * k), line)
+        tiles.append(canvas.finish())
+    return _sheet(tiles, max(1, min(columns, len(tiles))), GAP)
+
+
+def before_after(
+    before: Images, after: Images, prompts: Sequence[str], scores: Scores | None = None, columns: int | None = None
+) -> Image.Image:
+    """Pairs of images on cards with their prompt and scores, (B, H, W, 3) twice; 4 or 3 columns, without a hole."""
+    pairs = to_pil_images(before), to_pil_images(after)
+    count = len(pairs[0])
+    lists = dict(zip(("before scores", "after scores"), scores or (), strict=False))
+    _require_same_count(count, {"after images": pairs[1], "prompts": prompts, **lists})
+    size = _tile_size(pairs[0][0], TILE)
+    texts = [wrap(prompt, 2 * size[0] + BETWEEN, partial(text_width, size=HEADING)) for prompt in prompts]
+    head = 20 + CARD_ROW * max(len(text) for text in texts)
+    marks = list(zip(*scores, strict=True)) if scores else [None] * count
+    cards = [_card(*parts, size, head) for parts in zip(zip(*pairs, strict=True), texts, marks, strict=True)]
+    columns = max(1, min(columns or min((4, 3), key=lambda n: -count % n), count))
+    sheet = _sheet(cards, columns, CARD_GAP, DESK, HEAD)
+    titles = Canvas(cards[0].width, HEAD + CARD_GAP, DESK)
+    for middle, label, color in zip(_middles(size[0]), ("before", "after"), (MUTED, COLORS[0]), strict=True):
+        titles.text((middle, titles.size[1] / 2 + 4), label, color, HEADING)
+    for k in range(columns):
+        sheet.paste(titles.finish(), (CARD_GAP + k * (cards[0].width + CARD_GAP), 0))
+    return sheet
+
+
+def _middles(width: int) -> tuple[float, float]:
+    """The middles of a card's two images, from its left edge."""
+    return INSET + width / 2, INSET + BETWEEN + 1.5 * width
+
+
+def _card(
+    images: tuple[Image.Image, Image.Image],
+    prompt: Sequence[str],
+    scores: tuple[float, float] | None,
+    size: tuple[int, int],
+    head: int,
+) -> Image.Image:
+    """A prompt over two images over their scores."""
+    width, height = 2 * (size[0] + INSET) + BETWEEN, head + size[1] + (SCORE_FOOT if scores else PLAIN_FOOT)
+    canvas = Canvas(width, height, DESK)
+    canvas.box((0, 0, width, height), PAPER, CARD_CORNER)
+    for k, line in enumerate(prompt):
+        canvas.text((width / 2, head / 2 + 1 + CARD_ROW * (k - (len(prompt) - 1) / 2)), line, INK, HEADING)
+    for image, middle in zip(images, _middles(size[0]), strict=True):
+        canvas.paste(image, (middle - size[0] / 2, head), size)
+    if scores:
+        _draw_scores(canvas, scores, _middles(size[0]), head + size[1] + SCORE_FOOT / 2 - 1)
+    return canvas.finish()
+
+
+def _score_text(value: float) -> str:
+    return "no score" if not math.isfinite(value) else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _draw_scores(canvas: Canvas, scores: tuple[float, float], middles: tuple[float, float], y: float) -> None:
+    """The two scores under their images; the second is green where it is higher."""
+    before, after = scores
+    old, new = _score_text(before), _score_text(after)
+    color = MUTED if old == new else BETTER if after > before else WORSE if after < before else MUTED
+    canvas.text((middles[0], y), old, MUTED, HEADING - 1)
+    half = text_width(new, HEADING - 1) / 2 + 9
+    canvas.box((middles[1] - half, y - 10, middles[1] + half, y + 10), color + "1f", CARD_CORNER)
+    canvas.text((middles[1], y), new, color, HEADING - 1)
