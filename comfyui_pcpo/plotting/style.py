@@ -57,7 +57,7 @@ def add_axes(figure: Figure, left: float, top: float, width: float, height: floa
     edges = left / whole_width, 1 - (top + height) / whole_height, width / whole_width, height / whole_height
     axes = figure.add_axes(edges, facecolor="none")
     axes.spines[["left", "right", "top"]].set_visible(False)
-    axes.spines["bottom"].set(color=MUTED, linewidth=THIN)
+    axes.spines["bottom"].set(color=MUTED, linewidth=THIN, zorder=1)
     axes.tick_params(which="both", colors=MUTED, labelsize=TEXT, width=THIN, length=0, pad=6)
     axes.grid(axis="y", color=GRID, linewidth=THIN, linestyle="-")
     axes.set_axisbelow(True)

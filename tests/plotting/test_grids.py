@@ -127,10 +127,10 @@ def test_long_captions_take_no_time(prompt: str):
     assert min(times) < 0.4  # 0.06 s on one idle core
 
 
-@pytest.mark.parametrize(
-    "caption",
-    ["caf\u00e9", "\u0444\u043e\u043a\u0441", "\u72d0\n\u72f8" * 40, "\U0001f98a", "\ud83d", "\x00\t$x^$", " \n "],
-)
+TEXTS = ["caf\u00e9", "\u0444\u043e\u043a\u0441", "\u72d0\n\u72f8" * 40, "\U0001f98a", "\ud83d", "\x00\t$x^$", " \n "]
+
+
+@pytest.mark.parametrize("caption", TEXTS, ids=range(len(TEXTS)))
 def test_captions_may_be_of_any_text(caption: str):
     images = plain((9, 9, 9), 2)
     assert grid(images, [caption, "a"]).height > grid(images).height

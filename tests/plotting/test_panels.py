@@ -136,7 +136,7 @@ def test_names_with_dollar_signs_are_written_as_they_are():
 
 def test_a_band_is_lighter_than_its_line():
     line = Line("", [0, 1], [1.0, 1.0], low=[0.5, 0.5], high=[1.5, 1.5])
-    area = np.asarray(draw_panels([Panel("", "", "", [line])]))[70:300, 80:520]
+    area = np.asarray(draw_panels([Panel("", "", "", [line], hlines=(0.0,))]))[70:300, 80:520]
     tinted = (area[..., 2].astype(int) - area[..., 0] > 20).mean()
     assert 0.6 < tinted < 0.95
 
