@@ -90,6 +90,7 @@ def test_settings_refuse_what_would_cost_accuracy():
         RewardSettings(images_at_once=0)
 
 
+@pytest.mark.slow
 def test_an_unloaded_reward_loads_itself_again():
     reward = load_reward("alignment").to("cpu")
     batch, prompts = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0)), ["a fox", "two pigs"]

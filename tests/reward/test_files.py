@@ -63,12 +63,14 @@ def test_weights_of_another_model_are_counted(tmp_path):
         load_strict(model, {"weight": torch.zeros(3, 2), "other": torch.zeros(1)}, tmp_path / "weights.pt")
 
 
+@pytest.mark.slow
 def test_importing_rewards_imports_no_large_library():
     heavy = ("diffusers", "transformers", "open_clip", "peft", "rapidocr", "huggingface_hub", "http.server")
     code = f"import sys, comfyui_pcpo.reward; assert not [m for m in {heavy} if m in sys.modules]"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_plain_ids_equal_those_of_the_transformers_tokenizer():
     from transformers import CLIPTokenizer
 

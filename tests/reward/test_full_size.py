@@ -11,6 +11,8 @@ from comfyui_pcpo.reward.clip import VIT_H_14, VIT_L_14, open_clip_model, transf
 from comfyui_pcpo.reward.imagereward import BlipShape, imagereward_model, renamed
 from tests.golden import reward_recipe as gold
 
+pytestmark = pytest.mark.slow
+
 
 def grown(shapes, sizes, layers):
     """Tiny official shapes -> full ones: dimensions by kind of weight, layers repeated; meta tensors.

@@ -17,6 +17,8 @@ from comfyui_pcpo.reward.weights.preprocess import crop_floor, crop_round
 from comfyui_pcpo.reward.weights.tokens import bert_tokens, clip_tokens, plain_clip_tokens
 from tests.golden import reward_recipe as gold
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 HUGE = ClipShape(64, 160, 2, 80, 14, 64, 2, 2)
 LARGE = ClipShape(96, 128, 2, 64, 14, 64, 2, 2, quick_gelu=True)

@@ -14,6 +14,8 @@ from comfyui_pcpo.reward.service.remote import Remote
 from comfyui_pcpo.reward.service.wire import Peer
 from trainer.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "0123456789abcdef-test"
 SERVE = """
 import signal, sys
