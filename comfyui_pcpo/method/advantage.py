@@ -8,12 +8,57 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Spread = Literal["group", "batch"]
+
+
+@dataclass(frozen=True)
+class AdvantageRule:
+    """What rewards are compared with, the constants of a run."""
+
+    kind: Literal["group", "window"] = "group"
+    spread: Spread = "group"  # of kind group
+    standardise: bool = True  # several rewards; a single one never is
+    bound: float = 5.0
+
+
+@dataclass(frozen=True)
+class ScoredGroups:
+    """Rewards of all groups and their advantages, each (P, G)."""
+
+    combined: Tensor  # one reward per image, NaN where a trained one failed
+    advantage: Tensor  # within +-bound, 0 where a reward failed
+
+
+def score_groups(
+    scores: Tensor, weights: Sequence[float], rule: AdvantageRule, prompts: Sequence[str], window: PromptWindow
+) -> ScoredGroups:
+    """Scores of K rewards to advantages, (K, P, G) -> (P, G), float32 or wider; `window` takes in the rewards.
+
+    A single reward (weights of 0 do not count) enters as it is: a z-score within its group would make spread = batch
+    and kind = window do nothing. Several are standardised, if at all, over the advantage's own population:
+
+        group           z_k = (r_k - group mean) / (group std + eps)      DanceGRPO (arXiv 2505.07818)
+        group, batch    z_k = (r_k - batch mean) / (batch std + eps)      Flow-GRPO (arXiv 2505.05470), code
+        window          z_k = (r_k - prompt mean) / (prompt std + eps)    DDPO (arXiv 2305.13301)
+
+    sum_k weight_k z_k is then centred and divided by the spread of the same population.
+    """
+    trained = [k for k, weight in enumerate(weights) if weight != 0] or list(range(len(weights)))
+    scores, weights = scores[trained], [weights[k] for k in trained]
+    standardise = rule.standardise and len(trained) > 1
+    if rule.kind == "window" and standardise:
+        combined, advantage = window.advantage_of_several(prompts, scores, weights)
+    else:
+        combined = combine_rewards(scores, weights, standardise, population=rule.spread)
+        grouped = rule.kind == "group"
+        advantage = group_advantage(combined, rule.spread) if grouped else window.advantage(prompts, combined)
+    return ScoredGroups(combined, clip_advantage(advantage, rule.bound))
 
 
 def group_advantage(rewards: Tensor, spread: Spread = "group", eps: float = 1e-4) -> Tensor:
@@ -41,10 +86,16 @@ def clip_advantage(advantage: Tensor, bound: float = 5.0) -> Tensor:
     return advantage.clamp(-bound, bound)
 
 
-def combine_rewards(rewards: Tensor, weights: Sequence[float], standardise: bool = True, eps: float = 1e-4) -> Tensor:
+def combine_rewards(
+    rewards: Tensor,
+    weights: Sequence[float],
+    standardise: bool = True,
+    eps: float = 1e-4,
+    population: Spread = "group",
+) -> Tensor:
     """One reward from K, (K, P, G) -> (P, G) float32 or wider; NaN where any of the K failed.
 
-    sum_k weight_k z_k,  z_k = (r_k - group mean) / (group std + eps);  with standardise=False the raw weighted sum
+    sum_k weight_k z_k,  z_k = (r_k - mean) / (std + eps) over the group or the batch;  standardise=False: raw sum
     """
     _check(rewards, 3, standardise)
     if len(weights) != len(rewards):
@@ -53,8 +104,8 @@ def combine_rewards(rewards: Tensor, weights: Sequence[float], standardise: bool
     _check(rewards[0].masked_fill(failed, torch.nan), 2, standardise)
     r = rewards.double().masked_fill(failed, torch.nan)
     if standardise:
-        centred, std = _centre(r)
-        r = _divide(centred, std + eps)
+        centred, std = _centre(r if population == "group" else r.flatten(1))
+        r = _divide(centred, std + eps).view(r.shape)
     return torch.einsum("k,kpg->pg", r.new_tensor(weights), r).to(_width(rewards))
 
 
@@ -79,7 +130,7 @@ class PromptWindow:
         self.size = size
         self.min_count = min_count
         self.eps = eps
-        self.windows: dict[str, deque[float]] = {}
+        self.windows: dict[str, deque[Any]] = {}  # of numbers, or of K numbers
 
     def advantage(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
         """Take in the rewards of a batch, one prompt per row, and return their advantages, (P, G) or (B,) -> the same.
@@ -100,8 +151,35 @@ class PromptWindow:
         out = [self._score(value, self._statistics(prompt, r)) for prompt, value in zip(names, r, strict=True)]
         return torch.stack(out).nan_to_num(nan=0.0).reshape(rewards.shape).to(rewards.device, _width(rewards))
 
+    def advantage_of_several(
+        self, prompts: Sequence[str], scores: Tensor, weights: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Standardise K rewards in a prompt's window and compare their sum there, (K, P, G) -> two of (P, G).
+
+        c = sum_k weight_k (r_k - mean_k) / (std_k + eps) has mean 0 over the window; the advantage is c over its std.
+        The window holds the K raw rewards of each sample, so that all are standardised by today's statistics.
+        """
+        _check(scores, 3, grouped=False)
+        rows = scores.double().flatten(1).T.cpu()  # (P * G, K)
+        rows = rows.masked_fill(rows.isnan().any(1, keepdim=True), torch.nan)
+        _check(rows[:, 0], 1)
+        names = [prompt for prompt in prompts for _ in range(scores.shape[2])]
+        for prompt, row in zip(names, rows, strict=True):
+            if not row.isnan().any():
+                self.windows.setdefault(prompt, deque(maxlen=self.size)).append(row.tolist())
+        pairs = []
+        for prompt, row in zip(names, rows, strict=True):
+            peers = self._statistics(prompt, rows)
+            mean = peers.nanmean(0)
+            std = _std(peers.T, mean)
+            factor = torch.where(std > 0, rows.new_tensor(weights) / (std + self.eps), 0.0)
+            combined = ((row - mean) * factor).sum()
+            pairs.append(torch.stack([combined, self._score(combined, ((peers - mean) * factor).sum(1))]))
+        combined, advantage = torch.stack(pairs).T.view(2, *scores.shape[1:]).to(scores.device, _width(scores))
+        return combined, advantage.nan_to_num(nan=0.0)
+
     def _statistics(self, prompt: str, batch: Tensor) -> Tensor:
-        """The rewards a prompt is compared with: its window, or the batch while the window is short, -> (N,)."""
+        """The rewards a prompt is compared with: its window, or the batch while the window is short, -> (N, ...)."""
         window = self.windows.get(prompt, ())
         return batch if len(window) < self.min_count else torch.tensor(window, dtype=torch.float64)
 

@@ -55,6 +55,28 @@ def matching_log_ratio(d: Tensor, error: Tensor) -> Tensor:
     return -(d * (2 * wide(error) + d)).flatten(1).mean(1)
 
 
+def adaptive_weight(error: Tensor) -> Tensor:
+    """Factor that puts samples and levels on one scale,  1 / mean |e|,  without gradient, (B, C, H, W) -> (B,).
+
+    V-GRPO (arXiv 2604.23380) weights its likelihood surrogate adaptively; its exact factor could not be looked up.
+    This is the factor of DiffusionNFT's code, taken of the old model's error e, so that the log-ratio of an unchanged
+    model stays 0.
+    """
+    return 1 / wide(error.detach()).abs().flatten(1).mean(1).clamp(min=1e-5)
+
+
+def adaptive_log_ratio(d: Tensor, error: Tensor) -> Tensor:
+    """AWM's log-ratio times its adaptive weight,  (|e|^2 - |e + d|^2) / mean |e|,  (B, C, H, W) -> (B,)."""
+    return adaptive_weight(error) * matching_log_ratio(d, error)
+
+
+# how a finished sample's log-ratio is weighted: (d, error) -> (B,)
+LIKELIHOODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "uniform": matching_log_ratio,
+    "adaptive": adaptive_log_ratio,
+}
+
+
 def nft(d: Tensor, error: Tensor, advantage: Tensor, k: float, bound: float = 5.0, beta: float = 1.0) -> Tensor:
     """DiffusionNFT's loss of a finished sample, (B, C, H, W), (B, C, H, W), (B,) -> (B,).
 
@@ -77,6 +99,7 @@ class ForwardSettings:
     xi: float  # clip range (awm)
     bound: float = 5.0  # advantage clip (nft)
     beta: float = 1.0  # nft's beta
+    likelihood: str = "uniform"  # weight of the log-ratio (awm)
 
 
 @dataclass(frozen=True)
@@ -88,7 +111,7 @@ class ForwardLoss:
 
 
 FORWARD_OBJECTIVES: dict[str, ForwardLoss] = {
-    "awm": ForwardLoss(lambda d, error, a, k, s: ppo(matching_log_ratio(d, error), a, s.xi), ppo_clipped),
+    "awm": ForwardLoss(lambda d, error, a, k, s: ppo(LIKELIHOODS[s.likelihood](d, error), a, s.xi), ppo_clipped),
     "nft": ForwardLoss(lambda d, error, a, k, s: nft(d, error, a, k, s.bound, s.beta), never_clipped),
 }
 FORWARD: tuple[str, ...] = tuple(FORWARD_OBJECTIVES)

@@ -23,11 +23,31 @@ class Trajectory:
     outs: Tensor  # (T, B, C, H, W)
     transitions: Sequence[Transition]
     timesteps: Sequence[float]
+    stochastic: Tensor | None = None  # (T, B) bool, which images drew noise at which step; None: as the transitions
+    representatives: Tensor | None = None  # (T, B) rows with the same latent and prompt; None: every row its own
+    evaluations: int = 0  # latents that the model predicted
 
     @property
     def final(self) -> Tensor:
         """The clean latents, (B, C, H, W)."""
         return self.latents[-1]
+
+    def drawn(self, i: int, rows: Tensor) -> Tensor:
+        """Those of `rows` whose step i is stochastic and so can be trained, (rows,) -> (fewer,)."""
+        return rows[self.drawn_mask(i)[rows]]
+
+    def drawn_mask(self, i: int) -> Tensor:
+        """Which images' step i is stochastic, -> (B,) bool."""
+        if self.stochastic is None:
+            return torch.full((self.latents.shape[1],), self.transitions[i].std > 0)
+        return self.stochastic[i]
+
+    def unique_rows(self, i: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows to predict at step i and where each of `rows` finds its output among them, (b,) -> (u,), (b,)."""
+        if self.representatives is None:
+            return rows, torch.arange(len(rows))
+        unique, places = self.representatives[i, rows].unique(return_inverse=True)
+        return unique, places
 
 
 def derive_seed(*parts: int) -> int:
@@ -49,10 +69,12 @@ class GroupNoise:
         """The first latents, -> (P * G, C, H, W); one per group, repeated, if `shared_first`."""
         if not self.shared_first:
             return self.next()
-        firsts = [
-            torch.randn(1, *self.shape, generator=g).expand(self.group_size, *self.shape) for g in self.generators
-        ]
-        return torch.cat(firsts)
+        return self.next_shared()
+
+    def next_shared(self) -> Tensor:
+        """Noise of one level, the same for all images of a group, -> (P * G, C, H, W)."""
+        draws = [torch.randn(1, *self.shape, generator=g).expand(self.group_size, *self.shape) for g in self.generators]
+        return torch.cat(draws)
 
     def next(self) -> Tensor:
         """Noise of one step, -> (P * G, C, H, W)."""
@@ -78,4 +100,4 @@ def rollout(
         latents[i + 1] = step(latents[i], outs[i], noises[i], transition)
     if sum(len(rows) for rows in chunks) != count:
         raise ValueError(f"chunks hold {sum(map(len, chunks))} rows, but the noise has {count}. Cover each row once.")
-    return Trajectory(latents, noises, outs, transitions, grid.timesteps.tolist())
+    return Trajectory(latents, noises, outs, transitions, grid.timesteps.tolist(), evaluations=steps * count)

@@ -44,6 +44,20 @@ METHODS: tuple[Method, ...] = tuple(SAMPLERS)
 AUTO_METHOD: dict[Kind, Method] = {"ddim": "ddim", "flow": "flow_sde"}  # what `auto` stands for on each kind of grid
 
 
+@dataclass(frozen=True)
+class SamplerSettings:
+    """The stochastic sampler of a run."""
+
+    method: Method
+    noise_level: float
+    sigma: Sigma = "native"  # ddim only
+    target: float | None = None  # w* of sigma = paper and uniform
+
+    def transitions(self, grid: Grid) -> list[Transition]:
+        """Every step stochastic, (T,)."""
+        return transitions(grid, self.method, self.noise_level, self.sigma, self.target)
+
+
 def default_noise_level(method: Method) -> float:
     """The noise level of the published recipes: ddim eta 1, dance_sde eta 0.3, flow_sde and cps 0.7."""
     return SAMPLERS[method].noise_level

@@ -7,6 +7,11 @@ import torch
 from torch import distributions
 
 from comfyui_pcpo.method.forward_process import (
+    FORWARD_OBJECTIVES,
+    LIKELIHOODS,
+    ForwardSettings,
+    adaptive_log_ratio,
+    adaptive_weight,
     image_scale,
     matching_log_ratio,
     nft,
@@ -15,7 +20,9 @@ from comfyui_pcpo.method.forward_process import (
     scales,
     target,
 )
+from comfyui_pcpo.method.rollout import GroupNoise
 from comfyui_pcpo.method.schedule import ddim_grid, flow_grid
+from comfyui_pcpo.method.surrogate import ppo
 from trainer.loop.objectives import make_objective
 from trainer.loop.plan import make_plan, plan_steps
 from trainer.policy.loading import make_policy
@@ -116,6 +123,55 @@ def test_everything_is_float32_or_wider():
 
 
 @pytest.mark.slow
+def test_the_adaptive_weight_divides_by_the_size_of_the_old_error():
+    d, error = draw(3, 2, 4, 4), draw(3, 2, 4, 4, seed=1)
+    sizes = error.abs().flatten(1).mean(1)
+    torch.testing.assert_close(adaptive_log_ratio(d, error), matching_log_ratio(d, error) / sizes)
+    assert not adaptive_log_ratio(torch.zeros_like(d), error).any()
+    scaled = adaptive_log_ratio(10 * d, 10 * error)  # a level whose errors are ten times as large
+    torch.testing.assert_close(scaled, 10 * adaptive_log_ratio(d, error))
+    assert not adaptive_weight(error.clone().requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_awm_takes_its_likelihood_from_the_settings(likelihood):
+    d, error, a = draw(2, 1, 2, 2), draw(2, 1, 2, 2, seed=1), torch.tensor([1.0, -1.0])
+    settings = ForwardSettings(0.1, likelihood=likelihood)
+    expected = ppo(LIKELIHOODS[likelihood](d, error), a, 0.1)
+    assert torch.equal(FORWARD_OBJECTIVES["awm"].loss(d, error, a, 1.0, settings), expected)
+
+
+def test_noise_shared_in_a_group_is_one_draw_per_group():
+    noise = GroupNoise([1, 2], 3, (2, 2, 2))
+    shared = noise.next_shared()
+    assert torch.equal(shared[0], shared[2])
+    assert torch.equal(shared[3], shared[5])
+    assert not torch.equal(shared[0], shared[3])
+    assert not torch.equal(noise.next_shared(), shared)
+
+
+def forward_gradient(shared, seeds):
+    """Gradient of -A log rho over a group in the parameter of a toy model out = theta x_t, one per seed."""
+    x0 = draw(4, 1, 2, 2, seed=9)
+    advantage = torch.tensor([1.5, -0.5, -1.5, 0.5], dtype=torch.float64)
+    gradients = []
+    for seed in seeds:
+        noise = GroupNoise([seed], 4, (1, 2, 2))
+        eps = noise.next_shared() if shared else noise.next()
+        x = noised(x0, eps, (0.4, 0.6))
+        error = 0.3 * x - target(x0, eps, "flow")
+        gradients.append((-advantage * -(2 * (x * error)).flatten(1).mean(1)).sum().item())
+    return torch.tensor(gradients)
+
+
+def test_shared_noise_equals_independent_noise_in_expectation_with_less_variance():
+    shared, independent = (forward_gradient(s, range(4000)) for s in (True, False))
+    error = (shared.var() / 4000 + independent.var() / 4000).sqrt()
+    assert abs(shared.mean() - independent.mean()) < 3 * error
+    assert error < 0.1 * shared.mean().abs()  # the test can tell
+    assert shared.var() < independent.var()
+
+
 @pytest.mark.parametrize("name", ["awm", "nft"])
 def test_forward_objectives_start_from_an_unchanged_model_and_move_it(make_config, learn, model, name):
     sections = {"objective": {"name": name, "clip_range": 0.5}, "optimizer": {"minibatches": 2, "learning_rate": 1e-2}}
