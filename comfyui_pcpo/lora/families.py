@@ -1,4 +1,4 @@
-"""What a LoRA file has to know of each model family: the only place to edit for a new one.
+"""Module names of each model family in LoRA files; the only place in this folder to edit for a new family.
 
 A family needs an entry in LORA_FAMILIES if original checkpoints (so also kohya's files and ComfyUI) name its modules
 differently from diffusers, or if its feed-forward layers have names of their own. All others are `plain`.
@@ -35,7 +35,7 @@ def same_names(modules: Sequence[str]) -> OriginalNames:
 class LoraFamily:
     """OriginalNames of one family's modules, starting from those in diffusers."""
 
-    mark: str  # regular expression: start of a module name that tells the family
+    mark: str  # regular expression: start of a module name that identifies the family
     original: Callable[[Sequence[str]], OriginalNames] = same_names  # names in original checkpoints
     prefix: str = "transformer."  # of the keys in diffusers' layout
     underscored: bool = False  # ComfyUI and kohya's tools read diffusers' names with underscores

@@ -1,4 +1,4 @@
-"""emoji-polish: a small convolutional judge of how clean a drawing is, whatever it shows."""
+"""emoji-polish: a small convolutional network that scores the cleanness of a drawing, whatever its content."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ WIDTHS = (16, 32, 48)
 
 
 class PolishNet(nn.Module):
-    """Picture -> score, 1 for an untouched drawing, 0 for a ruined one; float (B, 3, H, W) in [-1, 1]."""
+    """Image -> score, 1 for an untouched drawing, 0 for a fully degraded one; float (B, 3, H, W) in [-1, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,9 +26,9 @@ class PolishNet(nn.Module):
         self.head = nn.Linear(2 * before, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B,); each place is judged by itself, and the mean and the best count."""
-        found = self.trunk(images)
-        return self.head(torch.cat([found.mean((2, 3)), found.amax((2, 3))], 1))[:, 0]
+        """(B, 3, H, W) -> (B,); scores the mean and the maximum over positions."""
+        features = self.trunk(images)
+        return self.head(torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1))[:, 0]
 
 
 def load_polish(folder: Path) -> PolishNet:

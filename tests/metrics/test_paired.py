@@ -19,9 +19,9 @@ def test_students_distribution_is_scipys(t, freedom):
 def test_the_paired_test_is_scipys(count):
     before, after = np.random.default_rng(count).normal(size=(2, count))
     want = stats.ttest_rel(after, before)
-    found = paired(before.tolist(), after.tolist())
-    assert (found.t, found.p) == pytest.approx((want.statistic, want.pvalue))
-    assert found.difference.error == pytest.approx(stats.sem(after - before))
+    test = paired(before.tolist(), after.tolist())
+    assert (test.t, test.p) == pytest.approx((want.statistic, want.pvalue))
+    assert test.difference.error == pytest.approx(stats.sem(after - before))
 
 
 def test_failed_values_leave_the_statistics_with_their_pair():

@@ -21,7 +21,7 @@ GREY = torch.full((1, 8, 8, 3), 0.5)
 
 @pytest.fixture
 def model():
-    """A chat-completions endpoint that says what `answers` holds and keeps what it was asked."""
+    """A chat-completions endpoint that replies with `answers` and records its requests."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -55,9 +55,9 @@ def says(text, **likely):
 
 def test_yes_is_weighed_against_no(model):
     model.answer = says("Yes", Yes=0.5, yes=0.1, no=0.2, maybe=0.2)
-    found = VlmYes(vlm=model.vlm).measure(GREY, ["a fox"])
-    assert found.values.item() == pytest.approx(0.6 / 0.8)
-    assert found.extras == {"answer": ["Yes"]}
+    scores = VlmYes(vlm=model.vlm).measure(GREY, ["a fox"])
+    assert scores.values.item() == pytest.approx(0.6 / 0.8)
+    assert scores.extras == {"answer": ["Yes"]}
     content = model.asked[0]["messages"][0]["content"]
     assert content[0]["image_url"]["url"].startswith("data:image/png;base64,") and '"a fox"' in content[1]["text"]
     assert model.headers == ["Bearer secret"] and model.asked[0]["logprobs"] is True
@@ -123,8 +123,8 @@ def test_the_same_words_have_full_recall_and_others_less(folder, model):
     reward = TinyBertScore(RewardSettings(folder=folder), model.vlm)
     model.answer = says("The image contains a red fox")
     assert reward.score(GREY, ["a red fox"]).item() == pytest.approx(1, abs=1e-5)
-    found = reward.measure(GREY, ["two blue pizzas"])
-    assert found.values.item() < 0.99 and found.extras["answer"] == ["The image contains a red fox"]
+    scores = reward.measure(GREY, ["two blue pizzas"])
+    assert scores.values.item() < 0.99 and scores.extras["answer"] == ["The image contains a red fox"]
     assert len(reward.model.encoder.layer) == 2
     model.answer = says(" ")
     assert reward.score(GREY, ["a red fox"]).isnan().all()

@@ -83,14 +83,14 @@ def settings(tmp_path_factory):
     return RewardSettings(folder=folder)
 
 
-def error(found, name, key="scores", relative=True):
+def error(scores, name, key="scores", relative=True):
     """Largest distance from the golden scores, relative to each of them or absolute.
 
     A cosine is rounded by some 1e-7 whatever its size, in an order of sums that machines differ in: nearer to 0 than
     SMALL_COSINE, that alone would be more than 1e-5 of it.
     """
     want = gold.golden(name)[key]
-    return max(abs(found[p] - want[p]) / (max(abs(want[p]), SMALL_COSINE) if relative else 1) for p in found)
+    return max(abs(scores[p] - want[p]) / (max(abs(want[p]), SMALL_COSINE) if relative else 1) for p in scores)
 
 
 def test_hpsv2_equals_the_reference(settings):
@@ -117,8 +117,8 @@ def test_clipscores_are_scaled_and_never_negative(settings):
     images, prompts = gold.image("small96"), [gold.PROMPTS["small96"]]  # a cosine of -0.04
     assert TinyClip25(settings).score(images, prompts).item() == 0
     cosine = gold.golden("aesthetic")["clip_cosine"]["exact224"]
-    found = TinyClip100(settings).score(gold.image("exact224"), [gold.PROMPTS["exact224"]]).item()
-    assert found == pytest.approx(100 * cosine, rel=1e-5)
+    score = TinyClip100(settings).score(gold.image("exact224"), [gold.PROMPTS["exact224"]]).item()
+    assert score == pytest.approx(100 * cosine, rel=1e-5)
 
 
 def test_clip_logits_keep_their_sign_and_take_the_scale_of_the_weights(settings):
@@ -147,8 +147,8 @@ def test_only_openais_cleaning_mends_quotes_and_html():
 
 def test_hpsv2_with_a_center_crop_is_wrong(settings, monkeypatch):
     monkeypatch.setattr(hpsv2, "pad_square", crop_round)
-    found = gold.scores(TinyHps(settings), FEW)
-    assert error(found, "hpsv2", relative=False) > 1e-3
+    scores = gold.scores(TinyHps(settings), FEW)
+    assert error(scores, "hpsv2", relative=False) > 1e-3
 
 
 def test_pickscore_with_mended_text_is_wrong(settings, monkeypatch):

@@ -35,8 +35,8 @@ def test_jpeg_size_is_that_of_the_file_in_kilobytes():
 
 def test_grey_is_not_colourful_and_one_colour_counts_by_its_mean():
     plain_colors = torch.tensor([[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]])[:, None, None].expand(2, 4, 4, 3)
-    found = load_reward("colorfulness").score(plain_colors, ["", ""])
-    assert found.tolist() == pytest.approx([0, 0.3 * 1.25**0.5])  # rg = 1, yb = 1/2
+    scores = load_reward("colorfulness").score(plain_colors, ["", ""])
+    assert scores.tolist() == pytest.approx([0, 0.3 * 1.25**0.5])  # rg = 1, yb = 1/2
     halves = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])[None, None]
     assert colorfulness(halves).item() == pytest.approx(1 + 0.3 * 0.5)  # rg = +1, -1 and yb = 1/2
 
@@ -63,9 +63,9 @@ def test_odd_margins_are_cut_one_pixel_apart():
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 224), (224, 100), (512, 3), (1, 700)])
 def test_padding_keeps_the_whole_image_inside_black_bars(size):
-    found = pad_square(torch.full((1, *size, 3), 255, dtype=torch.uint8))
-    assert found.shape == (1, 3, 224, 224)
-    white = (found[0, 0] > 0).sum().item() / 224**2
+    padded = pad_square(torch.full((1, *size, 3), 255, dtype=torch.uint8))
+    assert padded.shape == (1, 3, 224, 224)
+    white = (padded[0, 0] > 0).sum().item() / 224**2
     assert white == pytest.approx(min(size) / max(size), abs=0.01)
 
 
@@ -86,9 +86,9 @@ def test_text_scores_by_hand():
 def test_ocr_fails_a_prompt_without_text_and_keeps_what_it_read():
     reward = Ocr()
     reward.reader = lambda image: "Open 24 h"
-    found = reward.measure(torch.zeros(3, 8, 8, 3), ['"open 24 h"', '"shut"', "a shop"])
-    assert found.values[0] == 1 and found.values[1] < 0.5 and found.values[2].isnan()
-    assert found.extras["text"] == ["Open 24 h"] * 3
+    scores = reward.measure(torch.zeros(3, 8, 8, 3), ['"open 24 h"', '"shut"', "a shop"])
+    assert scores.values[0] == 1 and scores.values[1] < 0.5 and scores.values[2].isnan()
+    assert scores.extras["text"] == ["Open 24 h"] * 3
     reward.unload()
     assert reward.reader is None
 

@@ -1,4 +1,4 @@
-"""`serve-reward` as a process: it tells its address, serves many clients, is killed, and ends on Ctrl-C."""
+"""`serve-reward` as a process: it prints its address, serves many clients, may be killed, and ends on Ctrl-C."""
 
 import os
 import re
@@ -30,9 +30,9 @@ def served(script):
     """A server's process and its address; killed at the end if it still runs."""
     process = script(SERVE, PCPO_REWARD_TOKEN=TOKEN)
     line = process.stdout.readline()
-    found = re.match(r"colorfulness on (http://127\.0\.0\.1:\d+)", line)
-    assert found, line + process.stderr.read()
-    yield process, found[1]
+    address = re.match(r"colorfulness on (http://127\.0\.0\.1:\d+)", line)
+    assert address, line + process.stderr.read()
+    yield process, address[1]
     process.kill()
     process.communicate(timeout=30)
 
@@ -50,8 +50,8 @@ def test_eight_clients_score_500_images_and_a_killed_server_fails_the_rest(serve
     process, url = served
     local = load_reward("colorfulness")
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda n: client(url).score(images(n, 63), [""] * 63), range(8)))
-    for n, scores in enumerate(found):
+        results = list(pool.map(lambda n: client(url).score(images(n, 63), [""] * 63), range(8)))
+    for n, scores in enumerate(results):
         torch.testing.assert_close(scores, local.score(images(n, 63), [""] * 63))
 
     def lose(n):
@@ -77,9 +77,9 @@ def test_a_server_on_all_addresses_says_so_and_tells_one_that_clients_reach(scri
             line = process.stdout.readline()
             assert line, said + process.stderr.read()
             said += line
-        told = re.search(r"PCPO_REWARD_URL=(http://\S+)", said)
+        url = re.search(r"PCPO_REWARD_URL=(http://\S+)", said)
         assert "0.0.0.0" not in said and "all addresses" in said and "unencrypted" in said
-        assert client(told[1]).is_healthy()
+        assert client(url[1]).is_healthy()
     finally:
         process.kill()
         process.communicate(timeout=30)

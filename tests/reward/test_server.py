@@ -68,9 +68,9 @@ def post(server, body, token=TOKEN, headers=None, path="/compute"):
     headers = {"Authorization": f"Bearer {token}"} | (headers or {})
     connection.request("POST", path, body, headers)
     answer = connection.getresponse()
-    found = answer.status, json.loads(answer.read())
+    reply = answer.status, json.loads(answer.read())
     connection.close()
-    return found
+    return reply
 
 
 def test_remote_scores_equal_local_ones(serve):
@@ -247,7 +247,7 @@ def test_only_png_is_opened_and_other_modes_become_rgb():
         assert decode_png(encoded(mode, "PNG"), 100).shape == (2, 4, 3)
 
 
-def test_pictures_of_several_sizes_keep_their_order(serve):
+def test_images_of_several_sizes_keep_their_order(serve):
     images = [encode_png(np.full((4 + n % 2, 4, 3), n, np.uint8)) for n in range(5)]
     status, answer = post(serve(Moody()), json.dumps({"prompts": [""] * 5, "images": images}))
     assert status == 200 and answer["rewards"] == [0, 1, 2, 3, 4]

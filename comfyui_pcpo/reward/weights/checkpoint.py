@@ -25,7 +25,8 @@ def locate(settings: RewardSettings, file: RewardFile) -> Path:
     path = file_path(settings.folder, file)
     if not path.is_file():
         raise RewardError(
-            f"{path} does not exist, but this reward needs {source}. Download it: python -m trainer download REWARD"
+            f"{path} does not exist, but this reward needs {source}. Put it there, "
+            "or fetch it with the command line's `download` command."
         )
     return path
 

@@ -34,12 +34,8 @@ def fetch(file: RewardFile, path: Path, endpoint: str | None, tick: Tick) -> Pat
             return path
         part = path.with_name(f"{path.name}.{(metadata.etag or 'file')[:12]}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
-        receive(
-            Request(metadata.location, headers=headers),
-            part,
-            metadata.size,
-            lambda done: tick(file, done, metadata.size),
-        )
+        request = Request(metadata.location, headers=headers)
+        receive(request, part, metadata.size, lambda done: tick(file, done, metadata.size))
     except Exception as error:  # huggingface_hub and its HTTP client raise many types
         reason = " ".join(str(error).split())
         raise RewardError(
