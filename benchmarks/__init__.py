@@ -1,4 +1,5 @@
-"""Evidence on the embedded models: contenders, grid, cells, statistics, report. `python -m trainer benchmark` runs it.
+"""Experiments on the embedded models: methods, grid, cells, statistics, report. Run with `python -m benchmarks`.
 
-Part of the repository, not of the installed package. Arrows: benchmarks -> trainer -> comfyui_pcpo.
+Part of the repository, not of the installed package. Imports point downward only: benchmarks -> trainer ->
+comfyui_pcpo, and nothing imports benchmarks.
 """

@@ -1,4 +1,4 @@
-"""What a grid found so far: the finished reported cells of a task, contender by contender, seed by seed."""
+"""Finished cells of a study, collected by task, method and seed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,32 +11,21 @@ import numpy as np
 from comfyui_pcpo.plotting.run_curves import column
 from trainer.runs.folder import RunFolder
 
-from ..study.grid import (
-    Cell,
-    Task,
-    choose,
-    common_settings,
-    finished,
-    fresh_cells,
-    gain,
-    keeping,
-    kept_gains,
-    kept_share,
-    outcome,
-    reported_cells,
-    tasks,
-)
-from ..study.methods import BASELINE, Form, Setting
+from ..study.grid import Cell, StudyTask, common_settings, fresh_cells, reported_cells, study_tasks, task_methods
+from ..study.methods import BASELINE
+from ..study.outcome import gain, keeping, kept_gains, kept_share, outcome
 from ..study.statistics import at_reach, first_reach
+from ..study.studies import Setting, Study
+from ..study.tuning import choose, finished
 
-GOALS = (0.25, 0.5, 0.75, 1.0)  # standard deviations of the base model's rewards above its mean, fixed before any run
+GOALS = (0.25, 0.5, 0.75, 1.0)  # gains, in standard deviations of the base model's rewards; fixed before any run
 
 
 @dataclass(frozen=True)
-class Run:
-    """One reported cell."""
+class CellRun:
+    """A finished cell: its result and the metrics of its run."""
 
-    contender: str
+    method: str
     seed: int
     result: dict[str, Any]
     folder: Path
@@ -53,12 +42,17 @@ class Run:
     def records(self) -> list[dict[str, Any]]:
         return RunFolder(self.folder).records()
 
-    def examined(self, key: str) -> list[float]:
+    def over_updates(self, key: str) -> list[float]:
+        """A metric of the run, by update."""
+        return column(self.records, key)
+
+    def evaluated(self, key: str) -> list[float]:
+        """A number by evaluation."""
         return [row[key] for row in self.result["rows"]]
 
     @cached_property
     def kept(self) -> list[float]:
-        """The gains, those of ruined pictures replaced by the last one before."""
+        """Kept gain by evaluation."""
         return kept_gains(self.result)
 
     @property
@@ -67,31 +61,31 @@ class Run:
 
     @property
     def share(self) -> float:
-        """Right objects at the end over those of the base model."""
+        """Correct objects at the end relative to the base model."""
         return kept_share(self.result["rows"][-1], self.result["rows"][0])
 
     def gain_in(self, reward: str) -> float:
-        """Gain in any reward at the last examination that keeps the pictures."""
+        """Gain in any reward at the last evaluation that kept its objects."""
         rows = self.result["rows"]
         last = [row for row, keeps in zip(rows, keeping(rows), strict=True) if keeps][-1]
         return gain(last, rows[0], reward)
 
     @property
-    def own(self) -> float:
-        """Mean reward of its own rollouts, by its own sampler, over the last quarter of the updates."""
-        rewards = over_updates(self, "reward_mean")
+    def rollout_reward(self) -> float:
+        """Mean reward of the run's own rollouts, by its own sampler, over the last quarter of the updates."""
+        rewards = self.over_updates("reward_mean")
         return float(np.mean(rewards[-max(1, len(rewards) // 4) :]))
 
     def reach(self, goal: float) -> float:
-        """Updates until the kept gain reaches `goal`, infinity where it never does."""
+        """Updates until the kept gain reaches `goal`; infinity if it never does."""
         return first_reach(self.updates, self.kept, goal)
 
     def matched(self, key: str, goal: float) -> float:
-        """An examined number at the moment when the kept gain reaches `goal`."""
-        return at_reach(self.updates, self.kept, goal, self.examined(key))
+        """An evaluated number where the kept gain reaches `goal`."""
+        return at_reach(self.updates, self.kept, goal, self.evaluated(key))
 
     def per_step(self, key: str) -> tuple[list[int], np.ndarray]:
-        """Every step ever trained, and its metric in every update, (updates, steps); NaN where it was not trained."""
+        """Every step that was trained, and its metric, (updates, steps); NaN in updates that did not train it."""
         tables = [record["per_step"] for record in self.records]
         steps = sorted({step for table in tables for step in table["steps"]})
         rows = np.full((len(tables), len(steps)), np.nan)
@@ -100,78 +94,91 @@ class Run:
         return steps, rows
 
 
-Summary = Callable[[np.ndarray], np.ndarray]
+StepSummary = Callable[[np.ndarray], np.ndarray]
 """(updates, steps) -> (steps,)"""
 
 
-def mean_of_updates(table: np.ndarray) -> np.ndarray:
-    """Mean of what there is, (N, steps) -> (steps,); NaN where there is nothing."""
-    there = np.isfinite(table)
-    count = there.sum(0)
-    return np.where(count, np.where(there, table, 0).sum(0) / np.maximum(count, 1), np.nan)
+def finite_mean(table: np.ndarray) -> np.ndarray:
+    """Mean of the finite values, (N, steps) -> (steps,); NaN where there are none."""
+    is_finite = np.isfinite(table)
+    count = is_finite.sum(0)
+    return np.where(count, np.where(is_finite, table, 0).sum(0) / np.maximum(count, 1), np.nan)
 
 
-def by_step(runs: Sequence[Run], key: str, of: Summary = mean_of_updates) -> tuple[list[int], np.ndarray]:
-    """Every step that any run trained, and `of` its metric, mean over the runs that trained it, (steps,)."""
-    found = [run.per_step(key) for run in runs]
-    steps = sorted({step for own, _ in found for step in own})
+def by_step(runs: Sequence[CellRun], key: str, of: StepSummary = finite_mean) -> tuple[list[int], np.ndarray]:
+    """Every step that any run trained, and `of` its metric, averaged over the runs that trained it, (steps,)."""
+    tables = [run.per_step(key) for run in runs]
+    steps = sorted({step for own, _ in tables for step in own})
     rows = np.full((len(runs), len(steps)), np.nan)
-    for row, (own, table) in zip(rows, found, strict=True):
+    for row, (own, table) in zip(rows, tables, strict=True):
         row[[steps.index(step) for step in own]] = of(table)
-    return steps, mean_of_updates(rows)
+    return steps, finite_mean(rows)
 
 
 @dataclass(frozen=True)
-class Found:
-    """A task's runs, the contenders in their order."""
+class TaskResults:
+    """Finished runs of a task by method."""
 
-    task: Task
+    task: StudyTask
     chosen: dict[str, Setting]
-    runs: dict[str, list[Run]]
+    runs: dict[str, list[CellRun]]
 
     def rows(self) -> list[tuple[str, str, float]]:
-        """(contender, block, outcome), a block being a seed of this task.
+        """(method, block, outcome); a block is a seed of this task.
 
         Blocks of one seed share prompts and noise across tasks, so they are not independent draws of tasks.
         """
-        every = [run for runs in self.runs.values() for run in runs]
-        return [(run.contender, f"{self.task.name}/{run.seed}", run.outcome) for run in every]
+        all_runs = [run for runs in self.runs.values() for run in runs]
+        return [(run.method, f"{self.task.name}/{run.seed}", run.outcome) for run in all_runs]
 
 
-def collect(form: Form, out: Path) -> list[Found]:
+def collect(study: Study, out: Path) -> list[TaskResults]:
     """Every task at the settings that the tuning seeds chose."""
-    chosen = {task: choose(form, task, out) or {} for task in tasks(form)}
-    return _gather(form, out, {task: (one, reported_cells(form, task, one)) for task, one in chosen.items()})
+    chosen = {task: choose(study, task, out) or {} for task in study_tasks(study)}
+    cells = {task: (settings, reported_cells(study, task, settings)) for task, settings in chosen.items()}
+    return _gather(study, out, cells)
 
 
-def collect_common(form: Form, out: Path, fresh: bool = False) -> list[Found]:
-    """Every task at the one setting for all, on the reported seeds or on the fresh ones."""
-    common = {task: common_settings(form, task) for task in tasks(form)}
+def collect_common(study: Study, out: Path, fresh: bool = False) -> list[TaskResults]:
+    """Every task at the common setting, on the reported seeds or on the fresh ones."""
+    common = {task: common_settings(study, task) for task in study_tasks(study)}
     cells = {
-        task: (one, fresh_cells(form, task) if fresh else reported_cells(form, task, one))
-        for task, one in common.items()
+        task: (settings, fresh_cells(study, task) if fresh else reported_cells(study, task, settings))
+        for task, settings in common.items()
     }
-    return _gather(form, out, cells)
+    return _gather(study, out, cells)
 
 
-def _gather(form: Form, out: Path, cells: dict[Task, tuple[dict[str, Setting], list[Cell]]]) -> list[Found]:
-    """The finished ones, of every task of which the baseline and one other contender have a seed."""
-    found = []
-    for task, (chosen, wanted) in cells.items():
-        runs: dict[str, list[Run]] = {name: [] for name in chosen}
-        for cell, result in finished(wanted, form, out):
-            runs[cell.contender].append(Run(cell.contender, cell.seed, result, cell.folder(out)))
-        runs = {name: some for name, some in runs.items() if some}
+def complete(results: Sequence[TaskResults], study: Study) -> list[TaskResults]:
+    """The tasks in which every method has finished every seed."""
+    return [
+        task
+        for task in results
+        if list(task.runs) == task_methods(study, task.task)
+        and all(len(runs) == len(study.seeds) for runs in task.runs.values())
+    ]
+
+
+def _gather(
+    study: Study, out: Path, cells: dict[StudyTask, tuple[dict[str, Setting], list[Cell]]]
+) -> list[TaskResults]:
+    """Results of the tasks in which the baseline and at least one other method have a finished seed."""
+    results = []
+    for task, (chosen, task_cells) in cells.items():
+        runs: dict[str, list[CellRun]] = {name: [] for name in chosen}
+        for cell, result in finished(task_cells, study, out):
+            runs[cell.method].append(CellRun(cell.method, cell.seed, result, cell.folder(out)))
+        runs = {name: own for name, own in runs.items() if own}
         if BASELINE in runs and len(runs) > 1:
-            found.append(Found(task, chosen, runs))
-    return found
+            results.append(TaskResults(task, chosen, runs))
+    return results
 
 
-def both(found: Sequence[Found], first: str, second: str) -> list[tuple[Run, Run]]:
-    """The two contenders' runs of every seed of every task that has both."""
+def paired_runs(results: Sequence[TaskResults], first: str, second: str) -> list[tuple[CellRun, CellRun]]:
+    """Runs of two methods paired by seed, in every task that has both."""
     return [
         (mine, other)
-        for task in found
+        for task in results
         for mine in task.runs.get(first, ())
         for other in task.runs.get(second, ())
         if mine.seed == other.seed
@@ -179,14 +186,10 @@ def both(found: Sequence[Found], first: str, second: str) -> list[tuple[Run, Run
 
 
 def by_seed(
-    found: Sequence[Found], first: str, second: str, of: Callable[[Run], float] = lambda run: run.outcome
+    results: Sequence[TaskResults], first: str, second: str, of: Callable[[CellRun], float] = lambda run: run.outcome
 ) -> list[float]:
-    """first - second in the outcome, averaged over the tasks that have both, one number for each seed."""
-    gaps: dict[int, list[float]] = {}
-    for mine, other in both(found, first, second):
-        gaps.setdefault(mine.seed, []).append(of(mine) - of(other))
-    return [sum(values) / len(values) for _, values in sorted(gaps.items())]
-
-
-def over_updates(run: Run, key: str) -> list[float]:
-    return column(run.records, key)
+    """Difference first - second in the outcome, averaged over the tasks that have both, one number per seed."""
+    differences: dict[int, list[float]] = {}
+    for mine, other in paired_runs(results, first, second):
+        differences.setdefault(mine.seed, []).append(of(mine) - of(other))
+    return [sum(values) / len(values) for _, values in sorted(differences.items())]

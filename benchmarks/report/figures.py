@@ -1,29 +1,22 @@
-"""The benchmark's figures."""
-
-from __future__ import annotations
+"""Figures of one task: convergence, health of the training, and image quality against the gain."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
-from comfyui_pcpo.plotting import style
-from comfyui_pcpo.plotting.panels import STEP_AXIS, Line, LineStyle, Panel, draw_panels
-from comfyui_pcpo.plotting.run_curves import smooth
-from comfyui_pcpo.plotting.style import COLORS, TEXT
+from comfyui_pcpo.plotting.figure import Line, Panel, Style, figure
+from comfyui_pcpo.plotting.plot import smooth
 
-from ..study.methods import BASELINE, CONTENDERS, OURS
-from ..study.statistics import Interval, t_limits
-from .collect import Found, Run, Summary, by_step, mean_of_updates, over_updates
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from ..study.methods import BASELINE, OURS, STUDY_METHODS
+from ..study.statistics import Interval, t_interval
+from .collect import CellRun, StepSummary, TaskResults, by_step, finite_mean
 
 # one colour per objective and credit; PCPO's variants share its blue
-LOOKS: dict[str, tuple[int, LineStyle]] = {
+LOOKS: dict[str, tuple[int, Style]] = {
     "ppo": (6, "line"),
-    "log-hinge": (1, "dashed"),  # it often lies on native PPO's line
+    "log-hinge": (1, "dashed"),  # often hidden behind native PPO otherwise
     "pcpo": (0, "line"),
     "pcpo-paper": (0, "dashed"),
     "pcpo-uniform": (0, "points"),
@@ -36,147 +29,118 @@ LOOKS: dict[str, tuple[int, LineStyle]] = {
     "cps": (6, "points"),
     "pcpo-cps": (5, "points"),
 }
+UNITS = "std of the base model's rewards"
+STEP_AXIS = "denoising step, noise first"
 SIZE = (520, 380)
-FOREST_WIDTH, FOREST_LEFT, FOREST_ROW = 760, 230, 24
 
-Group = tuple[str, Sequence[tuple[str, Interval]]]
-"""A title, and effects by method."""
+Series = Callable[[CellRun], Sequence[float]]
 
 
-def line(name: str, x: Sequence[float], y: Sequence[float]) -> Line:
-    color, line_style = LOOKS[name]
-    return Line(CONTENDERS[name].title, x, y, style=line_style, color=color)
+def method_line(name: str, x: Sequence[float], y: Sequence[float]) -> Line:
+    color, style = LOOKS[name]
+    return Line(STUDY_METHODS[name].title, x, y, style=style, color=color)
 
 
-def band(name: str, x: Sequence[float], limits: Sequence[Interval]) -> Line:
-    """The contender's curve with its intervals."""
-    color, line_style = LOOKS[name]
-    low, high = [i.low for i in limits], [i.high for i in limits]
-    return Line(CONTENDERS[name].title, x, [i.value for i in limits], low, high, line_style, color)
+def interval_line(name: str, x: Sequence[float], intervals: Sequence[Interval]) -> Line:
+    """The method's curve; with its band for PCPO and its baseline, whose comparison the figure is about."""
+    middle = method_line(name, x, [i.value for i in intervals])
+    if name not in (BASELINE, OURS):
+        return middle
+    return replace(middle, low=[i.low for i in intervals], high=[i.high for i in intervals])
 
 
-def _mean(runs: Sequence[Run], of: Callable[[Run], Sequence[float]]) -> list[float]:
+def _mean_curve(runs: Sequence[CellRun], of: Series) -> list[float]:
     return np.array([of(run) for run in runs], float).mean(0).tolist()
 
 
-def _each(found: Found, of: Callable[[Run], Sequence[float]], x: Callable[[Run], Sequence[float]]) -> list[Line]:
-    """One line per contender: the mean over seeds."""
-    return [line(name, x(runs[0]), _mean(runs, of)) for name, runs in found.runs.items()]
+def _mean_lines(results: TaskResults, of: Series, x: Series) -> list[Line]:
+    """One line per method: the mean over seeds."""
+    return [method_line(name, x(runs[0]), _mean_curve(runs, of)) for name, runs in results.runs.items()]
 
 
-def convergence(found: Found) -> Image.Image:
-    """Gain by update, that of it which keeps the pictures, and its paired difference from native PPO."""
-    gains, kept, differences = [], [], []
-    baseline = {run.seed: run.kept for run in found.runs[BASELINE]}
-    for name, runs in found.runs.items():
-        x, shown = runs[0].updates, name in (BASELINE, OURS)
-        gains.append(line(name, x, _mean(runs, lambda r: r.gains)))
-        limits = [t_limits(c) for c in np.array([run.kept for run in runs]).T]
-        kept.append(band(name, x, limits) if shown else line(name, x, [i.value for i in limits]))
+def convergence_figure(results: TaskResults) -> Image.Image:
+    """Gain by update, kept gain, and its difference from native PPO paired by seed."""
+    kept, differences = [], []
+    baseline = {run.seed: run.kept for run in results.runs[BASELINE]}
+    for name, runs in results.runs.items():
+        x = runs[0].updates
+        kept.append(interval_line(name, x, [t_interval(c) for c in np.array([run.kept for run in runs]).T]))
         paired = [np.subtract(run.kept, baseline[run.seed]) for run in runs if run.seed in baseline]
         if name != BASELINE and paired:
-            limits = [t_limits(c) for c in np.array(paired).T]
-            differences.append(band(name, x, limits) if shown else line(name, x, [i.value for i in limits]))
-    counts = sorted({len(runs) for runs in found.runs.values()})
+            differences.append(interval_line(name, x, [t_interval(c) for c in np.array(paired).T]))
+    gains = _mean_lines(results, lambda run: run.gains, lambda run: run.updates)
+    counts = sorted({len(runs) for runs in results.runs.values()})
     seeds = f"{'-'.join(map(str, (counts[0], counts[-1])[: len(counts)]))} seeds"
-    units = "std of the base model's rewards"
-    return draw_panels(
+    return figure(
         [
-            Panel("Gain, ruined pictures too", "update", units, gains, note=f"{seeds}, means"),
-            Panel("Kept gain", "update", units, kept, note="95 % bands"),
-            Panel("Kept gain over native PPO", "update", units, differences, hlines=(0.0,), note="paired by seed"),
+            Panel("Gain, all images", "update", UNITS, gains, note=f"{seeds}, means"),
+            Panel("Kept gain", "update", UNITS, kept, note="95 % bands"),
+            Panel("Kept gain over native PPO", "update", UNITS, differences, hlines=(0.0,), note="paired by seed"),
         ],
         columns=3,
         size=SIZE,
     )
 
 
-def _unsteadiness(table: np.ndarray) -> np.ndarray:
-    """Standard deviation over mean of each step's gradient norm, over the last three quarters of the updates."""
+def _variation(table: np.ndarray) -> np.ndarray:
+    """Coefficient of variation of each step's gradient norm over the last three quarters of the updates."""
     late = table[len(table) // 4 :]
-    mean = mean_of_updates(late)
-    spread = np.sqrt(mean_of_updates((late - mean) ** 2)) / mean
-    return np.where(np.isfinite(late).sum(0) > 1, spread, np.nan)  # one update has no spread
+    mean = finite_mean(late)
+    spread = np.sqrt(finite_mean((late - mean) ** 2)) / mean
+    return np.where(np.isfinite(late).sum(0) > 1, spread, np.nan)  # undefined for a single update
 
 
-def health(found: Found) -> Image.Image:
+def _step_lines(results: TaskResults, key: str, of: StepSummary = finite_mean) -> list[Line]:
+    by_method = {name: by_step(runs, key, of) for name, runs in results.runs.items()}
+    return [method_line(name, [float(i) for i in x], y.tolist()) for name, (x, y) in by_method.items()]
+
+
+def health_figure(results: TaskResults) -> Image.Image:
     """Clip fraction, gradient norm and Taylor error: over training and per step."""
 
-    def updates(run: Run) -> list[float]:
-        return over_updates(run, "update")
+    def over_training(key: str) -> list[Line]:
+        return _mean_lines(
+            results, lambda run: smooth(run.over_updates(key), 0.6), lambda run: run.over_updates("update")
+        )
 
-    def steps(key: str, of: Summary = mean_of_updates) -> list[Line]:
-        found_of = {name: by_step(runs, key, of) for name, runs in found.runs.items()}
-        return [line(name, [float(i) for i in x], y.tolist()) for name, (x, y) in found_of.items()]
+    def steps(key: str, of: StepSummary = finite_mean) -> list[Line]:
+        return _step_lines(results, key, of)
 
-    def curve(key: str) -> Callable[[Run], Sequence[float]]:
-        return lambda run: smooth(over_updates(run, key), 0.6)
-
-    unsteadiness = steps("grad_norm", _unsteadiness)
     panels = [
-        Panel("Clip fraction", "update", "share of clipped terms", _each(found, curve("clip_fraction"), updates)),
+        Panel("Clip fraction", "update", "share of clipped terms", over_training("clip_fraction")),
         Panel("Clip fraction per step", STEP_AXIS, "share of clipped terms", steps("clip_fraction")),
-        Panel("Taylor error per step", STEP_AXIS, "|log rho - (rho - 1)|", steps("taylor_error"), log_y=True),
-        Panel("Gradient norm", "update", "norm", _each(found, curve("grad_norm"), updates), log_y=True),
-        Panel("Gradient norm per step", STEP_AXIS, "norm of the step's share", steps("grad_norm"), log_y=True),
-        Panel("Unsteadiness of the gradient norm", STEP_AXIS, "std / mean over updates", unsteadiness),
+        Panel("Taylor error per step", STEP_AXIS, "|log rho - (rho - 1)|", steps("taylor_error")),
+        Panel("Gradient norm", "update", "norm", over_training("grad_norm")),
+        Panel("Gradient norm per step", STEP_AXIS, "norm of the step's share", steps("grad_norm")),
+        Panel("Variation of the gradient norm", STEP_AXIS, "std / mean over updates", steps("grad_norm", _variation)),
     ]
-    return draw_panels(panels, columns=3, size=SIZE)
+    logs = ("Taylor error per step", "Gradient norm", "Gradient norm per step")
+    panels = [replace(p, log_y=True, note="log axis") if p.title in logs else p for p in panels]
+    return figure(panels, columns=3, size=SIZE)
 
 
-def matched(found: Found) -> Image.Image:
-    """What a gain costs: distances, diversity and prompt following against the gain, mean over seeds."""
-    kinds = (
+def matched_figure(results: TaskResults) -> Image.Image:
+    """Distances, diversity and correct objects against the gain, means over seeds."""
+    quantities = (
         ("fd_base", "Distance to the base model", "tiny FD"),
-        ("fd_drawn", "Distance to drawn pictures", "tiny FD"),
+        ("fd_drawn", "Distance to drawings", "tiny FD"),
         ("diversity", "Diversity", "1 - cosine within a prompt"),
-        ("object", "Right object", "share of pictures"),
+        ("object", "Correct object", "share of images"),
     )
     panels = []
-    for key, title, label in kinds:
+    for key, title, label in quantities:
         lines = [
-            line(name, _mean(runs, lambda r: r.gains), _mean(runs, lambda r, key=key: r.examined(key)))
-            for name, runs in found.runs.items()
+            method_line(
+                name, _mean_curve(runs, lambda r: r.gains), _mean_curve(runs, lambda r, key=key: r.evaluated(key))
+            )
+            for name, runs in results.runs.items()
         ]
-        panels.append(Panel(title, "gain, std of the base model's rewards", label, lines))
-    return draw_panels(panels, columns=2, size=(560, 380))
+        panels.append(Panel(title, f"gain, {UNITS}", label, lines))
+    return figure(panels, columns=2, size=(560, 380))
 
 
-def forest(groups: Sequence[Group], title: str, x_label: str) -> Image.Image:
-    """Effects with their limits, one row each, under the title of their group; 0 is a line."""
-    from matplotlib.ticker import MaxNLocator
-
-    rows = sum(len(effects) + 1 for _, effects in groups)
-    figure = style.new_figure(FOREST_WIDTH, 44 + rows * FOREST_ROW + 52)
-    axes = style.add_axes(figure, FOREST_LEFT, 44, FOREST_WIDTH - FOREST_LEFT - 24, rows * FOREST_ROW)
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", color=style.GRID, linewidth=style.THIN, linestyle="-")
-    axes.spines["bottom"].set_visible(False)
-    axes.axvline(0, color=style.MUTED, linewidth=style.THIN)
-    axes.set(ylim=(rows, 0), yticks=())
-    axes.set_xlabel(x_label, **style.text_look())
-    figure.suptitle(title, x=24 / FOREST_WIDTH, ha="left", **style.text_look(style.TITLE, style.INK))
-    paper = {"facecolor": style.PAPER, "edgecolor": "none", "pad": 2}
-    y = 0.5
-    for name, effects in groups:
-        _write_beside(axes, name, y, 24 - FOREST_LEFT, {**style.text_look(style.HEADING, style.INK), "bbox": paper})
-        for method, interval in effects:
-            y += 1
-            _write_beside(axes, CONTENDERS[method].title, y, -8, {"ha": "right", **style.text_look(TEXT, style.INK)})
-            _draw_effect(axes, interval, y, COLORS[LOOKS[method][0]])
-        y += 1
-    axes.xaxis.set_major_locator(MaxNLocator(7, steps=style.ROUND))
-    return style.render(figure)
-
-
-def _write_beside(axes: Axes, text: str, y: float, pixels: float, look: dict[str, Any]) -> None:
-    """Text at a height of the data, so many pixels to the right of the axes' left edge."""
-    axes.annotate(text, (0, y), (pixels, 0), axes.get_yaxis_transform(), "offset points", va="center", **look)
-
-
-def _draw_effect(axes: Axes, interval: Interval, y: float, color: str) -> None:
-    """A dot with its limits where they are known."""
-    limits = np.array([[interval.value - interval.low], [interval.high - interval.value]])
-    error = limits if np.isfinite(limits).all() else None
-    look = {"color": color, "markersize": 9, "linewidth": style.LINE, "capsize": 4, "capthick": style.LINE}
-    axes.errorbar([interval.value], [y], xerr=error, fmt="o", **look)
+TASK_FIGURES: dict[str, Callable[[TaskResults], Image.Image]] = {
+    "convergence": convergence_figure,
+    "health": health_figure,
+    "matched": matched_figure,
+}

@@ -1,214 +1,147 @@
-"""The benchmark's tables, as Markdown."""
+"""Tables of one task, and of the tuning, as Markdown."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..study.grid import KEEPS, Task, choose, competing, tried
-from ..study.methods import BASELINE, CONTENDERS, OURS, RECIPES, REWARDS, Form, Setting
-from ..study.statistics import Interval, Mixed, bootstrap, holm, median, mixed, t_limits, t_test
-from .collect import GOALS, Found, Run, both, by_seed, by_step
+from ..study.grid import StudyTask, task_methods
+from ..study.methods import BASELINE, STUDY_METHODS
+from ..study.outcome import KEEPS
+from ..study.recipes import RECIPES, STUDY_REWARDS
+from ..study.statistics import bootstrap, median, t_interval
+from ..study.studies import Setting, Study
+from ..study.tuning import choose, tuning_results
+from .collect import GOALS, CellRun, TaskResults, by_step
+from .markdown import format_interval, format_number, markdown_table
 
-REFERENCES = (BASELINE, OURS)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def number(value: float, digits: int = 2) -> str:
-    return "-" if math.isnan(value) else "never" if math.isinf(value) else f"{value:.{digits}f}"
-
-
-def limits(found: Interval, digits: int = 2) -> str:
-    """`value [low, high]`, without brackets where there are no limits."""
-    if not math.isfinite(found.value) or math.isnan(found.low):
-        return number(found.value, digits)
-    return f"{number(found.value, digits)} [{number(found.low, digits)}, {number(found.high, digits)}]"
+MATCHED = {  # columns of the comparison at equal gain: key of an evaluation -> (title, digits)
+    "fd_base": ("FD to base model", 0),
+    "fd_drawn": ("FD to drawings", 0),
+    "diversity": ("diversity", 3),
+    "object": ("correct object", 3),
+    "count": ("correct count", 3),
+    "alignment": ("alignment", 3),
+}
 
 
-def chance(p: float) -> str:
-    """A p-value as it is printed."""
-    return "-" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _means(runs: Sequence[Run], of: Callable[[Run], float], digits: int = 2) -> str:
-    """Mean over seeds with Student's limits, over those that have the number."""
+def _seed_mean(runs: Sequence[CellRun], of: Callable[[CellRun], float], digits: int = 2) -> str:
+    """Mean over the seeds that have the number, with Student's interval."""
     values = [of(run) for run in runs]
-    return limits(t_limits([v for v in values if not math.isnan(v)]), digits)
+    return format_interval(t_interval([v for v in values if not math.isnan(v)]), digits)
 
 
-def tuning(form: Form, task: Task, out: Path) -> str:
-    """The outcome on the tuning seeds by setting, the chosen one in bold; empty where none is finished."""
-    names = competing(form, task)
-    found = {name: tried(form, task, name, out) for name in names}
-    if not any(found.values()):
-        return ""
-    every, chosen = form.sweep[RECIPES[task.recipe].kind], choose(form, task, out) or {}
-
-    def cell(name: str, setting: Setting) -> str:
-        one = found[name].get(setting)
-        if one is None:
-            return "-"
-        text = number(one.gain) if one.kept >= KEEPS else f"{number(one.gain)} ({100 * one.kept:.0f} %)"
-        return f"**{text}**" if chosen.get(name) == setting else text
-
-    rows = [[CONTENDERS[name].title, *(cell(name, setting) for setting in every)] for name in names]
-    return table(["mean kept gain on the way", *(f"{rate:g}, {clip:g}" for rate, clip in every)], rows)
-
-
-def equal_settings(form: Form, wanted: Sequence[Task], out: Path) -> str:
-    """Contenders against native PPO at the same setting on the tuning seeds; empty without tuning."""
-    rows: dict[str, list[str]] = {name: [] for name in form.contenders if name != BASELINE}
-    titles = []
-    for task in wanted:
-        found = {name: tried(form, task, name, out) for name in competing(form, task)}
-        base = found[BASELINE]
-        if not base:
-            continue
-        titles.append(f"{RECIPES[task.recipe].title.split(':')[0]}, {RECIPES[task.recipe].model}, {task.reward}")
-        for name, cells in rows.items():
-            gaps = [own.gain - base[s].gain for s, own in found.get(name, {}).items() if s in base]
-            cells.append(f"{sum(g > 0 for g in gaps)}/{len(gaps)}, {sum(gaps) / len(gaps):+.2f}" if gaps else "-")
-    return table(["", *titles], [[CONTENDERS[name].title, *cells] for name, cells in rows.items()]) if titles else ""
-
-
-def gains(found: Found) -> str:
-    """The chosen setting, the kept gain on the way and at the end, and what the whole run ends with."""
+def gain_table(results: TaskResults) -> str:
+    """Chosen setting, mean kept gain over training, kept gain and gain at the end."""
     rows = []
-    for name, runs in found.runs.items():
-        rate, clip = found.chosen[name]
-        setting = f"{rate:g}, {clip:g}" if CONTENDERS[name].clips else f"{rate:g}, -"
-        numbers = [_means(runs, of) for of in (lambda r: r.outcome, lambda r: r.kept[-1], lambda r: r.gains[-1])]
+    for name, runs in results.runs.items():
+        rate, clip = results.chosen[name]
+        setting = f"{rate:g}, {clip:g}" if STUDY_METHODS[name].clips else f"{rate:g}, -"
+        gains = [_seed_mean(runs, of) for of in (lambda r: r.outcome, lambda r: r.kept[-1], lambda r: r.gains[-1])]
         shares = [f"{100 * run.share:.0f}" for run in runs]
-        own = _means(runs, lambda r: r.own, 3)
-        rows.append([CONTENDERS[name].title, setting, str(len(runs)), *numbers, " ".join(shares), own])
-    head = ["", "learning rate, clip", "seeds", "mean kept gain on the way", "kept gain", "gain at the end"]
-    return table([*head, "right objects kept at the end, % by seed", "reward of own rollouts"], rows)
+        own = _seed_mean(runs, lambda r: r.rollout_reward, 3)
+        rows.append([STUDY_METHODS[name].title, setting, str(len(runs)), *gains, " ".join(shares), own])
+    head = ["", "learning rate, clip", "seeds", "mean kept gain", "final kept gain", "final gain, all images"]
+    return markdown_table([*head, "objects kept at the end, % by seed", "reward of own rollouts"], rows)
 
 
-def others(found: Found) -> str:
-    """Gains in the rewards that were not trained on, at the last examination that keeps the pictures."""
-    names = [name for name in REWARDS if name != found.task.reward]
+def held_out_table(results: TaskResults) -> str:
+    """Gains in the rewards that were not trained, at the last evaluation that kept its objects."""
+    names = [name for name in STUDY_REWARDS if name != results.task.reward]
     rows = [
-        [CONTENDERS[name].title, *(_means(runs, lambda r, reward=reward: r.gain_in(reward)) for reward in names)]
-        for name, runs in found.runs.items()
+        [STUDY_METHODS[name].title, *(_seed_mean(runs, lambda r, reward=reward: r.gain_in(reward)) for reward in names)]
+        for name, runs in results.runs.items()
     ]
-    return table(["kept gain in rewards not trained on", *names], rows)
+    return markdown_table(["kept gain in held-out rewards", *names], rows)
 
 
-def times(found: Found, form: Form) -> str:
-    """Updates to each goal (median of the seeds, and how many of them got there), then images and seconds."""
-    updates, prices = [], []
-    for name, runs in found.runs.items():
+def time_tables(results: TaskResults, study: Study) -> str:
+    """Updates to each goal (median over seeds, seeds that reach it), then images and seconds."""
+    updates, costs = [], []
+    for name, runs in results.runs.items():
         reached = [sum(math.isfinite(run.reach(goal)) for run in runs) for goal in GOALS]
-        spent = [
-            [bootstrap([run.reach(goal) * price(run) for run in runs], median) for goal in GOALS]
-            for price in (lambda r: 1, lambda r: form.images_per_update, lambda r: r.result["seconds_per_update"])
-        ]
-        title = CONTENDERS[name].title
-        updates.append([title, *(f"{limits(t, 1)} ({n}/{len(runs)})" for t, n in zip(spent[0], reached, strict=True))])
-        prices.append([title, *(f"{limits(i, 0)}; {limits(s, 0)}" for i, s in zip(*spent[1:], strict=True))])
+        times, images, seconds = (
+            [bootstrap([run.reach(goal) * cost(run) for run in runs], median) for goal in GOALS]
+            for cost in (lambda r: 1, lambda r: study.images_per_update, lambda r: r.result["seconds_per_update"])
+        )
+        title = STUDY_METHODS[name].title
+        updates.append(
+            [title, *(f"{format_interval(t, 1)} ({n}/{len(runs)})" for t, n in zip(times, reached, strict=True))]
+        )
+        pairs = zip(images, seconds, strict=True)
+        costs.append([title, *(f"{format_interval(i, 0)}; {format_interval(s, 0)}" for i, s in pairs)])
     heads = [f"to +{goal:g}" for goal in GOALS]
-    return "\n\n".join(
-        [table(["updates, median of the seeds", *heads], updates), table(["images; seconds", *heads], prices)]
-    )
+    first = markdown_table(["updates, median over seeds", *heads], updates)
+    return first + "\n\n" + markdown_table(["images; seconds", *heads], costs)
 
 
-def health(found: Found) -> str:
-    """Means over all updates of all seeds; per-step extremes show how flat a contender is."""
+def health_table(results: TaskResults) -> str:
+    """Means over all updates of all seeds; the extremes per step show how even a method is."""
     rows = []
-    for name, runs in found.runs.items():
+    for name, runs in results.runs.items():
         clip, norm, taylor = (by_step(runs, key)[1] for key in ("clip_fraction", "grad_norm", "taylor_error"))
-        whole = [[record["grad_norm"] for record in run.records] for run in runs]
-        unsteady = float(np.mean([np.std(w) / np.mean(w) for w in whole]))
+        norms = [[record["grad_norm"] for record in run.records] for run in runs]
+        variation = float(np.mean([np.std(of_run) / np.mean(of_run) for of_run in norms]))
         rows.append(
             [
-                CONTENDERS[name].title,
+                STUDY_METHODS[name].title,
                 f"{100 * clip.mean():.1f} %",
                 f"{100 * clip.min():.1f} to {100 * clip.max():.1f} %",
-                f"{np.mean(whole):.2e}",
-                f"{unsteady:.2f}",
+                f"{np.mean(norms):.2e}",
+                f"{variation:.2f}",
                 f"{norm.max() / norm.min():.1f}",
                 f"{taylor.mean():.1e}",
             ]
         )
-    head = [
-        "",
-        "clip fraction",
-        "per step",
-        "gradient norm",
-        "its std / mean",
-        "largest / smallest step",
-        "Taylor error",
-    ]
-    return table(head, rows)
+    head = ["", "clip fraction", "per step", "gradient norm", "std / mean", "largest / smallest step", "Taylor error"]
+    return markdown_table(head, rows)
 
 
-def matched(found: Found, goal: float) -> str:
-    """What was given up at the moment when the gain reached `goal`; seeds that never did are left out."""
-    keys = (("fd_base", 0), ("fd_drawn", 0), ("diversity", 3), ("object", 3), ("count", 3), ("alignment", 3))
+def matched_table(results: TaskResults, goal: float) -> str:
+    """Image quality where the kept gain reaches `goal`; seeds that never reach it are left out."""
     rows = []
-    for name, runs in found.runs.items():
+    for name, runs in results.runs.items():
         reached = sum(math.isfinite(run.reach(goal)) for run in runs)
-        cells = [_means(runs, lambda r, key=key: r.matched(key, goal), digits) for key, digits in keys]
-        rows.append([f"{CONTENDERS[name].title} ({reached}/{len(runs)})", *cells])
-    base = next(iter(found.runs.values()))[0]
-    rows.insert(0, ["base model", *(number(base.examined(key)[0], digits) for key, digits in keys)])
-    return table(["", "FD to base", "FD to drawn", "diversity", "right object", "right count", "alignment"], rows)
+        cells = [_seed_mean(runs, lambda r, key=key: r.matched(key, goal), d) for key, (_, d) in MATCHED.items()]
+        rows.append([f"{STUDY_METHODS[name].title} ({reached}/{len(runs)})", *cells])
+    base = next(iter(results.runs.values()))[0]
+    rows.insert(0, ["base model", *(format_number(base.evaluated(key)[0], d) for key, (_, d) in MATCHED.items())])
+    return markdown_table(["", *(title for title, _ in MATCHED.values())], rows)
 
 
-def chances(found: Sequence[Found]) -> dict[tuple[str, str], float]:
-    """p of every contender against native PPO and against PCPO by seeds, all of them one family of Holm's."""
-    names = [name for name in CONTENDERS if any(name in task.runs for task in found)]
-    wanted = [(name, BASELINE) for name in names if name != BASELINE]
-    wanted += [(name, OURS) for name in names if name not in REFERENCES]
-    corrected = holm([t_test(by_seed(found, *pair)) for pair in wanted])
-    every = dict(zip(wanted, corrected, strict=True))
-    return every | {(second, first): p for (first, second), p in every.items()}
+def tuning_table(study: Study, task: StudyTask, out: Path) -> str:
+    """Outcome on the tuning seeds by setting, the chosen one in bold; empty if none is finished."""
+    names = task_methods(study, task)
+    results = {name: tuning_results(study, task, name, out) for name in names}
+    if not any(results.values()):
+        return ""
+    sweep, chosen = study.sweep[RECIPES[task.recipe].kind], choose(study, task, out) or {}
+
+    def cell(name: str, setting: Setting) -> str:
+        result = results[name].get(setting)
+        if result is None:
+            return "-"
+        number = format_number(result.gain)
+        text = number if result.kept >= KEEPS else f"{number} ({100 * result.kept:.0f} %)"
+        return f"**{text}**" if chosen.get(name) == setting else text
+
+    rows = [[STUDY_METHODS[name].title, *(cell(name, setting) for setting in sweep)] for name in names]
+    return markdown_table(["mean kept gain", *(f"{rate:g}, {clip:g}" for rate, clip in sweep)], rows)
 
 
-def against(found: Sequence[Found], reference: str) -> tuple[str, Mixed]:
-    """Every contender against one of them over all tasks: the mixed model, and the seeds' averages over the tasks."""
-    model = mixed([row for task in found for row in task.rows()], reference)
-    p, lines = chances(found), []
-    for name in (name for name in CONTENDERS if name in model.effects):
-        by_model = [limits(model.effects[name]), chance(model.p[name])]
-        by_seeds = [limits(t_limits(by_seed(found, name, reference))), chance(p[name, reference])]
-        counts = [wins(found, name, reference), fewer(found, name, reference)]
-        raw = limits(t_limits(by_seed(found, name, reference, lambda run: run.gains[-1])))
-        lines.append([CONTENDERS[name].title, *by_model, *by_seeds, *counts, raw])
-    head = [f"against {CONTENDERS[reference].title}", "difference (mixed model)", "p", "difference (by seeds)"]
-    head += ["p (Holm)", "better in", f"fewer updates to +{GOALS[0]:g}", "at the end, ruined pictures too"]
-    return table(head, lines), model
-
-
-def wins(found: Sequence[Found], name: str, reference: str) -> str:
-    """In how many pairs of seed and task the outcome is better, of how many."""
-    gaps = [mine.outcome - other.outcome for mine, other in both(found, name, reference)]
-    return f"{sum(gap > 0 for gap in gaps)}/{len(gaps)}"
-
-
-def fewer(found: Sequence[Found], name: str, reference: str) -> str:
-    """Median share of updates saved on the way to the first goal, over the seeds of which at least one gets there.
-
-    A reference that never gets there counts with the updates that it ran, so what it is given is too little.
-    """
-    saved = []
-    for mine, other in both(found, name, reference):
-        own, others = mine.reach(GOALS[0]), other.reach(GOALS[0])
-        if min(own, others) < math.inf:
-            saved.append(1 - own / min(others, other.updates[-1]))
-    middle = bootstrap(saved, median)
-    low, value, high = (
-        f"{round(100 * v)} %" if math.isfinite(v) else "never" for v in (middle.low, middle.value, middle.high)
-    )
-    return f"{value} [{low}, {high}] of {len(saved)}" if len(saved) > 1 else "-"
-
-
-def describe(task: Task) -> str:
-    recipe = RECIPES[task.recipe]
-    return f"{recipe.model}, {recipe.title}, reward {task.reward}"
+def equal_settings_table(study: Study, tasks: Sequence[StudyTask], out: Path) -> str:
+    """Methods against native PPO at the same setting on the tuning seeds; empty without tuning."""
+    rows: dict[str, list[str]] = {name: [] for name in study.methods if name != BASELINE}
+    titles = []
+    for task in tasks:
+        results = {name: tuning_results(study, task, name, out) for name in task_methods(study, task)}
+        base = results[BASELINE]
+        if not base:
+            continue
+        titles.append(f"{RECIPES[task.recipe].paper}, {RECIPES[task.recipe].model}, {task.reward}")
+        for name, cells in rows.items():
+            gaps = [own.gain - base[s].gain for s, own in results.get(name, {}).items() if s in base]
+            cells.append(f"{sum(g > 0 for g in gaps)}/{len(gaps)}, {sum(gaps) / len(gaps):+.2f}" if gaps else "-")
+    lines = [[STUDY_METHODS[name].title, *cells] for name, cells in rows.items()]
+    return markdown_table(["", *titles], lines) if titles else ""

@@ -1,7 +1,7 @@
 """Pipelines of full-size denoisers and VAEs with random weights, or tiny ones of the same classes.
 
-Text encoders are stand-ins with the real widths and lengths and one layer: they are gone when training begins.
-Sizes are those in the models' published configuration files.
+Text encoders have the real widths and lengths but one or two layers: they are unloaded before training begins.
+Sizes are those of the models' published configuration files.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from comfyui_pcpo.tiny.pipelines import MODELS
 from trainer.policy.skeletons import SDXL_UNET, UNET, VAE
 
 Sizes = dict[str, Any]
-NOTHING: Any = None  # what the classes take and do not declare
+NOTHING: Any = None  # accepted by the classes, but not declared
 CLIP_LENGTH, T5_LENGTH = 77, 512
 TINY_UNET: Sizes = {
     "block_out_channels": (32, 64),
@@ -84,7 +84,7 @@ FLUX_SHIFT: Sizes = {
 
 
 def filled(make: Callable[[], nn.Module], empty: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A model in `dtype` with small random weights, or `empty` with shapes alone, which takes no memory."""
+    """A model in `dtype` with small random weights, or `empty` with shapes only, which takes no memory."""
     if empty:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return _made(make, dtype)
@@ -126,7 +126,7 @@ def clip_tokenizer() -> Any:
 
 
 def t5(width: int = 4096) -> Any:
-    library: Any = transformers  # T5's classes are declared in part only
+    library: Any = transformers  # the type stubs of T5 are incomplete
     config = library.T5Config(
         vocab_size=64, d_model=width, d_kv=64, d_ff=64, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu",
         is_encoder_decoder=False, tie_word_embeddings=False,
@@ -146,7 +146,7 @@ def vae(tiny: bool, empty: bool, **more: Any) -> Any:
     return filled(lambda: diffusers.AutoencoderKL(**config), empty, torch.float32)
 
 
-def ddim() -> Any:
+def ddim_scheduler() -> Any:
     return diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1,
@@ -163,14 +163,15 @@ def unet(config: dict[str, Any], tiny: bool, empty: bool) -> Any:
 def sd15(tiny: bool, empty: bool) -> Any:
     return diffusers.StableDiffusionPipeline(
         vae=vae(tiny, empty), text_encoder=clip(768), tokenizer=clip_tokenizer(), unet=unet(UNET, tiny, empty),
-        scheduler=ddim(), safety_checker=NOTHING, feature_extractor=NOTHING, requires_safety_checker=False,
+        scheduler=ddim_scheduler(), safety_checker=NOTHING, feature_extractor=NOTHING, requires_safety_checker=False,
     )  # fmt: skip
 
 
 def sdxl(tiny: bool, empty: bool) -> Any:
     return diffusers.StableDiffusionXLPipeline(
         vae=vae(tiny, empty), text_encoder=clip(768), text_encoder_2=clip(1280, True), tokenizer=clip_tokenizer(),
-        tokenizer_2=clip_tokenizer(), unet=unet(SDXL_UNET, tiny, empty), scheduler=ddim(), add_watermarker=False,
+        tokenizer_2=clip_tokenizer(), unet=unet(SDXL_UNET, tiny, empty), scheduler=ddim_scheduler(),
+        add_watermarker=False,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""Few, standard statistics: time to a target, limits by t and bootstrap, one mixed-effects model, Holm."""
+"""Standard statistics: time to a target, t and bootstrap intervals, t-test, Holm's correction."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ RESAMPLES = 10_000
 
 
 def first_reach(updates: Sequence[float], values: Sequence[float], goal: float) -> float:
-    """When a curve first reaches `goal`, straight lines between its points; infinity where it never does."""
+    """Where a curve first reaches `goal`, by linear interpolation; infinity if it never does."""
     previous = None
     for at, value in zip(updates, values, strict=True):
         if value >= goal:
@@ -24,20 +24,20 @@ def first_reach(updates: Sequence[float], values: Sequence[float], goal: float) 
 
 
 def at_reach(updates: Sequence[float], values: Sequence[float], goal: float, others: Sequence[float]) -> float:
-    """Another curve's value at the moment when the first one reaches `goal`; NaN where it never does."""
+    """Value of another curve where the first one reaches `goal`; NaN if it never does."""
     when = first_reach(updates, values, goal)
     return float(np.interp(when, updates, others)) if math.isfinite(when) else math.nan
 
 
-def area(updates: Sequence[float], values: Sequence[float]) -> float:
-    """Mean height of a curve, trapezoids between its points: early gains count longer than late ones."""
+def mean_height(updates: Sequence[float], values: Sequence[float]) -> float:
+    """Area under a curve over its length, by trapezoids: early gains count for longer than late ones."""
     x, y = np.asarray(updates, float), np.asarray(values, float)
     return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0]))
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its 95 % limits."""
+    """An estimate with its 95 % interval."""
 
     value: float
     low: float
@@ -45,12 +45,12 @@ class Interval:
 
 
 def median(values: np.ndarray) -> np.ndarray:
-    """Lower median along the last axis: infinities (a target never reached) stay where they belong."""
+    """Lower median along the last axis; unlike an interpolated one, it allows infinities (target never reached)."""
     return np.sort(values, axis=-1)[..., (values.shape[-1] - 1) // 2]
 
 
-def t_limits(values: Sequence[float]) -> Interval:
-    """Mean with Student's t limits (1908); NaN limits for fewer than two values."""
+def t_interval(values: Sequence[float]) -> Interval:
+    """Mean with Student's t interval (1908); NaN limits for fewer than two values."""
     x = np.asarray(values, float)
     if len(x) < 2:
         return Interval(float(x[0]) if len(x) else math.nan, math.nan, math.nan)
@@ -59,14 +59,14 @@ def t_limits(values: Sequence[float]) -> Interval:
     return Interval(middle, middle - reach, middle + reach)
 
 
-def spread(values: Sequence[float]) -> Interval:
-    """Mean with the smallest and the largest value, where values are too few for limits."""
+def value_range(values: Sequence[float]) -> Interval:
+    """Mean with the smallest and the largest value, for samples too small for an interval."""
     x = np.asarray(values, float)
     return Interval(float(x.mean()), float(x.min()), float(x.max()))
 
 
 def t_test(differences: Sequence[float]) -> float:
-    """Two-sided p of a mean of 0 by Student's t; NaN for fewer than two differences, 1 where all are 0."""
+    """Two-sided p-value of a zero mean by Student's t; NaN for fewer than two differences, 1 if all are 0."""
     d = np.asarray(differences, float)
     if len(d) < 2:
         return math.nan
@@ -77,7 +77,7 @@ def t_test(differences: Sequence[float]) -> float:
 
 
 def bootstrap(values: Sequence[float], statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> Interval:
-    """Percentile bootstrap over seeds (Efron 1979), for what has no formula; with five seeds it is narrow."""
+    """Percentile bootstrap over seeds (Efron 1979), for statistics without a formula; too narrow with five seeds."""
     x = np.asarray(values, float)
     if len(x) < 2:
         return Interval(float(x[0]) if len(x) else math.nan, math.nan, math.nan)
@@ -87,68 +87,10 @@ def bootstrap(values: Sequence[float], statistic: Callable[[np.ndarray], np.ndar
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979), in the order given; NaN stays and does not count."""
+    """p-values corrected for multiple tests (Holm 1979), in the given order; NaN is kept and not counted."""
     known = [i for i in np.argsort(p_values) if not math.isnan(p_values[i])]
     adjusted, highest = np.full(len(p_values), math.nan), 0.0
     for rank, i in enumerate(known):
         highest = max(highest, min(1.0, (len(known) - rank) * p_values[i]))
         adjusted[i] = highest
     return adjusted.tolist()
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """A fitted random-intercept model: one effect per contender against the first one."""
-
-    effects: dict[str, Interval]
-    p: dict[str, float]
-    block_std: float
-    residual_std: float
-
-
-def mixed(rows: Sequence[tuple[str, Hashable, float]], reference: str) -> Mixed:
-    """REML fit of  y = contender + block + noise,  block ~ N(0, s_b^2);  rows are (contender, block, y).
-
-    Laird and Ware 1982. A block is one seed of one task: all contenders see its prompts and its noise.
-    The ratio s_b^2 / s^2 is found on a fine grid; limits are Student's t with n - contenders - blocks + 1 degrees, and
-    NaN where that leaves none.
-    """
-    names = [reference, *sorted({name for name, _, _ in rows} - {reference})]
-    blocks = sorted({block for _, block, _ in rows}, key=str)
-    y = np.array([value for _, _, value in rows])
-    x = np.zeros((len(rows), len(names)))
-    x[:, 0] = 1
-    z = np.zeros((len(rows), len(blocks)))
-    for i, (name, block, _) in enumerate(rows):
-        if name != reference:
-            x[i, names.index(name)] = 1
-        z[i, blocks.index(block)] = 1
-    freedom = len(rows) - len(names) - len(blocks) + 1
-    if freedom < 1:
-        beta = np.linalg.lstsq(x, y, rcond=None)[0]
-        point = {n: Interval(float(beta[k]), math.nan, math.nan) for k, n in enumerate(names) if n != reference}
-        return Mixed(point, dict.fromkeys(point, math.nan), math.nan, math.nan)
-    ratio = max((0.0, *np.geomspace(1e-4, 1e4, 400)), key=lambda r: _likelihood(x, y, z, r)[0])
-    _, beta, covariance, variance = _likelihood(x, y, z, ratio)
-    errors = np.sqrt(np.diag(covariance))
-    reach = stats.t.ppf(0.975, freedom) * errors
-    effects = {n: Interval(*map(float, (beta[k], beta[k] - reach[k], beta[k] + reach[k]))) for k, n in enumerate(names)}
-    p = {n: float(2 * stats.t.sf(abs(beta[k]) / errors[k], freedom)) for k, n in enumerate(names)}
-    for found in (effects, p):
-        del found[reference]
-    return Mixed(effects, p, math.sqrt(ratio * variance), math.sqrt(variance))
-
-
-def _likelihood(
-    x: np.ndarray, y: np.ndarray, z: np.ndarray, ratio: float
-) -> tuple[float, np.ndarray, np.ndarray, float]:
-    """(restricted log-likelihood, effects, their covariance, residual variance) at a ratio of variances."""
-    v = np.eye(len(y)) + ratio * z @ z.T
-    inverse = np.linalg.inv(v)
-    information = x.T @ inverse @ x
-    beta = np.linalg.solve(information, x.T @ inverse @ y)
-    residual = y - x @ beta
-    freedom = len(y) - x.shape[1]
-    variance = float(residual @ inverse @ residual / freedom)
-    logs = np.linalg.slogdet(v)[1] + np.linalg.slogdet(information)[1] + freedom * math.log(max(variance, 1e-300))
-    return -0.5 * logs, beta, variance * np.linalg.inv(information), variance

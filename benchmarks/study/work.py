@@ -1,4 +1,4 @@
-"""Works off a grid, alone or beside other processes: each cell has a lock, and a cell that is taken is passed over."""
+"""Works through a grid, alone or in parallel with other processes: cells are locked, and locked cells are skipped."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,53 +10,44 @@ from trainer.config.schema import ConfigError
 from trainer.runs.folder import RunFolder
 
 from .cells import Say, run_cell
-from .grid import (
-    Cell,
-    choose,
-    common_settings,
-    competing,
-    fresh_cells,
-    read_result,
-    reported_cells,
-    tasks,
-    tuning_cells,
-)
-from .methods import Form
+from .grid import Cell, common_settings, fresh_cells, reported_cells, study_tasks, task_methods, tuning_cells
+from .studies import Study
+from .tuning import choose, read_result
 
-WAIT = 5.0  # seconds between two looks at work that others are doing
-T = TypeVar("T")
+WAIT = 5.0  # seconds between two checks of cells that other processes hold
+Item = TypeVar("Item")
 
 
-def work(form: Form, out: Path, say: Say) -> None:
-    """Run every cell that is not finished yet: each task's tuning seeds and reported ones, then one setting for all."""
-    for task in tasks(form):
-        run_cells(tuning_cells(form, task), form, out, say)
-        chosen = choose(form, task, out)
+def work(study: Study, out: Path, say: Say) -> None:
+    """Run every unfinished cell: per task the tuning seeds, then the reported ones; then the common setting."""
+    for task in study_tasks(study):
+        run_cells(tuning_cells(study, task), study, out, say)
+        chosen = choose(study, task, out)
         assert chosen is not None
-        run_cells(reported_cells(form, task, chosen), form, out, say)
-    for task in tasks(form):
-        run_cells(reported_cells(form, task, common_settings(form, task)), form, out, say)
-        run_cells(fresh_cells(form, task), form, out, say)
+        run_cells(reported_cells(study, task, chosen), study, out, say)
+    for task in study_tasks(study):
+        run_cells(reported_cells(study, task, common_settings(study, task)), study, out, say)
+        run_cells(fresh_cells(study, task), study, out, say)
 
 
-def run_cells(cells: list[Cell], form: Form, out: Path, say: Say) -> None:
-    """Run those that are free until all are finished, by this process or by others."""
+def run_cells(cells: list[Cell], study: Study, out: Path, say: Say) -> None:
+    """Run unlocked cells until all are finished, by this process or by others."""
     share(
-        lambda: [cell for cell in cells if read_result(cell, form, out) is None],
-        lambda cell: run_if_free(cell, form, out, say),
+        lambda: [cell for cell in cells if read_result(cell, study, out) is None],
+        lambda cell: run_if_free(cell, study, out, say),
     )
 
 
-def share(missing: Callable[[], Sequence[T]], attempt: Callable[[T], bool]) -> None:
-    """Attempt what is missing until nothing is; wait while all of it is taken by other processes."""
-    while left := missing():
-        done = [attempt(one) for one in left]
+def share(missing: Callable[[], Sequence[Item]], attempt: Callable[[Item], bool]) -> None:
+    """Attempt the missing items until none is left; wait while other processes hold all of them."""
+    while items := missing():
+        done = [attempt(item) for item in items]
         if not any(done):
             time.sleep(WAIT)
 
 
 def if_free(folder: Path, job: Callable[[], None]) -> bool:
-    """Do `job` with the folder's lock; False where another process holds it."""
+    """Do `job` while holding the folder's lock; False if another process holds it."""
     with ExitStack() as stack:
         try:
             stack.enter_context(RunFolder(folder).locked())
@@ -66,22 +57,22 @@ def if_free(folder: Path, job: Callable[[], None]) -> bool:
     return True
 
 
-def run_if_free(cell: Cell, form: Form, out: Path, say: Say) -> bool:
-    """Whether this process ran it; False where another one is at it."""
+def run_if_free(cell: Cell, study: Study, out: Path, say: Say) -> bool:
+    """Run a cell unless another process holds it, -> whether this process had the lock."""
 
     def job() -> None:
-        if read_result(cell, form, out) is None:
-            run_cell(cell, form, out, say)
+        if read_result(cell, study, out) is None:
+            run_cell(cell, study, out, say)
 
     return if_free(cell.folder(out), job)
 
 
-def progress(form: Form, out: Path) -> tuple[int, int]:
-    """(finished cells, all cells); what is not chosen yet may turn out to be finished already."""
+def progress(study: Study, out: Path) -> tuple[int, int]:
+    """(finished cells, all cells); reported cells without a chosen setting are counted as unfinished."""
     cells, unknown = set(), 0
-    for task in tasks(form):
-        chosen = choose(form, task, out)
-        cells.update(tuning_cells(form, task), reported_cells(form, task, chosen or {}))
-        cells.update(reported_cells(form, task, common_settings(form, task)), fresh_cells(form, task))
-        unknown += 0 if chosen else len(form.seeds) * len(competing(form, task))
-    return sum(read_result(cell, form, out) is not None for cell in cells), len(cells) + unknown
+    for task in study_tasks(study):
+        chosen = choose(study, task, out)
+        cells.update(tuning_cells(study, task), reported_cells(study, task, chosen or {}))
+        cells.update(reported_cells(study, task, common_settings(study, task)), fresh_cells(study, task))
+        unknown += 0 if chosen else len(study.seeds) * len(task_methods(study, task))
+    return sum(read_result(cell, study, out) is not None for cell in cells), len(cells) + unknown

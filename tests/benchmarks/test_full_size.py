@@ -1,28 +1,28 @@
-"""The full-size measurements, on small stand-ins of the same classes."""
+"""The full-size measurements, on small models of the same classes."""
 
 import pytest
 
-from benchmarks.speed.full_size import ROWS, estimate, measure, show
+from benchmarks.speed.full_size import FULL_SIZE, estimate_model, full_size_table, measure_model
 
 
 @pytest.mark.parametrize("name", ["sd15-512", "sdxl-1024", "sd35m-512", "flux-512"])
-def test_a_row_is_estimated_without_weights(name):
-    row = estimate(name, tiny=True)
+def test_a_model_is_estimated_without_weights(name):
+    row = estimate_model(name, tiny=True)
     assert row["peak"] >= row["denoiser"] + row["lora"] + row["update"] > 0
-    assert name in show([row])
+    assert name in full_size_table([row])
 
 
-def test_the_estimate_of_a_model_that_is_only_shapes_is_that_of_the_model():
-    measured = measure("flux-512", "cpu", tiny=True)
-    assert measured["estimate"] == estimate("flux-512", tiny=True)["peak"]
+def test_the_estimate_from_shapes_alone_equals_that_of_the_model():
+    measured = measure_model("flux-512", "cpu", tiny=True)
+    assert measured["estimate"] == estimate_model("flux-512", tiny=True)["peak"]
     assert measured["repeats"] and measured["first_log_ratio"] < 1e-5
     assert measured["seconds"] > 0 and measured["transitions"] == 4 * 3
 
 
 def test_a_full_size_sd15_has_its_published_number_of_weights():
-    """859.5 million in the UNet, in bfloat16 but for norms."""
-    assert estimate("sd15-512")["denoiser"] == pytest.approx(2 * 859.5e6, rel=0.01)
+    """859.5 million in the UNet, in bfloat16 except the norms."""
+    assert estimate_model("sd15-512")["denoiser"] == pytest.approx(2 * 859.5e6, rel=0.01)
 
 
-def test_every_row_has_a_memory_target():
-    assert {row[3] for row in ROWS.values()} == {8, 16, 24}
+def test_every_model_has_a_memory_target():
+    assert {row[3] for row in FULL_SIZE.values()} == {8, 16, 24}

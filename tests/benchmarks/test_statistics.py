@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.report.collect import Run, by_step
-from benchmarks.study.statistics import area, at_reach, bootstrap, first_reach, holm, median, mixed, t_limits, t_test
+from benchmarks.report.collect import CellRun, by_step
+from benchmarks.study.mixed_model import fit_mixed_model
+from benchmarks.study.statistics import at_reach, bootstrap, first_reach, holm, mean_height, median, t_interval, t_test
 
 
-def test_a_target_is_reached_on_the_straight_line_between_two_examinations():
+def test_a_target_is_reached_on_the_straight_line_between_two_evaluations():
     assert first_reach([0, 4, 8], [0.0, 0.2, 0.6], 0.4) == pytest.approx(6)
     assert first_reach([0, 4, 8], [0.0, 0.2, 0.6], 0.0) == 0
     assert first_reach([0, 4, 8], [0.0, 0.2, 0.6], 0.7) == math.inf
@@ -27,15 +28,15 @@ def test_values_at_matched_reward_are_read_where_the_reward_is_reached():
 
 
 def test_area_is_the_mean_height():
-    assert area([0, 1, 3], [0.0, 1.0, 1.0]) == pytest.approx((0.5 + 2) / 3)
+    assert mean_height([0, 1, 3], [0.0, 1.0, 1.0]) == pytest.approx((0.5 + 2) / 3)
 
 
 def test_limits_of_a_mean_equal_scipys():
     x = np.random.default_rng(0).normal(3, 1, 5)
-    found, expected = t_limits(x.tolist()), stats.ttest_1samp(x, 0).confidence_interval()
-    assert (found.value, found.low, found.high) == pytest.approx((x.mean(), expected.low, expected.high))
-    assert math.isnan(t_limits([1.0]).low) and t_limits([1.0]).value == 1.0
-    assert math.isnan(t_limits([]).value)
+    interval, expected = t_interval(x.tolist()), stats.ttest_1samp(x, 0).confidence_interval()
+    assert (interval.value, interval.low, interval.high) == pytest.approx((x.mean(), expected.low, expected.high))
+    assert math.isnan(t_interval([1.0]).low) and t_interval([1.0]).value == 1.0
+    assert math.isnan(t_interval([]).value)
 
 
 def test_a_test_of_differences_equals_scipys_and_all_zeros_are_no_difference():
@@ -54,8 +55,8 @@ def test_bootstrap_of_the_median_covers_it_and_narrows_with_the_number_of_seeds(
 
 
 def test_the_median_of_times_counts_a_target_that_was_never_reached_as_late():
-    found = bootstrap([4.0, 6.0, math.inf], median)
-    assert (found.value, found.low, found.high) == (6.0, 4.0, math.inf)
+    interval = bootstrap([4.0, 6.0, math.inf], median)
+    assert (interval.value, interval.low, interval.high) == (6.0, 4.0, math.inf)
 
 
 def test_holm_by_hand():
@@ -63,51 +64,51 @@ def test_holm_by_hand():
     assert holm([0.01, math.nan, 0.03]) == pytest.approx([0.02, math.nan, 0.03], nan_ok=True)
 
 
-def balanced(contenders=3, blocks=8, seed=0):
+def balanced(methods=3, blocks=8, seed=0):
     rng = np.random.default_rng(seed)
-    y = rng.normal(0, 0.5, (contenders, blocks)) + rng.normal(0, 2, blocks) + np.arange(contenders)[:, None]
-    return y, [(f"c{c}", b, y[c, b]) for c in range(contenders) for b in range(blocks)]
+    y = rng.normal(0, 0.5, (methods, blocks)) + rng.normal(0, 2, blocks) + np.arange(methods)[:, None]
+    return y, [(f"c{c}", b, y[c, b]) for c in range(methods) for b in range(blocks)]
 
 
 def test_mixed_model_of_balanced_data_equals_the_analysis_of_variance():
-    """Closed form: effects are differences of means, s^2 is the interaction's mean square, limits are its t."""
+    """Closed study: effects are differences of means, s^2 is the interaction's mean square, limits are its t."""
     y, rows = balanced()
-    found = mixed(rows, "c0")
+    model = fit_mixed_model(rows, "c0")
     residual = y - y.mean(0) - y.mean(1)[:, None] + y.mean()
     freedom = (3 - 1) * (8 - 1)
     s2 = (residual**2).sum() / freedom
     block = 3 * y.mean(0).var(ddof=1)  # expectation s^2 + 3 s_b^2
-    assert found.residual_std == pytest.approx(math.sqrt(s2), rel=1e-2)
-    assert found.block_std == pytest.approx(math.sqrt((block - s2) / 3), rel=2e-2)
+    assert model.residual_std == pytest.approx(math.sqrt(s2), rel=1e-2)
+    assert model.block_std == pytest.approx(math.sqrt((block - s2) / 3), rel=2e-2)
     effect, reach = y[1].mean() - y[0].mean(), stats.t.ppf(0.975, freedom) * math.sqrt(2 * s2 / 8)
-    assert found.effects["c1"].value == pytest.approx(effect)
-    assert found.effects["c1"].high - effect == pytest.approx(reach, rel=1e-2)
-    assert set(found.p) == {"c1", "c2"}
+    assert model.effects["c1"].value == pytest.approx(effect)
+    assert model.effects["c1"].high - effect == pytest.approx(reach, rel=1e-2)
+    assert set(model.p) == {"c1", "c2"}
 
 
 def test_mixed_model_without_blocks_that_differ_finds_no_block_variance():
     rng = np.random.default_rng(3)
     rows = [(c, b, rng.normal()) for c in ("a", "b") for b in range(40)]
-    found = mixed(rows, "a")
-    assert found.block_std < 0.5
-    assert found.residual_std == pytest.approx(1, abs=0.2)
+    model = fit_mixed_model(rows, "a")
+    assert model.block_std < 0.5
+    assert model.residual_std == pytest.approx(1, abs=0.2)
 
 
 def test_one_seed_gives_differences_without_limits():
-    found = mixed([("a", 0, 1.0), ("b", 0, 3.0)], "a")
-    assert found.effects["b"].value == pytest.approx(2)
-    assert math.isnan(found.effects["b"].low)
-    assert math.isnan(found.p["b"])
+    model = fit_mixed_model([("a", 0, 1.0), ("b", 0, 3.0)], "a")
+    assert model.effects["b"].value == pytest.approx(2)
+    assert math.isnan(model.effects["b"].low)
+    assert math.isnan(model.p["b"])
 
 
-def test_mixed_model_uses_blocks_that_lack_a_contender():
+def test_mixed_model_uses_blocks_that_lack_a_method():
     """Dropping them would leave c1's effect to the five whole blocks."""
     y, rows = balanced()
-    found = mixed(rows[:-3], "c0")
-    assert found.effects["c2"].low < 2 < found.effects["c2"].high
+    model = fit_mixed_model(rows[:-3], "c0")
+    assert model.effects["c2"].low < 2 < model.effects["c2"].high
     whole = y[1, :5].mean() - y[0, :5].mean()
     every = y[1].mean() - y[0].mean()
-    assert abs(found.effects["c1"].value - every) < 0.2 * abs(whole - every)
+    assert abs(model.effects["c1"].value - every) < 0.2 * abs(whole - every)
 
 
 def test_metrics_by_step_join_runs_whose_windows_fell_on_other_steps(tmp_path):
@@ -115,7 +116,7 @@ def test_metrics_by_step_join_runs_whose_windows_fell_on_other_steps(tmp_path):
         (tmp_path / name).mkdir()
         records = [{"per_step": {"steps": [s], "grad_norm": [v]}} for s, v in zip(steps, values, strict=True)]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
-        return Run("window", 0, {}, tmp_path / name)
+        return CellRun("window", 0, {}, tmp_path / name)
 
     steps, means = by_step([run("a", [0, 1, 1], [1.0, 2.0, 4.0]), run("b", [1, 3], [5.0, 7.0])], "grad_norm")
     assert steps == [0, 1, 3] and means.tolist() == [1.0, 4.0, 7.0]

@@ -1,31 +1,37 @@
-"""Small benchmark grids: their form, results written by hand, and one run interrupted."""
+"""Small studies for the tests: handwritten results, and an interrupted run."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
 
-from benchmarks.study.grid import Cell, Task, cell_config, configuration, read_result
-from benchmarks.study.methods import FORMS, REWARDS, Form
+from benchmarks.study.cell_config import cell_config, identity
+from benchmarks.study.grid import Cell, StudyTask, reported_cells, tuning_cells
+from benchmarks.study.recipes import STUDY_REWARDS
+from benchmarks.study.studies import STUDIES, Study
+from benchmarks.study.tuning import choose, read_result
 from benchmarks.study.work import run_if_free
 from trainer.runs.folder import RunFolder
 
-TASK = Task("flow-grpo", "colorfulness")
+TASK = StudyTask("flow-grpo", "colorfulness")
+FOUR = {"flow": tuple(itertools.product((1e-3, 1e-2), (1e-4, 1e-3)))}  # settings
 
 
-def small(**changes: object) -> Form:
-    """The smallest grid that still has something to choose and two contenders."""
-    tiny = {"contenders": ("ppo", "pcpo"), "seeds": (0,), "tasks": (("flow-grpo", "colorfulness"),)}
-    sizes = {"group_size": 2, "prompts_per_update": 1, "steps": 3, "updates": 2, "every": 1, "each": 2, "reference": 16}
-    return dataclasses.replace(FORMS["quick"], **{**tiny, **sizes, **changes})
+def small(**changes: object) -> Study:
+    """The smallest study with two methods."""
+    tiny = {"methods": ("ppo", "pcpo"), "seeds": (0,), "tasks": (("flow-grpo", "colorfulness"),)}
+    sizes = {"group_size": 2, "prompts_per_update": 1, "steps": 3, "updates": 2}
+    sizes |= {"evaluate_every": 1, "images_per_prompt": 2, "reference_images": 16}
+    return dataclasses.replace(STUDIES["quick"], **{**tiny, **sizes, **changes})
 
 
-def write(cell: Cell, form: Form, out, gain: float, kept: float = 1.0) -> None:
-    """A finished cell on a straight line to `gain`, with a share `kept` of right objects at its end."""
+def write(cell: Cell, study: Study, out, gain: float, kept: float = 1.0) -> None:
+    """A finished cell on a straight line to `gain`, with a share `kept` of correct objects at its end."""
     folder = cell.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     same = {"fd_base": 100.0, "fd_drawn": 200.0, "diversity": 0.1, "object": 1.0, "count": 1.0, "alignment": 0.5}
-    rewards = {f"{name}{part}": value for name in REWARDS for part, value in (("", 0.5), ("_std", 0.1))}
+    rewards = {f"{name}{part}": value for name in STUDY_REWARDS for part, value in (("", 0.5), ("_std", 0.1))}
     rows = [{"update": u, **rewards, **same, "fd_base": 100 + u} for u in (0, 5, 10)]
     rows[1]["polish"] = 0.6
     rows[-1]["object"] = kept
@@ -35,7 +41,7 @@ def write(cell: Cell, form: Form, out, gain: float, kept: float = 1.0) -> None:
         "rows": rows,
         "seconds_per_update": 2.0,
         "commit": "c",
-        "config": configuration(cell_config(cell, form, out)),
+        "config": identity(cell_config(cell, study, out)),
     }
     (folder / "result.json").write_text(json.dumps(result))
     step = {"steps": [0, 1], "clip_fraction": [0.1, 0.3], "grad_norm": [1.0, 2.0], "taylor_error": [1e-6, 1e-6]}
@@ -46,8 +52,17 @@ def write(cell: Cell, form: Form, out, gain: float, kept: float = 1.0) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def interrupted(cell: Cell, form: Form, out, monkeypatch) -> RunFolder:
-    """The cell's folder after its first checkpoint."""
+def fill(study: Study, out, gain) -> None:
+    """Write results for all cells; gain(cell) is the gain at the end, on a straight line."""
+    for task in map(lambda t: StudyTask(*t), study.tasks):
+        for cell in [*tuning_cells(study, task), *reported_cells(study, task, choose(study, task, out) or {})]:
+            write(cell, study, out, gain(cell))
+        for cell in reported_cells(study, task, choose(study, task, out) or {}):
+            write(cell, study, out, gain(cell))
+
+
+def interrupted(cell: Cell, study: Study, out, monkeypatch) -> RunFolder:
+    """A cell interrupted after its first checkpoint, -> its folder."""
     saved = RunFolder.save
 
     def stop(self, state, config):
@@ -57,6 +72,6 @@ def interrupted(cell: Cell, form: Form, out, monkeypatch) -> RunFolder:
     with monkeypatch.context() as patched:
         patched.setattr(RunFolder, "save", stop)
         with pytest.raises(KeyboardInterrupt):
-            run_if_free(cell, form, out, lambda text: None)
-    assert read_result(cell, form, out) is None
+            run_if_free(cell, study, out, lambda text: None)
+    assert read_result(cell, study, out) is None
     return RunFolder(cell.folder(out))

@@ -22,7 +22,6 @@ from ..config.schema import Config, ConfigError
 from ..loop.scoring import RunError
 from ..runs.folder import RunFolder
 from ..runs.launch import Run
-from .benchmark import benchmark
 from .evaluation import COMMANDS
 from .progress import Bar, Stopped, outcome
 
@@ -344,6 +343,3 @@ def _free_name(folder: Path, name: str, end: str = "") -> str:
 
 def _plus(config: Config) -> str:
     return " + ".join(f"{w:g} x {name}" for name, w in config.reward.weights.items())
-
-
-app.command(benchmark)

@@ -1,0 +1,119 @@
+"""The command line of the benchmarks: `python -m benchmarks --help`."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from tqdm import tqdm
+
+from comfyui_pcpo.reward.base import RewardError
+from trainer.config.schema import ConfigError
+from trainer.loop.scoring import RunError
+
+app = App(
+    name="python -m benchmarks",
+    default_parameter=Parameter(negative=()),
+    suppress_keyboard_interrupt=False,  # handled by `main`
+    help="Compare PCPO with its baselines on the embedded models, and measure speed and memory.",
+)
+
+
+@app.default
+def benchmark(
+    *,
+    study: Literal["quick", "medium", "full"] = "quick",
+    out: Path = Path("output/benchmark"),
+    part: Literal["all", "convergence", "guidance", "speed", "report"] = "all",
+    docs: Path | None = None,
+) -> None:
+    """Run a study; an interrupted study is resumed.
+
+    Several processes may share one folder: each cell is run by one of them.
+
+    Parameters
+    ----------
+    study
+        quick takes minutes, medium hours, full days of one CPU core.
+    out
+        Folder of the results.
+    part
+        convergence, guidance (two rewards combined), speed, or report (pages and figures of the finished parts only).
+    docs
+        Write the report into this folder, such as docs; the folder of the results if omitted.
+    """
+    from trainer.cli.main import quieten
+
+    from .report.pages import write_report
+    from .speed.loop_speed import run_speed
+    from .study.files import commit
+    from .study.studies import STUDIES
+    from .study.two_rewards import run_two_rewards
+    from .study.work import progress, work
+
+    quieten()
+    design, folder = STUDIES[study], out.resolve() / study
+    folder.mkdir(parents=True, exist_ok=True)
+    commit()  # cached before the checkout can change
+    if part in ("all", "convergence"):
+        done, total = progress(design, folder)
+        tqdm.write(f"{done} of {total} cells in {folder} are finished")
+        work(design, folder, tqdm.write)
+    if part in ("all", "guidance"):
+        run_two_rewards(design, folder, tqdm.write)
+    if part in ("all", "speed"):
+        run_speed(folder, tqdm.write)
+    tqdm.write(str(write_report(study, design, folder, (docs or folder).resolve())))
+
+
+@app.command
+def full_size(
+    *,
+    estimate: bool = False,
+    tiny: bool = False,
+    device: str = "cuda",
+    only: str | None = None,
+    out: Path = Path("full_size.jsonl"),
+) -> None:
+    """Measure memory and speed of full-size models with random weights, on a GPU and without any download.
+
+    Parameters
+    ----------
+    estimate
+        Only do the arithmetic of `check`, which needs no GPU.
+    tiny
+        Small models of the same classes, to try the command.
+    device
+        Where the models run.
+    only
+        One model: sd15-512, sdxl-1024, sd35m-512, sd35m-1024, flux-512 or flux-1024.
+    out
+        JSON lines to write.
+    """
+    from .speed.full_size import FULL_SIZE, FullSizeOptions, run_full_size
+
+    if only is not None and only not in FULL_SIZE:
+        raise ConfigError(f"--only is {only}, but the models are {', '.join(FULL_SIZE)}. Use one of them.")
+    run_full_size(FullSizeOptions(estimate, tiny, device, only), out, tqdm.write)
+
+
+def main(tokens: list[str] | None = None) -> int:
+    """Run one command, -> exit status: 0 done, 2 error, 130 interrupted."""
+    try:
+        app(tokens, result_action="return_value", exit_on_error=False)
+    except (ConfigError, RunError, RewardError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}. Check the path and the free space; finished cells are intact.", file=sys.stderr)
+        return 2
+    except CycloptsError:  # already printed
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,67 @@
+"""The page on speed and memory of the loop."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from comfyui_pcpo.plotting.figure import Line, Panel, figure
+
+from ..speed.loop_speed import AXES, BASE, LABELS, REPEATS, SPEED_MODELS
+from .markdown import format_number, markdown_table
+
+
+def growth_figure(rows: list[dict[str, Any]]) -> Image.Image:
+    """Seconds per update of the loop and of the reference loop along each axis."""
+    panels = []
+    for axis, label in LABELS.items():
+        lines = []
+        for color, model in enumerate(SPEED_MODELS):
+            points = [row for row in rows if row["axis"] == axis and row["model"] == model]
+            x = [row["value"] for row in points]
+            if points:
+                lines.append(Line(model, x, [row["whole"] for row in points], style="points", color=color))
+                calls = [row["least"] for row in points]
+                lines.append(Line(f"{model}, model calls only", x, calls, style="dashed", color=color))
+        panels.append(Panel(f"Seconds per update by {label}", label, "CPU seconds", lines))
+    return figure(panels, columns=2, size=(520, 340))
+
+
+def speed_page(out: Path, images: Path, where: str) -> str:
+    """The page; empty if nothing was measured."""
+    folder = out / "speed"
+    rows = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.json"))]
+    if not rows:
+        return ""
+    rows.sort(key=lambda r: (r["model"] != SPEED_MODELS[0], list(AXES).index(r["axis"]), r["value"]))
+    growth_figure(rows).save(images / "speed.png")
+    head = ["", "", "rollout, ms per image", "update, ms per trained transition", "outside model calls", "peak memory"]
+    lines = [
+        [
+            row["model"],
+            f"{LABELS[row['axis']]} {row['value']}",
+            format_number(1e3 * row["rollout"] / row["images"], 1),
+            format_number(1e3 * row["update"] / row["transitions"], 1),
+            f"{100 * row['outside']:.1f} %",
+            f"{row['peak']:.0f} MB ({row['peak'] - row['loaded']:+.0f})",
+        ]
+        for row in rows
+    ]
+    outside = [100 * row["outside"] for row in rows]
+    middle = f"{statistics.median(outside):.1f} %, from {min(outside):.1f} to {max(outside):.1f} %"
+    size = ", ".join(f"{LABELS.get(key, 'prompts')} {value}" for key, value in BASE.items())
+    commit_line = (folder / "commit.txt").read_text(encoding="utf-8")
+    return f"""# Speed and memory
+
+Commit {commit_line}. One CPU thread, CPU seconds of the process, medians of {REPEATS} updates, each followed by
+`benchmarks/speed/reference_loop.py`, which makes the same model calls forward and backward and nothing else. Rollout
+and update are separated by their shares of the wall-clock time. Unless the row states otherwise: {size}, 64 pixels.
+Memory is the peak of the process after one update; in brackets, what the loop adds to the loaded model.
+
+Time outside model calls: median {middle}. Repeated measurements of one setting differ as much.
+
+![Seconds per update]({where}/speed.png)
+
+{markdown_table(head, lines)}"""

@@ -1,0 +1,25 @@
+"""Clock and peak memory of a measurement."""
+
+import sys
+import time
+
+import torch
+
+
+def device_clock(device: torch.device) -> float:
+    """CPU seconds of this process, which other processes do not affect; on a GPU, wall-clock seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+def peak_megabytes(device: torch.device) -> float:
+    """Peak memory so far, in MB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1e-6 if sys.platform == "darwin" else 1.024e-3)

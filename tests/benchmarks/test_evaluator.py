@@ -1,0 +1,78 @@
+"""The evaluation of a model, two LoRAs composed, and the reference loop of the speed measurements."""
+
+import torch
+from benchmark_grids import TASK, small
+
+from benchmarks.speed.reference_loop import bare_rollout, bare_update
+from benchmarks.study import two_rewards
+from benchmarks.study.cell_config import cell_config
+from benchmarks.study.evaluator import EVALUATION_SEED, make_evaluator, ode_images, prompt_accuracy
+from benchmarks.study.grid import Cell
+from benchmarks.study.recipes import STUDY_PROMPTS
+from comfyui_pcpo.method.guidance import ImplicitReward
+from comfyui_pcpo.tiny.align import load_image_encoder
+from comfyui_pcpo.tiny.pipelines import MODELS
+from tools.tiny.card import features, reality
+from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
+from trainer.policy.loading import make_policy
+
+
+def test_the_evaluation_recognises_drawings():
+    prompts = ["a fox on a plain blue background", "two frogs on a dotted red background"] * 4
+    encoder = load_image_encoder(MODELS / "emoji-align")
+    readings = encoder.read(features(encoder, reality(prompts, seed=0)))
+    assert prompt_accuracy(readings, prompts) == (1.0, 1.0)
+    assert prompt_accuracy(readings, ["a pig", "a star"] * 4) == (0.0, 0.5)
+
+
+def test_the_evaluation_finds_the_base_model_near_itself_and_far_from_noise(tmp_path):
+    study = small(images_per_prompt=4, reference_images=64, steps=6)
+    policy = make_policy(cell_config(Cell(TASK, "ppo", 1e-3, 1e-3, 0), study, tmp_path))
+    evaluator = make_evaluator(policy, study, tmp_path)
+    own = evaluator.evaluate_policy(policy)
+    generator = torch.Generator().manual_seed(0)
+    noise = evaluator.evaluate_images(torch.rand(len(STUDY_PROMPTS) * 4, 64, 64, 3, generator=generator))
+    assert own["fd_base"] < 0.2 * noise["fd_base"]
+    assert own["object"] > 0.5 > noise["object"]
+    assert own == make_evaluator(policy, study, tmp_path).evaluate_policy(policy)
+
+
+def test_guidance_by_one_lora_and_a_sum_of_one_lora_agree(tmp_path):
+    """The two ways of composing meet at the ends of the front, and differ between them."""
+    config = cell_config(Cell(TASK, "pcpo", 1e-3, 1e-3, 0), small(), tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    policy = sampling_policy(config, [])
+    pairs = [
+        {n: (torch.randn(2, *a.shape[1:], generator=generator), 0.3 * torch.randn(len(b), 2, generator=generator))
+         for n, (a, b) in policy.lora().items()}
+        for _ in range(2)
+    ]  # fmt: skip
+
+    def by(weights, way):
+        guides = [Guide(p, ImplicitReward(w)) for p, w in zip(pairs, weights, strict=True)]
+        guides = guides if way == "irg" else [Guide(two_rewards.summed(pairs, weights), ImplicitReward(1.0))]
+        composed = sampling_policy(config, [g.pairs for g in guides])
+        return sample(composed, ("a fox",), guides, Draw(EVALUATION_SEED, 3, each=2))
+
+    torch.testing.assert_close(by((1.0, 0.0), "irg"), by((1.0, 0.0), "sum"), atol=1e-3, rtol=0)
+    assert (by((0.5, 0.5), "irg") - by((0.5, 0.5), "sum")).abs().max() > 0.01
+
+
+def test_evaluation_and_sampling_generate_the_same_images(tmp_path):
+    config = cell_config(Cell(TASK, "ppo", 1e-3, 1e-3, 0), small(), tmp_path)
+    policy = make_policy(config)
+    sampled = sample(policy, STUDY_PROMPTS, [], Draw(EVALUATION_SEED, 3, each=2))
+    torch.testing.assert_close(sampled, ode_images(policy, 2, EVALUATION_SEED, 3), atol=1e-4, rtol=0)
+
+
+def test_the_reference_loop_makes_exactly_the_requested_model_calls(tmp_path):
+    policy = make_policy(cell_config(Cell(TASK, "ppo", 1e-3, 1e-3, 0), small(), tmp_path))
+    calls = []
+    policy.denoiser.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    condition, chunks = policy.encode(list(STUDY_PROMPTS)), list(torch.arange(4).split(2))
+    optimizer = torch.optim.AdamW(policy.trainable(), lr=1e-3)
+    before = [p.detach().clone() for p in policy.trainable()]
+    bare_rollout(policy, condition, [900.0, 500.0, 100.0], chunks)
+    bare_update(policy, optimizer, condition, [900.0, 500.0], chunks)
+    assert calls == [False] * 6 + [True] * 4
+    assert any(not torch.equal(p, b) for p, b in zip(policy.trainable(), before, strict=True))
