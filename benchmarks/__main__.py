@@ -11,15 +11,15 @@ from comfyui_pcpo.reward.base import RewardError
 from trainer.config.schema import ConfigError
 from trainer.loop.scoring import RunError
 
-app = App(
+benchmark_app = App(
     name="python -m benchmarks",
     default_parameter=Parameter(negative=()),
-    suppress_keyboard_interrupt=False,  # handled by `main`
+    suppress_keyboard_interrupt=False,  # handled by `run_command`
     help="Compare PCPO with its baselines on the embedded models, and measure speed and memory.",
 )
 
 
-@app.default
+@benchmark_app.default
 def benchmark(
     *,
     study: Literal["quick", "medium", "full"] = "quick",
@@ -66,7 +66,7 @@ def benchmark(
     tqdm.write(str(write_report(study, design, folder, (docs or folder).resolve())))
 
 
-@app.command
+@benchmark_app.command
 def full_size(
     *,
     estimate: bool = False,
@@ -97,10 +97,10 @@ def full_size(
     run_full_size(FullSizeOptions(estimate, tiny, device, only), out, tqdm.write)
 
 
-def main(tokens: list[str] | None = None) -> int:
+def run_command(tokens: list[str] | None = None) -> int:
     """Run one command, -> exit status: 0 done, 2 error, 130 interrupted."""
     try:
-        app(tokens, result_action="return_value", exit_on_error=False)
+        benchmark_app(tokens, result_action="return_value", exit_on_error=False)
     except (ConfigError, RunError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -116,4 +116,4 @@ def main(tokens: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command())

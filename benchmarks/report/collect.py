@@ -12,8 +12,8 @@ from comfyui_pcpo.plotting.run_curves import column
 from trainer.runs.folder import RunFolder
 
 from ..study.grid import Cell, StudyTask, common_settings, fresh_cells, reported_cells, study_tasks, task_methods
+from ..study.kept_gain import gain, keeping, kept_gains, kept_share, mean_kept_gain
 from ..study.methods import BASELINE
-from ..study.outcome import gain, keeping, kept_gains, kept_share, outcome
 from ..study.statistics import at_reach, first_reach
 from ..study.studies import Setting, Study
 from ..study.tuning import choose, finished
@@ -56,8 +56,8 @@ class CellRun:
         return kept_gains(self.result)
 
     @property
-    def outcome(self) -> float:
-        return outcome(self.result)
+    def mean_kept_gain(self) -> float:
+        return mean_kept_gain(self.result)
 
     @property
     def share(self) -> float:
@@ -98,21 +98,21 @@ StepSummary = Callable[[np.ndarray], np.ndarray]
 """(updates, steps) -> (steps,)"""
 
 
-def finite_mean(table: np.ndarray) -> np.ndarray:
+def mean_where_finite(table: np.ndarray) -> np.ndarray:
     """Mean of the finite values, (N, steps) -> (steps,); NaN where there are none."""
     is_finite = np.isfinite(table)
     count = is_finite.sum(0)
     return np.where(count, np.where(is_finite, table, 0).sum(0) / np.maximum(count, 1), np.nan)
 
 
-def by_step(runs: Sequence[CellRun], key: str, of: StepSummary = finite_mean) -> tuple[list[int], np.ndarray]:
+def by_step(runs: Sequence[CellRun], key: str, of: StepSummary = mean_where_finite) -> tuple[list[int], np.ndarray]:
     """Every step that any run trained, and `of` its metric, averaged over the runs that trained it, (steps,)."""
     tables = [run.per_step(key) for run in runs]
     steps = sorted({step for own, _ in tables for step in own})
     rows = np.full((len(runs), len(steps)), np.nan)
     for row, (own, table) in zip(rows, tables, strict=True):
         row[[steps.index(step) for step in own]] = of(table)
-    return steps, finite_mean(rows)
+    return steps, mean_where_finite(rows)
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,12 @@ class TaskResults:
     runs: dict[str, list[CellRun]]
 
     def rows(self) -> list[tuple[str, str, float]]:
-        """(method, block, outcome); a block is a seed of this task.
+        """(method, block, mean kept gain); a block is a seed of this task.
 
         Blocks of one seed share prompts and noise across tasks, so they are not independent draws of tasks.
         """
         all_runs = [run for runs in self.runs.values() for run in runs]
-        return [(run.method, f"{self.task.name}/{run.seed}", run.outcome) for run in all_runs]
+        return [(run.method, f"{self.task.name}/{run.seed}", run.mean_kept_gain) for run in all_runs]
 
 
 def collect(study: Study, out: Path) -> list[TaskResults]:
@@ -186,9 +186,12 @@ def paired_runs(results: Sequence[TaskResults], first: str, second: str) -> list
 
 
 def by_seed(
-    results: Sequence[TaskResults], first: str, second: str, of: Callable[[CellRun], float] = lambda run: run.outcome
+    results: Sequence[TaskResults],
+    first: str,
+    second: str,
+    of: Callable[[CellRun], float] = lambda run: run.mean_kept_gain,
 ) -> list[float]:
-    """Difference first - second in the outcome, averaged over the tasks that have both, one number per seed."""
+    """Difference first - second in the mean kept gain, averaged over the tasks that have both, one number per seed."""
     differences: dict[int, list[float]] = {}
     for mine, other in paired_runs(results, first, second):
         differences.setdefault(mine.seed, []).append(of(mine) - of(other))

@@ -38,8 +38,8 @@ def comparison_table(results: Sequence[TaskResults], reference: str) -> tuple[st
 
 
 def wins(results: Sequence[TaskResults], name: str, reference: str) -> str:
-    """In how many pairs of seed and task the method has the better outcome, out of how many."""
-    differences = [mine.outcome - other.outcome for mine, other in paired_runs(results, name, reference)]
+    """In how many pairs of seed and task the method has the larger mean kept gain, out of how many."""
+    differences = [mine.mean_kept_gain - other.mean_kept_gain for mine, other in paired_runs(results, name, reference)]
     return f"{sum(difference > 0 for difference in differences)}/{len(differences)}"
 
 

@@ -11,7 +11,7 @@ from comfyui_pcpo.plotting.plot import smooth
 
 from ..study.methods import BASELINE, OURS, STUDY_METHODS
 from ..study.statistics import Interval, t_interval
-from .collect import CellRun, StepSummary, TaskResults, by_step, finite_mean
+from .collect import CellRun, StepSummary, TaskResults, by_step, mean_where_finite
 
 # one colour per objective and credit; PCPO's variants share its blue
 LOOKS: dict[str, tuple[int, Style]] = {
@@ -85,12 +85,12 @@ def convergence_figure(results: TaskResults) -> Image.Image:
 def _variation(table: np.ndarray) -> np.ndarray:
     """Coefficient of variation of each step's gradient norm over the last three quarters of the updates."""
     late = table[len(table) // 4 :]
-    mean = finite_mean(late)
-    spread = np.sqrt(finite_mean((late - mean) ** 2)) / mean
+    mean = mean_where_finite(late)
+    spread = np.sqrt(mean_where_finite((late - mean) ** 2)) / mean
     return np.where(np.isfinite(late).sum(0) > 1, spread, np.nan)  # undefined for a single update
 
 
-def _step_lines(results: TaskResults, key: str, of: StepSummary = finite_mean) -> list[Line]:
+def _step_lines(results: TaskResults, key: str, of: StepSummary = mean_where_finite) -> list[Line]:
     by_method = {name: by_step(runs, key, of) for name, runs in results.runs.items()}
     return [method_line(name, [float(i) for i in x], y.tolist()) for name, (x, y) in by_method.items()]
 
@@ -103,7 +103,7 @@ def health_figure(results: TaskResults) -> Image.Image:
             results, lambda run: smooth(run.over_updates(key), 0.6), lambda run: run.over_updates("update")
         )
 
-    def steps(key: str, of: StepSummary = finite_mean) -> list[Line]:
+    def steps(key: str, of: StepSummary = mean_where_finite) -> list[Line]:
         return _step_lines(results, key, of)
 
     panels = [

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..study.grid import study_tasks, tuning_task
+from ..study.kept_gain import KEEPS
 from ..study.methods import BASELINE, OURS, STUDY_METHODS
 from ..study.mixed_model import fit_mixed_model
-from ..study.outcome import KEEPS
 from ..study.statistics import t_interval, t_test
 from ..study.studies import Study
 from .collect import GOALS, TaskResults, by_seed, collect, collect_common, complete
@@ -42,8 +42,8 @@ mean kept gain than native PPO, and the mean difference. There are few seeds, so
 
 
 @dataclass(frozen=True)
-class Report:
-    """A study and its results as they are written."""
+class StudyReport:
+    """A study with its results, and where its figures go."""
 
     study_name: str
     study: Study
@@ -57,7 +57,7 @@ def write_report(study_name: str, study: Study, out: Path, folder: Path) -> Path
     pages_folder, images = folder / "results", folder / "images" / "results"
     for made in (pages_folder, images):
         made.mkdir(parents=True, exist_ok=True)
-    report = Report(study_name, study, out, images, collect(study, out))
+    report = StudyReport(study_name, study, out, images, collect(study, out))
     pages = {
         "all-tasks": all_tasks_page(report),
         "common-setting": common_setting_page(report),
@@ -76,16 +76,16 @@ def write_report(study_name: str, study: Study, out: Path, folder: Path) -> Path
     return write_summary(report, folder / "results.md")
 
 
-def write_summary(report: Report, file: Path) -> Path:
+def write_summary(report: StudyReport, file: Path) -> Path:
     """Replace the generated part of results.md; the text around it, written by hand, is kept."""
     text = file.read_text(encoding="utf-8") if file.is_file() else f"# Results\n\n{BEGIN}\n{END}\n"
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    file.write_text(f"{before}{BEGIN}\n\n{summary(report)}\n\n{END}{after}", encoding="utf-8")
+    file.write_text(f"{before}{BEGIN}\n\n{summary_part(report)}\n\n{END}{after}", encoding="utf-8")
     return file
 
 
-def summary(report: Report) -> str:
+def summary_part(report: StudyReport) -> str:
     """Figure and table over all finished tasks: what a reader needs to see first."""
     results = complete(report.results, report.study)
     names = everywhere(results)
@@ -108,7 +108,7 @@ def summary(report: Report) -> str:
     return f"![Difference from native PPO](images/results/summary.png)\n\n{markdown_table(head, rows)}"
 
 
-def all_tasks_page(report: Report) -> str:
+def all_tasks_page(report: StudyReport) -> str:
     """All methods against native PPO and against PCPO, over the tasks with every seed finished; empty without any."""
     results = complete(report.results, report.study)
     if not results:
@@ -131,7 +131,7 @@ def all_tasks_page(report: Report) -> str:
     return "\n\n".join([*parts, COMPARED])
 
 
-def common_setting_page(report: Report) -> str:
+def common_setting_page(report: StudyReport) -> str:
     """All methods at one setting of the sweep, and PCPO against its baseline on fresh seeds; empty without any."""
     study, out = report.study, report.out
     results = complete(collect_common(study, out), study)
@@ -161,7 +161,7 @@ def common_setting_page(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-def tuning_page(report: Report) -> str:
+def tuning_page(report: StudyReport) -> str:
     """Outcome of every setting by task; empty without tuning."""
     study, out = report.study, report.out
     tuned = [task for task in study_tasks(study) if tuning_task(study, task) == task]

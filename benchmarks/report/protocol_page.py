@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..study.outcome import KEEPS
+from ..study.kept_gain import KEEPS
 from ..study.recipes import STUDY_PROMPTS
 from ..study.studies import Study
 from .collect import TaskResults
@@ -16,16 +16,16 @@ def protocol_page(study_name: str, study: Study, results: Sequence[TaskResults],
         [
             "# How the results were measured",
             f"    python -m benchmarks --study {study_name}",
-            _runs(study, results),
-            _gains(study),
-            _settings(study),
-            _numbers(study),
+            _runs_paragraph(study, results),
+            _gains_paragraph(study),
+            _settings_paragraph(study),
+            _numbers_paragraph(study),
             f"## Pages\n\n{links}",
         ]
     )
 
 
-def _runs(study: Study, results: Sequence[TaskResults]) -> str:
+def _runs_paragraph(study: Study, results: Sequence[TaskResults]) -> str:
     runs = [run for task in results for of_method in task.runs.values() for run in of_method]
     commits = format_list(sorted({run.result["commit"] for run in runs}))
     size = f"{study.updates} updates of {study.prompts_per_update} prompts x {study.group_size} images"
@@ -34,7 +34,7 @@ def _runs(study: Study, results: Sequence[TaskResults]) -> str:
     )
 
 
-def _gains(study: Study) -> str:
+def _gains_paragraph(study: Study) -> str:
     images = len(STUDY_PROMPTS) * study.images_per_prompt
     return f"""**Evaluation.** Before training and every {study.evaluate_every} updates, the model generates {images}
 images of the training prompts, sampled without noise (ODE) and from the same initial noise each time. Gains are in
@@ -47,7 +47,7 @@ chosen and methods are compared by it. It counts objects only: a model that gene
 over and over loses nothing. Such a loss is visible in the column "diversity", but not in the kept gain."""
 
 
-def _settings(study: Study) -> str:
+def _settings_paragraph(study: Study) -> str:
     sweeps = "; ".join(
         f"{kind}: " + ", ".join(f"({rate:g}, {clip:g})" for rate, clip in sweep) for kind, sweep in study.sweep.items()
     )
@@ -58,7 +58,7 @@ were chosen for each method and task on the tuning seeds ({tuning}), which are n
 DiffusionNFT, which also sample without noise in training and never share the first noise within a group."""
 
 
-def _numbers(study: Study) -> str:
+def _numbers_paragraph(study: Study) -> str:
     images = len(STUDY_PROMPTS) * study.images_per_prompt
     return f"""**Numbers.** Brackets are 95 % intervals over seeds: Student's t for means, bootstrap for medians. Times
 are interpolated linearly between evaluations, so times below {study.evaluate_every} updates are estimates. tempflow and

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from ..study.grid import StudyTask, task_methods
+from ..study.kept_gain import KEEPS
 from ..study.methods import BASELINE, STUDY_METHODS
-from ..study.outcome import KEEPS
 from ..study.recipes import RECIPES, STUDY_REWARDS
 from ..study.statistics import bootstrap, median, t_interval
 from ..study.studies import Setting, Study
@@ -38,7 +38,9 @@ def gain_table(results: TaskResults) -> str:
     for name, runs in results.runs.items():
         rate, clip = results.chosen[name]
         setting = f"{rate:g}, {clip:g}" if STUDY_METHODS[name].clips else f"{rate:g}, -"
-        gains = [_seed_mean(runs, of) for of in (lambda r: r.outcome, lambda r: r.kept[-1], lambda r: r.gains[-1])]
+        gains = [
+            _seed_mean(runs, of) for of in (lambda r: r.mean_kept_gain, lambda r: r.kept[-1], lambda r: r.gains[-1])
+        ]
         shares = [f"{100 * run.share:.0f}" for run in runs]
         own = _seed_mean(runs, lambda r: r.rollout_reward, 3)
         rows.append([STUDY_METHODS[name].title, setting, str(len(runs)), *gains, " ".join(shares), own])

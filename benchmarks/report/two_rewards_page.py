@@ -9,8 +9,8 @@ from PIL import Image
 from comfyui_pcpo.plotting.figure import Line, Panel, Style, figure
 from trainer.config.schema import ConfigError
 
+from ..study.kept_gain import gain
 from ..study.methods import OURS, STUDY_METHODS
-from ..study.outcome import gain
 from ..study.recipes import RECIPES
 from ..study.statistics import value_range
 from ..study.two_rewards import DOUBLE, FIRST, MIXES, RECIPE, SECOND, Row, Weights

@@ -20,7 +20,7 @@ from .cell_config import cell_config, identity, require_same
 from .evaluator import Evaluator, make_evaluator
 from .files import commit, read_json, write_json
 from .grid import Cell, evaluation_updates
-from .outcome import gain
+from .kept_gain import gain
 from .studies import Study
 
 Say = Callable[[str], None]

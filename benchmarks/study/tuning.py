@@ -11,7 +11,7 @@ from trainer.config.schema import ConfigError
 
 from .cell_config import cell_config, require_same
 from .grid import Cell, StudyTask, method_settings, task_methods, tuning_task
-from .outcome import kept_share, outcome
+from .kept_gain import kept_share, mean_kept_gain
 from .studies import Setting, Study
 
 
@@ -41,7 +41,7 @@ class TuningResult:
     """Means of one setting over the finished tuning seeds."""
 
     seeds: int
-    gain: float  # outcome
+    gain: float  # mean kept gain
     kept: float  # share of the base model's correct objects at the end
 
 
@@ -52,14 +52,14 @@ def tuning_results(study: Study, task: StudyTask, method: str, out: Path) -> dic
         cells = [Cell(task, method, *setting, seed) for seed in study.tuning_seeds]
         results = [result for _, result in finished(cells, study, out)]
         if results:
-            gains = [outcome(result) for result in results]
+            gains = [mean_kept_gain(result) for result in results]
             kept = [kept_share(result["rows"][-1], result["rows"][0]) for result in results]
             by_setting[setting] = TuningResult(len(results), sum(gains) / len(gains), sum(kept) / len(kept))
     return by_setting
 
 
 def choose(study: Study, task: StudyTask, out: Path) -> dict[str, Setting] | None:
-    """Each method's setting with the highest outcome on the tuning seeds; None while cells are missing."""
+    """Each method's setting with the highest mean kept gain on the tuning seeds; None while cells are missing."""
     chosen = {}
     for method in task_methods(study, task):
         options = method_settings(study, task, method)

@@ -11,8 +11,8 @@ from benchmarks.report import tables
 from benchmarks.report.collect import collect
 from benchmarks.study.cell_config import cell_config
 from benchmarks.study.grid import Cell, StudyTask, method_settings, reported_cells, task_methods, tuning_cells
+from benchmarks.study.kept_gain import kept_gains
 from benchmarks.study.methods import STUDY_METHODS
-from benchmarks.study.outcome import kept_gains
 from benchmarks.study.recipes import RECIPES, STUDY_REWARDS
 from benchmarks.study.studies import STUDIES
 from benchmarks.study.tuning import choose
@@ -77,7 +77,7 @@ def test_settings_are_never_chosen_on_reported_seeds(name):
     assert not set(STUDIES[name].tuning_seeds) & set(STUDIES[name].seeds)
 
 
-def test_the_setting_with_the_highest_mean_outcome_over_the_tuning_seeds_is_chosen(tmp_path):
+def test_the_setting_with_the_highest_mean_kept_gain_over_the_tuning_seeds_is_chosen(tmp_path):
     study = small(sweep=FOUR, tuning_seeds=(100, 101))
     assert choose(study, TASK, tmp_path) is None
     best = {"ppo": (1e-2, 1e-4), "pcpo": (1e-3, 1e-3)}
@@ -96,7 +96,7 @@ def test_gains_without_the_objects_do_not_count(tmp_path):
     runs = collect(study, tmp_path)[0].runs
     lost, kept = runs["pcpo"][0], runs["ppo"][0]
     assert (kept.kept, lost.kept) == ([0, 1, 2], [0, 1, 1])
-    assert (kept.outcome, lost.outcome) == pytest.approx((1.0, 0.75))
+    assert (kept.mean_kept_gain, lost.mean_kept_gain) == pytest.approx((1.0, 0.75))
     assert (kept.reach(1.5), lost.reach(1.5)) == (7.5, math.inf)
     assert (kept.gain_in("polish"), lost.gain_in("polish")) == pytest.approx((0, 1))
     assert (kept.share, lost.share) == pytest.approx((0.91, 0.89))

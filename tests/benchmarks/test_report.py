@@ -77,7 +77,7 @@ def test_matched_reward_is_read_where_each_seed_reaches_it(tmp_path):
     results = collect(study, tmp_path)[0]
     assert [run.matched("fd_base", 0.25) for run in results.runs["pcpo"]] == pytest.approx([105, 105])
     assert all(math.isnan(run.matched("fd_base", 0.25)) for run in results.runs["ppo"])
-    assert results.runs["pcpo"][0].outcome == pytest.approx(0.25)
+    assert results.runs["pcpo"][0].mean_kept_gain == pytest.approx(0.25)
     assert results.runs["pcpo"][0].rollout_reward == pytest.approx(0.95)
 
 

@@ -12,7 +12,7 @@ from benchmarks.study import work as working
 from benchmarks.study.cell_config import cell_config
 from benchmarks.study.evaluator import EVALUATION_SEED, make_evaluator
 from benchmarks.study.grid import Cell, method_settings, reported_cells
-from benchmarks.study.outcome import kept_gains
+from benchmarks.study.kept_gain import kept_gains
 from benchmarks.study.recipes import STUDY_PROMPTS
 from benchmarks.study.tuning import choose, read_result
 from benchmarks.study.work import if_free, progress, run_if_free, share, work

@@ -1,4 +1,4 @@
-"""The outcome of a run: its gain in reward, counted only while the images keep their objects."""
+"""The gain of a run in reward, counted only while the images keep their objects."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +34,7 @@ def kept_gains(result: dict[str, Any]) -> list[float]:
     return kept
 
 
-def outcome(result: dict[str, Any]) -> float:
+def mean_kept_gain(result: dict[str, Any]) -> float:
     """Mean kept gain over training, the number that settings are chosen by and methods are compared in.
 
     It rewards speed, as the paper does, and does not depend on a single evaluation.
