@@ -6,15 +6,15 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from comfyui_pcpo.plotting.figure import Line, Panel, Style, figure
-from comfyui_pcpo.plotting.plot import smooth
+from comfyui_pcpo.plotting.panels import STEP_AXIS, Line, LineStyle, Panel, draw_panels
+from comfyui_pcpo.plotting.run_curves import smooth
 
 from ..study.methods import BASELINE, OURS, STUDY_METHODS
 from ..study.statistics import Interval, t_interval
 from .collect import CellRun, StepSummary, TaskResults, by_step, mean_where_finite
 
 # one colour per objective and credit; PCPO's variants share its blue
-LOOKS: dict[str, tuple[int, Style]] = {
+LOOKS: dict[str, tuple[int, LineStyle]] = {
     "ppo": (6, "line"),
     "log-hinge": (1, "dashed"),  # often hidden behind native PPO otherwise
     "pcpo": (0, "line"),
@@ -30,7 +30,6 @@ LOOKS: dict[str, tuple[int, Style]] = {
     "pcpo-cps": (5, "points"),
 }
 UNITS = "std of the base model's rewards"
-STEP_AXIS = "denoising step, noise first"
 SIZE = (520, 380)
 
 Series = Callable[[CellRun], Sequence[float]]
@@ -71,7 +70,7 @@ def convergence_figure(results: TaskResults) -> Image.Image:
     gains = _mean_lines(results, lambda run: run.gains, lambda run: run.updates)
     counts = sorted({len(runs) for runs in results.runs.values()})
     seeds = f"{'-'.join(map(str, (counts[0], counts[-1])[: len(counts)]))} seeds"
-    return figure(
+    return draw_panels(
         [
             Panel("Gain, all images", "update", UNITS, gains, note=f"{seeds}, means"),
             Panel("Kept gain", "update", UNITS, kept, note="95 % bands"),
@@ -109,14 +108,12 @@ def health_figure(results: TaskResults) -> Image.Image:
     panels = [
         Panel("Clip fraction", "update", "share of clipped terms", over_training("clip_fraction")),
         Panel("Clip fraction per step", STEP_AXIS, "share of clipped terms", steps("clip_fraction")),
-        Panel("Taylor error per step", STEP_AXIS, "|log rho - (rho - 1)|", steps("taylor_error")),
-        Panel("Gradient norm", "update", "norm", over_training("grad_norm")),
-        Panel("Gradient norm per step", STEP_AXIS, "norm of the step's share", steps("grad_norm")),
+        Panel("Taylor error per step", STEP_AXIS, "|log rho - (rho - 1)|", steps("taylor_error"), log_y=True),
+        Panel("Gradient norm", "update", "norm", over_training("grad_norm"), log_y=True),
+        Panel("Gradient norm per step", STEP_AXIS, "norm of the step's share", steps("grad_norm"), log_y=True),
         Panel("Variation of the gradient norm", STEP_AXIS, "std / mean over updates", steps("grad_norm", _variation)),
     ]
-    logs = ("Taylor error per step", "Gradient norm", "Gradient norm per step")
-    panels = [replace(p, log_y=True, note="log axis") if p.title in logs else p for p in panels]
-    return figure(panels, columns=3, size=SIZE)
+    return draw_panels(panels, columns=3, size=SIZE)
 
 
 def matched_figure(results: TaskResults) -> Image.Image:
@@ -136,7 +133,7 @@ def matched_figure(results: TaskResults) -> Image.Image:
             for name, runs in results.runs.items()
         ]
         panels.append(Panel(title, f"gain, {UNITS}", label, lines))
-    return figure(panels, columns=2, size=(560, 380))
+    return draw_panels(panels, columns=2, size=(560, 380))
 
 
 TASK_FIGURES: dict[str, Callable[[TaskResults], Image.Image]] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from comfyui_pcpo.plotting.figure import Line, Panel, figure
+from comfyui_pcpo.plotting.panels import Line, Panel, draw_panels
 
 from ..speed.loop_speed import AXES, BASE, LABELS, REPEATS, SPEED_MODELS
 from .markdown import format_number, markdown_table
@@ -26,7 +26,7 @@ def growth_figure(rows: list[dict[str, Any]]) -> Image.Image:
                 calls = [row["least"] for row in points]
                 lines.append(Line(f"{model}, model calls only", x, calls, style="dashed", color=color))
         panels.append(Panel(f"Seconds per update by {label}", label, "CPU seconds", lines))
-    return figure(panels, columns=2, size=(520, 340))
+    return draw_panels(panels, columns=2, size=(520, 340))
 
 
 def speed_page(out: Path, images: Path, where: str) -> str:

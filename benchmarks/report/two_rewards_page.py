@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from comfyui_pcpo.plotting.figure import Line, Panel, Style, figure
+from comfyui_pcpo.plotting.panels import Line, LineStyle, Panel, draw_panels
 from trainer.config.schema import ConfigError
 
 from ..study.kept_gain import gain
@@ -39,7 +39,7 @@ def points(rows: list[Row], way: str) -> dict[Weights, list[Row]]:
 def front_figure(front: Row) -> Image.Image:
     """First reward against the second along each front, and the correct objects; means over seeds."""
     before, lines, objects = front["before"], [], []
-    looks: tuple[tuple[str, tuple[Weights, ...], str, Style], ...] = (
+    looks: tuple[tuple[str, tuple[Weights, ...], str, LineStyle], ...] = (
         ("both", MIXES, "", "points"),
         ("irg", MIXES, "", "points"),
         ("sum", MIXES, "", "points"),
@@ -60,7 +60,7 @@ def front_figure(front: Row) -> Image.Image:
         lines.append(Line(title, x, y, style=style, color=color))
         objects.append(Line(title, [w[0] / sum(w) for w in weights], kept, style=style, color=color))
     seeds = f"{len({row['seed'] for row in front['rows']})} seeds, means"
-    return figure(
+    return draw_panels(
         [
             Panel("Front of two rewards", f"gain in {FIRST}, std", f"gain in {SECOND}, std", lines, note=seeds),
             Panel("Correct object", f"share of {FIRST}", "share of images", objects, hlines=(before["object"],)),

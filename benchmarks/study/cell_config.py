@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from comfyui_pcpo.method.credit import smallest_target
+from comfyui_pcpo.method.ddim_variance import smallest_target
 from trainer.config.loading import build, merge
 from trainer.config.schema import Config, ConfigError
 from trainer.policy.loading import make_policy

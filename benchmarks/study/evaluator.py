@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed, rollout
-from comfyui_pcpo.method.transition import deterministic
+from comfyui_pcpo.method.samplers import deterministic
 from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.reward import load_reward
 from comfyui_pcpo.tiny.align import load_image_encoder
