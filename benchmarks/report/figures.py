@@ -30,7 +30,7 @@ LOOKS: dict[str, tuple[int, LineStyle]] = {
     "pcpo-cps": (5, "points"),
 }
 UNITS = "std of the base model's rewards"
-SIZE = (520, 380)
+TASK_PANEL_SIZE = (520, 380)
 
 Series = Callable[[CellRun], Sequence[float]]
 
@@ -77,7 +77,7 @@ def convergence_figure(results: TaskResults) -> Image.Image:
             Panel("Kept gain over native PPO", "update", UNITS, differences, hlines=(0.0,), note="paired by seed"),
         ],
         columns=3,
-        size=SIZE,
+        size=TASK_PANEL_SIZE,
     )
 
 
@@ -113,7 +113,7 @@ def health_figure(results: TaskResults) -> Image.Image:
         Panel("Gradient norm per step", STEP_AXIS, "norm of the step's share", steps("grad_norm"), log_y=True),
         Panel("Variation of the gradient norm", STEP_AXIS, "std / mean over updates", steps("grad_norm", _variation)),
     ]
-    return draw_panels(panels, columns=3, size=SIZE)
+    return draw_panels(panels, columns=3, size=TASK_PANEL_SIZE)
 
 
 def matched_figure(results: TaskResults) -> Image.Image:
