@@ -12,7 +12,7 @@ from comfyui_pcpo.method.surrogate import OBJECTIVES
 from comfyui_pcpo.plotting.grids import before_after
 from comfyui_pcpo.plotting.run_curves import curves
 
-from ..trainer import config as settings
+from ..trainer.config import schema as settings
 from ..trainer.config.loading import build
 from ..trainer.policy.lora_pairs import read_lora
 from .host.samplers import USUAL, StepChoice, StochasticSampler
@@ -204,7 +204,7 @@ class Compare(io.ComfyNode):
             scores = totals[0].tolist(), totals[1].tolist()
             names = " + ".join(r.name for r in reward.rewards)
             report = f"{names}: {before:.3f} before, {after:.3f} after, over {len(prompts.lines)} prompts"
-        grid = to_image(before_after(*sides, prompts.lines, scores))
+        grid = to_image(before_after(sides[0], sides[1], prompts.lines, scores))
         return io.NodeOutput(*sides, grid, report, ui=ui.PreviewImage(grid, cls=cls))
 
 
