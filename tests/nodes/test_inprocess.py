@@ -39,7 +39,7 @@ def test_combined_rewards_add_up_and_refuse_repeats():
     images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0))
     parts = [r.combined().score(images, ["", ""]).total for r in (a, b)]
     assert torch.allclose(both.combined().score(images, ["", ""]).total, 2 * parts[0] - parts[1])
-    with pytest.raises(ValueError, match="each may come once"):
+    with pytest.raises(ValueError, match="each must be unique"):
         run("PCPOCombineRewards", both, 1.0, a, 1.0)
 
 
