@@ -1,13 +1,14 @@
-"""ComfyUI's face: schemas, and execute()s that call comfyui_pcpo and the trainer."""
+"""ComfyUI nodes of PCPO: a schema and a short execute() each; host/ holds what depends on ComfyUI's internals."""
 
 from comfy_api.latest import ComfyExtension, io
 
-from .guider import ImplicitRewardNode, IRGGuiderNode, IRGKSampler
+from .compare import Compare
+from .guidance import ImplicitRewardNode, IRGGuiderNode, IRGKSampler
 from .model import LoadTinyModel, Prompts
 from .rewards import CombineRewards, LoadReward, ScoreImages
 from .runs import LoadRun, PlotRun
 from .sampling import PCPOKSampler, PCPOSampler, PlotCredit
-from .training import Compare, TrainLoRA
+from .training import TrainLoRA
 
 NODES: list[type[io.ComfyNode]] = [
     LoadTinyModel,

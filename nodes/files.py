@@ -1,4 +1,4 @@
-"""Where things lie: reward weights under models/rewards, runs under output/pcpo."""
+"""Folders inside ComfyUI: reward weights in models/rewards, runs in output/pcpo."""
 
 import re
 from pathlib import Path
@@ -11,15 +11,15 @@ NEWEST = "(newest)"
 
 
 def register_folders() -> None:
-    """Add models/rewards to the host's folders, beside what extra_model_paths.yaml may name already."""
+    """Add models/rewards to ComfyUI's model folders, after any that extra_model_paths.yaml names."""
     folder_paths.add_model_folder_path("rewards", str(Path(folder_paths.models_dir) / "rewards"), is_default=False)
 
 
 def reward_folder(names: list[str]) -> Path | None:
-    """The first reward folder that holds any of these files, else the first there is."""
+    """The first reward folder that contains any of these files, otherwise the first reward folder."""
     folders = [Path(p) for p in folder_paths.get_folder_paths("rewards")]
-    holding = [f for f in folders if any((f / name).is_file() for name in names)]
-    return next(iter(holding or folders), None)
+    with_file = [f for f in folders if any((f / name).is_file() for name in names)]
+    return next(iter(with_file or folders), None)
 
 
 def runs_folder() -> Path:
@@ -27,7 +27,7 @@ def runs_folder() -> Path:
 
 
 def run_names() -> list[str]:
-    """Runs, newest first."""
+    """Existing runs, newest first."""
     folder = runs_folder()
     if not folder.is_dir():
         return []
@@ -36,19 +36,17 @@ def run_names() -> list[str]:
 
 
 def find_run(name: str) -> Path:
-    """The folder of a run. Raises ConfigError with the names that exist."""
+    """The folder of a run. Raises ConfigError that lists the existing runs."""
     names = run_names()
     if not names:
-        raise ConfigError(f"there are 0 runs in {runs_folder()}. Train one with Train LoRA (PCPO) first.")
+        raise ConfigError(f"{runs_folder()} contains no runs. Train one with Train LoRA (PCPO) first.")
     if name != NEWEST and name not in names:
-        raise ConfigError(
-            f"run {name!r} is none of the {len(names)} in {runs_folder()}. There are {', '.join(names[:8])}."
-        )
+        raise ConfigError(f"run {name!r} does not exist in {runs_folder()}. Existing runs: {', '.join(names[:8])}.")
     return runs_folder() / (names[0] if name == NEWEST else name)
 
 
 def free_name(name: str) -> str:
-    """`name`, or name-2, name-3 ... where a run of that name exists already."""
+    """`name` if no run has it, otherwise name-2, name-3, ..."""
     taken = set(run_names())
     if name not in taken:
         return name

@@ -1,4 +1,4 @@
-"""A training run inside ComfyUI: widgets to configuration, the trainer's loop, live pictures, the run folder."""
+"""A training run inside ComfyUI: configuration, the trainer's loop, live preview, run folder."""
 
 import logging
 from dataclasses import dataclass
@@ -22,85 +22,85 @@ from ..trainer.runs.folder import RunFolder
 from ..trainer.runs.launch import Run
 from .files import free_name, runs_folder
 from .host.policy import ComfyPolicy, with_policy
-from .types import EncodedPrompts, RewardSum
+from .types import EncodedPrompts, WeightedRewards
 
-log = logging.getLogger("pcpo")
-PREVIEW = 512
-PREVIEW_CURVE = 220  # least height of the curve under the images
+logger = logging.getLogger("pcpo")
+PREVIEW_SIZE = 512
+PREVIEW_CURVE = 220  # least height of the curve below the images
 
 
 @dataclass(frozen=True)
-class Task:
-    """Everything that the Train node is connected to."""
+class TrainingInputs:
+    """What is connected to Train LoRA (PCPO), and its resume switch."""
 
     model: Any
     vae: Any
     prompts: EncodedPrompts
-    reward: RewardSum
+    reward: WeightedRewards
     latent: Tensor
     lora: dict[str, Tensor] | None
     resume: bool
 
 
-def make_config(task: Task, tree: dict[str, dict[str, Any]]) -> Config:
-    """The trainer's configuration: what the widgets say and what is connected."""
-    combined = task.reward.combined()
-    name = task.model.attachments.get("pcpo_model", type(task.model.model).__name__)
-    scale = task.vae.spacial_compression_decode()
-    height, width = (int(n) * scale for n in task.latent.shape[-2:])
+def make_config(inputs: TrainingInputs, tree: dict[str, dict[str, Any]]) -> Config:
+    """The trainer's configuration, from the widgets' sections and what is connected."""
+    combined = inputs.reward.combined()
+    name = inputs.model.attachments.get("pcpo_model", type(inputs.model.model).__name__)
+    scale = inputs.vae.spacial_compression_decode()
+    height, width = (int(n) * scale for n in inputs.latent.shape[-2:])
     run = {"folder": str(runs_folder()), **tree["run"]}
-    if not task.resume:
+    if not inputs.resume:
         run["name"] = free_name(str(run["name"]))
-    found = {
+    sections = {
         **tree,
         "model": {"name": name, "device": "auto", **tree["model"]},
-        "prompts": {"lines": task.prompts.lines, "negative": task.prompts.negative_text},
+        "prompts": {"lines": inputs.prompts.lines, "negative": inputs.prompts.negative_text},
         "rollout": {**tree["rollout"], "height": height, "width": width},
         "reward": {
             "weights": dict(zip(combined.names, combined.weights.tolist(), strict=True)),
-            "standardise": task.reward.standardise,
+            "standardise": inputs.reward.standardise,
         },
         "run": run,
     }
-    config = build(found, "Train LoRA (PCPO)")
+    config = build(sections, "Train LoRA (PCPO)")
     for sentence in without_effect(config):
-        log.warning("PCPO: %s", sentence)
+        logger.warning("PCPO: %s", sentence)
     return config
 
 
-def train(task: Task, config: Config) -> RunFolder:
-    """Do the run, or what is left of it. Interrupted or failed, it keeps a checkpoint of the finished updates."""
+def train_lora(inputs: TrainingInputs, config: Config) -> RunFolder:
+    """Train, or finish a resumed run. If it is interrupted or fails, the finished updates are saved."""
     folder = RunFolder(config.run.folder / config.run.name)
-    rewards = {reward.name: reward for reward in task.reward.rewards}
+    rewards = {reward.name: reward for reward in inputs.reward.rewards}
     bar = ProgressBar(config.run.updates)
 
     def work(policy: ComfyPolicy) -> None:
-        if task.lora is not None:
-            policy.start_from(parse_state(task.lora, list(policy.layers)))
+        if inputs.lora is not None:
+            policy.start_from(parse_state(inputs.lora, list(policy.layers)))
         state = make_training_state(policy, config)
-        checkpoint = "latest" if task.resume and folder.config_file.is_file() else None
-        with Run(folder, state, Job(config, task.prompts.lines, rewards, tick=tick), checkpoint) as run:
+        checkpoint = "latest" if inputs.resume and folder.config_file.is_file() else None
+        with Run(folder, state, Job(config, inputs.prompts.lines, rewards, tick=tick), checkpoint) as run:
             bar.update_absolute(state.done, config.run.updates)
             for update in align(run.state, run.job):
                 run.keep(update)
                 bar.update_absolute(
-                    update.number, config.run.updates, ("JPEG", preview(update, folder, config), PREVIEW)
+                    update.number, config.run.updates, ("JPEG", preview(update, folder, config), PREVIEW_SIZE)
                 )
                 folder.log(f"update {update.number}: reward {update.metrics['reward_mean']:.4f}")
 
     try:
-        with_policy(task.model, task.vae, task.prompts, config, task.latent, work)
+        with_policy(inputs.model, inputs.vae, inputs.prompts, config, inputs.latent, work)
     except mm.InterruptProcessingException:
-        log.info("PCPO: cancelled; finished updates are in %s, continue with resume.", folder.path)
+        logger.info("PCPO: cancelled; finished updates are saved in %s. Set resume to continue.", folder.path)
         raise
     except torch.OutOfMemoryError as error:
         raise out_of_memory(config, error) from error
-    log.info("PCPO: the LoRA is %s", folder.lora_file.resolve())
+    logger.info("PCPO: saved the LoRA to %s", folder.lora_file.resolve())
     return folder
 
 
 def tick() -> None:
-    """Called before every model call, so that Cancel is felt within one denoising step."""
+    """Runs before every model call, so Cancel takes effect within one denoising step."""
     mm.throw_exception_if_processing_interrupted()
 
 
@@ -108,19 +108,19 @@ def out_of_memory(config: Config, error: Exception) -> ConfigError:
     r = config.rollout
     return ConfigError(
         f"out of memory with images_at_once {r.images_at_once} at {r.width} x {r.height} pixels ({error}). "
-        f"Use images_at_once {max(1, r.images_at_once // 2)}, gradient_checkpointing, or a smaller latent; "
-        "with resume on, finished updates are kept."
+        f"Set images_at_once to {max(1, r.images_at_once // 2)}, turn on gradient_checkpointing, or use a smaller "
+        "latent. Finished updates are saved; set resume to continue."
     )
 
 
 def preview(update: Update, folder: RunFolder, config: Config) -> Image.Image:
-    """The newest group, best first, over the reward so far."""
+    """Images of the newest group, best first, above the reward curve."""
     size = config.rollout.group_size
     scores = update.scores[-size:].nan_to_num(-torch.inf)
     order = scores.argsort(descending=True)
     captions = [f"{float(s):.2f}" for s in scores[order]]
     group = grid(update.images[-size:][order], captions, columns=min(size, 4), tile=120)
-    records = [{**row, "rewards": {}} for row in folder.records()]  # the total alone
+    records = [{**row, "rewards": {}} for row in folder.records()]  # the total only
     curve = curves(records, panels=("reward",), size=(group.width, max(PREVIEW_CURVE, round(0.6 * group.width))))
     image = Image.new("RGB", (group.width, group.height + curve.height), "white")
     image.paste(group, (0, 0))

@@ -1,9 +1,12 @@
-"""The embedded models, and prompts to train on."""
+"""The embedded tiny models, and prompts to train on."""
 
 from comfy_api.latest import io
 
+from comfyui_pcpo.tiny.pipelines import EMBEDDED
+
 from ..trainer.config.schema import PromptsConfig
-from .host.tiny import NAMES, load_tiny
+from .host.tiny import load_embedded
+from .inputs import ADVANCED
 from .types import EncodedPrompts, PromptsType
 
 
@@ -14,24 +17,24 @@ class LoadTinyModel(io.ComfyNode):
             node_id="PCPOLoadTinyModel",
             display_name="Load Tiny Model",
             category="PCPO",
-            description="A complete text-to-image model of 64 pixel emoji, in this pack, to try everything on.",
+            description="A complete text-to-image model that generates 64 x 64 emoji; ships with this pack.",
             search_aliases=["emoji", "demo model", "embedded model", "test model"],
             inputs=[
                 io.Combo.Input(
-                    "model", options=list(NAMES), default="emoji-flow",
-                    tooltip="emoji-flow is a small SD3 (flow), emoji-eps a small SD1.5 (epsilon). No download.",
+                    "model", options=list(EMBEDDED), default="emoji-flow",
+                    tooltip="emoji-flow is a small SD3 (flow matching), emoji-eps a small SD1.5 (epsilon prediction).",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The denoiser. It paints 64 x 64 pixels."),
-                io.Clip.Output(display_name="clip", tooltip="Its text encoder; prompts are like: a red fox."),
-                io.Vae.Output(display_name="vae", tooltip="Its autoencoder."),
+                io.Model.Output(display_name="model", tooltip="The diffusion model, for 64 x 64 images."),
+                io.Clip.Output(display_name="clip", tooltip="Its text encoder, for prompts such as: a red fox."),
+                io.Vae.Output(display_name="vae", tooltip="Its VAE."),
             ],
         )  # fmt: skip
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
-        return io.NodeOutput(*load_tiny(model))
+        return io.NodeOutput(*load_embedded(model))
 
 
 class Prompts(io.ComfyNode):
@@ -41,17 +44,17 @@ class Prompts(io.ComfyNode):
             node_id="PCPOPrompts",
             display_name="Prompts",
             category="PCPO",
-            description="Several prompts at once, one per line, encoded for training and comparison.",
+            description="A list of prompts, one per line, encoded for training and comparison.",
             search_aliases=["prompt list", "training prompts", "captions"],
             inputs=[
-                io.Clip.Input("clip", tooltip="Text encoder of the model that will be trained."),
+                io.Clip.Input("clip", tooltip="Text encoder of the model to train."),
                 io.String.Input(
                     "text", multiline=True, default="a fox\na panda\na frog\na rocket",
-                    tooltip="One prompt per line. Lines that start with # are left out.",
+                    tooltip="One prompt per line; lines starting with # are ignored.",
                 ),
                 io.String.Input(
-                    "negative", multiline=True, default="", advanced=True, optional=True,
-                    tooltip="Negative prompt; it counts only where cfg is not 1.",
+                    "negative", multiline=True, default="", **ADVANCED,
+                    tooltip="Negative prompt; has no effect when cfg is 1.",
                 ),
             ],
             outputs=[PromptsType.Output(display_name="prompts", tooltip="The encoded prompts.")],
@@ -60,5 +63,5 @@ class Prompts(io.ComfyNode):
     @classmethod
     def execute(cls, clip, text: str, negative: str = "") -> io.NodeOutput:
         lines = PromptsConfig(lines=tuple(text.splitlines()), negative=negative).read()
-        encode = [clip.encode_from_tokens_scheduled(clip.tokenize(line)) for line in [*lines, negative]]
-        return io.NodeOutput(EncodedPrompts(tuple(lines), tuple(encode[:-1]), negative, encode[-1]))
+        *positive, unconditional = (clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in [*lines, negative])
+        return io.NodeOutput(EncodedPrompts(tuple(lines), tuple(positive), negative, unconditional))

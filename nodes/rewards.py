@@ -1,7 +1,8 @@
-"""Rewards: load, combine, and score pictures with them."""
+"""Rewards: load, combine, and score images with them."""
 
 from pathlib import Path
 
+import comfy.model_management as mm
 import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
@@ -11,19 +12,18 @@ from comfyui_pcpo.reward import REWARDS, RewardSettings, load_reward, offered
 from comfyui_pcpo.reward.weights.checkpoint import file_path
 
 from .files import reward_folder
-from .images import to_image
-from .types import RewardSum, RewardType
+from .images import to_comfy_image
+from .inputs import ADVANCED
+from .types import RewardType, WeightedRewards
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+REWARD_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
-def make_reward(name: str, dtype: str = "float32") -> RewardSum:
-    """A reward on the host's device; its weights are read when it scores for the first time."""
-    import comfy.model_management as mm
-
+def single_reward(name: str, dtype: str = "float32") -> WeightedRewards:
+    """One reward on ComfyUI's device; its weights are read when it first scores images."""
     files = [str(file_path(Path(), file)) for file in REWARDS[name].files] if name in REWARDS else []
-    settings = RewardSettings(folder=reward_folder(files), device=str(mm.get_torch_device()), dtype=DTYPES[dtype])
-    return RewardSum((load_reward(name, settings),), (1.0,))
+    settings = RewardSettings(reward_folder(files), str(mm.get_torch_device()), REWARD_DTYPES[dtype])
+    return WeightedRewards((load_reward(name, settings),), (1.0,))
 
 
 class LoadReward(io.ComfyNode):
@@ -33,16 +33,17 @@ class LoadReward(io.ComfyNode):
             node_id="PCPOLoadReward",
             display_name="Load Reward",
             category="PCPO/reward",
-            description="A reward model: it gives a picture (and its prompt) a number. Weights lie in models/rewards.",
+            description="A reward: it scores an image, most rewards together with its prompt.",
             search_aliases=["hpsv2", "pickscore", "imagereward", "aesthetic score", "clip score"],
             inputs=[
                 io.Combo.Input(
                     "reward", options=offered(), default="colorfulness",
-                    tooltip="colorfulness, redness, jpeg_*, alignment and polish (for tiny models) need no files.",
+                    tooltip="colorfulness, redness, jpeg_*, alignment and polish need no files (the last two score "
+                    "images of the tiny models); all others need weights in models/rewards.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=list(DTYPES), default="float32", advanced=True, optional=True,
-                    tooltip="Precision of the reward's network; float16 halves its memory.",
+                    "dtype", options=list(REWARD_DTYPES), default="float32", **ADVANCED,
+                    tooltip="Precision of the reward model; float16 halves its memory.",
                 ),
             ],
             outputs=[RewardType.Output(display_name="reward", tooltip="For Score Images, Train LoRA and Compare.")],
@@ -50,38 +51,44 @@ class LoadReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, reward: str, dtype: str = "float32") -> io.NodeOutput:
-        return io.NodeOutput(make_reward(reward, dtype))
+        return io.NodeOutput(single_reward(reward, dtype))
+
+
+def weight_input(name: str, which: str) -> io.Float.Input:
+    return io.Float.Input(
+        name, default=1.0, min=-100.0, max=100.0, step=0.05,
+        tooltip=f"Weight of the {which} reward; a negative weight minimizes it.",
+    )  # fmt: skip
 
 
 class CombineRewards(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        weight = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.05}
         return io.Schema(
             node_id="PCPOCombineRewards",
             display_name="Combine Rewards",
             category="PCPO/reward",
-            description="Two rewards, each with its weight, as one; chain it for more.",
+            description="Weighted sum of two rewards; chain it to combine more.",
             search_aliases=["multi reward", "weighted reward", "sum rewards"],
             inputs=[
                 RewardType.Input("reward_a", tooltip="First reward, or an earlier combination."),
-                io.Float.Input("weight_a", **weight, tooltip="How much the first counts; below 0 it is avoided."),
+                weight_input("weight_a", "first"),
                 RewardType.Input("reward_b", tooltip="Second reward, or an earlier combination."),
-                io.Float.Input("weight_b", **weight, tooltip="How much the second counts; below 0 it is avoided."),
+                weight_input("weight_b", "second"),
                 io.Boolean.Input(
-                    "standardise", default=True, advanced=True, optional=True,
-                    tooltip="In training, put each reward on one scale within its group before they are added.",
+                    "standardise", default=True, **ADVANCED,
+                    tooltip="In training, z-score each reward within its group before the sum.",
                 ),
             ],
-            outputs=[RewardType.Output(display_name="reward", tooltip="The combination.")],
+            outputs=[RewardType.Output(display_name="reward", tooltip="The combined reward.")],
         )  # fmt: skip
 
     @classmethod
     def execute(cls, reward_a, weight_a, reward_b, weight_b, standardise=True) -> io.NodeOutput:
         weights = (*(weight_a * w for w in reward_a.weights), *(weight_b * w for w in reward_b.weights))
-        found = RewardSum((*reward_a.rewards, *reward_b.rewards), weights, standardise)
-        found.combined()  # refuses a reward that is there twice
-        return io.NodeOutput(found)
+        combination = WeightedRewards((*reward_a.rewards, *reward_b.rewards), weights, standardise)
+        combination.combined()  # refuses a reward that occurs twice
+        return io.NodeOutput(combination)
 
 
 class ScoreImages(io.ComfyNode):
@@ -91,43 +98,40 @@ class ScoreImages(io.ComfyNode):
             node_id="PCPOScoreImages",
             display_name="Score Images",
             category="PCPO/reward",
-            description="Scores pictures and puts the best first.",
+            description="Scores images with a reward and sorts them, best first.",
             search_aliases=["rate images", "best of n", "sort images", "filter images"],
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="Pictures to score."),
-                RewardType.Input("reward", tooltip="Reward, or a combination of several."),
-                io.String.Input("prompt", default="", multiline=True, tooltip="What the pictures should show."),
+                io.Image.Input("images", tooltip="Images to score."),
+                RewardType.Input("reward", tooltip="The reward, or a combination of several."),
+                io.String.Input("prompt", default="", multiline=True, tooltip="The prompt of the images."),
                 io.Int.Input(
-                    "keep_best", default=0, min=0, max=4096, tooltip="Pass on only so many of the best; 0 means all."
+                    "keep_best", default=0, min=0, max=4096, tooltip="Number of best images to output; 0 outputs all."
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip="The pictures, best first."),
+                io.Image.Output(display_name="images", tooltip="The images, best first."),
                 io.Float.Output(display_name="scores", tooltip="Their scores, best first.", is_output_list=True),
-                io.String.Output(display_name="report", tooltip="Scores as text, for Preview as Text."),
-                io.Image.Output(display_name="grid", tooltip="All pictures with their scores."),
+                io.String.Output(display_name="report", tooltip="All scores as text, for Preview as Text."),
+                io.Image.Output(display_name="grid", tooltip="All images with their scores."),
             ],
         )
 
     @classmethod
-    def execute(cls, images: Tensor, reward: RewardSum, prompt: str, keep_best: int) -> io.NodeOutput:
+    def execute(cls, images: Tensor, reward: WeightedRewards, prompt: str, keep_best: int) -> io.NodeOutput:
         scores = reward.combined().score(images, [prompt] * len(images))
         order = scores.total.nan_to_num(-torch.inf).argsort(descending=True, stable=True)
-        kept, best = order[: keep_best or None], scores.total[order]
-        names = [r.name for r in reward.rewards]
-        rows = [
-            _row(n, float(scores.total[i]), names, scores.components[:, i]) for n, i in enumerate(order.tolist(), 1)
-        ]
-        head = f"{len(images)} pictures, mean {best.nanmean():.3f}, best {best[0]:.3f}" + (
-            f": {prompt}" if prompt else ""
-        )
-        shown = to_image(grid(images[order][..., :3], [f"{s:.3f}" for s in best.tolist()]))
+        kept, totals, parts = order[: keep_best or None], scores.total[order], scores.components[:, order]
+        report = score_report(totals, parts, [r.name for r in reward.rewards], prompt)
+        shown = to_comfy_image(grid(images[order][..., :3], [f"{s:.3f}" for s in totals.tolist()]))
         preview = ui.PreviewImage(shown, cls=cls)
-        return io.NodeOutput(images[kept], best[: len(kept)].tolist(), "\n".join([head, *rows]), shown, ui=preview)
+        return io.NodeOutput(images[kept], totals[: len(kept)].tolist(), report, shown, ui=preview)
 
 
-def _row(place: int, total: float, names: list[str], parts: Tensor) -> str:
-    """One line of the report; the parts only where there are several."""
-    each = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, parts.tolist(), strict=True))
-    return f"{place}. {total:.3f}" + (f" ({each})" if len(names) > 1 else "")
+def score_report(totals: Tensor, parts: Tensor, names: list[str], prompt: str) -> str:
+    """Mean and best score, then a line per image with each reward's part where there are several."""
+    lines = [f"{len(totals)} images, mean {totals.nanmean():.3f}, best {totals[0]:.3f}" + (prompt and f": {prompt}")]
+    for rank, (total, part) in enumerate(zip(totals.tolist(), parts.T.tolist(), strict=True), 1):
+        each = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, part, strict=True))
+        lines.append(f"{rank}. {total:.3f}" + (f" ({each})" if len(names) > 1 else ""))
+    return "\n".join(lines)

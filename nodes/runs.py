@@ -1,6 +1,7 @@
 """Runs on disk: load one, plot one."""
 
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from comfyui_pcpo.lora.families import detect_family
 from comfyui_pcpo.lora.formats import export_state
@@ -9,8 +10,8 @@ from comfyui_pcpo.plotting.run_curves import curves
 from ..trainer.config.schema import ConfigError
 from ..trainer.runs.folder import RunFolder
 from .files import NEWEST, find_run, run_names
-from .images import to_image
-from .types import Run, RunType
+from .images import to_comfy_image
+from .types import RunReference, RunType
 
 PANELS = {
     "all": ("reward", "clip", "kl", "per_step"),
@@ -28,22 +29,23 @@ class PlotRun(io.ComfyNode):
             node_id="PCPOPlotRun",
             display_name="Plot Run",
             category="PCPO/training",
-            description="The curves of a run: reward, clip fraction, KL to the reference, and what each step did.",
+            description="Plots a run: reward, clip fraction, KL to the reference, and statistics of each step.",
             search_aliases=["training curves", "reward curve", "plot training"],
             is_output_node=True,
             inputs=[
                 RunType.Input("run", tooltip="A run, from Train LoRA (PCPO) or Load Run."),
                 io.Float.Input(
-                    "smoothing", default=0.6, min=0.0, max=0.99, step=0.05, tooltip="0 shows the raw numbers."
+                    "smoothing", default=0.6, min=0.0, max=0.99, step=0.05,
+                    tooltip="Exponential smoothing of the curves; 0 plots the raw values.",
                 ),
-                io.Combo.Input("panels", options=list(PANELS), default="all", tooltip="Which curves to draw."),
+                io.Combo.Input("panels", options=list(PANELS), default="all", tooltip="Curves to plot."),
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The picture.")],
-        )
+            outputs=[io.Image.Output(display_name="image", tooltip="The plot.")],
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, run: Run, smoothing: float, panels: str) -> io.NodeOutput:
-        image = to_image(curves(RunFolder(run.path).records(), smoothing, PANELS[panels]))
+    def execute(cls, run: RunReference, smoothing: float, panels: str) -> io.NodeOutput:
+        image = to_comfy_image(curves(RunFolder(run.path).records(), smoothing, PANELS[panels]))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 
@@ -54,13 +56,15 @@ class LoadRun(io.ComfyNode):
             node_id="PCPOLoadRun",
             display_name="Load Run",
             category="PCPO/training",
-            description="A run under output/pcpo, whether a node or the command line made it.",
+            description="Loads a run from output/pcpo, trained by a node or by the command line.",
             search_aliases=["load training run", "load checkpoint lora", "resume"],
             inputs=[
                 io.Combo.Input(
                     "run", options=[NEWEST, *run_names()], default=NEWEST, tooltip="Folder under output/pcpo."
                 ),
-                io.String.Input("checkpoint", default="latest", tooltip="latest, best (highest reward) or a number."),
+                io.String.Input(
+                    "checkpoint", default="latest", tooltip="latest, best (highest mean reward) or an update number."
+                ),
             ],
             outputs=[
                 RunType.Output(display_name="run", tooltip="For Plot Run."),
@@ -84,10 +88,10 @@ class LoadRun(io.ComfyNode):
     @classmethod
     def execute(cls, run: str, checkpoint: str) -> io.NodeOutput:
         folder = RunFolder(find_run(run))
-        return io.NodeOutput(Run(folder.path), lora_state(folder, checkpoint))
+        return io.NodeOutput(RunReference(folder.path), lora_state(folder, checkpoint))
 
 
-def lora_state(folder: RunFolder, checkpoint: str = "latest") -> dict:
-    """A checkpoint's LoRA under the names that ComfyUI reads."""
+def lora_state(folder: RunFolder, checkpoint: str = "latest") -> dict[str, Tensor]:
+    """A checkpoint's LoRA under the key names that ComfyUI loads."""
     pairs, rank = folder.lora(checkpoint.strip().lower()), folder.config().lora.rank
     return export_state(pairs, rank, rank, "comfyui", detect_family(pairs))

@@ -1,4 +1,4 @@
-"""What travels along our own wires."""
+"""The pack's own connection types, and the values that they carry."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ ImplicitRewardType = io.Custom("PCPO_IMPLICIT_REWARD")
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """Prompts with their conditionings, and the negative prompt's."""
+    """Prompts and the negative prompt with their conditionings."""
 
     lines: tuple[str, ...]
     positive: tuple[Any, ...]  # one ComfyUI conditioning per line
@@ -29,8 +29,8 @@ class EncodedPrompts:
 
 
 @dataclass(frozen=True)
-class RewardSum:
-    """Rewards with their weights; `standardise` puts them on one scale within a group before they are added."""
+class WeightedRewards:
+    """Rewards and their weights; `standardise` z-scores each reward within its group before they are added."""
 
     rewards: tuple[Reward, ...]
     weights: tuple[float, ...]
@@ -41,15 +41,15 @@ class RewardSum:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run folder."""
+class RunReference:
+    """A run on disk, by its folder."""
 
     path: Path
 
 
 @dataclass(frozen=True)
 class RecordedTrajectory:
-    """A trajectory with the native weight (T,) and the log-probability (T, B) of every step."""
+    """A trajectory with the native weight (T,) and the log-probability (T, B) of each step."""
 
     path: Trajectory
     weights: Tensor
@@ -57,8 +57,8 @@ class RecordedTrajectory:
 
 
 @dataclass(frozen=True)
-class Aligned:
-    """One aligned model and its share of the guidance."""
+class AlignedModel:
+    """One aligned model and its weight in the guidance."""
 
     model: Any  # ModelPatcher
     reward: ImplicitReward

@@ -1,8 +1,8 @@
-"""A base model that autograd may run through, without its weights being kept, and without a trace afterwards.
+"""Backpropagation through ComfyUI's base model without saving its weights, undone on exit.
 
-ComfyUI's weights are inference tensors, may be fp8, and may lie on another device until they are needed: nothing of
-them can be saved for backward. Matrix products therefore fetch their weight again in backward; small parameters (of
-norms) are replaced by equal ones that autograd may save.
+ComfyUI's weights are inference tensors, may be fp8, and may stay on another device until they are needed, so autograd
+cannot save them. Matrix products fetch their weight again in the backward pass; the small parameters of norms are
+replaced by equal ones that autograd can save.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,14 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ...trainer.config.schema import ConfigError
 
-# what a block is, for gradient checkpointing
+# block classes that gradient checkpointing recomputes
 BLOCKS = ("ResBlock", "SpatialTransformer", "JointBlock", "DoubleStreamBlock", "SingleStreamBlock")
-# blocks that write into tensors which autograd has saved
+# block classes that write in place into tensors that autograd has saved
 IN_PLACE = ("DoubleStreamBlock", "SingleStreamBlock")
 
 
 class FrozenProduct(torch.autograd.Function):
-    """A Linear or Conv2d whose weight gets no gradient and is not kept."""
+    """A Linear or Conv2d whose weight gets no gradient and is not saved for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Tensor:
@@ -32,24 +32,23 @@ class FrozenProduct(torch.autograd.Function):
         return forward(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        module = ctx.module
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        module, (gradient,) = ctx.module, gradients
         weight, bias, stream = comfy.ops.cast_bias_weight(module, gradient, offloadable=True)
         if isinstance(weight, comfy.ops.QuantizedTensor):
             weight = weight.dequantize()
         if isinstance(module, nn.Conv2d):
-            found = conv2d_input(
-                ctx.shape, weight, gradient, module.stride, module.padding, module.dilation, module.groups
-            )
+            shape: Any = (module.stride, module.padding, module.dilation, module.groups)  # torch's types say int
+            input_gradient = conv2d_input(ctx.shape, weight, gradient, *shape)
         else:
-            found = gradient @ weight
+            input_gradient = gradient @ weight
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
-        return found.to(ctx.dtype), None, None
+        return input_gradient.to(ctx.dtype), None, None
 
 
 @contextmanager
 def differentiable(model: nn.Module, checkpointing: bool) -> Iterator[None]:
-    """While inside, gradients flow through `model` to its inputs and to hooks on its modules."""
+    """Inside, gradients flow through `model` to its inputs and to hooks on its modules."""
     check_forwards(model)
     with ExitStack() as stack:
         for module in model.modules():
@@ -69,12 +68,12 @@ def differentiable(model: nn.Module, checkpointing: bool) -> Iterator[None]:
 
 
 def check_forwards(model: nn.Module) -> None:
-    """Refuse modules whose forward another extension has replaced: gradients through them would be wrong."""
+    """Refuse a model with replaced forward methods: gradients through them would be wrong."""
     replaced = [name for name, module in model.named_modules() if "forward" in vars(module)]
     if replaced:
         raise ConfigError(
-            f"{len(replaced)} modules of the model have a replaced forward (first: {replaced[0]}), as a LoRA in bypass "
-            "mode does, and gradients through it would be wrong. Load that LoRA with bypass off."
+            f"{len(replaced)} modules of the model have a replaced forward (first: {replaced[0]}), for example by a "
+            "LoRA in bypass mode, so gradients would be wrong. Load that LoRA with bypass off."
         )
 
 
@@ -112,14 +111,14 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _own_parameters(module: nn.Module) -> None:
-    """Put equal parameters in place of inference tensors."""
+    """Replace parameters that are inference tensors by equal ones that autograd can save."""
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.is_inference():
             setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
 
 def _on_copies(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` on copies of its inputs; a checkpoint around it keeps the inputs themselves, untouched."""
+    """`forward` on copies of its inputs; a checkpoint around it saves the unmodified inputs."""
 
     def copy(value: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,4 +1,4 @@
-"""Implicit reward guidance inside ComfyUI: one guider that asks the base and every aligned model at each step."""
+"""Implicit reward guidance in ComfyUI: a guider that evaluates the base and the aligned models at each step."""
 
 import math
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ from torch import Tensor
 from comfyui_pcpo.method.guidance import irg
 
 from ...trainer.config.schema import ConfigError
-from ..types import Aligned
+from ..types import AlignedModel
 from .patches import PatchedWeight, extra_patches, patched_weights, switched_on
 
 KEY = "pcpo_irg"
 
 
 class IRGGuider(comfy.samplers.CFGGuider):
-    """CFG on a base steered by aligned models.
+    """Classifier-free guidance on a base model that is guided by aligned models.
 
-    LoRAs on the base share its weights, so their patched weights take turns in the one model; models with weights of
-    their own are loaded beside the base.
+    LoRAs on the base share its weights, so their patched weights are switched on in turn; models with weights of
+    their own are loaded next to the base.
     """
 
-    def __init__(self, model: Any, aligned: Sequence[Aligned]):
+    def __init__(self, model: Any, aligned: Sequence[AlignedModel]):
         super().__init__(model.clone())
         self.aligned = list(aligned)
         self.patches = {
@@ -49,7 +49,7 @@ class IRGGuider(comfy.samplers.CFGGuider):
                 model.cleanup()
 
     def room(self, noise: Tensor) -> MemoryCounter:
-        """Free memory for patched weights: all but what the host keeps free and what this batch takes."""
+        """Memory for patched weights: what is free beyond ComfyUI's reserve and this batch."""
         batch = [2 * len(noise), *noise.shape[1:]]
         reserved = 2 * mm.minimum_inference_memory() + self.model_patcher.memory_required(batch)
         return MemoryCounter(mm.get_free_memory(self.model_patcher.load_device), minimum=reserved)
@@ -61,8 +61,8 @@ class IRGGuider(comfy.samplers.CFGGuider):
             negative = None
         conds = [positive, negative]
         active = {k: w for k, w in enumerate(self.weights(timestep, options)) if w}
-        outs = [self._ask(k, conds, x, timestep, options) for k in active]
-        if list(active.values()) == [1]:  # that model alone; the base would add nothing
+        outs = [self._evaluate(k, conds, x, timestep, options) for k in active]
+        if list(active.values()) == [1]:  # exactly that model; the base has weight 0
             out = outs[0]
         else:
             base = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
@@ -77,13 +77,13 @@ class IRGGuider(comfy.samplers.CFGGuider):
         )
 
     def weights(self, timestep: Tensor, options: Any) -> list[float]:
-        """lambda of every aligned model at this noise level."""
+        """The weight lambda of each aligned model at this noise level."""
         sigmas = options["transformer_options"]["sample_sigmas"]
         done = int((sigmas[:-1].cpu() > float(timestep.max()) * (1 + 1e-6)).sum())
         return [a.reward.weight_at(done / max(1, len(sigmas) - 1)) for a in self.aligned]
 
-    def _ask(self, k: int, conds: list[Any], x: Tensor, timestep: Tensor, options: Any) -> list[Tensor]:
-        """Prediction of aligned model k, conditional and unconditional."""
+    def _evaluate(self, k: int, conds: list[Any], x: Tensor, timestep: Tensor, options: Any) -> list[Tensor]:
+        """Conditional and unconditional prediction of aligned model k."""
         if k not in self.patched:
             return comfy.samplers.calc_cond_batch(self.aligned[k].model.model, conds, x, timestep, options)
         with switched_on(self.patched[k]):
@@ -94,6 +94,6 @@ def _check_others(others: Sequence[Any]) -> None:
     for n, model in enumerate(others):
         if any(model.is_clone(other) for other in others[:n]):
             raise ConfigError(
-                "2 aligned models are LoRAs on one checkpoint that is not the base's, so they share weights and one "
-                "would be asked twice. Use that checkpoint as the base model, or load it twice."
+                "two aligned models are LoRAs on the same checkpoint, which is not the base model. They share weights, "
+                "so one of them would be evaluated twice. Use that checkpoint as the base model, or load it twice."
             )

@@ -1,4 +1,4 @@
-"""LoRA beside a module: forward hooks that add up(down(x)) to what it returns, and leave it as it is."""
+"""LoRA by forward hooks: they add up(down(x)) to a module's output and leave the module unmodified."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 @dataclass
 class LowRank:
-    """up(down(x)) of one module; `part` = (first, count) of its output rows, None means all of them."""
+    """up(down(x)) of one module; `part` = (first, count) of its output rows, None for all."""
 
     module: nn.Module
-    down: Tensor  # (r, in, ...)
-    up: Tensor  # (out, r, ...)
+    down: nn.Parameter  # (r, in, ...)
+    up: nn.Parameter  # (out, r, ...)
     part: tuple[int, int] | None = None
     scale: float = 1.0
 
@@ -36,11 +36,11 @@ class LowRank:
 
 @contextmanager
 def attached(layers: Sequence[LowRank], wanted: Callable[[LowRank], bool]) -> Iterator[None]:
-    """While inside, every module adds the layers that are `wanted` at the moment of the call."""
+    """Inside, each module adds the layers for which `wanted` is true at the time of the call."""
     by_module: dict[nn.Module, list[LowRank]] = defaultdict(list)
     for layer in layers:
         by_module[layer.module].append(layer)
-    handles = [module.register_forward_hook(_hook(found, wanted)) for module, found in by_module.items()]
+    handles = [module.register_forward_hook(_hook(own, wanted)) for module, own in by_module.items()]
     try:
         yield
     finally:

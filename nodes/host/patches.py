@@ -1,4 +1,4 @@
-"""What a loader put on a MODEL beyond its base, computed by the host itself and switched on and off while sampling."""
+"""The patches of an aligned MODEL beyond its base, computed by ComfyUI and switched on and off while sampling."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,35 +17,35 @@ from ...trainer.config.schema import ConfigError
 Patches = dict[str, list[Any]]
 
 
-def extra_patches(base: Any, aligned: Any, place: int) -> Patches:
-    """The patches by weight that `aligned`, a clone of `base`, has beyond it. Raises ConfigError where it has none."""
+def extra_patches(base: Any, aligned: Any, number: int) -> Patches:
+    """Patches, by weight, that `aligned`, a clone of `base`, has beyond it. Raises ConfigError if there are none."""
     if aligned.injections.keys() - base.injections.keys():
         raise ConfigError(
-            f"aligned model {place} carries a bypass LoRA, but its effect cannot be told apart from the base's. "
+            f"aligned model {number} has a LoRA in bypass mode, which cannot be separated from the base model. "
             "Turn bypass off in the node that loads the LoRA."
         )
     for key, own in base.patches.items():
         patches = aligned.patches.get(key, [])
         if len(patches) < len(own) or any(a is not b for a, b in zip(patches, own, strict=False)):
             raise ConfigError(
-                f"aligned model {place} does not start from the base model: they differ at {key}. "
-                "Branch off to the aligned models behind everything that changes the base."
+                f"aligned model {number} is not based on the base model: their patches of {key} differ. "
+                "Apply every change of the base before the LoRAs of the aligned models."
             )
-    found = {key: patches[len(base.patches.get(key, [])) :] for key, patches in aligned.patches.items()}
-    found = {key: patches for key, patches in found.items() if patches}
-    if not found:
+    extra = {key: patches[len(base.patches.get(key, [])) :] for key, patches in aligned.patches.items()}
+    extra = {key: patches for key, patches in extra.items() if patches}
+    if not extra:
         raise ConfigError(
-            f"aligned model {place} has 0 patches beyond the base model, so they are the same and guidance would do "
-            "nothing. Connect a model that has gone through Load LoRA (with a strength other than 0)."
+            f"aligned model {number} equals the base model, so guidance would have no effect. "
+            "Connect the output of a LoRA loader (with a strength other than 0)."
         )
-    return found
+    return extra
 
 
 @dataclass
 class PatchedWeight:
-    """A weight function of the host: the base's weight in, the aligned model's out, as the host's loader computes it.
+    """A weight function: takes the base's weight, returns the aligned model's, as ComfyUI's loader computes it.
 
-    The result is kept while there is room; without it, every call computes it again, as the host does for a layer that
+    The result is cached while memory allows; otherwise each call computes it again, as ComfyUI does for a layer that
     does not fit on the device.
     """
 
@@ -53,47 +53,47 @@ class PatchedWeight:
     module: nn.Module
     patches: list[Any]
     room: MemoryCounter
-    kept: Tensor | None = None
+    cached: Tensor | None = None
 
     @property
-    def seam(self) -> str:
-        """The module's list of functions that its weight, or its bias, goes through."""
+    def attribute(self) -> str:
+        """Name of the module's list of functions for its weight or its bias."""
         return self.key.rsplit(".", 1)[1] + "_function"
 
     def __call__(self, own: Tensor) -> Tensor:
-        if self.kept is not None and (self.kept.dtype, self.kept.device) == (own.dtype, own.device):
-            return self.kept
+        if self.cached is not None and (self.cached.dtype, self.cached.device) == (own.dtype, own.device):
+            return self.cached
         wide = own.to(mm.lora_compute_dtype(own.device), copy=True)
-        found = comfy.lora.calculate_weight(self.patches, wide, self.key)
-        found = comfy.float.stochastic_rounding(found, own.dtype, comfy.utils.string_to_seed(self.key))
-        if self.room.use(found):
-            self.kept = found
-        return found
+        patched = comfy.lora.calculate_weight(self.patches, wide, self.key)
+        patched = comfy.float.stochastic_rounding(patched, own.dtype, comfy.utils.string_to_seed(self.key))
+        if self.room.use(patched):
+            self.cached = patched
+        return patched
 
 
-def patched_weights(model: Any, patches: Patches, place: int, room: MemoryCounter) -> list[PatchedWeight]:
-    """The patches at their modules. Raises ConfigError for a weight that the host gives no seam to change."""
-    found = []
+def patched_weights(model: Any, patches: Patches, number: int, room: MemoryCounter) -> list[PatchedWeight]:
+    """One PatchedWeight per patched weight. Raises ConfigError for weights that ComfyUI cannot switch."""
+    weights = []
     for key, some in patches.items():
         name, _, kind = key.rpartition(".")
         module = model.get_submodule(name)
         if not hasattr(module, f"{kind}_function"):
             raise ConfigError(
-                f"aligned model {place} changes {key}, but only weights and biases of layers can be switched while "
-                "sampling. Save the merged model and load it as a checkpoint of its own."
+                f"aligned model {number} patches {key}, but only weights and biases of layers can be switched while "
+                "sampling. Save the merged model and load it as a separate checkpoint."
             )
-        found.append(PatchedWeight(key, module, some, room))
-    return found
+        weights.append(PatchedWeight(key, module, some, room))
+    return weights
 
 
 @contextmanager
 def switched_on(weights: Sequence[PatchedWeight]) -> Iterator[None]:
-    """While inside, these weights are the aligned model's."""
-    before = [getattr(weight.module, weight.seam) for weight in weights]
+    """Inside, these weights are the aligned model's."""
+    before = [getattr(weight.module, weight.attribute) for weight in weights]
     for weight, own in zip(weights, before, strict=True):
-        setattr(weight.module, weight.seam, [*own, weight])
+        setattr(weight.module, weight.attribute, [*own, weight])
     try:
         yield
     finally:
         for weight, own in zip(weights, before, strict=True):
-            setattr(weight.module, weight.seam, own)
+            setattr(weight.module, weight.attribute, own)

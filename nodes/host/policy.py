@@ -1,9 +1,9 @@
-"""Policy on a ComfyUI MODEL. It lives inside guider.sample(), where the host has model and conditionings ready."""
+"""The Policy of a ComfyUI MODEL; it runs inside guider.sample(), where ComfyUI has loaded model and conditionings."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import comfy.conds
 import comfy.model_management as mm
@@ -19,7 +19,7 @@ from ...trainer.config.schema import Config, ConfigError
 from ...trainer.policy.base import LoraPairs
 from ...trainer.policy.lora_pairs import padded
 from ..types import EncodedPrompts
-from .adapter import family_of, fresh_layers, places
+from .adapter import fresh_layers, lora_family, target_modules
 from .differentiable import differentiable
 from .lora_hooks import attached
 from .spaces import space_of, training_grid
@@ -31,7 +31,7 @@ SPECIAL = ("area", "mask", "control", "gligen", "hooks", "timestep_start", "time
 
 @dataclass(frozen=True)
 class Rows:
-    """Prompts by number, one per picture."""
+    """Prompts by number, one per image."""
 
     index: tuple[int, ...]
 
@@ -40,19 +40,25 @@ class Rows:
 
 
 class ComfyPolicy:
-    """A MODEL with a LoRA in forward hooks; the base is never written to."""
+    """A MODEL with a LoRA in forward hooks; the base weights are never modified."""
+
+    kind: Literal["ddim", "flow"]
+    family: str
+    latent_shape: tuple[int, int, int]
 
     def __init__(self, guider: Any, vae: Any, prompts: EncodedPrompts, config: Config, latent: Tensor, options: Any):
         self.guider, self.vae, self.config, self.options = guider, vae, config, options
         self.lines, self.model = prompts.lines, guider.inner_model
         self.space = space_of(guider.model_patcher)
-        self.kind, self.family = self.space.kind, family_of(self.model)
+        self.kind, self.family = self.space.kind, lora_family(self.model)
         self.device = guider.model_patcher.load_device
-        self.latent_shape = tuple(latent.shape[1:])
-        self.layers = fresh_layers(places(self.model, config.lora.targets), config.lora, config.run.seed, self.device)
+        channels, height, width = latent.shape[1:]
+        self.latent_shape = channels, height, width
+        modules = target_modules(self.model, config.lora.targets)
+        self.layers = fresh_layers(modules, config.lora, config.run.seed, self.device)
         self.conds = [_own(guider.conds[cond_key(n)]) for n in range(len(self.lines))]
         guider.conds["negative"] = _own(guider.conds["negative"])
-        self.on, self.evicted = True, False
+        self.lora_on, self.evicted = True, False
         self.sigma: dict[float, float] = {}
 
     def grid(self, steps: int) -> Grid:
@@ -64,25 +70,25 @@ class ComfyPolicy:
         return Rows(tuple(self.lines.index(line) for line in prompts))
 
     def predict(self, x: Tensor, timestep: float, condition: Rows) -> Tensor:
-        self._bring_back()
+        self._reload()
         sigma = self.sigma[timestep]
-        host = x.float() * self.space.scale(sigma)
-        kinds = sorted(set(condition.index))
-        if len(kinds) == 1 or _alike([self.conds[k] for k in kinds]):
-            return self._predict(host, sigma, _merged([self.conds[k] for k in condition.index], kinds))
-        parts = {k: [i for i, p in enumerate(condition.index) if p == k] for k in kinds}
-        found = {k: self._predict(host[rows], sigma, self.conds[k]) for k, rows in parts.items()}
-        order = torch.tensor([i for rows in parts.values() for i in rows], device=host.device)
-        return torch.cat(list(found.values()))[order.argsort()]
+        scaled = x.float() * self.space.scale(sigma)
+        prompts = sorted(set(condition.index))
+        if len(prompts) == 1 or _can_share_batch([self.conds[p] for p in prompts]):
+            return self._predict(scaled, sigma, _merged([self.conds[p] for p in condition.index], len(prompts) > 1))
+        rows = {p: [i for i, q in enumerate(condition.index) if q == p] for p in prompts}
+        outputs = [self._predict(scaled[index], sigma, self.conds[p]) for p, index in rows.items()]
+        order = torch.tensor([i for index in rows.values() for i in index], device=scaled.device)
+        return torch.cat(outputs)[order.argsort()]
 
-    def _predict(self, host: Tensor, sigma: float, cond: list[dict[str, Any]]) -> Tensor:
+    def _predict(self, scaled: Tensor, sigma: float, cond: list[dict[str, Any]]) -> Tensor:
         self.guider.conds["positive"] = cond
-        levels = torch.full((len(host),), sigma, device=host.device)
-        denoised = self.guider(host, levels, model_options=self.options, seed=self.config.run.seed)
-        return self.space.output(host, denoised.float(), sigma)
+        sigmas = torch.full((len(scaled),), sigma, device=scaled.device)
+        denoised = self.guider(scaled, sigmas, model_options=self.options, seed=self.config.run.seed)
+        return self.space.output(scaled, denoised.float(), sigma)
 
-    def _bring_back(self) -> None:
-        """Decoding and rewards may have sent the model away."""
+    def _reload(self) -> None:
+        """Load the model again if decoding or rewards may have evicted it."""
         if self.evicted:
             mm.load_models_gpu([self.guider.model_patcher], self.model.memory_required([1, *self.latent_shape]))
             self.evicted = False
@@ -98,11 +104,11 @@ class ComfyPolicy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        self.on = False
+        self.lora_on = False
         try:
             yield
         finally:
-            self.on = True
+            self.lora_on = True
 
     def lora(self) -> LoraPairs:
         return {
@@ -113,28 +119,28 @@ class ComfyPolicy:
     @torch.no_grad()
     def load_lora(self, pairs: LoraPairs) -> None:
         if pairs.keys() != self.layers.keys():
-            odd = sorted(pairs.keys() ^ self.layers.keys())
+            mismatched = sorted(pairs.keys() ^ self.layers.keys())
             raise ConfigError(
-                f"the LoRA and this model differ in {len(odd)} modules, first {odd[0]}. "
-                "Use the LoRA of a run with the same model."
+                f"the LoRA does not fit this model: {len(mismatched)} modules differ (first: {mismatched[0]}). "
+                "Use a LoRA that was trained on the same model."
             )
         for name, pair in pairs.items():
             for own, given in zip((self.layers[name].down, self.layers[name].up), pair, strict=True):
                 if own.shape != given.shape:
                     raise ConfigError(
-                        f"{name} has shape {tuple(given.shape)} in the LoRA and {tuple(own.shape)} here. "
+                        f"the LoRA's factor of {name} has shape {tuple(given.shape)}, expected {tuple(own.shape)}. "
                         "Set rank to the LoRA's rank."
                     )
                 own.copy_(given)
 
     def start_from(self, pairs: LoraPairs) -> None:
-        """Continue an existing LoRA, which may have fewer modules or a lower rank."""
+        """Continue from an existing LoRA, which may have fewer modules or a lower rank."""
         scale = next(iter(self.layers.values())).scale
         self.load_lora(padded({name: (down, up / scale) for name, (down, up) in pairs.items()}, self.lora()))
 
 
 class PolicySampler(comfy.samplers.Sampler):
-    """A "sampler" that hands a ready ComfyPolicy to `job` instead of sampling a picture."""
+    """A sampler that calls `job` with a ready ComfyPolicy instead of sampling an image."""
 
     def __init__(self, vae: Any, prompts: EncodedPrompts, config: Config, job: Callable[[ComfyPolicy], Any]):
         self.vae, self.prompts, self.config, self.job = vae, prompts, config, job
@@ -149,7 +155,7 @@ class PolicySampler(comfy.samplers.Sampler):
         policy = ComfyPolicy(guider, self.vae, self.prompts, self.config, noise, options)
         with (
             differentiable(policy.model.diffusion_model, self.config.model.gradient_checkpointing),
-            attached(list(policy.layers.values()), lambda layer: policy.on),
+            attached(list(policy.layers.values()), lambda layer: policy.lora_on),
             _training_mode(),
         ):
             self.result = self.job(policy)
@@ -157,14 +163,14 @@ class PolicySampler(comfy.samplers.Sampler):
 
 
 def cond_key(number: int) -> str:
-    """The guider's name for the conditioning of a prompt; the host wants one called positive."""
+    """The guider's key for a prompt's conditioning; ComfyUI requires one called positive."""
     return f"positive_{number}" if number else "positive"
 
 
 def with_policy(
     model: Any, vae: Any, prompts: EncodedPrompts, config: Config, latent: Tensor, job: Callable[[ComfyPolicy], Result]
 ) -> Result:
-    """Run `job` on a ComfyPolicy while the host keeps the model loaded; afterwards everything is as it was."""
+    """Run `job` on a ComfyPolicy while ComfyUI keeps the model loaded; every change is undone afterwards."""
     patcher = model.clone()
     batch = config.rollout.images_at_once * (2 if config.model.gradient_checkpointing else 4)
     patcher.add_wrapper(WrappersMP.PREPARE_SAMPLING, _with_room_for(batch))
@@ -190,7 +196,7 @@ def _with_room_for(batch: int) -> Callable[..., Any]:
 
 
 def _same_attention(function: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """One attention for rollout, update and recomputation: some of the host's depend on the free memory."""
+    """The same attention in rollout, update and recomputation; some of ComfyUI's depend on the free memory."""
     return attention_pytorch(*args, **kwargs)
 
 
@@ -204,18 +210,18 @@ def _training_mode() -> Iterator[None]:
 
 
 def _own(conds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Conditionings whose tensors autograd may save."""
-    found = []
+    """Conditionings whose tensors autograd can save."""
+    copies = []
     for cond in conds:
         parts = {
             name: c._copy_with(c.cond.clone()) if isinstance(c, PLAIN) else c for name, c in cond["model_conds"].items()
         }
-        found.append({**cond, "model_conds": parts})
-    return found
+        copies.append({**cond, "model_conds": parts})
+    return copies
 
 
-def _alike(prompts: list[list[dict[str, Any]]]) -> bool:
-    """Whether these prompts' conditionings can share a batch: one plain entry each, of equal shapes."""
+def _can_share_batch(prompts: list[list[dict[str, Any]]]) -> bool:
+    """Whether the conditionings of these prompts fit one batch: one plain entry each, with equal shapes."""
     shapes = set()
     for conds in prompts:
         if len(conds) != 1 or any(key in conds[0] for key in SPECIAL):
@@ -227,9 +233,9 @@ def _alike(prompts: list[list[dict[str, Any]]]) -> bool:
     return len(shapes) == 1
 
 
-def _merged(rows: list[list[dict[str, Any]]], kinds: list[int]) -> list[dict[str, Any]]:
-    """One conditioning with a row per picture."""
-    if len(kinds) == 1:
+def _merged(rows: list[list[dict[str, Any]]], different: bool) -> list[dict[str, Any]]:
+    """One conditioning with a row per image."""
+    if not different:
         return rows[0]
     first = rows[0][0]
     parts = {}

@@ -1,4 +1,4 @@
-"""The stochastic samplers as a function that ComfyUI's KSAMPLER calls."""
+"""The stochastic samplers as a sampling function of ComfyUI's KSAMPLER."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.method.ddim_variance import SIGMAS, smallest_target
+from comfyui_pcpo.method.ddim_variance import SIGMAS, Sigma, smallest_target
 from comfyui_pcpo.method.rollout import Trajectory, derive_seed
 from comfyui_pcpo.method.samplers import AUTO_METHOD, METHODS, default_noise_level, transitions
-from comfyui_pcpo.method.schedule import Grid
+from comfyui_pcpo.method.schedule import Grid, Kind
 from comfyui_pcpo.method.transition import Transition, log_prob, mean
 
 from ..types import RecordedTrajectory
@@ -19,22 +19,22 @@ from .spaces import Space, space_of
 
 METHOD_NAMES = ["auto", *METHODS]
 SIGMA_NAMES = list(SIGMAS)
-USUAL = -1.0  # noise_level: the published value of the method
+PUBLISHED_LEVEL = -1.0  # noise_level widget: use the published value of the method
 
 
 @dataclass(frozen=True)
 class StepChoice:
-    """What the widgets say about the steps; `target` 0 is the smallest weight that the grid can carry."""
+    """The widgets of a stochastic sampler; `target` 0 solves for the smallest feasible weight."""
 
     method: str = "auto"
-    noise_level: float = USUAL
-    sigma: str = "native"
+    noise_level: float = PUBLISHED_LEVEL
+    sigma: Sigma = "native"
     target: float = 0.0
     s_noise: float = 1.0
-    trainer_start: bool = False  # the first latent is noise alone, as the trainer's, not noise of the first level
-    trainer_end: bool = False  # the last level is the picture, whatever noise its alpha_bar has
+    trainer_start: bool = False  # start from pure noise as the trainer does, not from noise at the first level
+    trainer_end: bool = False  # return the last latent as clean, whatever noise its alpha_bar implies
 
-    def resolve(self, kind: str) -> tuple[str, float]:
+    def resolve(self, kind: Kind) -> tuple[str, float]:
         method = AUTO_METHOD[kind] if self.method == "auto" else self.method
         return method, default_noise_level(method) if self.noise_level < 0 else self.noise_level
 
@@ -48,7 +48,7 @@ class StepChoice:
 
 @dataclass
 class Recorder:
-    """What one sampling run leaves behind, for a trajectory."""
+    """Collects one sampling run as a trajectory."""
 
     latents: list[Tensor] = field(default_factory=list)
     noises: list[Tensor] = field(default_factory=list)
@@ -56,14 +56,21 @@ class Recorder:
     steps: list[Transition] = field(default_factory=list)
     timesteps: list[float] = field(default_factory=list)
 
+    def add(self, x: Tensor, noise: Tensor, out: Tensor, step: Transition) -> None:
+        self.latents.append(x.float().cpu())
+        self.noises.append(noise)
+        self.outs.append(out.float().cpu())
+        self.steps.append(step)
+
     def trajectory(self) -> RecordedTrajectory:
-        path = Trajectory(*(torch.stack(t) for t in (self.latents, self.noises, self.outs)), self.steps, self.timesteps)
+        latents, noises, outs = (torch.stack(t) for t in (self.latents, self.noises, self.outs))
+        path = Trajectory(latents, noises, outs, self.steps, self.timesteps)
         scores = torch.stack([log_prob(z, step) for z, step in zip(path.noises, self.steps, strict=True)])
         return RecordedTrajectory(path, torch.tensor([s.weight for s in self.steps], dtype=torch.float64), scores)
 
 
 class StochasticSampler(comfy.samplers.KSAMPLER):
-    """KSAMPLER with our steps; masks, previews and denoise below 1 are the host's own."""
+    """KSAMPLER with stochastic steps; noise masks, previews and denoise below 1 are ComfyUI's."""
 
     def __init__(self, choice: StepChoice, recorder: Recorder | None = None):
         super().__init__(sample_steps, {"choice": choice, "recorder": recorder})
@@ -85,7 +92,7 @@ def sample_steps(
     choice: StepChoice,
     recorder: Recorder | None = None,
 ) -> Tensor:
-    """Sample along `sigmas`; step noise is drawn on the CPU from a generator of its own."""
+    """Sample along `sigmas`; step noise is drawn on the CPU from its own generator."""
     space = space_of(model.inner_model.model_patcher)
     grid = space.grid(sigmas)
     steps, levels = choice.transitions(grid), sigmas.tolist()
@@ -95,29 +102,22 @@ def sample_steps(
         recorder.latents.append(x.float().cpu())
         recorder.timesteps = grid.timesteps.tolist()
     for i, step in enumerate(steps):
-        host = x * space.scale(levels[i])
-        denoised = model(host, sigmas[i].expand(len(x)), **extra_args)
+        scaled = x * space.scale(levels[i])
+        denoised = model(scaled, sigmas[i].expand(len(x)), **extra_args)
         if callback is not None:
-            callback({"x": host, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
-        out = space.output(host, denoised, levels[i])
+            callback({"x": scaled, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        out = space.output(scaled, denoised, levels[i])
         noise = torch.randn(x.shape, generator=generator)
         x = mean(x, out, step)
         if step.std:
             x = x + choice.s_noise * step.std * noise.to(x)
         if recorder is not None:
-            record(recorder, x, noise, out, step)
+            recorder.add(x, noise, out, step)
     return finish(model, x, space, levels[-1], extra_args, choice)
 
 
-def record(recorder: Recorder, x: Tensor, noise: Tensor, out: Tensor, step: Transition) -> None:
-    recorder.latents.append(x.float().cpu())
-    recorder.noises.append(noise)
-    recorder.outs.append(out.float().cpu())
-    recorder.steps.append(step)
-
-
 def finish(model: Any, x: Tensor, space: Space, sigma: float, extra_args: dict[str, Any], choice: StepChoice) -> Tensor:
-    """The host's latent at the end; on the trainer's grid the last level is the picture. Kept parts are whole."""
-    done = choice.trainer_end or sigma == 0
-    x, mask = x if done else x * space.scale(sigma), extra_args.get("denoise_mask")
-    return x * mask + model.latent_image * (1 - mask) if done and mask is not None else x
+    """The final latent in ComfyUI's scale; masked parts of a clean latent are restored exactly."""
+    clean = choice.trainer_end or sigma == 0
+    x, mask = x if clean else x * space.scale(sigma), extra_args.get("denoise_mask")
+    return x * mask + model.latent_image * (1 - mask) if clean and mask is not None else x

@@ -1,4 +1,4 @@
-"""The embedded models as ComfyUI's own classes: an MMDiT or a UNet, a CLIP and a TAESD-type autoencoder."""
+"""The embedded models as ComfyUI classes: an MMDiT or a UNet, a CLIP text encoder and a TAESD-type VAE."""
 
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,10 @@ from comfy.model_patcher import ModelPatcher
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from comfyui_pcpo.tiny import pipelines
+from comfyui_pcpo.tiny.pipelines import MODELS, SHARED
 
-NAMES = pipelines.EMBEDDED
-MODELS = pipelines.MODELS
-SHARED = MODELS / "shared"
 TEXT = {"bos": 216, "eos": 217, "length": 16, "width": 128, "vocabulary": 218}
-# diffusers' layer of each of TAESD's; the layers that are missing here do nothing
+# layer in ComfyUI's TAESD: layer in the diffusers file; TAESD layers without an entry become identities
 ENCODER = {0: 0, 1: 1, 2: 2, 3: 3, 4: 6, 5: 7, 6: 10, 7: 11, 8: 14}
 DECODER = {0: 1, 2: 3, 3: 4, 4: 5, 6: 7, 7: 8, 8: 9, 10: 12, 11: 13, 13: 17, 14: 18, 15: 19}
 WIDTH = 64
@@ -82,7 +79,7 @@ class EmojiTokens(comfy.sd1_clip.SD1Tokenizer):
 
 
 class EmojiEncoder(comfy.sd1_clip.SDClipModel):
-    """The two-layer text encoder: its last hidden state (emoji-eps), or the one before, not normed (emoji-flow)."""
+    """The two-layer text encoder: last hidden state (emoji-eps), or the one before it without norm (emoji-flow)."""
 
     def __init__(self, flow: bool, device: Any, dtype: Any, model_options: dict[str, Any]):
         config = {
@@ -96,7 +93,7 @@ class EmojiEncoder(comfy.sd1_clip.SDClipModel):
         )  # fmt: skip
         table = self.operations.Embedding(TEXT["vocabulary"], TEXT["width"], device=device, dtype=dtype)
         self.transformer.text_model.embeddings.token_embedding = table
-        if flow:  # the host asserts that -2 is none of two layers, so it is set here
+        if flow:  # SDClipModel asserts against -2 of two layers, so it is set after construction
             self.layer, self.layer_idx = "hidden", -2
             self.options_default = (self.layer, self.layer_idx, self.return_projected_pooled)
 
@@ -110,7 +107,7 @@ class EmojiText(comfy.sd1_clip.SD1ClipModel):
 
 
 class EmojiFlowText(comfy.sd1_clip.SD1ClipModel):
-    """SD3's two encoders, which are one here: everything twice."""
+    """SD3 concatenates two text encoders; the embedded model uses one of them twice."""
 
     def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None):
         def make(device: Any, dtype: Any, model_options: dict[str, Any]) -> EmojiEncoder:
@@ -123,12 +120,13 @@ class EmojiFlowText(comfy.sd1_clip.SD1ClipModel):
         return torch.cat([hidden, hidden], -1), torch.cat([pooled, pooled], -1)
 
 
-def load_tiny(name: str) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+def load_embedded(name: str) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """MODEL, CLIP and VAE of an embedded model."""
     with torch.inference_mode(False), torch.no_grad():
         vae = load_vae()
         model = load_model(name)
-        model.model.latent_format.latent_rgb_factors, model.model.latent_format.latent_rgb_factors_bias = colours(vae)
+        latent = model.model.latent_format
+        latent.latent_rgb_factors, latent.latent_rgb_factors_bias = rgb_factors(vae)
         return model, load_clip(name), vae
 
 
@@ -166,7 +164,7 @@ def load_vae() -> comfy.sd.VAE:
 
 
 def taesd_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The narrow, shallow autoencoder as TAESD's layers: zeros to its width, blocks that do nothing to its depth."""
+    """The small VAE padded to TAESD's width with zeros and to its depth with identity blocks."""
     channels = state["decoder.layers.0.weight"].shape[1]
     full = {k: torch.zeros_like(v) for k, v in _taesd(channels).state_dict().items()}
     for key, value in state.items():
@@ -184,8 +182,8 @@ def _taesd(channels: int) -> nn.Module:
     return TAESD(latent_channels=channels)
 
 
-def colours(vae: comfy.sd.VAE) -> tuple[list[list[float]], list[float]]:
-    """Linear map from latent channels to RGB for previews, fitted to pictures of coarse coloured patches."""
+def rgb_factors(vae: comfy.sd.VAE) -> tuple[list[list[float]], list[float]]:
+    """Linear map from latent channels to RGB for previews, fitted to images of coarse colored patches."""
     patches = torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     images = torch.nn.functional.interpolate(patches, size=(64, 64), mode="bilinear").movedim(1, -1)
     latents = vae.encode(images).cpu().movedim(1, -1).flatten(0, 2)

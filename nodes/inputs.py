@@ -1,0 +1,72 @@
+"""Inputs that several nodes share."""
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from .host.ksampler import TRAINING_SCHEDULER
+from .host.samplers import METHOD_NAMES, PUBLISHED_LEVEL, SIGMA_NAMES
+
+ADVANCED = {"advanced": True, "optional": True}
+MAX_SEED = 0xFFFFFFFFFFFFFFFF
+
+
+def seed_input(tooltip: str = "The same seed gives the same image.") -> io.Int.Input:
+    return io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=tooltip)
+
+
+def steps_input(default: int = 20, least: int = 1, tooltip: str = "Number of denoising steps.") -> io.Int.Input:
+    return io.Int.Input("steps", default=default, min=least, max=1000, tooltip=tooltip)
+
+
+def cfg_input(tooltip: str = "Classifier-free guidance scale; 1 turns it off.") -> io.Float.Input:
+    return io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip=tooltip)
+
+
+def denoise_input() -> io.Float.Input:
+    return io.Float.Input(
+        "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
+        tooltip="Amount of denoising; below 1 the result keeps part of the input latent.",
+    )  # fmt: skip
+
+
+def conditioning_inputs() -> list[io.Input]:
+    return [
+        io.Conditioning.Input("positive", tooltip="What the image should show."),
+        io.Conditioning.Input("negative", tooltip="What the image should not show."),
+    ]
+
+
+def scheduler_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "scheduler", options=[TRAINING_SCHEDULER, *comfy.samplers.SCHEDULER_NAMES], default=TRAINING_SCHEDULER,
+        tooltip="Noise schedule; training is the one used by Train LoRA (PCPO) and the command line.",
+    )  # fmt: skip
+
+
+def method_input(**options: bool) -> io.Combo.Input:
+    return io.Combo.Input(
+        "method", options=METHOD_NAMES, default="auto",
+        tooltip="Stochastic sampler; auto picks ddim for SD1.5, SD2 and SDXL, and flow_sde for SD3.5 and FLUX.",
+        **options,
+    )  # fmt: skip
+
+
+def noise_level_input(published: str = "the method's published value", **options: bool) -> io.Float.Input:
+    return io.Float.Input(
+        "noise_level", default=PUBLISHED_LEVEL, min=-1.0, max=2.0, step=0.05,
+        tooltip=f"Amount of noise that each step adds: 0 is deterministic, -1 uses {published}.", **options,
+    )  # fmt: skip
+
+
+def sigma_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "sigma", options=SIGMA_NAMES, default="native", **ADVANCED,
+        tooltip="Noise of the ddim steps: the sampler's own (native), or solved for target_weight (paper, uniform).",
+    )  # fmt: skip
+
+
+def target_weight_input() -> io.Float.Input:
+    return io.Float.Input(
+        "target_weight", default=0.0, min=0.0, max=1000.0, step=0.1, **ADVANCED,
+        tooltip="Step weight that sigma = paper or uniform solves for; 0 uses the smallest feasible one.",
+    )  # fmt: skip
