@@ -1,0 +1,6 @@
+from typing import Any
+
+from torch import Tensor
+
+def calculate_weight(patches: list[Any], weight: Tensor, key: str) -> Tensor: ...
+def model_lora_keys_unet(model: Any, key_map: dict[str, Any]) -> dict[str, Any]: ...

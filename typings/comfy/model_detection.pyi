@@ -1,0 +1,6 @@
+from typing import Any
+
+from torch import Tensor
+
+def convert_diffusers_mmdit(state_dict: dict[str, Tensor], output_prefix: str = "") -> dict[str, Tensor]: ...
+def detect_unet_config(state_dict: dict[str, Tensor], key_prefix: str) -> dict[str, Any]: ...

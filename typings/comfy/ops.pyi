@@ -1,0 +1,13 @@
+from typing import Any
+
+from torch import Tensor, nn
+
+class CastWeightBiasOp: ...
+
+class QuantizedTensor(Tensor):
+    def dequantize(self) -> Tensor: ...
+
+def cast_bias_weight(
+    s: nn.Module, input: Tensor, *, offloadable: bool = False
+) -> tuple[Tensor, Tensor | None, Any]: ...
+def uncast_bias_weight(s: nn.Module, weight: Tensor, bias: Tensor | None, offload_stream: Any) -> None: ...

@@ -1,0 +1,3 @@
+from .supported_models_base import BASE
+
+class SD3(BASE): ...
