@@ -1,6 +1,6 @@
-"""Every workflow in ComfyUI's own page: it opens without a missing node, and runs from there.
+"""Every workflow in ComfyUI's page: it opens without missing nodes and runs.
 
-PCPO_SHOTS keeps the screenshots in a folder of one's choice.
+PCPO_SHOTS=FOLDER keeps the screenshots.
 """
 
 import json
@@ -41,9 +41,9 @@ def test_workflow_opens_and_runs_in_the_page(comfyui, path, tmp_path):
         env={**os.environ, "CHROMIUM": str(CHROMIUM), "PLAYWRIGHT_MODULES": MODULES},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["missing"] == [] and found["dialogs"] == []
-    assert found["status"] == "success", found
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["missing"] == [] and report["dialogs"] == []
+    assert report["status"] == "success", report
     assert (shots / "done.png").stat().st_size > 50_000
     queued = json.loads((shots / "saved.json").read_text())["api"]
     ours = comfy_server.api_graph(json.loads(path.read_text()), comfyui.get("/object_info"))

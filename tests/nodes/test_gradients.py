@@ -1,4 +1,4 @@
-"""Gradients through a ComfyUI MODEL: against finite differences and against diffusers, for every family and base."""
+"""Gradients through a ComfyUI MODEL, compared with finite differences and with diffusers, per family and base."""
 
 import sys
 from pathlib import Path
@@ -58,7 +58,7 @@ def factors(policy, pairs):
 def finite_difference(policy, steps=4, size=0.02):
     """Derivative of a smooth loss along a direction: by backward, and by a difference of fourth order.
 
-    Half of the direction is random; the other half is the gradient that was found, because along a random one alone
+    Half of the direction is random; the other half is the computed gradient, because along a random one alone
     the derivative may be so near to 0 that float32's rounding of the loss is more than a thousandth of it.
     """
     t = policy.grid(steps).timesteps.tolist()[1]
@@ -133,8 +133,8 @@ def test_gradients_of_the_embedded_models_equal_finite_differences(tiny, checkpo
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("offloaded", [False, True])
-def test_gradients_over_a_lora_that_is_applied_already(tiny, offloaded, checkpointing):
-    """Whether its weights are merged when it is loaded, or each time when a layer is used."""
+def test_gradients_on_a_base_with_an_applied_lora(tiny, offloaded, checkpointing):
+    """ComfyUI patches the weights on loading, or each time a layer is used."""
     comfy_models.forget_loaded()
     model = comfy_models.lora_on(tiny, 1)
     setup = tiny.on(comfy_models.partly_loaded(model) if offloaded else model)
@@ -150,7 +150,7 @@ def test_gradients_over_a_lora_that_is_applied_already(tiny, offloaded, checkpoi
 
 
 def of_the_base(policy):
-    """A prediction without the LoRA under training."""
+    """A prediction without the LoRA being trained."""
     x = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
     t = policy.grid(4).timesteps.tolist()[1]
     with torch.no_grad(), policy.reference():
@@ -161,7 +161,7 @@ def of_the_base(policy):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_gradients_over_fp8_weights_equal_finite_differences(name, scaled, checkpointing):
-    """The host keeps the base in fp8, as it is or scaled, and casts each weight when it is used."""
+    """ComfyUI stores the base in fp8, plain or scaled, and casts each weight when it is used."""
     family = comfy_families.make(name, torch.float32 if scaled else torch.float8_e4m3fn)
     family = comfy_families.with_scaled_fp8(family) if scaled else family
     kept = list(family.model.model.diffusion_model.parameters())

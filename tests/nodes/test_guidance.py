@@ -1,4 +1,4 @@
-"""Implicit reward guidance in a ComfyUI host in this process: exactness, memory, cost, refusals."""
+"""Implicit reward guidance, in process: exactness, memory, cost, refusals."""
 
 import sys
 import time
@@ -39,14 +39,14 @@ def flow():
 
 
 def aligned(model, weight, start=0.0, end=1.0):
-    return types.Aligned(model, ImplicitReward(weight, start, end))
+    return types.AlignedModel(model, ImplicitReward(weight, start, end))
 
 
 def guider_on(tiny, models, base=None, cfg=3.0):
-    found = irg.IRGGuider(base or tiny.model, models)
-    found.set_conds(tiny.positive, tiny.negative)
-    found.set_cfg(cfg)
-    return found
+    guider = irg.IRGGuider(base or tiny.model, models)
+    guider.set_conds(tiny.positive, tiny.negative)
+    guider.set_cfg(cfg)
+    return guider
 
 
 def guided(tiny, models, sigmas=None, base=None, cfg=3.0):
@@ -55,7 +55,7 @@ def guided(tiny, models, sigmas=None, base=None, cfg=3.0):
 
 
 def another_checkpoint(tiny, factor):
-    """The same architecture with weights of its own."""
+    """The same architecture with other weights."""
     other = comfy_host.execute("PCPOLoadTinyModel", tiny.name)[0]
     with torch.inference_mode(False), torch.no_grad():
         for p in other.model.diffusion_model.parameters():
@@ -75,28 +75,28 @@ def test_weight_0_is_the_base_and_1_the_aligned_model(tiny, cfg):
 
 @pytest.mark.parametrize("level", [0, 2, 5])
 def test_two_loras_on_one_base_do_not_cancel_and_equal_a_sum_by_hand(tiny, level):
-    """One step, so that the composition can be written down: x0 is linear in what the models say."""
+    """A single step, whose x0 is linear in the predictions, so the sum can be computed by hand."""
     first, second = lora_on(tiny, 1), lora_on(tiny, 2)
     sigmas = torch.tensor([tiny.sigmas()[level], 0.0])
     base, one, two = (tiny.stock(sigmas, m).double() for m in (None, first, second))
-    found = guided(tiny, [aligned(first, 1.5), aligned(second, -0.5)], sigmas)
+    result = guided(tiny, [aligned(first, 1.5), aligned(second, -0.5)], sigmas)
     expected = base + 1.5 * (one - base) - 0.5 * (two - base)
-    assert (found - expected).abs().max() < 1e-5
-    assert biggest(found, base) > 1e-3
+    assert (result - expected).abs().max() < 1e-5
+    assert biggest(result, base) > 1e-3
 
 
 def test_different_checkpoints_compose_and_are_left_as_they_were(flow):
     other, lora, sigmas = another_checkpoint(flow, 0.98), lora_on(flow, 1), flow.sigmas()[[2, -1]]
     base, alone, patched = (flow.stock(sigmas, m).double() for m in (None, other, lora))
     assert torch.equal(guided(flow, [aligned(other, 1.0)], sigmas).double(), alone)
-    found = guided(flow, [aligned(other, 0.5), aligned(lora, 0.75)], sigmas)
-    assert (found - (base + 0.5 * (alone - base) + 0.75 * (patched - base))).abs().max() < 1e-5
+    result = guided(flow, [aligned(other, 0.5), aligned(lora, 0.75)], sigmas)
+    assert (result - (base + 0.5 * (alone - base) + 0.75 * (patched - base))).abs().max() < 1e-5
     assert torch.equal(flow.stock(sigmas, other).double(), alone)
 
 
 def test_a_window_of_weight_1_is_the_aligned_model_inside_and_the_base_outside(tiny):
     lora, sigmas = lora_on(tiny, 1), tiny.sigmas()
-    found = guided(tiny, [aligned(lora, 1.0, 0.0, 0.5)])
+    result = guided(tiny, [aligned(lora, 1.0, 0.0, 0.5)])
     middle = tiny.stock(sigmas[:5], lora)
     guider = tiny.guider()
     with torch.inference_mode():
@@ -104,8 +104,8 @@ def test_a_window_of_weight_1_is_the_aligned_model_inside_and_the_base_outside(t
             torch.zeros_like(middle), middle, comfy_models.comfy.samplers.sampler_object("euler"), sigmas[4:],
             disable_pbar=True, seed=3,
         )  # fmt: skip
-    assert biggest(found, rest) < 1e-5 * rest.abs().max().item()
-    assert biggest(found, tiny.stock(model=lora)) > 1e-4
+    assert biggest(result, rest) < 1e-5 * rest.abs().max().item()
+    assert biggest(result, tiny.stock(model=lora)) > 1e-4
 
 
 def test_the_nodes_chain_and_the_ksampler_is_the_guider(flow):
@@ -116,12 +116,12 @@ def test_the_nodes_chain_and_the_ksampler_is_the_guider(flow):
     guider = call("PCPOIRGGuider", flow.model, both, flow.positive, flow.negative, 3.0)[0]
     sampler, noise = call("KSamplerSelect", "euler")[0], call("RandomNoise", 3)[0]
     sigmas = call("BasicScheduler", flow.model, "normal", 6, 1.0)[0]
-    found = call("SamplerCustomAdvanced", noise, guider, sampler, sigmas, flow.latent())[0]["samples"]
+    result = call("SamplerCustomAdvanced", noise, guider, sampler, sigmas, flow.latent())[0]["samples"]
     node = call(
         "PCPOIRGKSampler", flow.model, both, 3, 6, 3.0, "euler", "normal", flow.positive, flow.negative, flow.latent(),
         1.0,
     )[0]["samples"]  # fmt: skip
-    assert torch.equal(found, node)
+    assert torch.equal(result, node)
     models = [a.model for a in both]
     expected = guided(flow, [aligned(models[0], 1.5, 0.0, 0.5), aligned(models[1], -0.5, 0.25)], sigmas)
     assert torch.equal(node, expected)
@@ -133,16 +133,16 @@ def test_base_with_a_lora_of_its_own_composes_with_more(flow):
     assert torch.equal(guided(flow, [aligned(both, 1.0)], base=base), flow.stock(model=both))
 
 
-def test_patches_of_every_kind_are_the_hosts(flow):
-    """Not only LoRAs: here a merged difference on a weight and on a bias."""
-    found = flow.model.clone()
+def test_patches_of_every_kind_are_applied_as_comfyui_does(flow):
+    """Here a merged difference of a weight and of a bias."""
+    patched = flow.model.clone()
     name = "diffusion_model.joint_blocks.0.x_block.attn.proj."
-    difference = {name + kind: ("diff", (torch.full_like(found.model.state_dict()[name + kind], 0.02),)) for kind in
+    difference = {name + kind: ("diff", (torch.full_like(patched.model.state_dict()[name + kind], 0.02),)) for kind in
                   ("weight", "bias")}  # fmt: skip
-    assert len(found.add_patches(difference)) == 2
-    alone = flow.stock(model=found)
+    assert len(patched.add_patches(difference)) == 2
+    alone = flow.stock(model=patched)
     assert biggest(alone, flow.stock()) > 1e-4
-    assert torch.equal(guided(flow, [aligned(found, 1.0)]), alone)
+    assert torch.equal(guided(flow, [aligned(patched, 1.0)]), alone)
 
 
 def test_without_room_the_weights_are_computed_at_every_step(tiny):
@@ -158,43 +158,43 @@ def test_a_partly_loaded_base_composes(flow):
     lora = lora_on(flow, 2, base)
     alone = flow.stock(model=lora)
     assert base.model.lowvram_patch_counter > 0
-    found = guided(flow, [aligned(lora, 1.0)], base=base)
+    result = guided(flow, [aligned(lora, 1.0)], base=base)
     assert base.model.model_lowvram
-    assert torch.equal(found, alone)
+    assert torch.equal(result, alone)
     forget_loaded()
 
 
 def test_over_fp8_weights_the_loras_are_not_rounded_to_fp8(flow):
-    """As the host itself does for a layer that is not on the device, and unlike its full load."""
+    """As ComfyUI does for an offloaded layer, unlike its full load."""
     state = {k: v.clone() for k, v in flow.model.model.diffusion_model.state_dict().items()}
     with torch.inference_mode():
         base = comfy.sd.load_diffusion_model_state_dict(state, {"dtype": torch.float8_e4m3fn})
     lora = lora_on(flow, 1, base)
-    found = guided(flow, [aligned(lora, 1.0)], base=base)
+    result = guided(flow, [aligned(lora, 1.0)], base=base)
     rounded = flow.stock(model=lora)
     forget_loaded()
-    assert torch.equal(found, flow.stock(model=partly_loaded(lora)))
-    assert biggest(found, rounded) > 1e-3
+    assert torch.equal(result, flow.stock(model=partly_loaded(lora)))
+    assert biggest(result, rounded) > 1e-3
     forget_loaded()
 
 
-def test_guidance_refuses_what_it_cannot_tell_apart(flow):
+def test_guidance_refuses_models_that_it_cannot_separate(flow):
     lora = lora_on(flow, 1)
-    with pytest.raises(ConfigError, match="0 patches beyond the base"):
+    with pytest.raises(ConfigError, match="equals the base model"):
         irg.IRGGuider(flow.model, [aligned(flow.model.clone(), 1.0)])
-    with pytest.raises(ConfigError, match="does not start from the base"):
+    with pytest.raises(ConfigError, match="is not based on the base model"):
         irg.IRGGuider(lora, [aligned(flow.model, 1.0)])
     bypass = comfy_host.execute("LoraModelLoader", flow.model, {}, 1.0)[0]
     bypass.set_injections("bypass_lora", [])
     with pytest.raises(ConfigError, match="bypass"):
         irg.IRGGuider(flow.model, [aligned(bypass, 1.0)])
     other = another_checkpoint(flow, 0.98)
-    with pytest.raises(ConfigError, match="LoRAs on one checkpoint"):
+    with pytest.raises(ConfigError, match="LoRAs on the same checkpoint"):
         irg.IRGGuider(flow.model, [aligned(other, 1.0), aligned(lora_on(flow, 1, other), 1.0)])
 
 
 def test_guidance_by_two_models_costs_at_most_three_plain_samples(tiny):
-    """(K + 1) x 1.1 of plain CFG, in processor time: the fastest of several runs of each, taken in turns."""
+    """At most (K + 1) x 1.1 of plain CFG in CPU time; the fastest of several interleaved runs of each."""
     guider = guider_on(tiny, [aligned(lora_on(tiny, 1), 1.5), aligned(lora_on(tiny, 2), 0.5)])
     sigmas, latent = tiny.sigmas(), tiny.latent(8)
     runs = [

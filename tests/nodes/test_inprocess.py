@@ -1,4 +1,4 @@
-"""Rewards, prompts and the pack itself in a ComfyUI host in this process."""
+"""Rewards, prompts, schemas and loading of the pack, in process."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_combined_rewards_add_up_and_refuse_repeats():
     images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0))
     parts = [r.combined().score(images, ["", ""]).total for r in (a, b)]
     assert torch.allclose(both.combined().score(images, ["", ""]).total, 2 * parts[0] - parts[1])
-    with pytest.raises(ValueError, match="each must be unique"):
+    with pytest.raises(ValueError, match="must be unique"):
         run("PCPOCombineRewards", both, 1.0, a, 1.0)
 
 
@@ -50,13 +50,13 @@ def test_prompts_refuse_an_empty_list():
         run("PCPOPrompts", clip, " \n# nothing")
 
 
-def test_schemas_are_those_of_the_golden_file():
-    """Ids never change and inputs are only appended; a change on purpose goes into the file."""
+def test_schemas_equal_the_golden_file():
+    """Ids never change and inputs are only appended; intended changes go into the file."""
     golden = json.loads((comfy_host.PACK / "tests/golden/nodes.json").read_text(encoding="utf-8"))
     assert json.loads(json.dumps(comfy_host.schemas())) == golden
 
 
-def test_english_texts_are_the_schemas():
+def test_english_texts_equal_the_schemas():
     texts = json.loads((comfy_host.PACK / "locales/en/nodeDefs.json").read_text(encoding="utf-8"))
     assert json.loads(json.dumps(comfy_host.texts())) == texts
 
@@ -86,7 +86,7 @@ print(time.process_time() - start, *sorted({n.split(".")[0] for n in set(sys.mod
 
 
 def load_in_a_fresh_host(folder):
-    """Seconds of processor time that this pack takes beyond a pack without nodes, and the libraries it brings in."""
+    """CPU seconds of loading this pack after a pack without nodes, and the libraries that it imports."""
     plain = folder / "plain"
     if not plain.is_dir():
         plain.mkdir()
@@ -101,7 +101,7 @@ def load_in_a_fresh_host(folder):
 
 
 def test_loading_the_pack_is_quick_and_imports_nothing_heavy(tmp_path):
-    """The first load writes the bytecode, as after an installation; the others are every start after it."""
+    """The first load writes bytecode, as after an installation; the others measure later starts."""
     loads = [load_in_a_fresh_host(tmp_path) for _ in range(3)]
     heavy = {"diffusers", "transformers", "open_clip", "peft", "accelerate", "cyclopts", "tensorboard", "matplotlib"}
     assert not loads[0][1] & heavy

@@ -1,4 +1,4 @@
-"""A LoRA file of every family loads in ComfyUI: the patched model is the merged one, weight by weight."""
+"""LoRA files of every family load in ComfyUI: the patched model equals the merged one, weight by weight."""
 
 import pytest
 
@@ -19,10 +19,10 @@ from comfy.model_patcher import ModelPatcher  # noqa: E402
 
 from comfyui_pcpo.lora.families import detect_family  # noqa: E402
 from comfyui_pcpo.lora.formats import export_state  # noqa: E402
+from comfyui_pcpo.lora.targets import is_target  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-is_target = comfy_host.pack_module("comfyui_pcpo.lora.targets").is_target
 UNET = {
     "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
     "channel_mult": [1, 2], "transformer_depth": [1, 0], "transformer_depth_output": [1, 1, 0, 0],
@@ -37,7 +37,7 @@ UNETS = {"sd15": (kinds.SD15, UNET), "sd21": (kinds.SD20, LINEAR), "sdxl": (kind
 
 
 def load(family, core):
-    """The host's model of a diffusers denoiser."""
+    """ComfyUI's model of a diffusers denoiser."""
     state = {k: v.clone() for k, v in core.state_dict().items()}
     if family not in UNETS and family != "qwen-image":
         return comfy.sd.load_diffusion_model_state_dict(state, {"dtype": torch.float32})
@@ -51,11 +51,11 @@ def load(family, core):
         kind, config = UNETS[family]
         names = comfy.utils.unet_to_diffusers(config)
         state = {names[k]: v for k, v in state.items()}
-    found = kind(config)
+    supported = kind(config)
     if family in UNETS:  # full-size models have 64 channels per head
-        found.unet_config |= {"num_heads": 2, "num_head_channels": -1}
-    found.set_inference_dtype(torch.float32, None)
-    model = found.get_model(state, "")
+        supported.unet_config |= {"num_heads": 2, "num_head_channels": -1}
+    supported.set_inference_dtype(torch.float32, None)
+    model = supported.get_model(state, "")
     model.load_model_weights(state, "")
     return ModelPatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
 
@@ -83,7 +83,7 @@ def random_lora(core, rank=2):
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers", "kohya"])
 @pytest.mark.parametrize("family", tiny_pipelines.PIPELINES)
-def test_the_patched_model_is_the_merged_one(family, layout, strength):
+def test_the_patched_model_equals_the_merged_one(family, layout, strength):
     core = denoiser(family)
     pairs = random_lora(core)
     if family in UNETS and layout == "diffusers":
@@ -93,7 +93,7 @@ def test_the_patched_model_is_the_merged_one(family, layout, strength):
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
     patched, _ = comfy.sd.load_lora_for_models(model, None, state, strength, 0.0)
     patched.patch_model(device_to=torch.device("cpu"))
-    found = {k: v.clone() for k, v in patched.model.state_dict().items()}
+    loaded = {k: v.clone() for k, v in patched.model.state_dict().items()}
     patched.unpatch_model()
 
     with torch.no_grad():
@@ -101,8 +101,8 @@ def test_the_patched_model_is_the_merged_one(family, layout, strength):
             weight = core.get_submodule(name).weight
             weight += strength * (up.flatten(1) @ down.flatten(1)).view_as(weight)
     merged = load(family, core).model.state_dict()
-    assert found.keys() == merged.keys()
+    assert loaded.keys() == merged.keys()
     changed = [key for key in merged if not torch.equal(merged[key], before[key])]
-    assert len(changed) == len({key for key in merged if not torch.equal(found[key], before[key])}) > 0
+    assert len(changed) == len({key for key in merged if not torch.equal(loaded[key], before[key])}) > 0
     for key in merged:
-        torch.testing.assert_close(found[key], merged[key], rtol=1e-5, atol=1e-5, msg=key)
+        torch.testing.assert_close(loaded[key], merged[key], rtol=1e-5, atol=1e-5, msg=key)

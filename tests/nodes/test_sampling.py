@@ -1,4 +1,4 @@
-"""The embedded models and the sampling nodes in a ComfyUI host in this process."""
+"""The embedded models and the sampling nodes, in process."""
 
 import sys
 from pathlib import Path
@@ -59,10 +59,10 @@ def test_autoencoder_equals_diffusers(tiny):
     z = drawn(count=2)
     with torch.inference_mode():
         expected = (tiny.pipeline.vae.decode(z).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-        picture = tiny.vae.decode(z)
-        assert biggest(picture, expected) < 1e-5
+        image = tiny.vae.decode(z)
+        assert biggest(image, expected) < 1e-5
         encoded = tiny.pipeline.vae.encode(expected.permute(0, 3, 1, 2) * 2 - 1).latents
-        assert biggest(tiny.vae.encode(picture), encoded) < 1e-4
+        assert biggest(tiny.vae.encode(image), encoded) < 1e-4
 
 
 def test_deterministic_sample_equals_the_diffusers_pipeline(tiny):
@@ -79,11 +79,11 @@ def test_deterministic_sample_equals_the_diffusers_pipeline(tiny):
 @pytest.mark.parametrize("scheduler", ["normal", "simple", "karras"])
 def test_noise_level_0_equals_the_stock_deterministic_sampler(tiny, scheduler):
     sigmas = tiny.sigmas(scheduler)
-    found, expected = tiny.ours(steps.StepChoice(noise_level=0.0), sigmas, cfg=3.0), tiny.stock(sigmas)
-    assert biggest(found, expected) < 1e-5 * expected.abs().max().item()
+    result, expected = tiny.ours(steps.StepChoice(noise_level=0.0), sigmas, cfg=3.0), tiny.stock(sigmas)
+    assert biggest(result, expected) < 1e-5 * expected.abs().max().item()
 
 
-def test_same_seed_is_the_same_picture_and_another_is_not(tiny):
+def test_the_same_seed_gives_the_same_image_and_another_does_not(tiny):
     first = tiny.ours(steps.StepChoice())
     assert torch.equal(first, tiny.ours(steps.StepChoice()))
     assert biggest(first, tiny.ours(steps.StepChoice(), seed=4)) > 0.1
@@ -93,11 +93,11 @@ def test_same_seed_is_the_same_picture_and_another_is_not(tiny):
 @pytest.mark.parametrize("denoise", [1.0, 0.6])
 def test_mask_keeps_the_rest_of_the_latent(tiny, scheduler, denoise):
     start = drawn(count=2)
-    found, path = tiny.ksample(
+    result, path = tiny.ksample(
         latent_image={"samples": start, "noise_mask": half_mask()}, scheduler=scheduler, denoise=denoise
     )
-    assert biggest(found[..., :4], start[..., :4]) < 1e-4
-    assert biggest(found[..., 4:], start[..., 4:]) > 0.1
+    assert biggest(result[..., :4], start[..., :4]) < 1e-4
+    assert biggest(result[..., 4:], start[..., 4:]) > 0.1
     assert path.path.latents.shape[:2] == (7, 2)
 
 
@@ -110,8 +110,8 @@ def test_denoise_below_1_stays_near_the_latent(tiny):
     assert 0 < change[0] < change[1]
 
 
-def test_a_batch_is_its_pictures_and_they_differ(tiny):
-    """The host's batch_index picks a picture's noise out of a batch."""
+def test_a_batch_equals_its_single_images_and_they_differ(tiny):
+    """The host's batch_index selects the noise of one image of a batch."""
     both = tiny.ksample(noise_level=0.0)[0]
     second = tiny.ksample(noise_level=0.0, latent_image={**tiny.latent(1), "batch_index": [1]})[0]
     assert biggest(both[1:], second) < 1e-4
@@ -119,20 +119,20 @@ def test_a_batch_is_its_pictures_and_they_differ(tiny):
     assert len(noisy) == 3 and min(biggest(noisy[i], noisy[j]) for i, j in ((0, 1), (1, 2), (0, 2))) > 0.1
 
 
-def test_sampler_in_sampler_custom_advanced_is_the_ksampler(tiny):
+def test_sampler_in_sampler_custom_advanced_equals_the_ksampler(tiny):
     call = comfy_host.execute
     sampler = call("PCPOSampler", "auto", -1.0)[0]
     noise = call("RandomNoise", 3)[0]
     sigmas = call("BasicScheduler", tiny.model, "normal", 6, 1.0)[0]
     start = {"samples": drawn(count=2), "noise_mask": half_mask()}
     for latent in (tiny.latent(), start):
-        found, denoised = call("SamplerCustomAdvanced", noise, tiny.guider(), sampler, sigmas, latent)
+        result, denoised = call("SamplerCustomAdvanced", noise, tiny.guider(), sampler, sigmas, latent)
         expected = tiny.ksample(cfg=3.0, scheduler="normal", latent_image=latent)[0]
-        assert torch.equal(found["samples"], expected)
+        assert torch.equal(result["samples"], expected)
         assert denoised["samples"].shape == expected.shape
 
 
-def test_every_step_sends_a_picture_of_its_guess(tiny):
+def test_every_step_sends_a_preview_of_its_prediction(tiny):
     from comfy.cli_args import LatentPreviewMethod, args
     from comfy.utils import set_progress_bar_global_hook
 
@@ -150,18 +150,18 @@ def test_every_step_sends_a_picture_of_its_guess(tiny):
 
 
 def test_trajectory_equals_the_trainers(tiny):
-    """The recorded noises, replayed through the trainer's own rollout on diffusers' model."""
+    """Replay the recorded noises through the trainer's rollout on the diffusers model."""
     config = comfy_host.pack_module("trainer.config.loading").build(
         {"model": {"name": tiny.name}, "rollout": {"cfg": 3.0, "steps": 6}}, "test"
     )
     policy = comfy_host.pack_module("trainer.policy.diffusers_policy").DiffusersPolicy(
         pipelines.load_tiny(tiny.name, pipelines.MODELS), config
     )
-    found = tiny.ksample(cfg=3.0)[1]
+    result = tiny.ksample(cfg=3.0)[1]
 
     class Replay:
         def __init__(self):
-            self.rest = [found.path.latents[0], *found.path.noises]
+            self.rest = [result.path.latents[0], *result.path.noises]
 
         def next(self):
             return self.rest.pop(0)
@@ -170,29 +170,29 @@ def test_trajectory_equals_the_trainers(tiny):
 
     condition = policy.encode(["a red fox"]).rows([0, 0])
     path = rollout(
-        lambda x, t, rows: policy.predict(x, t, condition), policy.grid(6), found.path.transitions, Replay(),
+        lambda x, t, rows: policy.predict(x, t, condition), policy.grid(6), result.path.transitions, Replay(),
         [torch.arange(2)],
     )  # fmt: skip
-    assert [t.std for t in found.path.transitions] == pytest.approx(
+    assert [t.std for t in result.path.transitions] == pytest.approx(
         [t.std for t in steps.StepChoice().transitions(policy.grid(6))], rel=1e-5
     )
-    assert biggest(found.path.latents, path.latents) < 1e-4
-    assert found.log_probs.shape == (6, 2)
+    assert biggest(result.path.latents, path.latents) < 1e-4
+    assert result.log_probs.shape == (6, 2)
 
 
 def test_log_probs_are_those_of_a_normal_distribution(tiny):
-    found = tiny.ksample(steps=5)[1]
-    path = found.path
+    result = tiny.ksample(steps=5)[1]
+    path = result.path
     for i, step in enumerate(path.transitions):
         middle = mean(path.latents[i], path.outs[i], step)
         at = middle + step.std * path.noises[i]
         expected = torch.distributions.Normal(middle, step.std).log_prob(at).flatten(1).mean(1)
-        assert torch.allclose(found.log_probs[i], expected, atol=1e-3)
+        assert torch.allclose(result.log_probs[i], expected, atol=1e-3)
         assert torch.allclose(at, path.latents[i + 1], atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "method"), [("emoji-eps", "flow_sde"), ("emoji-flow", "ddim")])
-def test_a_method_of_the_other_kind_is_refused(name, method):
+def test_a_method_for_the_other_kind_of_model_is_refused(name, method):
     with pytest.raises((ConfigError, ValueError), match=method):
         comfy_models.Tiny(name).ksample(method=method)
 
@@ -200,5 +200,5 @@ def test_a_method_of_the_other_kind_is_refused(name, method):
 def test_plot_credit_refuses_a_grid_without_noise(flow):
     image, report = comfy_host.execute("PCPOPlotCredit", flow.model, 8, "auto", -1.0, "proportionate")
     assert image.shape[0] == 1 and report.count("\n") == 9
-    with pytest.raises(ConfigError, match="0 of 8 steps"):
+    with pytest.raises(ConfigError, match="none of the 8 steps"):
         comfy_host.execute("PCPOPlotCredit", flow.model, 8, "auto", 0.0, "proportionate")

@@ -1,4 +1,4 @@
-"""Every workflow through the API of a real server, and what it says about the nodes."""
+"""Every workflow through the API of a real server, and the server's descriptions of the nodes."""
 
 import json
 import sys
@@ -91,7 +91,7 @@ def test_bad_input_is_refused_before_any_work(comfyui, change, word):
     assert word in json.dumps(answer)
 
 
-def test_interrupt_is_felt_and_the_queue_goes_on(comfyui):
+def test_interrupt_stops_the_run_and_the_queue_continues(comfyui):
     sent = []
 
     def interrupt():

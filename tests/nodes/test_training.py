@@ -1,4 +1,4 @@
-"""Training inside a ComfyUI host in this process: runs, interruption, resume, and what they leave behind."""
+"""Training, in process: runs, interruption, resume, and the state that they leave."""
 
 import sys
 from pathlib import Path
@@ -71,8 +71,8 @@ def inside(setup, c, work, prompts=None):
 
 
 def on_call(model, number, action):
-    """A MODEL that does `action` before a call of it, -> (model, calls so far)."""
-    calls, found = [], model.clone()
+    """A MODEL that runs `action` before its call `number`, -> (model, list of calls)."""
+    calls, wrapped = [], model.clone()
 
     def wrapper(apply, args):
         calls.append(1)
@@ -80,13 +80,13 @@ def on_call(model, number, action):
             action()
         return apply(args["input"], args["timestep"], **args["c"])
 
-    found.set_model_unet_function_wrapper(wrapper)
-    return found, calls
+    wrapped.set_model_unet_function_wrapper(wrapper)
+    return wrapped, calls
 
 
 @pytest.mark.parametrize("objective", ["log_hinge", "awm", "nft"])
 def test_one_update_equals_the_trainers(tiny, objective):
-    """The same LoRA, noise and prompts: the loop on both policies gives the same record."""
+    """With the same LoRA, noise and prompts, the loop gives the same record on both policies."""
     c = config(tiny.name, updates=1)
     c = c.model_copy(update={"objective": c.objective.model_copy(update={"name": objective})})
     reference = loading.make_policy(c)
@@ -97,16 +97,16 @@ def test_one_update_equals_the_trainers(tiny, objective):
         policy.load_lora(pairs)
         return next(align.align(learning.make_training_state(policy, c), align.Job(c, LINES, rewards)))
 
-    found = inside(tiny, c, work)
+    result = inside(tiny, c, work)
     expected = next(align.align(learning.make_training_state(reference, c), align.Job(c, LINES, rewards)))
-    assert (found.images - expected.images).abs().max() < 2e-3
-    assert found.metrics["first_log_ratio_abs_max"] < 1e-5
+    assert (result.images - expected.images).abs().max() < 2e-3
+    assert result.metrics["first_log_ratio_abs_max"] < 1e-5
     for key in ("reward_mean", "loss", "grad_norm"):
-        assert found.metrics[key] == pytest.approx(expected.metrics[key], rel=2e-2), key
+        assert result.metrics[key] == pytest.approx(expected.metrics[key], rel=2e-2), key
 
 
 def conditionings(flow):
-    """Conditionings of the kinds that stock nodes make."""
+    """The kinds of conditionings that stock nodes make."""
     left, right = flow.encode("a red fox"), flow.encode("a blue rocket")
     mask = torch.zeros(1, 64, 64)
     mask[:, :32] = 1
@@ -122,8 +122,8 @@ def conditionings(flow):
 
 
 @pytest.mark.parametrize("kind", ["areas", "mask", "ranges", "average", "longer"])
-def test_conditionings_of_every_kind_are_predicted_as_the_host_does(flow, kind):
-    """One stock step from noise to 0 gives the host's own guess."""
+def test_predictions_for_every_kind_of_conditioning_equal_comfyuis(flow, kind):
+    """One stock step from noise to 0 gives ComfyUI's own prediction."""
     cond, c = conditionings(flow)[kind], config("emoji-flow")
     c = c.model_copy(update={"rollout": c.rollout.model_copy(update={"cfg": 2.0})})
     prompts = types.EncodedPrompts(LINES, (cond, flow.encode("a blue rocket")), "", flow.negative)
@@ -166,7 +166,7 @@ def finish(run):
 
 
 def test_the_run_folder_is_the_command_lines(flow, tmp_path):
-    """The same files, the same configuration but for the name of the run, the same fields in every record."""
+    """The same files, the same configuration except for the run's name, the same fields in each record."""
     run = flow.train("like-the-command-line", preview_every=1, save_every=1)[3].path
     c = run_module.RunFolder(run).config()
     c = c.model_copy(update={"run": c.run.model_copy(update={"folder": tmp_path, "name": "theirs"})})
@@ -185,7 +185,7 @@ def test_the_run_folder_is_the_command_lines(flow, tmp_path):
     assert shapes[0] == shapes[1]
 
 
-def test_the_command_line_goes_on_where_the_node_stopped_and_back(flow):
+def test_the_command_line_continues_the_nodes_run_and_the_node_the_command_lines(flow):
     run = flow.train("there-and-back", updates=1)[3].path
     assert finish(launch.resume_run(run, updates=2)) == [2]
     assert flow.train("there-and-back", updates=3, resume=True)[2] == 3
@@ -204,19 +204,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
-def test_every_update_sends_a_picture(flow):
+def test_every_update_sends_a_preview(flow):
     seen = []
     comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: seen.append((value, total, preview)))
     try:
         flow.train("watched", updates=3)
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
-    pictures = [preview[1] for value, total, preview in seen if preview is not None and total == 3]
-    assert len(pictures) == 3 and pictures[0].size[0] >= 256
-    assert pictures[0].tobytes() != pictures[2].tobytes()
+    previews = [preview[1] for value, total, preview in seen if preview is not None and total == 3]
+    assert len(previews) == 3 and previews[0].size[0] >= 256
+    assert previews[0].tobytes() != previews[2].tobytes()
 
 
-def test_interrupt_is_felt_at_the_next_step_and_keeps_finished_updates(flow):
+def test_interrupt_stops_at_the_next_step_and_saves_finished_updates(flow):
     before = flow.stock()
     model, calls = on_call(flow.model, 30, mm.interrupt_current_processing)
     with pytest.raises(mm.InterruptProcessingException):
@@ -231,7 +231,7 @@ def test_interrupt_is_felt_at_the_next_step_and_keeps_finished_updates(flow):
     assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
-def test_out_of_memory_names_the_inputs_keeps_finished_updates_and_the_next_run_works(flow):
+def test_out_of_memory_names_the_inputs_saves_finished_updates_and_the_next_run_works(flow):
     def full():
         raise torch.OutOfMemoryError("no room")
 
@@ -247,7 +247,7 @@ def test_out_of_memory_names_the_inputs_keeps_finished_updates_and_the_next_run_
     assert flow.train("room", updates=1)[2] == 1
 
 
-def test_a_lora_to_go_on_from(flow):
+def test_training_continues_from_a_lora(flow):
     lora = flow.train("first", updates=1)[0]
     again = flow.train("second", updates=1, lora=lora)[0]
     assert any(not torch.equal(lora[k], again[k]) for k in lora)
@@ -273,7 +273,7 @@ def test_compare_shows_the_same_noise_on_both_sides(flow):
 
 
 class CosmosSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.COSMOS_RFLOW):
-    """A kind of sampling that is neither epsilon, v nor flow."""
+    """A sampling type that is neither epsilon, v-prediction nor flow."""
 
 
 def test_refusals_before_any_work(flow):
@@ -283,7 +283,7 @@ def test_refusals_before_any_work(flow):
     assert refuse(name="a", group_size=8) is True
     odd = flow.model.clone()
     odd.add_object_patch("model_sampling", CosmosSampling(flow.model.model.model_config))
-    with pytest.raises(ConfigError, match="steps exist for 2 kinds"):
+    with pytest.raises(ConfigError, match="supports epsilon prediction, v-prediction and flow matching"):
         flow.on(odd).train("refused", updates=1)
     module = flow.model.model.diffusion_model.x_embedder
     object.__setattr__(module, "forward", module.forward)

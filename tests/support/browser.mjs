@@ -1,6 +1,7 @@
-// Open one workflow in ComfyUI's own page, report what it became, queue it, wait, take pictures.
+// Open a workflow in ComfyUI's page, report its nodes, queue it, wait, and take screenshots.
 //   node browser.mjs URL WORKFLOW.json OUT_FOLDER TIMEOUT_SECONDS [SAVE_AS.json]
-// Needs playwright-core (its folder's parent in PLAYWRIGHT_MODULES) and Chromium (CHROMIUM). Prints one JSON line.
+// Needs PLAYWRIGHT_MODULES (a folder in which `npm i playwright-core` was run) and CHROMIUM (the browser's path).
+// Prints one line of JSON.
 import { createRequire } from 'node:module';
 import fs from 'node:fs';
 import os from 'node:os';

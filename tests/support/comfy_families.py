@@ -1,4 +1,4 @@
-"""Tiny random models of every family, as the host's own classes load them and as diffusers runs them."""
+"""Tiny random models of each family, in ComfyUI's classes and in diffusers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ SDXL = {**UNET, "adm_in_channels": POOLED + 6 * 256, "num_classes": "sequential"
 
 
 class SD2(comfy.supported_models.SD20):
-    """SD2.1's prediction; the host tells it from one weight that a tiny model lacks."""
+    """SD2.1 with v-prediction; ComfyUI detects it by a weight that a tiny model lacks."""
 
     def model_type(self, state_dict, prefix=""):
         return comfy.model_base.ModelType.V_PREDICTION
@@ -38,7 +38,7 @@ class SD2(comfy.supported_models.SD20):
 
 @dataclass
 class Family:
-    """What training needs (model, vae, prompts, latent), and the same model in diffusers."""
+    """Inputs of training (model, vae, prompts, latent), and the same model in diffusers."""
 
     model: Any
     core: torch.nn.Module
@@ -143,7 +143,7 @@ FAMILIES = {
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> Family:
-    """A tiny random model; as in the host, its weights and conditionings are inference tensors."""
+    """A tiny random model; its weights and conditionings are inference tensors, as in ComfyUI."""
     build, call, kind, config = FAMILIES[name]
     torch.manual_seed(0)
     core = build().eval().requires_grad_(False)
@@ -160,18 +160,18 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> Family:
 
 
 def load_unet(state, kind, config, marks) -> ModelPatcher:
-    """The host tells UNets from one another by their full sizes, so a tiny one gets its class from here."""
+    """ComfyUI detects UNets by their full sizes, so a tiny one needs its class given."""
     names = comfy.utils.unet_to_diffusers(config)
     state = {**{names[k]: v for k, v in state.items()}, **marks}
-    found = kind(config)
-    found.set_inference_dtype(torch.float32, None)
-    model = found.get_model(state, "")
+    supported = kind(config)
+    supported.set_inference_dtype(torch.float32, None)
+    model = supported.get_model(state, "")
     model.load_model_weights(state, "")
     return ModelPatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
 
 
 def with_scaled_fp8(family: Family) -> Family:
-    """The same with its blocks' matrices in scaled fp8, in the layout of the host's quantised checkpoints."""
+    """The same model with its blocks in scaled fp8, in the layout of ComfyUI's quantized checkpoints."""
     with torch.inference_mode():
         state = {k: v.clone() for k, v in family.model.model.diffusion_model.state_dict().items()}
         form = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)

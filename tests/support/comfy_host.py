@@ -1,7 +1,7 @@
 """A ComfyUI host for tests: its modules in this process, with this pack loaded as ComfyUI loads it.
 
-`COMFYUI_PATH=... python tests/comfy_host.py` writes the golden schemas and the English texts anew, after a change that
-was meant.
+After an intended change, `COMFYUI_PATH=... python tests/support/comfy_host.py` regenerates the golden schemas and the
+English texts.
 """
 
 import asyncio
@@ -16,18 +16,18 @@ import pytest
 
 PACK = Path(__file__).resolve().parents[2]
 COMFYUI = os.environ.get("COMFYUI_PATH", "")
-REASON = "COMFYUI_PATH is not set; it names a ComfyUI checkout (0.33 or newer) whose Python runs these tests"
+REASON = "COMFYUI_PATH is not set. Set it to a ComfyUI checkout (0.33 or newer) and run the tests with its Python."
 
 
 def skip_without_host() -> None:
-    """Skip the whole module where there is no host."""
+    """Skip the whole module if ComfyUI is not available."""
     if not COMFYUI or not (Path(COMFYUI) / "comfy").is_dir():
         pytest.skip(REASON, allow_module_level=True)
 
 
 @functools.cache
 def load_pack() -> dict:
-    """Node classes by id, from this working tree, through the host's own loader."""
+    """Node classes by id, from this working tree, loaded by ComfyUI's own loader."""
     argv, sys.argv = sys.argv, sys.argv[:1]
     sys.path.insert(0, COMFYUI)
     try:
@@ -54,21 +54,21 @@ def load_pack() -> dict:
 
 
 def pack_module(name: str):
-    """A module of the pack, under the mangled name that the host gave it."""
+    """A module of the pack, under the mangled name that ComfyUI gives it."""
     import importlib
 
     return importlib.import_module(str(PACK).replace(".", "_x_") + "." + name)
 
 
 def execute(node: str, *args, **kwargs):
-    """What the host does with a node: values in, outputs back, under inference mode."""
+    """Execute a node as ComfyUI does, under inference mode."""
     import torch
 
-    found = load_pack()[node]
+    node_class = load_pack()[node]
     with torch.inference_mode():
-        if hasattr(found, "FUNCTION") and not hasattr(found, "define_schema"):  # an older stock node
-            return getattr(found(), found.FUNCTION)(*args, **kwargs)
-        return found.execute(*args, **kwargs).result
+        if hasattr(node_class, "FUNCTION") and not hasattr(node_class, "define_schema"):  # a stock node of the old API
+            return getattr(node_class(), node_class.FUNCTION)(*args, **kwargs)
+        return node_class.execute(*args, **kwargs).result
 
 
 def own_nodes() -> list:
@@ -76,32 +76,32 @@ def own_nodes() -> list:
 
 
 def schemas() -> dict:
-    """What must not change: ids, inputs in order with type and default, outputs in order."""
-    found = {}
+    """The stable part of the schemas: ids, inputs with type and default, outputs, all in order."""
+    stable = {}
     for node in own_nodes():
         schema = node.GET_SCHEMA()
-        found[schema.node_id] = {
+        stable[schema.node_id] = {
             "inputs": [[i.id, i.get_io_type(), vars(i).get("default")] for i in schema.inputs],
             "outputs": [[o.display_name, o.get_io_type()] for o in schema.outputs],
         }
-    return found
+    return stable
 
 
 def texts() -> dict:
-    """The nodes' English texts, for locales/."""
-    found = {}
+    """The English texts of the nodes, for locales/."""
+    by_id = {}
     for node in own_nodes():
         schema = node.GET_SCHEMA()
-        found[schema.node_id] = {
+        by_id[schema.node_id] = {
             "display_name": schema.display_name,
             "description": schema.description,
             "inputs": {i.id: {"name": i.display_name or i.id, "tooltip": i.tooltip} for i in schema.inputs},
             "outputs": {str(n): {"name": o.display_name, "tooltip": o.tooltip} for n, o in enumerate(schema.outputs)},
         }
-    return found
+    return by_id
 
 
 if __name__ == "__main__":
     load_pack()
-    for name, found in (("tests/golden/nodes.json", schemas()), ("locales/en/nodeDefs.json", texts())):
-        (PACK / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for name, content in (("tests/golden/nodes.json", schemas()), ("locales/en/nodeDefs.json", texts())):
+        (PACK / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

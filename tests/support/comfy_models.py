@@ -1,4 +1,4 @@
-"""Models for the nodes' tests: the embedded ones through their node, and how to sample from them."""
+"""The embedded models for the tests of the nodes, and sampling from them."""
 
 import copy
 
@@ -20,7 +20,7 @@ LINES = ("a red fox", "a blue rocket")
 
 
 class Tiny:
-    """An embedded model in the host, and the same one in diffusers."""
+    """An embedded model in ComfyUI and in diffusers."""
 
     def __init__(self, name):
         self.name = name
@@ -31,10 +31,10 @@ class Tiny:
         self.reward = comfy_host.execute("PCPOLoadReward", "colorfulness")[0]
 
     def on(self, model):
-        """The same with another MODEL in it."""
-        found = copy.copy(self)
-        found.model = model
-        return found
+        """A copy with another MODEL."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def encode(self, text):
         with torch.inference_mode():
@@ -55,10 +55,10 @@ class Tiny:
         return comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), scheduler, count)
 
     def guider(self, model=None, cfg=3.0):
-        found = comfy.samplers.CFGGuider(model or self.model)
-        found.set_conds(self.positive, self.negative)
-        found.set_cfg(cfg)
-        return found
+        guider = comfy.samplers.CFGGuider(model or self.model)
+        guider.set_conds(self.positive, self.negative)
+        guider.set_cfg(cfg)
+        return guider
 
     def stock(self, sigmas=None, model=None, **how):
         """ComfyUI's own deterministic sampler."""
@@ -106,17 +106,17 @@ def random_lora(tiny, seed, size=0.05):
 
 
 def lora_on(tiny, seed, model=None, strength=1.0):
-    """A MODEL behind the host's own LoRA loader."""
+    """A MODEL with a random LoRA applied by ComfyUI's loader."""
     return comfy_host.execute("LoraModelLoader", model or tiny.model, random_lora(tiny, seed), strength)[0]
 
 
 def partly_loaded(model):
-    """A MODEL whose host moves every layer off the device once it is loaded, and patches weights when they are used."""
-    found = model.clone()
-    found.add_callback(CallbacksMP.ON_LOAD, lambda own, *_: own.partially_unload(own.offload_device, 1e12))
-    return found
+    """A MODEL that ComfyUI offloads completely after loading, so that weights are patched when they are used."""
+    offloaded = model.clone()
+    offloaded.add_callback(CallbacksMP.ON_LOAD, lambda own, *_: own.partially_unload(own.offload_device, 1e12))
+    return offloaded
 
 
 def forget_loaded():
-    """Unload every model, so that the next load starts afresh."""
+    """Unload all models, so that the next load starts from scratch."""
     comfy.model_management.unload_all_models()

@@ -1,4 +1,4 @@
-"""A ComfyUI server for tests: a process on loopback with a temporary base directory that holds this pack."""
+"""A ComfyUI server for tests: a process on loopback with a temporary base directory that contains this pack."""
 
 import json
 import os
@@ -84,13 +84,13 @@ class Server:
 
 
 def seconds(entry: dict) -> float:
-    """How long the server worked on a prompt, from its history."""
+    """Execution time of a prompt, from the server's history."""
     times = [message[1]["timestamp"] for message in entry["status"]["messages"]]
     return (times[-1] - times[0]) / 1000
 
 
 def api_graph(workflow: dict, info: dict) -> dict:
-    """What the page would queue for a workflow file: node id -> class and inputs, without muted nodes and notes."""
+    """The API graph of a workflow file: node id -> class and inputs, without muted nodes and notes."""
     links = {link[0]: link for link in workflow["links"]}
     graph = {}
     for node in workflow["nodes"]:
