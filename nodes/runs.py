@@ -13,7 +13,7 @@ from .files import NEWEST, find_run, run_names
 from .images import to_comfy_image
 from .types import RunReference, RunType
 
-PANELS = {
+PANEL_CHOICES = {
     "all": ("reward", "clip", "kl", "per_step"),
     "reward": ("reward",),
     "clip": ("clip",),
@@ -38,14 +38,14 @@ class PlotRun(io.ComfyNode):
                     "smoothing", default=0.6, min=0.0, max=0.99, step=0.05,
                     tooltip="Exponential smoothing of the curves; 0 plots the raw values.",
                 ),
-                io.Combo.Input("panels", options=list(PANELS), default="all", tooltip="Curves to plot."),
+                io.Combo.Input("panels", options=list(PANEL_CHOICES), default="all", tooltip="Curves to plot."),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The plot.")],
         )  # fmt: skip
 
     @classmethod
     def execute(cls, run: RunReference, smoothing: float, panels: str) -> io.NodeOutput:
-        image = to_comfy_image(curves(RunFolder(run.path).records(), smoothing, PANELS[panels]))
+        image = to_comfy_image(curves(RunFolder(run.path).records(), smoothing, PANEL_CHOICES[panels]))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 
