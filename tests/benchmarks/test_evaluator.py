@@ -1,5 +1,6 @@
 """The evaluation of a model, two LoRAs composed, and the reference loop of the speed measurements."""
 
+import pytest
 import torch
 from benchmark_grids import TASK, small
 
@@ -15,6 +16,8 @@ from comfyui_pcpo.tiny.pipelines import MODELS
 from tools.tiny.card import features, reality
 from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
 from trainer.policy.loading import make_policy
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_evaluation_recognises_drawings():

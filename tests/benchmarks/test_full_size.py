@@ -4,6 +4,8 @@ import pytest
 
 from benchmarks.speed.full_size import FULL_SIZE, estimate_model, full_size_table, measure_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["sd15-512", "sdxl-1024", "sd35m-512", "flux-512"])
 def test_a_model_is_estimated_without_weights(name):

@@ -10,6 +10,8 @@ import pytest
 from benchmarks.report.pages import BEGIN, END, write_report
 from benchmarks.study.studies import STUDIES
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 ARCHIVE = DOCS.parent / "benchmarks" / "results" / "medium.tar.xz"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")

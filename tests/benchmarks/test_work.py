@@ -21,6 +21,8 @@ from trainer.evaluation.sampling import Draw, sample, sampling_policy
 from trainer.policy.loading import make_policy
 from trainer.runs.folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
