@@ -24,7 +24,7 @@ from comfyui_pcpo.method.rollout import GroupNoise
 from comfyui_pcpo.method.schedule import ddim_grid, flow_grid
 from comfyui_pcpo.method.surrogate import ppo
 from trainer.loop.objectives import make_objective
-from trainer.loop.plan import make_plan, plan_steps
+from trainer.loop.plan import make_plan
 from trainer.policy.loading import make_policy
 
 GRIDS = {"flow": flow_grid(5), "ddim": ddim_grid(5)}
@@ -204,8 +204,8 @@ def test_forward_objectives_repeat_to_the_bit(make_config, learn, name):
 def test_forward_objectives_train_every_step_and_ignore_credit(make_config):
     config = make_config(rollout={"noise_level": 0.0}, objective={"name": "awm", "credit": "native"})
     policy = make_policy(config)
-    assert plan_steps(policy, config, make_objective(config), 1)[1] == [0, 1, 2]
-    assert make_plan(policy, config, make_objective(config), ["a fox"], 1).weights.tolist() == [1, 1, 1]
+    assert make_plan(policy, config, make_objective(config), ["a fox"], 1).trained == [0, 1, 2]
+    assert make_plan(policy, config, make_objective(config), ["a fox"], 1).steps.weights.tolist() == [1, 1, 1]
 
 
 @pytest.mark.slow
@@ -231,7 +231,7 @@ def test_forward_process_objectives_sample_without_noise_unless_told(make_config
 
     def stds(**rollout):
         config = make_config(model, objective={"name": name}, rollout=rollout)
-        return [step.std for step in plan_steps(policy, config, make_objective(config), 1)[0]]
+        return [step.std for step in make_plan(policy, config, make_objective(config), ["a fox"], 1).transitions]
 
     assert stds() == [0, 0, 0]
     assert min(stds(noise_level=0.5)[:2]) > 0

@@ -12,7 +12,7 @@ from comfyui_pcpo.method.rollout import GroupNoise, derive_seed
 from comfyui_pcpo.reward.color import Colorfulness
 from trainer.config.schema import ConfigError
 from trainer.loop.objectives import make_objective
-from trainer.loop.plan import choose_prompts, chunked, plan_steps
+from trainer.loop.plan import choose_prompts, chunked, make_plan
 from trainer.loop.scoring import RunError
 from trainer.policy.loading import make_policy
 from trainer.runs.folder import RunFolder
@@ -20,7 +20,7 @@ from trainer.runs.folder import RunFolder
 KEYS = {
     *("update", "reward_mean", "reward_std", "reward_groups", "rewards", "held_out", "failed"),
     *("advantage_mean", "advantage_abs_max", "loss", "log_ratio_mean", "log_ratio_abs_max", "first_log_ratio_abs_max"),
-    *("clip_fraction", "kl", "grad_norm", "learning_rate", "per_step"),
+    *("clip_fraction", "kl", "grad_norm", "learning_rate", "model_evaluations", "per_step"),
     *("seconds_rollout", "seconds_reward", "seconds_rewards", "seconds_update"),
 }
 STEP_KEYS = {
@@ -55,7 +55,8 @@ def test_steps_outside_the_window_are_deterministic_and_not_trained(make_config,
     policy = make_policy(config)
     starts = set()
     for number in range(1, 30):
-        steps, trained = plan_steps(policy, config, make_objective(config), number)
+        plan = make_plan(policy, config, make_objective(config), ["a fox"], number)
+        steps, trained = plan.transitions, plan.trained
         noisy = [i for i, step in enumerate(steps) if step.std > 0]
         assert trained == noisy == [noisy[0], noisy[0] + 1]
         assert 5 not in trained
@@ -66,7 +67,7 @@ def test_steps_outside_the_window_are_deterministic_and_not_trained(make_config,
 def test_train_steps_picks_that_share_and_every_step_in_turn(make_config):
     config = make_config(rollout={"steps": 9}, objective={"train_steps": 0.5, "last_step": False})
     policy = make_policy(config)
-    picks = [plan_steps(policy, config, make_objective(config), number)[1] for number in range(1, 40)]
+    picks = [make_plan(policy, config, make_objective(config), ["a fox"], n).trained for n in range(1, 40)]
     assert {len(pick) for pick in picks} == {4}
     assert set(Counter(i for pick in picks for i in pick)) == set(range(8))
 
@@ -75,7 +76,7 @@ def test_last_step_is_trained_only_if_asked_for(make_config, model):
     for last, expected in ((True, [0, 1, 2]), (False, [0, 1])):
         config = make_config(model, objective={"last_step": last})
         policy = make_policy(config)
-        assert plan_steps(policy, config, make_objective(config), 1)[1] == expected
+        assert make_plan(policy, config, make_objective(config), ["a fox"], 1).trained == expected
 
 
 def test_every_prompt_is_seen_equally_often():
@@ -217,7 +218,7 @@ def test_a_method_that_does_not_fit_the_model_is_a_configuration_error(make_conf
 
 
 def test_a_sampler_without_noise_is_refused(make_config, learn, model):
-    with pytest.raises(ConfigError, match="none of the 3 steps is stochastic"):
+    with pytest.raises(ConfigError, match="none of the 3 steps can be trained"):
         next(learn(make_config(model, rollout={"noise_level": 0.0}))[1])
 
 

@@ -65,7 +65,7 @@ class Problem:
         self.predict = lambda x, t, rows: self.policy.predict(x, t, condition.rows(rows.tolist()))
         noise = GroupNoise([1], 2, self.policy.latent_shape)
         path = rollout(self.predict, self.plan.grid, self.plan.transitions, noise, self.plan.minibatches[0])
-        self.steps = self.objective.prepare(path, self.plan, noise, self.predict)
+        self.path = self.objective.prepare(path, self.plan, noise, self.predict)
         self.move([0.02 * d for d in self.direction()])
 
     def direction(self):
@@ -81,7 +81,7 @@ class Problem:
         sgd = torch.optim.SGD(self.policy.trainable(), lr=learning_rate)
         state = TrainingState(self.policy, sgd, self.state.window)
         advantage = torch.tensor([1.0, -0.5])
-        batch = UpdateBatch(self.plan, self.objective, self.steps, advantage, self.predict, self.config)
+        batch = UpdateBatch(self.plan, self.objective, self.path, advantage, self.predict, self.config)
         return improve(state, batch, Processes())
 
     def gradient(self):
@@ -135,7 +135,7 @@ def test_kl_is_measured_on_exactly_the_wanted_images(make_config, learn):
     sections = {"rollout": {"group_size": 4, "images_at_once": 4}, "optimizer": {"minibatches": 2}}
     found = {}
     for count in (0, 1, 3):
-        config = make_config(objective={"kl_images": count}, **sections)
+        config = make_config(objective={"kl_images": count, "kl_every": 1}, **sections)
         policy_calls = []
         _, updates = learn(config, tick=lambda calls=policy_calls: calls.append(1))
         found[count] = (next(updates).metrics["kl"], len(policy_calls))

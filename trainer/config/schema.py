@@ -138,6 +138,23 @@ class RolloutConfig(Section):
     shared_noise: bool = Field(
         default=False, description="Start all images of a group from the same noise (DanceGRPO)."
     )
+    branch: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="Number of stochastic steps at which the images of a group part; they share the noise and the "
+        "deterministic steps before, computed once. 0 makes every step stochastic.",
+    )
+    branch_first: int = Field(
+        default=0, ge=0, le=1000, description="Branch at one of the first k trainable steps only; 0 allows every step."
+    )
+    branch_points: int = Field(
+        default=1, ge=1, le=1000, description="Groups per prompt that part at different steps of one shared trajectory."
+    )
+    policy: Literal["latest", "ema"] = Field(
+        default="latest",
+        description="LoRA that samples: the latest, or its slow average (needs optimizer.ema_decay; awm and nft only).",
+    )
     sde_window: int = Field(
         default=0, ge=0, description="Only so many random neighbouring steps are stochastic; 0 means all."
     )
@@ -223,10 +240,51 @@ class ObjectiveConfig(Section):
         default=0.0, ge=0, description="Weight of the KL divergence to the model without its LoRA."
     )
     kl_images: int = Field(default=4, ge=0, description="Images per update whose KL is measured when kl_weight is 0.")
+    kl_every: int = Field(
+        default=10,
+        ge=1,
+        description="Updates between measurements of the KL when kl_weight is 0; each costs model calls.",
+    )
+    kl_mask: float = Field(
+        default=0.0,
+        ge=0,
+        description="Instead of the clip, drop terms whose step has moved by more than this KL and would move on "
+        "(Flow-DPPO; 1e-5 is usual); 0 keeps the clip.",
+    )
     train_steps: float = Field(
         default=1.0, gt=0, le=1, description="Share of the denoising steps trained in each update."
     )
     last_step: bool = Field(default=False, description="Train the last denoising step too; most samplers leave it out.")
+    first_steps: int = Field(
+        default=0, ge=0, le=1000, description="Train only the first k denoising steps; 0 trains all."
+    )
+    skip_last: int | None = Field(
+        default=None, ge=0, le=1000, description="Leave out the last k denoising steps; if unset, last_step decides."
+    )
+    loss_weight: Literal["none", "tempflow"] = Field(
+        default="none", description="Factor on each step's loss, outside the clip; tempflow is TempFlow-GRPO's."
+    )
+    rescale_credit: bool = Field(
+        default=True,
+        description="Keep the sum of the native weights whatever the credit; false keeps the credit's published constant.",
+    )
+    shared_noise: bool = Field(
+        default=False,
+        description="awm and nft: noise all images of a group alike, so that they are compared fairly.",
+    )
+    levels: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="awm and nft: train this many stratified random noise levels per update; 0 trains all.",
+    )
+    level_credit: Literal["uniform", "proportionate"] = Field(
+        default="uniform",
+        description="awm and nft: weight of each noise level; proportionate is that of its step's time.",
+    )
+    likelihood: Literal["uniform", "adaptive"] = Field(
+        default="uniform", description="awm: weight of a sample's likelihood; adaptive divides by its mean error."
+    )
 
 
 class LoraConfig(Section):
@@ -312,6 +370,7 @@ class Config(Section):
                 f"rollout.sde_window {self.rollout.sde_window} is longer than rollout.steps {self.rollout.steps}. "
                 "Use a window of at most that many steps, or 0 for all."
             )
+        self._check_branch()
         if self.advantage.kind == "window" and self.advantage.min_count > self.advantage.window:
             raise ValueError(
                 f"advantage.min_count {self.advantage.min_count} is more than advantage.window {self.advantage.window} "
@@ -323,6 +382,27 @@ class Config(Section):
                 "Set it, or use sigma = native."
             )
         return self
+
+    def _check_branch(self) -> None:
+        r, forward = self.rollout, self.objective.name in FORWARD_OBJECTIVES
+        if r.branch and (forward or r.sde_window):
+            other = f"objective.name = {self.objective.name}" if forward else f"rollout.sde_window = {r.sde_window}"
+            raise ValueError(
+                f"rollout.branch {r.branch} cannot be combined with {other}: a branch decides which steps are "
+                "stochastic and trained. Set one of them to its default."
+            )
+        if not r.branch and r.branch_points > 1:
+            raise ValueError(f"rollout.branch_points is {r.branch_points}, but needs rollout.branch of 1 or more.")
+        if r.prompts_per_update % r.branch_points:
+            raise ValueError(
+                f"rollout.prompts_per_update {r.prompts_per_update} is not a multiple of rollout.branch_points "
+                f"{r.branch_points}. Each prompt takes that many groups."
+            )
+        if r.policy == "ema" and not (forward and self.optimizer.ema_decay):
+            raise ValueError(
+                "rollout.policy = ema needs optimizer.ema_decay above 0 and objective.name awm or nft; "
+                "objectives on the trajectory sample from the latest LoRA. Set those, or use policy = latest."
+            )
 
     @property
     def images_per_update(self) -> int:

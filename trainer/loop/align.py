@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comfyui_pcpo.method.branching import branch_rollout
 from comfyui_pcpo.method.rollout import Predict, Trajectory, rollout
 from comfyui_pcpo.reward.base import Reward
 
@@ -19,7 +20,7 @@ from .plan import Plan, make_plan
 from .records import Measured, record
 from .scoring import ScoredRollout, Stopwatch, compare_scores, score
 from .state import TrainingState
-from .update import UpdateBatch, improve
+from .update import UpdateBatch, improve, update_evaluations
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,17 @@ def align(state: TrainingState, job: Job) -> Iterator[Update]:
         with state.all_or_nothing():
             seconds = Stopwatch()
             plan = make_plan(state.policy, job.config, job.objective, job.prompts, number)
-            with seconds("rollout"):
+            with seconds("rollout"), state.sampling(job.config.rollout.policy):
                 samples = roll_out(state.policy, job, plan, condition)
             with seconds("reward"):
                 scored = score_rollout(state, job, plan, samples.images)
             with seconds("update"):
-                statistics = improve(state, update_batch(state.policy, job, plan, samples, scored), job.processes)
+                with state.sampling(job.config.rollout.policy):
+                    batch = update_batch(state.policy, job, plan, samples, scored)
+                statistics = improve(state, batch, job.processes)
             state.done = number
-            metrics = record(Measured(plan, scored, statistics, seconds, state.learning_rate), job.config)
+            measured = Measured(plan, scored, statistics, seconds, state.learning_rate, evaluations(batch, job))
+            metrics = record(measured, job.config)
         yield Update(number, metrics, samples.images, plan.texts, own_rows(scored.combined, job))
 
 
@@ -90,7 +94,10 @@ def roll_out(policy: Policy, job: Job, plan: Plan, condition: Condition) -> Samp
 
     seed, shared = job.config.run.seed, job.config.rollout.shared_noise
     noise = plan.noise(seed, policy.latent_shape, shared=shared)
-    path = rollout(predict, plan.grid, plan.transitions, noise, plan.chunks)
+    if plan.branches is None:
+        path = rollout(predict, plan.grid, plan.transitions, noise, plan.chunks)
+    else:
+        path = branch_rollout(predict, plan.grid, plan.branches, noise, plan.chunks)
     images = torch.cat([policy.decode(x) for x in path.final.split(len(plan.chunks[0]))])
     return Samples(path, images, predict)
 
@@ -105,9 +112,16 @@ def score_rollout(state: TrainingState, job: Job, plan: Plan, images: Tensor) ->
 
 def update_batch(policy: Policy, job: Job, plan: Plan, samples: Samples, scored: ScoredRollout) -> UpdateBatch:
     """What the gradient steps need of this process's images."""
-    noise = plan.noise(job.config.run.seed, policy.latent_shape, 1)
-    steps = job.objective.prepare(samples.path, plan, noise, samples.predict)
-    return UpdateBatch(plan, job.objective, steps, own_rows(scored.advantage, job), samples.predict, job.config)
+    o = job.config.objective
+    noise = plan.noise(job.config.run.seed, policy.latent_shape, 1, shared=o.shared_noise)
+    path = job.objective.prepare(samples.path, plan, noise, samples.predict)
+    return UpdateBatch(plan, job.objective, path, own_rows(scored.advantage, job), samples.predict, job.config)
+
+
+def evaluations(batch: UpdateBatch, job: Job) -> dict[str, int]:
+    """Latents that the model predicted in this update, without and with gradient, over all processes."""
+    size = job.processes.size
+    return {"rollout": batch.path.evaluations * size, "update": update_evaluations(batch) * size}
 
 
 def own_rows(values: Tensor, job: Job) -> Tensor:

@@ -32,12 +32,14 @@ class Processes:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
-    def share(self, groups: int) -> list[int]:
-        """The groups of this process, contiguous."""
-        if groups % self.size:
+    def share(self, groups: int, together: int = 1) -> list[int]:
+        """The groups of this process, contiguous; `together` neighbours are never separated."""
+        parts = self.size * together
+        if groups % parts:
+            points = f" and {together} branch points" if together > 1 else ""
             raise ConfigError(
-                f"rollout.prompts_per_update {groups} cannot be divided among {self.size} processes. "
-                f"Use a multiple of {self.size}."
+                f"rollout.prompts_per_update {groups} cannot be divided among {self.size} processes{points}. "
+                f"Use a multiple of {parts}."
             )
         mine = groups // self.size
         return list(range(self.rank * mine, (self.rank + 1) * mine))

@@ -11,13 +11,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.method.credit import target_weights
+from comfyui_pcpo.method.credit import level_weights, loss_weights, target_weights
 from comfyui_pcpo.method.forward_process import (
     FORWARD,
     FORWARD_OBJECTIVES,
+    LIKELIHOODS,
     ForwardSettings,
     image_scale,
-    matching_log_ratio,
     noised,
     output_distance,
     scales,
@@ -28,23 +28,10 @@ from comfyui_pcpo.method.samplers import Method, default_noise_level
 from comfyui_pcpo.method.schedule import Grid
 from comfyui_pcpo.method.surrogate import FORMS, OBJECTIVES, kl
 from comfyui_pcpo.method.transition import Transition
+from comfyui_pcpo.method.trust_region import UNCLIPPED, kl_mask, kl_masked
 
 from ..config.schema import AdvantageConfig, Config, ObjectiveConfig
 from .plan import Plan, StepRules
-
-
-@dataclass
-class StoredSteps:
-    """What the sampling model saw and answered at each step; float32 on the CPU, 0 at steps that are not trained."""
-
-    latents: Tensor  # (T, B, C, H, W)
-    outs: Tensor  # (T, B, C, H, W)
-    noises: Tensor  # (T, B, C, H, W) the noise that was drawn; on the forward process the error of `outs`
-    timesteps: Sequence[float]  # (T,)
-
-    def at(self, i: int, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Output and noise of some images at step i, each (b, C, H, W), on `device`."""
-        return self.outs[i, rows].to(device), self.noises[i, rows].to(device)
 
 
 @dataclass(frozen=True)
@@ -64,11 +51,14 @@ class Objective(StepRules, Protocol):
         """Model calls that `prepare` makes for each trained step and chunk."""
         ...
 
-    def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> StoredSteps:
-        """What the update replays; `noise` has draws of its own, independent of the rollout's."""
+    def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> Trajectory:
+        """What the update replays; `noise` has draws of its own, independent of the rollout's.
+
+        On the forward process `noises` of the result are the errors of `outs`.
+        """
         ...
 
-    def terms(self, steps: StoredSteps, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
+    def terms(self, path: Trajectory, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
         """Log-ratio and loss at step i from the new output (b, C, H, W) and the advantages (b,)."""
         ...
 
@@ -90,21 +80,26 @@ class OnTrajectory:
     def trainable(self, steps: Sequence[Transition]) -> list[int]:
         return [i for i, step in enumerate(steps) if step.std > 0]
 
-    def weights(self, steps: Sequence[Transition], grid: Grid, trained: Sequence[int]) -> Tensor:
-        return target_weights(steps, grid, self.config.credit, trained)
+    def weights(self, steps: Sequence[Transition], grid: Grid, trainable: Sequence[int]) -> Tensor:
+        return target_weights(steps, grid, self.config.credit, trainable, self.config.rescale_credit)
 
-    def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> StoredSteps:
-        return StoredSteps(path.latents, path.outs, path.noises, path.timesteps)
+    def loss_weights(self, steps: Sequence[Transition], grid: Grid, trainable: Sequence[int]) -> Tensor:
+        return loss_weights(steps, grid, self.config.loss_weight, trainable)
 
-    def terms(self, steps: StoredSteps, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
-        old, noise = steps.at(i, rows, out.device)
-        weight, native, xi = float(plan.weights[i]), plan.transitions[i].weight, self.config.clip_range
-        surrogate = OBJECTIVES[self.config.name]
+    def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> Trajectory:
+        return path
 
-        log_ratio = FORMS[self.config.form](out - old, noise, weight, native)
-        loss = surrogate.loss(log_ratio, advantage, xi)
+    def terms(self, path: Trajectory, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
+        o, old, noise = self.config, path.outs[i, rows].to(out.device), path.noises[i, rows].to(out.device)
+        weight, native, surrogate = float(plan.steps.weights[i]), plan.transitions[i].weight, OBJECTIVES[o.name]
 
-        return Terms(log_ratio, loss, surrogate.clipped(log_ratio.detach(), advantage, xi))
+        log_ratio = FORMS[o.form](out - old, noise, weight, native)
+        loss = surrogate.loss(log_ratio, advantage, o.clip_range)
+
+        if not o.kl_mask:
+            return Terms(log_ratio, loss, surrogate.clipped(log_ratio.detach(), advantage, o.clip_range))
+        dropped = kl_mask(kl(out.detach() - old, plan.transitions[i]), log_ratio, advantage, o.kl_mask)
+        return Terms(log_ratio, kl_masked(UNCLIPPED[o.name](log_ratio, advantage, o.clip_range), dropped), dropped)
 
     def divergence(self, d_ref: Tensor, plan: Plan, i: int) -> Tensor:
         return kl(d_ref, plan.transitions[i])
@@ -124,31 +119,36 @@ class OnForwardProcess:
     def trainable(self, steps: Sequence[Transition]) -> list[int]:
         return list(range(len(steps)))
 
-    def weights(self, steps: Sequence[Transition], grid: Grid, trained: Sequence[int]) -> Tensor:
+    def weights(self, steps: Sequence[Transition], grid: Grid, trainable: Sequence[int]) -> Tensor:
         return torch.ones(grid.steps, dtype=torch.float64)
 
+    def loss_weights(self, steps: Sequence[Transition], grid: Grid, trainable: Sequence[int]) -> Tensor:
+        return level_weights(grid, self.config.level_credit, trainable)
+
     @torch.no_grad()
-    def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> StoredSteps:
+    def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> Trajectory:
         """Noise the final latents afresh at every trained step and predict them with the model as it is now."""
         x0, grid, levels = path.final, plan.grid, scales(plan.grid)
         latents, outs, errors = (torch.zeros(grid.steps, *x0.shape) for _ in range(3))
         for i in plan.trained:
-            eps = noise.next()
+            eps = noise.first() if self.config.shared_noise else noise.next()
             latents[i] = noised(x0, eps, levels[i])
             for rows in plan.chunks:
                 outs[i, rows] = predict(latents[i, rows], path.timesteps[i], rows).float().cpu()
             errors[i] = outs[i] - target(x0, eps, grid.kind)
-        return StoredSteps(latents, outs, errors, path.timesteps)
+        everywhere = torch.ones(grid.steps, len(x0), dtype=torch.bool)
+        made = path.evaluations + len(x0) * len(plan.trained)
+        return Trajectory(latents, errors, outs, path.transitions, path.timesteps, everywhere, evaluations=made)
 
-    def terms(self, steps: StoredSteps, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
-        old, error = steps.at(i, rows, out.device)
-        o, scale = self.config, image_scale(scales(plan.grid)[i], plan.grid.kind)
-        objective, settings = FORWARD_OBJECTIVES[o.name], ForwardSettings(o.clip_range, self.advantage.clip, o.nft_beta)
+    def terms(self, path: Trajectory, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
+        o, old, error = self.config, path.outs[i, rows].to(out.device), path.noises[i, rows].to(out.device)
+        settings = ForwardSettings(o.clip_range, self.advantage.clip, o.nft_beta, o.likelihood)
+        scale, forward = image_scale(scales(plan.grid)[i], plan.grid.kind), FORWARD_OBJECTIVES[o.name]
 
-        log_ratio = matching_log_ratio(out - old, error)
-        loss = objective.loss(out - old, error, advantage, scale, settings)
+        log_ratio = LIKELIHOODS[o.likelihood](out - old, error)
+        loss = forward.loss(out - old, error, advantage, scale, settings)
 
-        return Terms(log_ratio, loss, objective.clipped(log_ratio.detach(), advantage, o.clip_range))
+        return Terms(log_ratio, loss, forward.clipped(log_ratio.detach(), advantage, o.clip_range))
 
     def divergence(self, d_ref: Tensor, plan: Plan, i: int) -> Tensor:
         return output_distance(d_ref)

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from comfyui_pcpo.method.branching import Branch, BranchPlan, choose_branches
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed
-from comfyui_pcpo.method.samplers import AUTO_METHOD, Method, deterministic, transitions
+from comfyui_pcpo.method.samplers import AUTO_METHOD, Method, SamplerSettings, deterministic
 from comfyui_pcpo.method.schedule import Grid
+from comfyui_pcpo.method.trained_steps import Levels, StepSelection, choose_steps, stratified_levels
 from comfyui_pcpo.method.transition import Transition
 
 from ..config.schema import Config, ConfigError
@@ -29,9 +31,24 @@ class StepRules(Protocol):
         """The steps that can be trained."""
         ...
 
-    def weights(self, steps: Sequence[Transition], grid: Grid, trained: Sequence[int]) -> Tensor:
-        """The credit of each step, (T,) float64."""
+    def weights(self, steps: Sequence[Transition], grid: Grid, trainable: Sequence[int]) -> Tensor:
+        """The credit of each step, a constant of the run, (T,) float64."""
         ...
+
+    def loss_weights(self, steps: Sequence[Transition], grid: Grid, trainable: Sequence[int]) -> Tensor:
+        """The factor on each step's loss, a constant of the run, (T,) float64."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunSteps:
+    """The denoising steps of a run: the same in every update."""
+
+    grid: Grid  # the noise levels of its T steps
+    stochastic: list[Transition]  # (T,) every step with noise
+    trainable: list[int]  # those that some update may train
+    weights: Tensor  # (T,) the credit of each step
+    loss_weights: Tensor  # (T,) the factor on each step's loss, outside the clip
 
 
 @dataclass(frozen=True)
@@ -39,14 +56,19 @@ class Plan:
     """One update's decisions; the same on every process but for `groups` and `minibatches`, which are its own."""
 
     number: int  # from 1
-    grid: Grid  # the noise levels of its T steps
-    transitions: list[Transition]  # (T,)
+    steps: RunSteps
+    transitions: list[Transition]  # (T,) of this update
     trained: list[int]  # the steps that are differentiated, in order
-    weights: Tensor  # (T,) the credit of each step
     prompts: list[str]  # (P,) the prompts of all processes
     groups: list[int]  # this process's groups, indices into prompts
     group_size: int
     minibatches: list[list[Tensor]]  # [minibatch][chunk] -> (rows,) of this process's images
+    loss_weights: Tensor  # (T,) the factor on each step's loss in this update
+    branches: BranchPlan | None = None  # of this process's groups
+
+    @property
+    def grid(self) -> Grid:
+        return self.steps.grid
 
     @property
     def chunks(self) -> list[Tensor]:
@@ -61,60 +83,111 @@ class Plan:
     def noise(self, seed: int, shape: Sequence[int], *source: int, shared: bool = False) -> GroupNoise:
         """Noise for this process's groups; every `source` is independent of the others."""
         seeds = [derive_seed(seed, self.number, group, *source) for group in self.groups]
-        return GroupNoise(seeds, self.group_size, shape, shared)
+        return GroupNoise(seeds, self.group_size, shape, shared or self.branches is not None)
 
 
 def make_plan(policy: Policy, config: Config, rules: StepRules, prompts: Sequence[str], number: int) -> Plan:
     """Plan update `number` over a list of prompts."""
-    r, grid = config.rollout, policy.grid(config.rollout.steps)
-    steps, trained = plan_steps(policy, config, rules, number)
-    groups = Processes().share(r.prompts_per_update)
+    r, steps, rng = (
+        config.rollout,
+        run_steps(policy, config, rules),
+        np.random.default_rng([config.run.seed, number, 1]),
+    )
+    groups = Processes().share(r.prompts_per_update, r.branch_points)
+    branches, loss_weights = None, steps.loss_weights
+    if r.branch:
+        starts = branch_starts(rng, steps, config)
+        trained = sorted({start + k for start in starts for k in range(r.branch)})
+        own = [Branch(starts[group], r.branch, group // r.branch_points) for group in groups]
+        branches = BranchPlan(own, steps.stochastic, deterministic(steps.grid))
+        transitions = steps.stochastic
+    elif config.objective.levels:
+        levels = stratified(rng, steps, config)
+        transitions, trained = steps.stochastic, levels.steps
+        loss_weights = loss_weights.index_copy(
+            0, torch.tensor(trained), loss_weights[trained] * torch.tensor(levels.weights)
+        )
+    else:
+        transitions, trained = plan_steps(rng, steps, config)
     return Plan(
         number=number,
-        grid=grid,
-        transitions=steps,
+        steps=steps,
+        transitions=transitions,
         trained=trained,
-        weights=rules.weights(steps, grid, trained),
-        prompts=[prompts[p] for p in choose_prompts(len(prompts), r.prompts_per_update, config.run.seed, number)],
+        prompts=[prompts[p] for p in plan_prompts(len(prompts), config, number)],
         groups=groups,
         group_size=r.group_size,
         minibatches=chunked(config, len(groups)),
+        loss_weights=loss_weights,
+        branches=branches,
     )
 
 
-def sampler_method(policy: Policy, config: Config) -> Method:
-    """`auto` resolved: ddim for epsilon models, flow_sde for flow models."""
-    return AUTO_METHOD[policy.kind] if config.rollout.method == "auto" else config.rollout.method
+def sampler_settings(policy: Policy, config: Config, rules: StepRules) -> SamplerSettings:
+    """The configured stochastic sampler; `auto` is the usual method of the model's kind."""
+    r = config.rollout
+    method = AUTO_METHOD[policy.kind] if r.method == "auto" else r.method
+    level = rules.noise_level(method) if r.noise_level is None else r.noise_level
+    return SamplerSettings(method, level, r.sigma, r.target_weight)
 
 
 def training_transitions(policy: Policy, config: Config, rules: StepRules, grid: Grid) -> list[Transition]:
-    """The stochastic steps that the configuration asks for, (T,), before any window."""
-    r, method = config.rollout, sampler_method(policy, config)
-    level = rules.noise_level(method) if r.noise_level is None else r.noise_level
+    """Every step of the configured sampler, (T,). Raises ConfigError where it does not fit the model."""
     try:
-        return transitions(grid, method, level, r.sigma, r.target_weight)
+        return sampler_settings(policy, config, rules).transitions(grid)
     except ValueError as error:
         raise ConfigError(f"rollout: {error}") from None
 
 
-def plan_steps(policy: Policy, config: Config, rules: StepRules, number: int) -> tuple[list[Transition], list[int]]:
-    """The update's transitions, (T,), and which of them are trained: the window, then a random share."""
-    r, grid = config.rollout, policy.grid(config.rollout.steps)
+def run_steps(policy: Policy, config: Config, rules: StepRules) -> RunSteps:
+    """The steps of a run. Their credit is taken over all trainable steps, whichever of them an update trains."""
+    o, grid = config.objective, policy.grid(config.rollout.steps)
     steps = training_transitions(policy, config, rules, grid)
-    rng = np.random.default_rng([config.run.seed, number, 1])
-    last = grid.steps if config.objective.last_step else grid.steps - 1
-    if r.sde_window:
-        start = int(rng.integers(0, max(1, last - r.sde_window + 1)))
-        window = range(start, start + r.sde_window)
-        steps = [s if i in window else ode for i, (s, ode) in enumerate(zip(steps, deterministic(grid), strict=True))]
-    trainable = [i for i in rules.trainable(steps) if i < last]
-    if not trainable:
+    skipped = (0 if o.last_step else 1) if o.skip_last is None else o.skip_last
+    able = [i for i in rules.trainable(steps) if i < grid.steps - skipped]
+    able = able[: o.first_steps] if o.first_steps else able
+    if not able:
         raise ConfigError(
-            f"none of the {grid.steps} steps is stochastic (noise_level {r.noise_level}), so none can be trained. "
-            "Use a noise_level above 0."
+            f"none of the {grid.steps} steps can be trained (noise_level {config.rollout.noise_level}, last "
+            f"{skipped} left out). Use a noise_level above 0 and more steps."
         )
-    share = max(1, round(len(trainable) * config.objective.train_steps))
-    return steps, sorted(rng.choice(trainable, share, replace=False).tolist())
+    return RunSteps(grid, steps, able, rules.weights(steps, grid, able), rules.loss_weights(steps, grid, able))
+
+
+def plan_steps(rng: np.random.Generator, steps: RunSteps, config: Config) -> tuple[list[Transition], list[int]]:
+    """An update's transitions, (T,), and which of them are trained: the SDE window, then a random share."""
+    length, transitions, able = config.rollout.sde_window, steps.stochastic, steps.trainable
+    if length:
+        start = int(rng.integers(0, max(1, able[-1] + 2 - length)))
+        window = range(start, start + length)
+        pairs = zip(steps.stochastic, deterministic(steps.grid), strict=True)
+        transitions = [noisy if i in window else ode for i, (noisy, ode) in enumerate(pairs)]
+        able = [i for i in able if i in window]
+    return transitions, choose_steps(rng, able, StepSelection(config.objective.train_steps))
+
+
+def stratified(rng: np.random.Generator, steps: RunSteps, config: Config) -> Levels:
+    """An update's noise levels, one from each stratum. Raises ConfigError where there are fewer levels than strata."""
+    try:
+        return stratified_levels(rng, steps.trainable, config.objective.levels)
+    except ValueError as error:
+        raise ConfigError(f"objective.levels: {error}") from None
+
+
+def branch_starts(rng: np.random.Generator, steps: RunSteps, config: Config) -> list[int]:
+    """The branch step of every group of every process, (P,)."""
+    r = config.rollout
+    try:
+        return choose_branches(rng, steps.trainable, r.prompts_per_update, r.branch, r.branch_first)
+    except ValueError as error:
+        raise ConfigError(f"rollout.branch: {error}") from None
+
+
+def plan_prompts(count: int, config: Config, number: int) -> list[int]:
+    """The prompt of each group of update `number`; groups that share a trunk share the prompt."""
+    r = config.rollout
+    drawn = choose_prompts(count, r.prompts_per_update // r.branch_points, config.run.seed, number)
+    return [prompt for prompt in drawn for _ in range(r.branch_points)]
 
 
 def choose_prompts(count: int, wanted: int, seed: int, number: int) -> list[int]:

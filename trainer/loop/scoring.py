@@ -1,20 +1,14 @@
 """From images to advantages: every reward scores, failures are counted, rewards are combined and compared."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.method.advantage import (
-    PromptWindow,
-    clip_advantage,
-    combine_rewards,
-    failed_share,
-    group_advantage,
-)
+from comfyui_pcpo.method.advantage import AdvantageRule, PromptWindow, failed_share, score_groups
 from comfyui_pcpo.reward.base import Reward
 
 from ..config.schema import Config
@@ -82,17 +76,11 @@ def compare_scores(
 ) -> ScoredRollout:
     """Scores of all groups, name -> (P * G,) -> ScoredRollout. Raises RunError when too many scores failed."""
     check_failures(scores, config, plan.number)
-    weights = config.reward.weights
+    weights, a = config.reward.weights, config.advantage
+    rule = AdvantageRule(a.kind, a.spread, config.reward.standardise, a.clip)
     stacked = torch.stack([scores[name].view(-1, plan.group_size) for name in weights])
-    combined = combine_rewards(stacked, list(weights.values()), config.reward.standardise)
-    return ScoredRollout(scores, combined, advantages(combined, plan.prompts, window, config), seconds)
-
-
-def advantages(rewards: Tensor, prompts: Sequence[str], window: PromptWindow, config: Config) -> Tensor:
-    """Combined rewards (P, G) -> clipped advantages (P, G); failed samples get 0."""
-    a = config.advantage
-    raw = window.advantage(list(prompts), rewards) if a.kind == "window" else group_advantage(rewards, a.spread)
-    return clip_advantage(raw, a.clip)
+    groups = score_groups(stacked, list(weights.values()), rule, plan.prompts, window)
+    return ScoredRollout(scores, groups.combined, groups.advantage, seconds)
 
 
 def check_failures(scores: dict[str, Tensor], config: Config, number: int) -> None:

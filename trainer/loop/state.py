@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,12 @@ class TrainingState:
         if self.ema is not None:
             self.ema.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def sampling(self, policy: str) -> Iterator[None]:
+        """Inside, the LoRA is the one that samples: the latest, or its EMA."""
+        with self.ema.in_place() if policy == "ema" and self.ema is not None else nullcontext():
+            yield
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:

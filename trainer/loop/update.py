@@ -1,16 +1,16 @@
 """The gradient steps of one update: each stored denoising step is predicted again and its loss differentiated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from comfyui_pcpo.method.rollout import Predict
+from comfyui_pcpo.method.rollout import Predict, Trajectory
 
 from ..config.schema import Config
 from ..policy.base import Policy
 from .distributed import Processes
-from .objectives import Objective, StoredSteps, Terms
+from .objectives import Objective, Terms
 from .plan import Plan
 from .state import TrainingState
 from .statistics import StepStatistics
@@ -22,7 +22,7 @@ class UpdateBatch:
 
     plan: Plan
     objective: Objective
-    steps: StoredSteps
+    path: Trajectory
     advantage: Tensor  # (B,)
     predict: Predict
     config: Config
@@ -34,10 +34,10 @@ def improve(state: TrainingState, batch: UpdateBatch, processes: Processes) -> S
     statistics = StepStatistics(trained)
     minibatches = [chunks for _ in range(o.epochs) for chunks in batch.plan.minibatches]
     for number, chunks in enumerate(minibatches):
-        share = 1 / (sum(len(rows) for rows in chunks) * len(trained) * processes.size)
+        share = 1 / (count_pairs(batch, chunks) * processes.size)
         gradient = [torch.zeros_like(p) for p in parameters]
         for column, i in enumerate(trained):
-            for rows in chunks:
+            for rows in drawn_chunks(batch, i, chunks):
                 terms, divergence = step_terms(state.policy, batch, i, rows)
                 loss = (terms.loss.sum() + batch.config.objective.kl_weight * divergence.sum()) * share
                 loss.backward()
@@ -52,27 +52,52 @@ def improve(state: TrainingState, batch: UpdateBatch, processes: Processes) -> S
     return statistics
 
 
+def update_evaluations(batch: UpdateBatch) -> int:
+    """Latents that the gradient steps of this process predict."""
+    chunks = [(i, rows) for i in batch.plan.trained for rows in drawn_chunks(batch, i, batch.plan.chunks)]
+    return sum(len(batch.path.unique_rows(i, rows)[0]) for i, rows in chunks) * batch.config.optimizer.epochs
+
+
+def drawn_chunks(batch: UpdateBatch, i: int, chunks: list[Tensor]) -> list[Tensor]:
+    """The rows of each chunk whose step i is stochastic; chunks without any are left out."""
+    return [rows for rows in (batch.path.drawn(i, chunk) for chunk in chunks) if len(rows)]
+
+
+def count_pairs(batch: UpdateBatch, chunks: list[Tensor]) -> int:
+    """How many (image, step) pairs a minibatch trains on this process."""
+    return sum(len(rows) for i in batch.plan.trained for rows in drawn_chunks(batch, i, chunks))
+
+
 def step_terms(policy: Policy, batch: UpdateBatch, i: int, rows: Tensor) -> tuple[Terms, Tensor]:
     """The objective's terms at step i, and the divergence from the reference of those images that it is needed of."""
-    steps, o = batch.steps, batch.config.objective
-    out = batch.predict(steps.latents[i, rows], steps.timesteps[i], rows).float()
-    terms = batch.objective.terms(steps, batch.plan, i, rows, out, batch.advantage[rows].to(out.device))
-    watched = rows if o.kl_weight else rows[rows < o.kl_images]
+    path, o = batch.path, batch.config.objective
+    unique, places = path.unique_rows(i, rows)  # images of a branch share their latent, and so one prediction
+    out = batch.predict(path.latents[i, unique], path.timesteps[i], unique).float()[places.to(policy.device)]
+    terms = batch.objective.terms(path, batch.plan, i, rows, out, batch.advantage[rows].to(out.device))
+    terms = replace(terms, loss=terms.loss * float(batch.plan.loss_weights[i]))
+    watched = rows if o.kl_weight else rows[rows < watched_images(batch)]
     if len(watched) == 0:
         return terms, out.new_zeros(0)
     with torch.no_grad(), policy.reference():
-        reference = batch.predict(steps.latents[i, watched], steps.timesteps[i], watched).float()
+        reference = batch.predict(path.latents[i, watched], path.timesteps[i], watched).float()
     new = out[: len(watched)]  # rows rise, so the watched ones come first
     return terms, batch.objective.divergence((new if o.kl_weight else new.detach()) - reference, batch.plan, i)
+
+
+def watched_images(batch: UpdateBatch) -> int:
+    """Images whose KL is measured although it is not trained: none in most updates, since it costs model calls."""
+    o = batch.config.objective
+    return o.kl_images if batch.plan.number % o.kl_every == 0 else 0
 
 
 @torch.no_grad()
 def take_gradients(parameters: list[nn.Parameter], total: list[Tensor], processes: Processes) -> Tensor:
     """Add p.grad, summed over processes, to `total`, clear it, and return its norm, ()."""
-    pairs = [(p, kept) for p, kept in zip(parameters, total, strict=True) if p.grad is not None]
-    gradients = [processes.sum(p.grad) for p, _ in pairs if p.grad is not None]
-    torch._foreach_add_([kept for _, kept in pairs], gradients)
-    for p, _ in pairs:
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    for gradient in gradients:
+        processes.sum(gradient)
+    torch._foreach_add_(total, gradients)
+    for p in parameters:
         p.grad = None
     return torch.stack(torch._foreach_norm(gradients)).norm()
 

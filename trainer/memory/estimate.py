@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config.schema import Config
 from ..loop.objectives import make_objective
-from ..loop.plan import chunked, plan_steps
+from ..loop.plan import chunked, make_plan
 from ..policy.diffusers_policy import DiffusersPolicy
 from .tracker import peak_bytes
 
@@ -100,7 +100,7 @@ def arithmetic(config: Config) -> list[str]:
 def budget(policy: DiffusersPolicy, config: Config) -> Budget:
     r, o = config.rollout, config.optimizer
     objective = make_objective(config)
-    _, trained = plan_steps(policy, config, objective, 1)
+    trained = make_plan(policy, config, objective, [""], 1).trained
     images = config.images_per_update
     chunks = [rows for part in chunked(config, r.prompts_per_update) for rows in part]
     some, every = config.objective.kl_images, config.objective.kl_weight > 0
