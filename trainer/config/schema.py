@@ -266,7 +266,7 @@ class ObjectiveConfig(Section):
     )
     rescale_credit: bool = Field(
         default=True,
-        description="Keep the sum of the native weights whatever the credit; false keeps the credit's published constant.",
+        description="Keep the sum of the native weights whatever the credit; false keeps its published constant.",
     )
     shared_noise: bool = Field(
         default=False,
