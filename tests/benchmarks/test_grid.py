@@ -19,7 +19,7 @@ from benchmarks.study.tuning import choose
 from benchmarks.study.work import progress
 from trainer.config.loading import build
 from trainer.loop.objectives import make_objective
-from trainer.loop.plan import plan_steps
+from trainer.loop.plan import make_plan
 from trainer.policy.loading import make_policy
 
 
@@ -35,7 +35,7 @@ def test_every_cell_of_a_study_is_a_valid_run_whose_sampler_fits_its_model(name,
         for method in task_methods(study, StudyTask(recipe, STUDY_REWARDS[0])):
             config = cell_config(Cell(StudyTask(recipe, STUDY_REWARDS[0]), method, 1e-3, 1e-3, 0), study, tmp_path)
             policy = policy_of(config.model.name)
-            _, trained = plan_steps(policy, config, make_objective(config), 1)
+            trained = make_plan(policy, config, make_objective(config), ["a fox"], 1).trained
             assert trained
             assert config.reward.weights == {STUDY_REWARDS[0]: 1.0}
 

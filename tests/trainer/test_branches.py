@@ -134,7 +134,7 @@ def test_every_option_of_an_objective_trains(make_config, learn, model, objectiv
 
 
 def test_nft_samples_from_the_slow_average(make_config, learn):
-    """With a decay near 1 the sampling LoRA stays the fresh one, so the second rollout is that of an untrained model."""
+    """With a decay near 1 the sampling LoRA stays fresh, so the second rollout is that of an untrained model."""
     section = {"rollout": {"policy": "ema"}, "objective": {"name": "nft"}}
     optimizer = {"ema_decay": 0.9999, "ema_every": 1000, "learning_rate": 0.05}
     slow = [u.images for u in learn(make_config(optimizer=optimizer, **section))[1]]
