@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from comfyui_pcpo.plotting import style
-from comfyui_pcpo.plotting.style import COLORS, INK
+from comfyui_pcpo.plotting.style import INK, PALETTE
 
 from ..study.methods import BASELINE, OURS, STUDY_METHODS
 from ..study.statistics import Interval, t_interval
@@ -32,7 +32,7 @@ def _axes(figure: Any, position: tuple[int, int, int], title: str, share_x: Any 
 
 
 def _draw_interval(axes: Any, y: float, name: str, interval: Interval) -> None:
-    color = COLORS[LOOKS[name][0]]
+    color = PALETTE[LOOKS[name][0]]
     if math.isfinite(interval.low) and math.isfinite(interval.high):
         axes.plot([interval.low, interval.high], [y, y], color=color, linewidth=style.LINE, marker="|", markersize=8)
     axes.plot([interval.value], [y], color=color, marker="o", markersize=6)

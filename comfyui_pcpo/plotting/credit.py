@@ -7,7 +7,7 @@ from PIL import Image
 
 from comfyui_pcpo.plotting.panels import STEP_AXIS, Line, Panel, draw_panels
 
-SIZE = (460, 340)  # of a panel
+CREDIT_PANEL_SIZE = (460, 340)  # of a panel
 LOG_FROM = 20  # ratio of the largest to the smallest weight from which their axis is logarithmic
 
 
@@ -42,4 +42,4 @@ def credit_weights(
     native: Sequence[float], target: Sequence[float], std: Sequence[float], trained: Sequence[int]
 ) -> Image.Image:
     """The credit panels side by side."""
-    return draw_panels(credit_panels(native, target, std, trained), columns=3, size=SIZE)
+    return draw_panels(credit_panels(native, target, std, trained), columns=3, size=CREDIT_PANEL_SIZE)

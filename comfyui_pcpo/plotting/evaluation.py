@@ -11,13 +11,13 @@ from PIL import Image
 
 from comfyui_pcpo.metrics.paired import estimate, paired
 from comfyui_pcpo.plotting import style
-from comfyui_pcpo.plotting.style import BETTER, CHARACTER, COLORS, HEADING, INK, MUTED, TEXT, TITLE, WORSE
+from comfyui_pcpo.plotting.style import BETTER, CHARACTER, HEADING, INK, MUTED, PALETTE, TEXT, TITLE, WORSE
 from comfyui_pcpo.plotting.text import shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIZE = (280, 260)  # of a panel
+SLOPE_SIZE = (280, 260)  # of a panel
 LEFT, RIGHT, TOP, BOTTOM = 62, 24, 76, 34  # margins of its data area
 SIGNIFICANT = 0.05
 
@@ -68,16 +68,16 @@ def slope_figure(slopes: Sequence[Slope], columns: int = 4) -> Figure:
     if not slopes:
         raise ValueError("No metrics to draw. Name a reward.")
     columns = min(columns, len(slopes))
-    figure = style.new_figure(columns * SIZE[0], math.ceil(len(slopes) / columns) * SIZE[1] + 10)
+    figure = style.new_figure(columns * SLOPE_SIZE[0], math.ceil(len(slopes) / columns) * SLOPE_SIZE[1] + 10)
     for k, slope in enumerate(slopes):
-        _add_slope(figure, slope, k % columns * SIZE[0], k // columns * SIZE[1])
+        _add_slope(figure, slope, k % columns * SLOPE_SIZE[0], k // columns * SLOPE_SIZE[1])
     return figure
 
 
 def _add_slope(figure: Figure, slope: Slope, left: float, top: float) -> None:
     """Name, role and difference above the two sides."""
-    left, width = left + LEFT, SIZE[0] - LEFT - RIGHT
-    axes = style.add_axes(figure, left, top + TOP, width, SIZE[1] - TOP - BOTTOM)
+    left, width = left + LEFT, SLOPE_SIZE[0] - LEFT - RIGHT
+    axes = style.add_axes(figure, left, top + TOP, width, SLOPE_SIZE[1] - TOP - BOTTOM)
     name, role = (shorten(text, width, lambda t: CHARACTER * TITLE * len(t)) for text in (slope.name, slope.role))
     for text, size, color, height in (
         (name, TITLE, INK, 50),
@@ -93,9 +93,9 @@ def _add_slope(figure: Figure, slope: Slope, left: float, top: float) -> None:
         axes.yaxis.set_visible(False)
         return
     for pair in pairs:
-        axes.plot((0, 1), pair, color=COLORS[6], alpha=style.FAINT, linewidth=style.THIN)
+        axes.plot((0, 1), pair, color=PALETTE[6], alpha=style.FAINT, linewidth=style.THIN)
     mean = estimate([a for a, _ in pairs]).mean, estimate([b for _, b in pairs]).mean
-    axes.plot((0, 1), mean, color=COLORS[0], linewidth=style.LINE + 0.5, marker="o", markersize=style.DOT + 2)
+    axes.plot((0, 1), mean, color=PALETTE[0], linewidth=style.LINE + 0.5, marker="o", markersize=style.DOT + 2)
     low, high = axes.dataLim.intervaly
     room = 0.08 * (high - low)
     style.set_y_range(axes, low - room, high + room, 4)

@@ -1,6 +1,6 @@
 """Image grids with captions, and pairs of images before and after training, by Pillow.
 
-Everything is drawn at SCALE times its size and reduced once, which smooths lines and letters.
+Everything is drawn at OVERSAMPLING times its size and reduced once, which smooths lines and letters.
 """
 
 import math
@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from comfyui_pcpo.plotting.style import BETTER, COLORS, DESK, HEADING, INK, MUTED, PAPER, TEXT, WORSE
+from comfyui_pcpo.plotting.style import BETTER, DESK, HEADING, INK, MUTED, PALETTE, PAPER, TEXT, WORSE
 from comfyui_pcpo.plotting.text import wrap
 
-SCALE = 3
-TILE = 160  # longer side of an image
+OVERSAMPLING = 3
+IMAGE_SIDE = 160  # longer side of an image
 GAP, CARD_GAP = 12, 14
 ROW, CARD_ROW = 15, 17  # distance of two rows of text
 INSET, BETWEEN = 10, 4  # beside a card's images, and between them
@@ -26,7 +26,7 @@ SCORE_FOOT, PLAIN_FOOT = 38, 12  # below a card's images, with and without score
 CORNER, CARD_CORNER = 6, 10  # radii
 
 Images = np.ndarray | Tensor
-Scores = tuple[Sequence[float], Sequence[float]]
+SideScores = tuple[Sequence[float], Sequence[float]]
 
 
 @cache
@@ -34,39 +34,39 @@ def _font(size: float) -> ImageFont.FreeTypeFont:
     """matplotlib's DejaVu Sans: all plots share one font, and Pillow's own has no letter outside of English."""
     from matplotlib import get_data_path
 
-    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size * SCALE)
+    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size * OVERSAMPLING)
 
 
 def text_width(text: str, size: float) -> float:
-    return _font(size).getlength(text) / SCALE
+    return _font(size).getlength(text) / OVERSAMPLING
 
 
 class Canvas:
-    """An image drawn at SCALE times its size; coordinates are those of the finished one."""
+    """An image drawn at OVERSAMPLING times its size; coordinates are those of the finished one."""
 
     def __init__(self, width: float, height: float, paper: str = PAPER):
         self.size = (round(width), round(height))
-        self.image = Image.new("RGB", (self.size[0] * SCALE, self.size[1] * SCALE), paper)
+        self.image = Image.new("RGB", (self.size[0] * OVERSAMPLING, self.size[1] * OVERSAMPLING), paper)
         self.draw = ImageDraw.Draw(self.image, "RGBA")
 
     def box(self, edges: tuple[float, float, float, float], color: str, radius: float) -> None:
-        left, top, right, bottom = (round(v * SCALE) for v in edges)
-        self.draw.rounded_rectangle((left, top, right - 1, bottom - 1), radius * SCALE, color)
+        left, top, right, bottom = (round(v * OVERSAMPLING) for v in edges)
+        self.draw.rounded_rectangle((left, top, right - 1, bottom - 1), radius * OVERSAMPLING, color)
 
     def text(self, middle: tuple[float, float], text: str, color: str = INK, size: float = TEXT) -> None:
-        self.draw.text((middle[0] * SCALE, middle[1] * SCALE), text, color, _font(size), "mm")
+        self.draw.text((middle[0] * OVERSAMPLING, middle[1] * OVERSAMPLING), text, color, _font(size), "mm")
 
     def paste(self, image: Image.Image, at: tuple[float, float], size: tuple[int, int]) -> None:
         """Put an image on the canvas with rounded corners and a hairline that holds white images on white paper."""
         filter = Image.Resampling.BICUBIC if size[0] > image.width else Image.Resampling.LANCZOS
-        large = image.resize((size[0] * SCALE, size[1] * SCALE), filter)
+        large = image.resize((size[0] * OVERSAMPLING, size[1] * OVERSAMPLING), filter)
         mask = Image.new("L", large.size, 0)
         right, bottom = large.width - 1, large.height - 1
-        ImageDraw.Draw(mask).rounded_rectangle((0, 0, right, bottom), CORNER * SCALE, 255)
-        left, top = round(at[0] * SCALE), round(at[1] * SCALE)
+        ImageDraw.Draw(mask).rounded_rectangle((0, 0, right, bottom), CORNER * OVERSAMPLING, 255)
+        left, top = round(at[0] * OVERSAMPLING), round(at[1] * OVERSAMPLING)
         self.image.paste(large, (left, top), mask)
         edges = (left, top, left + right, top + bottom)
-        self.draw.rounded_rectangle(edges, CORNER * SCALE, outline=INK + "24", width=SCALE)
+        self.draw.rounded_rectangle(edges, CORNER * OVERSAMPLING, outline=INK + "24", width=OVERSAMPLING)
 
     def finish(self) -> Image.Image:
         return self.image.resize(self.size, Image.Resampling.BOX)
@@ -105,7 +105,9 @@ def _sheet(tiles: Sequence[Image.Image], columns: int, gap: int, paper: str = PA
     return sheet
 
 
-def grid(images: Images, captions: Sequence[str] | None = None, columns: int = 4, tile: int = TILE) -> Image.Image:
+def grid(
+    images: Images, captions: Sequence[str] | None = None, columns: int = 4, tile: int = IMAGE_SIDE
+) -> Image.Image:
     """Images in rows, (B, H, W, 3), each over its caption of at most two rows."""
     parts = to_pil_images(images)
     _require_same_count(len(parts), {"captions": captions})
@@ -123,14 +125,14 @@ def grid(images: Images, captions: Sequence[str] | None = None, columns: int = 4
 
 
 def before_after(
-    before: Images, after: Images, prompts: Sequence[str], scores: Scores | None = None, columns: int | None = None
+    before: Images, after: Images, prompts: Sequence[str], scores: SideScores | None = None, columns: int | None = None
 ) -> Image.Image:
     """Pairs of images on cards with their prompt and scores, (B, H, W, 3) twice; 4 or 3 columns, without a hole."""
     pairs = to_pil_images(before), to_pil_images(after)
     count = len(pairs[0])
     lists = dict(zip(("before scores", "after scores"), scores or (), strict=False))
     _require_same_count(count, {"after images": pairs[1], "prompts": prompts, **lists})
-    size = _tile_size(pairs[0][0], TILE)
+    size = _tile_size(pairs[0][0], IMAGE_SIDE)
     texts = [wrap(prompt, 2 * size[0] + BETWEEN, partial(text_width, size=HEADING)) for prompt in prompts]
     head = 20 + CARD_ROW * max(len(text) for text in texts)
     marks = list(zip(*scores, strict=True)) if scores else [None] * count
@@ -138,7 +140,7 @@ def before_after(
     columns = max(1, min(columns or min((4, 3), key=lambda n: -count % n), count))
     sheet = _sheet(cards, columns, CARD_GAP, DESK, HEAD)
     titles = Canvas(cards[0].width, HEAD + CARD_GAP, DESK)
-    for middle, label, color in zip(_middles(size[0]), ("before", "after"), (MUTED, COLORS[0]), strict=True):
+    for middle, label, color in zip(_middles(size[0]), ("before", "after"), (MUTED, PALETTE[0]), strict=True):
         titles.text((middle, titles.size[1] / 2 + 4), label, color, HEADING)
     for k in range(columns):
         sheet.paste(titles.finish(), (CARD_GAP + k * (cards[0].width + CARD_GAP), 0))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LineStyle = Literal["line", "faint", "dashed", "points"]
 
-SIZE = (560, 360)  # of a panel
+PANEL_SIZE = (560, 360)  # of a panel
 LEFT, RIGHT, BOTTOM = 64, 18, 46  # margins of its data area
 RIGHT_AXIS = 48  # more of the right one where the panel has a second axis
 TITLE_ROW, LEGEND_ROW, LEGEND_GAP = 34, 18, 8  # heights above the data area
@@ -63,12 +63,12 @@ class Panel:
         return [*self.lines, *self.right]
 
 
-def draw_panels(panels: Sequence[Panel], columns: int = 2, size: tuple[int, int] = SIZE) -> Image.Image:
+def draw_panels(panels: Sequence[Panel], columns: int = 2, size: tuple[int, int] = PANEL_SIZE) -> Image.Image:
     """Panels of one size in rows, as an image."""
     return style.render(panel_figure(panels, columns, size))
 
 
-def panel_figure(panels: Sequence[Panel], columns: int = 2, size: tuple[int, int] = SIZE) -> Figure:
+def panel_figure(panels: Sequence[Panel], columns: int = 2, size: tuple[int, int] = PANEL_SIZE) -> Figure:
     """Panels of one size in rows; a last row that is not full shares the width."""
     if not panels:
         raise ValueError("No panels given. Name at least one of reward, clip, kl, per_step.")
@@ -137,7 +137,7 @@ def _draw_lines(axes: Axes, panel: Panel, lines: Sequence[Line], bars: bool = Fa
     """Bars or lines within limits that fit, -> one artist for each."""
     artists = []
     for line in lines:
-        y, color = np.asarray(line.y, float), style.COLORS[line.color % len(style.COLORS)]
+        y, color = np.asarray(line.y, float), style.PALETTE[line.color % len(style.PALETTE)]
         hidden = np.isinf(y) | (y <= 0 if axes.get_yscale() == "log" else False)
         shown = np.where(hidden, np.nan, y)
         if bars:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from comfyui_pcpo.plotting.panels import SIZE, STEP_AXIS, Line, Panel, draw_panels
+from comfyui_pcpo.plotting.panels import PANEL_SIZE, STEP_AXIS, Line, Panel, draw_panels
 
 Record = Mapping[str, Any]
 """A row of metrics.jsonl."""
@@ -151,7 +151,7 @@ def curves(
     records: Sequence[Record],
     smoothing: float = SMOOTHING,
     panels: Sequence[str] = tuple(PANELS),
-    size: tuple[int, int] = SIZE,
+    size: tuple[int, int] = PANEL_SIZE,
 ) -> Image.Image:
     """The curves of a run; `size` is that of a panel in pixels."""
     return draw_panels(curve_panels(records, smoothing, panels), size=size)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PAPER, INK, MUTED, GRID, SHADE = "#ffffff", "#1f2933", "#66727f", "#e4e8ed", "#f1f3f5"
 DESK = "#eef1f4"  # behind cards
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4b5563")  # Okabe and Ito
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4b5563")  # Okabe and Ito
 BETTER, WORSE = "#00785a", "#b84a00"
 TITLE, HEADING, TEXT = 15, 13, 11  # type sizes
 CHARACTER = 0.6  # mean width of a letter, times its size

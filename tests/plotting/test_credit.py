@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from comfyui_pcpo.plotting.credit import SIZE, credit_panels, credit_weights
+from comfyui_pcpo.plotting.credit import CREDIT_PANEL_SIZE, credit_panels, credit_weights
 from comfyui_pcpo.plotting.panels import panel_figure
 
 
@@ -18,7 +18,7 @@ def test_credit_draws_an_infinite_native_weight_and_marks_untrained_steps():
     assert all(panel.shade == [(1.5, 2.5)] for panel in credit_panels(*steps)) and weights.note == "grey: not trained"
     arrows = [line for line in panel_figure([weights]).axes[0].lines if line.get_marker() == "^"]
     assert [x for line in arrows for x in line.get_xdata()] == [2]  # type: ignore[union-attr]
-    assert credit_weights(*steps).size == (3 * SIZE[0], SIZE[1])
+    assert credit_weights(*steps).size == (3 * CREDIT_PANEL_SIZE[0], CREDIT_PANEL_SIZE[1])
 
 
 def test_nothing_is_grey_where_every_step_is_trained():

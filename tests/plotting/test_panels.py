@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
 from comfyui_pcpo.plotting import style
-from comfyui_pcpo.plotting.panels import SIZE, Line, Panel, draw_panels, panel_figure
-from comfyui_pcpo.plotting.style import COLORS
+from comfyui_pcpo.plotting.panels import PANEL_SIZE, Line, Panel, draw_panels, panel_figure
+from comfyui_pcpo.plotting.style import PALETTE
 
 
 def axes_of(*lines: Line, **options: object) -> list[Axes]:
@@ -20,7 +20,7 @@ def axes_of(*lines: Line, **options: object) -> list[Axes]:
     return figure.axes
 
 
-def drawn(axes: Axes, color: str = COLORS[0]) -> np.ndarray:
+def drawn(axes: Axes, color: str = PALETTE[0]) -> np.ndarray:
     """The y values of the first line with a colour."""
     line = next(line for line in axes.lines if to_hex(line.get_color()) == color and line.get_linestyle() != "None")
     return np.asarray(line.get_ydata(), float)
@@ -44,8 +44,8 @@ def near(panel: Panel, color: str) -> np.ndarray:
 
 def test_an_image_has_the_size_of_its_panels():
     panel = Panel("title", "x", "y", [Line("a", [0, 1], [0, 1])])
-    assert draw_panels([panel]).size == SIZE
-    assert draw_panels([panel] * 3).size == (2 * SIZE[0], 2 * SIZE[1])
+    assert draw_panels([panel]).size == PANEL_SIZE
+    assert draw_panels([panel] * 3).size == (2 * PANEL_SIZE[0], 2 * PANEL_SIZE[1])
     assert draw_panels([panel] * 3, columns=3, size=(300, 200)).size == (900, 200)
 
 
@@ -57,18 +57,18 @@ def test_a_last_row_that_is_not_full_shares_the_width():
 
 def test_a_line_is_drawn_through_the_pixels_of_its_data():
     panel = Panel("", "", "", [Line("", [0, 10], [0.0, 1.0])])
-    image = near(panel, COLORS[0])
+    image = near(panel, PALETTE[0])
     axes = panel_figure([panel]).axes[0]
     for value in (1, 3, 5, 7, 9):
         x, y = axes.transData.transform((value, value / 10)) / style.SCALE
         rows = np.flatnonzero(image[:, round(x)])
-        assert abs(SIZE[1] - rows.mean() - y) <= 2
+        assert abs(PANEL_SIZE[1] - rows.mean() - y) <= 2
 
 
 def test_nan_leaves_a_gap():
     y = [1.0, 2, 3, math.nan, math.nan, math.nan, 3, 2, 1, 1]
     np.testing.assert_array_equal(drawn(axes_of(Line("", range(10), y))[0]), y)
-    columns = np.flatnonzero(near(Panel("", "", "", [Line("", range(10), y)]), COLORS[0]).any(0))
+    columns = np.flatnonzero(near(Panel("", "", "", [Line("", range(10), y)]), PALETTE[0]).any(0))
     assert np.diff(columns).max() > 100
 
 
@@ -87,26 +87,26 @@ def test_only_a_logarithmic_axis_is_labelled_as_such():
 
 def test_one_point_between_gaps_is_a_dot():
     y = [math.nan] * 4 + [1.0] + [math.nan] * 5
-    assert 10 < near(Panel("", "", "", [Line("", range(10), y)]), COLORS[0]).sum() < 80
+    assert 10 < near(Panel("", "", "", [Line("", range(10), y)]), PALETTE[0]).sum() < 80
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-7, 1e9])
 def test_a_constant_series_is_a_level_line(value: float):
-    rows = np.flatnonzero(near(Panel("", "", "", [Line("", range(5), [value] * 5)]), COLORS[0]).any(1))
+    rows = np.flatnonzero(near(Panel("", "", "", [Line("", range(5), [value] * 5)]), PALETTE[0]).any(1))
     assert 1 <= len(rows) <= 4
 
 
 @pytest.mark.parametrize("log", [False, True])
 def test_a_series_without_numbers_says_no_data(log: bool):
     panel = Panel("", "", "", [Line("", range(5), [math.nan] * 5)], log_y=log)
-    assert not near(panel, COLORS[0]).any()
+    assert not near(panel, PALETTE[0]).any()
     assert [text.get_text() for text in panel_figure([panel]).axes[0].texts] == ["no data"]
 
 
 def test_infinite_values_are_arrowheads_at_the_edges():
     axes = axes_of(Line("", range(10), [1.0] * 8 + [math.inf, -math.inf]))[0]
     assert markers(axes, "^") == [(8, 1)] and markers(axes, "v") == [(9, 0)]
-    image = near(Panel("", "", "", [Line("", range(10), [1.0] * 9 + [math.inf])]), COLORS[0])
+    image = near(Panel("", "", "", [Line("", range(10), [1.0] * 9 + [math.inf])]), PALETTE[0])
     columns = np.flatnonzero(image[30:50].any(0))  # the upper edge of the axes
     assert 3 <= len(columns) <= 12
 
@@ -123,7 +123,7 @@ def test_the_legend_is_above_the_data_however_long_it_is():
     legend = axes.get_legend()
     assert legend is not None and [text.get_text() for text in legend.get_texts()] == names
     edges = legend.get_window_extent()
-    assert edges.y0 >= axes.get_window_extent().y1 and edges.x1 <= SIZE[0] * style.SCALE
+    assert edges.y0 >= axes.get_window_extent().y1 and edges.x1 <= PANEL_SIZE[0] * style.SCALE
     title = next(text for text in axes.get_children() if getattr(text, "get_text", str)() == "title")
     assert title.get_window_extent().y0 >= edges.y1  # type: ignore[call-arg]
 
@@ -131,7 +131,7 @@ def test_the_legend_is_above_the_data_however_long_it_is():
 def test_names_with_dollar_signs_are_written_as_they_are():
     name = "costs $5 \\and{ $"
     figure = panel_figure([Panel(name, name, name, [Line(name, [0], [1.0])], note=name)])
-    assert style.render(figure).size == SIZE
+    assert style.render(figure).size == PANEL_SIZE
 
 
 def test_a_band_is_lighter_than_its_line():
@@ -144,7 +144,7 @@ def test_a_band_is_lighter_than_its_line():
 def test_a_second_axis_has_its_own_limits():
     left, right = axes_of(Line("", [0, 1], [0.0, 1.0]), right=[Line("", [0, 1], [0.0, 500.0], color=1)])
     assert left.get_ylim() == (0, 1) and right.get_ylim() == (0, 500)
-    assert drawn(right, COLORS[1]).tolist() == [0, 500]
+    assert drawn(right, PALETTE[1]).tolist() == [0, 500]
 
 
 @pytest.mark.parametrize(

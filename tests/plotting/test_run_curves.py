@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from comfyui_pcpo.plotting import run_curves
-from comfyui_pcpo.plotting.panels import SIZE
+from comfyui_pcpo.plotting.panels import PANEL_SIZE
 
 
 def record(update: int, **changes: object) -> dict:
@@ -33,12 +33,12 @@ def test_smoothing_of_one_is_refused():
 
 @pytest.mark.parametrize("count", [1, 2, 30])
 def test_curves_draw_a_run_of_any_length(count: int):
-    assert run_curves.curves([record(k + 1) for k in range(count)]).size == (2 * SIZE[0], 2 * SIZE[1])
+    assert run_curves.curves([record(k + 1) for k in range(count)]).size == (2 * PANEL_SIZE[0], 2 * PANEL_SIZE[1])
 
 
 def test_curves_draw_records_with_missing_and_failed_values():
     broken = [{"update": 1}, record(2, reward_mean=math.nan, kl=None, per_step={}), record(3, held_out={})]
-    assert run_curves.curves(broken).size == (2 * SIZE[0], 2 * SIZE[1])
+    assert run_curves.curves(broken).size == (2 * PANEL_SIZE[0], 2 * PANEL_SIZE[1])
 
 
 def test_the_reward_panel_shows_values_their_mean_with_its_spread_and_held_out_rewards():
@@ -90,7 +90,7 @@ def test_compared_runs_keep_one_colour_each_in_every_panel():
     assert len(panels) == 6
     for panel in panels:
         assert {line.label: line.color for line in panel.lines if line.label} == {"a": 0, "b": 1}
-    assert run_curves.compare_runs(runs).size == (2 * SIZE[0], 3 * SIZE[1])
+    assert run_curves.compare_runs(runs).size == (2 * PANEL_SIZE[0], 3 * PANEL_SIZE[1])
 
 
 def test_the_live_preview_of_a_hundred_updates_is_drawn_fast_and_at_its_size():

@@ -35,7 +35,7 @@ from tools.tiny.generators import SD15, eps_loss, flow_loss, make_eps, make_flow
 from tools.tiny.spoil import spoiled
 from tools.tiny.text import WIDTH, make_text_encoder, make_tokenizer
 
-log = logging.getLogger("make")
+logger = logging.getLogger("make")
 
 
 def pictures(args: argparse.Namespace) -> Pictures:
@@ -43,7 +43,7 @@ def pictures(args: argparse.Namespace) -> Pictures:
     path = args.work / f"pictures-{args.pictures}.pt"
     if not path.exists():
         args.work.mkdir(parents=True, exist_ok=True)
-        log.info("drawing %d pictures", args.pictures)
+        logger.info("drawing %d pictures", args.pictures)
         drawn = draw_pictures(args.pictures, seed=0)
         torch.save({"pixels": drawn.pixels, "scenes": drawn.scenes}, path)
     saved = torch.load(path, weights_only=False)  # our own file, made two lines above
@@ -94,7 +94,7 @@ def fit(
         smooth = value.item() if step == 1 else 0.98 * smooth + 0.02 * value.item()
         if done - spoken > 0.04 or done >= 1:
             spoken = done
-            log.info(
+            logger.info(
                 "%5.1f %%  step %d  loss %.4f  %.2f s/step", 100 * done, step, smooth, (time.time() - start) / step
             )
             save(average)

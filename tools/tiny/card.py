@@ -20,7 +20,7 @@ from tools.tiny.data import draw_pictures
 from tools.tiny.draw import draw, glyphs
 from tools.tiny.spoil import spoiled
 
-log = logging.getLogger("make")
+logger = logging.getLogger("make")
 SETTINGS = {"emoji-flow": (20, 3.0), "emoji-eps": (50, 4.0)}  # steps, guidance scale
 SHOWN = (
     "a big fox on a plain blue background",
@@ -118,7 +118,7 @@ def write_card(args: argparse.Namespace) -> None:
         rows[name] = (
             read_right(encoder, found, prompts), distance.frechet(found, drawn), distance.diversity(found, 2)
         )  # fmt: skip
-        log.info("%s %s", name, rows[name])
+        logger.info("%s %s", name, rows[name])
         shown = [prompt for prompt in SHOWN for _ in range(3)]
         pictures = generate(name, shown, 3, args.models)
         grid(pictures, shown, columns=6, tile=128).save(args.images / f"{name}.png")

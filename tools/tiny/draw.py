@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from comfyui_pcpo.tiny.align import PIXELS
 from comfyui_pcpo.tiny.captions import COLORS, COUNTS, OBJECTS, PATTERNS, Scene, is_held_out
 
-PIXELS = 64
 GLYPH = 109  # the only size that the font's bitmaps come in
 TILE = 144
 SHEET = Path(__file__).parent / "glyphs.png"
