@@ -13,14 +13,14 @@ from comfyui_pcpo.method.rollout import Predict, Trajectory, rollout
 from comfyui_pcpo.reward.base import Reward
 
 from ..config.schema import Config
-from ..policy.base import Condition, Policy
+from ..policy.base import Condition
 from .distributed import Processes
 from .objectives import Objective, make_objective
 from .plan import Plan, make_plan
 from .records import Measured, record
 from .scoring import ScoredRollout, Stopwatch, compare_scores, score
 from .state import TrainingState
-from .update import UpdateBatch, improve, update_evaluations
+from .update import UpdateBatch, improve
 
 
 @dataclass(frozen=True)
@@ -69,35 +69,32 @@ def align(state: TrainingState, job: Job) -> Iterator[Update]:
         with state.all_or_nothing():
             seconds = Stopwatch()
             plan = make_plan(state.policy, job.config, job.objective, job.prompts, number)
-            with seconds("rollout"), state.sampling(job.config.rollout.policy):
-                samples = roll_out(state.policy, job, plan, condition)
+            with seconds("rollout"):
+                samples = roll_out(state, job, plan, condition)
             with seconds("reward"):
                 scored = score_rollout(state, job, plan, samples.images)
             with seconds("update"):
-                with state.sampling(job.config.rollout.policy):
-                    batch = update_batch(state.policy, job, plan, samples, scored)
-                statistics = improve(state, batch, job.processes)
+                statistics = improve(state, update_batch(state, job, plan, samples, scored), job.processes)
             state.done = number
-            measured = Measured(plan, scored, statistics, seconds, state.learning_rate, evaluations(batch, job))
-            metrics = record(measured, job.config)
+            metrics = record(Measured(plan, scored, statistics, seconds, state.learning_rate), job.config)
         yield Update(number, metrics, samples.images, plan.texts, own_rows(scored.combined, job))
 
 
-def roll_out(policy: Policy, job: Job, plan: Plan, condition: Condition) -> Samples:
+def roll_out(state: TrainingState, job: Job, plan: Plan, condition: Condition) -> Samples:
     """Roll out this process's groups and decode their images."""
-    rows_of = [job.prompts.index(text) for text in plan.texts]
-    own = condition.rows(rows_of)
+    policy, r = state.policy, job.config.rollout
+    own = condition.rows([job.prompts.index(text) for text in plan.texts])
 
     def predict(x: Tensor, t: float, rows: Tensor) -> Tensor:
         job.tick()
         return policy.predict(x.to(policy.device), t, own.rows(rows.tolist()))
 
-    seed, shared = job.config.run.seed, job.config.rollout.shared_noise
-    noise = plan.noise(seed, policy.latent_shape, shared=shared)
-    if plan.branches is None:
-        path = rollout(predict, plan.grid, plan.transitions, noise, plan.chunks)
-    else:
-        path = branch_rollout(predict, plan.grid, plan.branches, noise, plan.chunks)
+    noise = plan.noise(job.config.run.seed, policy.latent_shape, shared=r.shared_noise)
+    with state.sampling(r.policy):
+        if plan.branches is None:
+            path = rollout(predict, plan.grid, plan.transitions, noise, plan.chunks)
+        else:
+            path = branch_rollout(predict, plan.grid, plan.branches, noise, plan.chunks)
     images = torch.cat([policy.decode(x) for x in path.final.split(len(plan.chunks[0]))])
     return Samples(path, images, predict)
 
@@ -110,18 +107,13 @@ def score_rollout(state: TrainingState, job: Job, plan: Plan, images: Tensor) ->
     return compare_scores(scores, plan, state.window, job.config, seconds)
 
 
-def update_batch(policy: Policy, job: Job, plan: Plan, samples: Samples, scored: ScoredRollout) -> UpdateBatch:
+def update_batch(state: TrainingState, job: Job, plan: Plan, samples: Samples, scored: ScoredRollout) -> UpdateBatch:
     """What the gradient steps need of this process's images."""
-    o = job.config.objective
-    noise = plan.noise(job.config.run.seed, policy.latent_shape, 1, shared=o.shared_noise)
-    path = job.objective.prepare(samples.path, plan, noise, samples.predict)
+    shared = job.config.objective.shared_noise
+    noise = plan.noise(job.config.run.seed, state.policy.latent_shape, 1, shared=shared)
+    with state.sampling(job.config.rollout.policy):
+        path = job.objective.prepare(samples.path, plan, noise, samples.predict)
     return UpdateBatch(plan, job.objective, path, own_rows(scored.advantage, job), samples.predict, job.config)
-
-
-def evaluations(batch: UpdateBatch, job: Job) -> dict[str, int]:
-    """Latents that the model predicted in this update, without and with gradient, over all processes."""
-    size = job.processes.size
-    return {"rollout": batch.path.evaluations * size, "update": update_evaluations(batch) * size}
 
 
 def own_rows(values: Tensor, job: Job) -> Tensor:

@@ -21,7 +21,6 @@ class Measured:
     statistics: StepStatistics
     seconds: Stopwatch
     learning_rate: float
-    evaluations: dict[str, int]  # latents that the model predicted, on every process
 
 
 def record(measured: Measured, config: Config) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def record(measured: Measured, config: Config) -> dict[str, Any]:
             "weight": [plan.transitions[i].weight for i in plan.trained],
             "target_weight": [float(plan.steps.weights[i]) for i in plan.trained],
         },
-        "model_evaluations": measured.evaluations,
+        "model_evaluations": statistics.evaluations,
         "learning_rate": measured.learning_rate,
         **{f"seconds_{name}": seconds for name, seconds in measured.seconds.rounded().items()},
         "seconds_rewards": scored.seconds.rounded(),

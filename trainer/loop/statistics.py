@@ -24,6 +24,7 @@ class StepStatistics:
     step_norms: list[Tensor] = field(default_factory=list)  # gradient norms, step after step of each minibatch
     norms: list[Tensor] = field(default_factory=list)  # of the whole gradient of each minibatch, before clipping
     loss: float = 0.0
+    evaluations: dict[str, int] = field(default_factory=dict)  # latents predicted by the model, over all processes
     _waiting: list[tuple[int, bool, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

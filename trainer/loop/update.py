@@ -49,13 +49,15 @@ def improve(state: TrainingState, batch: UpdateBatch, processes: Processes) -> S
         check_gradient(statistics.norms[-1], number + 1)
         state.step()
     statistics.settle(processes)
+    statistics.evaluations = evaluations(batch, processes)
     return statistics
 
 
-def update_evaluations(batch: UpdateBatch) -> int:
-    """Latents that the gradient steps of this process predict."""
+def evaluations(batch: UpdateBatch, processes: Processes) -> dict[str, int]:
+    """Latents that the model predicted in this update, without and with gradient; the watched KL is not counted."""
     chunks = [(i, rows) for i in batch.plan.trained for rows in drawn_chunks(batch, i, batch.plan.chunks)]
-    return sum(len(batch.path.unique_rows(i, rows)[0]) for i, rows in chunks) * batch.config.optimizer.epochs
+    update = sum(len(batch.path.unique_rows(i, rows)[0]) for i, rows in chunks) * batch.config.optimizer.epochs
+    return {"rollout": batch.path.evaluations * processes.size, "update": update * processes.size}
 
 
 def drawn_chunks(batch: UpdateBatch, i: int, chunks: list[Tensor]) -> list[Tensor]:
