@@ -42,7 +42,7 @@ def benchmark(
     docs
         Write the report into this folder, such as docs; the folder of the results if omitted.
     """
-    from trainer.cli.main import quieten
+    from trainer.cli.libraries import quiet_libraries
 
     from .report.pages import write_report
     from .speed.loop_speed import run_speed
@@ -51,7 +51,7 @@ def benchmark(
     from .study.two_rewards import run_two_rewards
     from .study.work import progress, work
 
-    quieten()
+    quiet_libraries()
     design, folder = STUDIES[study], out.resolve() / study
     folder.mkdir(parents=True, exist_ok=True)
     commit()  # cached before the checkout can change

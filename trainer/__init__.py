@@ -1,1 +1,1 @@
-"""A training run without ComfyUI: `python -m trainer`. The nodes train with the same loop."""
+"""Training without ComfyUI: `pcpo`, or `python -m trainer` in a clone. The nodes use the same training loop."""

@@ -2,10 +2,6 @@
 
 import sys
 
-try:
-    from .cli.main import main
+from .cli.main import main
 
-    status = main()
-except KeyboardInterrupt:  # while the libraries were imported
-    status = 130
-sys.exit(status)
+sys.exit(main())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.cli.main import quieten
+from trainer.cli.libraries import quiet_libraries
 from trainer.config.loading import build, merge
 from trainer.config.schema import Config
 from trainer.loop.align import Job, Update, align
@@ -86,7 +86,7 @@ def timed_update(updates: Iterator[Update], device: torch.device) -> dict[str, f
 
 def measure_point(model: str, axis: str, value: int, file: Path) -> None:
     """Entry point of a child process, whose peak memory is that of one measurement."""
-    quieten()
+    quiet_libraries()
     torch.set_num_threads(1)
     row = {"model": model, "axis": axis, "value": value, **measure_loop(point_config(model, axis, value))}
     write_json(file, row)

@@ -7,10 +7,11 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from comfyui_pcpo.tiny import pipelines
-from trainer.cli import main as cli
 from trainer.cli.main import main, version
+from trainer.cli.progress import Bar
 from trainer.runs.folder import RunFolder
 
 
@@ -125,10 +126,10 @@ def test_plot_draws_one_run_and_several(run, finished, tmp_path, capsys):
     assert run.curves_file.exists()
     capsys.readouterr()
     assert main(["plot"]) == 2
-    assert "0 runs were named" in capsys.readouterr().err
+    assert "No run folders given" in capsys.readouterr().err
     run.metrics_file.unlink()
     assert main(["plot", str(run.path)]) == 2
-    assert "0 finished updates" in capsys.readouterr().err
+    assert "no finished updates" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers", "kohya"])
@@ -184,10 +185,10 @@ def test_score_takes_the_folder_and_the_precision_of_the_weights(tmp_path, capsy
 
 def test_score_names_what_it_cannot_read(tmp_path, capsys):
     assert main(["score", str(tmp_path)]) == 2
-    assert "holds no images" in capsys.readouterr().err
+    assert "contains no images" in capsys.readouterr().err
     (tmp_path / "no.png").write_text("text")
     assert main(["score", str(tmp_path / "no.png"), "--reward", "colorfulness"]) == 2
-    assert "no.png is not a picture" in capsys.readouterr().err
+    assert "no.png cannot be read as an image" in capsys.readouterr().err
     assert main(["score", str(tmp_path / "no.png"), "--reward", "colourfulness"]) == 2
     assert "colorfulness" in capsys.readouterr().err
 
@@ -200,7 +201,7 @@ def test_score_names_what_it_cannot_read(tmp_path, capsys):
         (["--reward.weights", "{nonsense = 1}"], "nonsense"),
         (["--model.device", "cuda:99"], "cuda:99"),
         (["--model.device", "toaster"], "toaster is not a device"),
-        (["--prompts.lines", "[]"], "0 prompts"),
+        (["--prompts.lines", "[]"], "no prompts"),
         (["--run.name", "../up"], "run.name"),
         (["--lora.start", "gone.safetensors"], "gone.safetensors does not exist"),
         (["--rollout.height", "50"], "is not a multiple of"),
@@ -247,7 +248,7 @@ def test_ctrl_c_before_the_first_update_says_that_nothing_was_saved(tmp_path, ca
     def stop(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Bar, "tick", stop)
+    monkeypatch.setattr(Bar, "tick", stop)
     assert main(["train", *options(tmp_path)]) == 130
     assert "holds nothing to resume" in capsys.readouterr().out
 
@@ -259,7 +260,7 @@ def test_check_shows_what_it_can_and_then_names_all_that_is_missing(tmp_path, ca
     assert 'name = "nobody/nothing"' in shown.out
     assert "4 prompts x 8 images = 32 images per update" in shown.out
     errors = [line for line in shown.err.splitlines() if line.startswith("error: ")]
-    assert "PickScore_v1" in errors[0] and "0 prompts" in errors[1]
+    assert "PickScore_v1" in errors[0] and "no prompts" in errors[1]
 
 
 def test_options_lists_the_choices(capsys):
@@ -288,3 +289,55 @@ def test_a_misspelt_embedded_model_gets_the_nearest(capsys):
     assert main(["check", "--model.name", "emoji-flw", "--prompts.lines", "a fox"]) == 2
     error = capsys.readouterr().err
     assert "Did you mean emoji-flow?" in error and "stacktrace" not in error and len(error) < 600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps is 0, but must be between 1 and 1,000"),
+        (["--images", "0"], "--images is 0"),
+        (["--cfg", "nan"], "--cfg is nan"),
+        (["--noise-level", "inf"], "--noise-level is inf"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--out", "x.xyz"], "x.xyz does not have the suffix of an image"),
+    ],
+)
+def test_values_of_sample_are_refused_before_any_work(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", "emoji-flow", "--prompt", "a fox", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_plot_and_export_refuse_files_of_the_wrong_kind_and_the_runs_own(run, capsys):
+    config, lora = run.config_file.read_bytes(), run.lora_file.read_bytes()
+    assert main(["plot", str(run.path), "--out", "curves.xyz"]) == 2
+    assert "curves.xyz does not have the suffix of an image" in capsys.readouterr().err
+    assert main(["export", str(run.path), "--out", str(run.config_file)]) == 2
+    assert "config.toml is not a .safetensors file" in capsys.readouterr().err
+    for own in (run.lora_file, run.checkpoint() / "lora.safetensors"):
+        assert main(["export", str(run.path), "--out", str(own)]) == 2
+        assert "belongs to the run itself" in capsys.readouterr().err
+    assert (run.config_file.read_bytes(), run.lora_file.read_bytes()) == (config, lora)
+
+
+def test_our_own_warnings_are_printed_in_one_line(run, tmp_path, capsys):
+    """Keys of text encoders in a LoRA are left out with a warning."""
+    file = tmp_path / "both.safetensors"
+    extra = {f"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_{part}.weight": torch.zeros(1, 1) for part in ("up",)}
+    save_file(load_file(run.lora_file) | extra, file)
+    arguments = ["--prompt", "a fox", "--steps", "1", "--images", "1", "--out", str(tmp_path / "one.png")]
+    assert main(["sample", "emoji-flow", "--guide", f"{file}=1", *arguments]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "text encoders" in warnings[0]
+
+
+def test_check_prints_every_problem_last_and_as_json(tmp_path, capfd):
+    arguments = [*options(tmp_path), "--reward.held-out", '["hpsv2.1", "pickscore"]', "--prompts.lines", "[]"]
+    assert main(["check", *arguments]) == 2
+    shown = capfd.readouterr()
+    assert "memory on the model's device" in shown.out
+    problems = [line.removeprefix("error: ") for line in shown.err.splitlines()]
+    assert [word in line for word, line in zip(("HPS", "Pick", "no prompts"), problems, strict=True)] == [True] * 3
+    assert main(["check", "--json", *arguments]) == 2
+    assert json.loads(capfd.readouterr().out)["missing"] == problems

@@ -5,16 +5,9 @@ from pathlib import Path
 import pytest
 
 from trainer.cli.main import main
-from trainer.config.loading import (
-    build,
-    dump,
-    known_keys,
-    load,
-    parse_overrides,
-    tomllib,
-    unknown_words,
-    without_effect,
-)
+from trainer.config.diagnostics import unknown_words, without_effect
+from trainer.config.loading import build, dump, load, parse_overrides, tomllib
+from trainer.config.options import known_keys
 from trainer.config.schema import Config, ConfigError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
@@ -74,7 +67,7 @@ def test_a_key_like_no_other_says_where_they_are_listed():
             {"advantage": {"kind": "window", "window": 4, "min_count": 5}},
             r"advantage.min_count 5 is more than advantage.window 4",
         ),
-        ({"reward": {"weights": {}}}, r"names 0 rewards"),
+        ({"reward": {"weights": {}}}, r"no reward is set"),
         ({"run": {"name": "../outside"}}, r"run.name"),
         ({"run": {"name": "a/b"}}, r"run.name"),
         ({"run": {"name": "a\\b"}}, r"run.name"),
@@ -109,11 +102,11 @@ def test_prompts_come_from_lines_and_file_without_blanks_and_comments(tmp_path):
 def test_an_empty_or_missing_prompts_file_is_named(tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n# nothing\n")
-    with pytest.raises(ConfigError, match=r"empty.txt holds 0 prompts, but training needs at least 1"):
+    with pytest.raises(ConfigError, match=r"empty.txt contains no prompts, but training needs at least one"):
         build({"prompts": {"file": str(empty)}}, "test").prompts.read()
     with pytest.raises(ConfigError, match=r"gone.txt does not exist"):
         build({"prompts": {"file": str(tmp_path / "gone.txt")}}, "test").prompts.read()
-    with pytest.raises(ConfigError, match=r"hold 0 prompts"):
+    with pytest.raises(ConfigError, match=r"contain no prompts"):
         build({}, "test").prompts.read()
 
 

@@ -16,8 +16,10 @@ from tests.golden import metric_recipe as recipe
 from tests.golden import reward_recipe as gold
 from trainer.cli.main import main
 from trainer.config.schema import ConfigError
-from trainer.evaluation.evaluate import Request, count_images, evaluate
-from trainer.evaluation.metrics import Meter, Networks, Tally, batches, image_files
+from trainer.evaluation.evaluate import count_images, evaluate
+from trainer.evaluation.image_files import batches, image_files
+from trainer.evaluation.metrics import Meter, Networks, Tally
+from trainer.evaluation.options import EvaluationOptions
 from trainer.evaluation.report import Metric
 from trainer.runs.folder import RunFolder
 
@@ -52,13 +54,13 @@ def prompts(tmp_path):
     return path
 
 
-def small(source, **more):
-    return Request(str(source), **({"seeds": 2, "images": 2, "steps": 2} | more))
+def small(**more):
+    return EvaluationOptions(**({"seeds": 2, "images": 2, "steps": 2} | more))
 
 
 @pytest.fixture(scope="module")
 def report(run):
-    return evaluate(small(run.path))
+    return evaluate(str(run.path), small())
 
 
 def metric(report, name) -> Metric:
@@ -74,7 +76,7 @@ def test_the_runs_rewards_are_measured_and_their_roles_told(report):
 
 
 def test_before_is_the_model_alone_on_the_same_noise(report, prompts):
-    alone = evaluate(small("emoji-flow", prompts=prompts, rewards=("colorfulness", "alignment")))
+    alone = evaluate("emoji-flow", small(prompts=prompts, rewards=("colorfulness", "alignment")))
     for m in alone.metrics:
         assert m.before == pytest.approx(metric(report, m.name).before, rel=1e-4)
     assert not any(m.after for m in alone.metrics)
@@ -82,7 +84,7 @@ def test_before_is_the_model_alone_on_the_same_noise(report, prompts):
 
 
 def test_a_lora_file_is_its_run_and_a_checkpoint_is_not(run, report):
-    found, first = evaluate(small(run.lora_file)), evaluate(small(run.path, checkpoint="1"))
+    found, first = evaluate(str(run.lora_file), small()), evaluate(str(run.path), small(checkpoint="1"))
     for m in report.metrics:
         assert metric(found, m.name).after == pytest.approx(m.after, rel=1e-4)
         assert metric(first, m.name).before == pytest.approx(m.before, rel=1e-4)
@@ -90,7 +92,7 @@ def test_a_lora_file_is_its_run_and_a_checkpoint_is_not(run, report):
 
 
 def test_noise_is_that_of_the_seed_and_the_prompts_place(run, report):
-    second = evaluate(small(run.path, seeds=1, first_seed=1))
+    second = evaluate(str(run.path), small(seeds=1, first_seed=1))
     for m in second.metrics:
         assert (m.before, m.after) == (metric(report, m.name).before[1:], metric(report, m.name).after[1:])
 
@@ -121,19 +123,17 @@ def test_the_table_has_a_line_for_every_metric(report):
 
 def test_the_frechet_distance_to_ones_own_pictures_is_zero(run, tmp_path):
     pictures = tmp_path / "pictures"
-    evaluate(small(run.path, seeds=1, images=6, pictures=pictures))
+    evaluate(str(run.path), small(seeds=1, images=6), pictures)
     assert len(list((pictures / "before" / "0").glob("*.png"))) == 12
-    found = evaluate(small(run.path, seeds=1, images=6, reference=pictures / "before"))
+    found = evaluate(str(run.path), small(seeds=1, images=6, reference=pictures / "before"))
     distance = metric(found, "tiny FD")
     assert distance.before[0] == pytest.approx(0, abs=1e-5)
     assert distance.after[0] > 1e-2 and distance.lower
-    assert f"12 pictures in {pictures / 'before'}" in found.notes
+    assert f"12 images in {pictures / 'before'}" in found.notes
 
 
 def test_every_network_that_is_named_adds_its_metric(run, tmp_path):
     from transformers import Dinov2Config, Dinov2Model
-
-    from trainer.evaluation.metrics import Files
 
     torch.save(recipe.weights(gold.golden("inception")["shapes"]), tmp_path / "inception.pth")
     torch.save(recipe.weights(gold.golden("lpips")["shapes"]), tmp_path / "alexnet.pth")
@@ -142,9 +142,16 @@ def test_every_network_that_is_named_adds_its_metric(run, tmp_path):
     Dinov2Model(config).save_pretrained(tmp_path / "dino")
     (tmp_path / "real").mkdir()
     for name in recipe.IMAGE_SUFFIXES:  # three sizes
-        Image.fromarray(gold.array(name)).save(tmp_path / "real" / f"{name}.png")
-    files = Files(tmp_path / "inception.pth", tmp_path / "dino", tmp_path / "alexnet.pth")
-    found = evaluate(small(run.path, seeds=1, reference=tmp_path / "real", files=files, rewards=("redness",)))
+        Image.fromarray(gold.picture(name)).save(tmp_path / "real" / f"{name}.png")
+    options = small(
+        seeds=1,
+        reference=tmp_path / "real",
+        rewards=("redness",),
+        inception=tmp_path / "inception.pth",
+        dino=tmp_path / "dino",
+        lpips=tmp_path / "alexnet.pth",
+    )
+    found = evaluate(str(run.path), options)
     names = ["redness", "tiny FD", "tiny diversity", "FID", "FD-DINOv2", "Inception Score", "LPIPS diversity"]
     assert [m.name for m in found.metrics] == names
     assert all(math.isfinite(v) for m in found.metrics for v in (*m.before, *m.after))
@@ -172,7 +179,7 @@ def test_scores_that_fail_are_left_out_and_counted(run, tmp_path, monkeypatch):
         "        return scores\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    found = evaluate(small(run.path, seeds=1, rewards=("picky:Picky",)))
+    found = evaluate(str(run.path), small(seeds=1, rewards=("picky:Picky",)))
     sys.modules.pop("picky")
     assert math.isfinite(metric(found, "picky:Picky").before[0])
     assert "2 scores of picky:Picky failed and were left out" in found.notes
@@ -185,8 +192,8 @@ def test_code_that_a_lora_file_names_is_not_imported(run, tmp_path):
     text = run.config_file.read_text().replace('held_out = [\n    "alignment",\n]', 'held_out = ["os:system"]')
     assert "os:system" in text
     save_file(load_file(copy.lora_file), copy.lora_file, {"pcpo.config": text})
-    with pytest.raises(ConfigError, match=r"names 1 reward as code, os:system"):
-        evaluate(small(copy.lora_file))
+    with pytest.raises(ConfigError, match=r"names code as a reward, os:system"):
+        evaluate(str(copy.lora_file), small())
 
 
 def test_pictures_of_one_size_are_read_together(tmp_path):
@@ -202,11 +209,14 @@ def test_pictures_of_one_size_are_read_together(tmp_path):
     [
         ({"seeds": 0}, "--seeds is 0"),
         ({"images": 1, "seeds": 1}, "too few"),
+        ({"steps": 1001}, "--steps is 1001, but must be between 1 and 1,000"),
+        ({"cfg": math.nan}, "--cfg is nan"),
+        ({"first_seed": -1}, "--first-seed is -1"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(run, more, said):
     with pytest.raises(ConfigError, match=said):
-        small(run.path, **more)
+        small(**more)
 
 
 @pytest.mark.parametrize(
@@ -214,8 +224,8 @@ def test_numbers_that_cannot_be_are_refused(run, more, said):
     [
         (["--prompts", "gone.txt"], "gone.txt does not exist"),
         (["--rewards", "hpsv2.1", "--folder", "gone"], "HPS_v2.1_compressed.pt does not exist"),
-        (["--rewards", "hpsv3"], "'hpsv3' is not a known reward"),
-        (["--reference", "gone"], "gone holds 0 images"),
+        (["--rewards", "hpsv3"], "'hpsv3' is none of"),
+        (["--reference", "gone"], "gone contains no images"),
         (["--inception", "gone.pth"], "published at https://github.com/toshas/torch-fidelity"),
         (["--dino", "gone"], "facebook/dinov2-large"),
         (["--lpips", "gone.pth"], "alexnet-owt-7be5be79.pth"),
@@ -245,7 +255,7 @@ def test_a_models_folder_is_evaluated_without_a_lora(tmp_path, prompts, capsys):
     load_pipeline("emoji-flow").save_pretrained(tmp_path / "model")
     arguments = ["evaluate", str(tmp_path / "model"), "--prompts", str(prompts), "--rewards", "redness"]
     out = tmp_path / "out"
-    assert count_images(small(tmp_path / "model", prompts=prompts)) == 8
+    assert count_images(str(tmp_path / "model"), small(prompts=prompts)) == 8
     assert main([*arguments, "--seeds", "2", "--images", "2", "--steps", "2", "--out", str(out)]) == 0
     assert {p.name for p in out.iterdir()} == {"evaluation.json", "samples.png"}
     assert capsys.readouterr().out.splitlines()[0].split() == ["metric", "before"]

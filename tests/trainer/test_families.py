@@ -12,7 +12,6 @@ from comfyui_pcpo.lora.targets import is_target
 from comfyui_pcpo.method.rollout import GroupNoise, rollout
 from comfyui_pcpo.method.samplers import deterministic
 from comfyui_pcpo.method.schedule import flow_grid
-from trainer.cli.commands import FORMATS, export_lora
 from trainer.config.schema import ConfigError
 from trainer.evaluation.source import read_pairs
 from trainer.policy.diffusers_policy import DiffusersPolicy, module_names
@@ -20,6 +19,7 @@ from trainer.policy.families import FAMILIES, denoiser_of
 from trainer.policy.families.base import resolution_mu
 from trainer.policy.families.flux import pack, unpack
 from trainer.policy.lora_pairs import load_pairs
+from trainer.runs.export import FORMATS, export_lora
 from trainer.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow

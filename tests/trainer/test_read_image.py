@@ -10,7 +10,7 @@ from PIL import Image
 
 from trainer.cli.main import main
 from trainer.config.schema import ConfigError
-from trainer.evaluation.metrics import read_image
+from trainer.evaluation.image_files import read_image
 
 UPRIGHT = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]]], np.uint8)  # one row of red, green, blue
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -32,8 +32,8 @@ def test_a_picture_of_too_many_pixels_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a picture of more than twice as many is refused
     assert main(["score", str(tmp_path), "--reward", "colorfulness"]) == 2
     said = capsys.readouterr().err
-    assert "huge.png is not a picture that can be read" in said
-    assert "400 pixels" in said and "200 pixels" in said and "Leave it out" in said
+    assert "huge.png cannot be read as an image" in said
+    assert "400 pixels" in said and "200 pixels" in said and "Remove it" in said
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "bmp"])
@@ -42,7 +42,7 @@ def test_a_picture_that_is_cut_off_is_named(kind, share, tmp_path):
     path = tmp_path / f"half.{kind}"
     Image.fromarray(NOISE).save(path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(ConfigError, match=rf"half\.{kind} is not a picture that can be read .*Leave it out"):
+    with pytest.raises(ConfigError, match=rf"half\.{kind} cannot be read as an image .*Remove it"):
         read_image(path)
 
 
@@ -60,7 +60,7 @@ def test_a_picture_with_a_wrong_byte_is_named(kind, place, tmp_path):
     content = bytearray(path.read_bytes())
     content[place] = 0
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"wrong\.{kind} is not a picture that can be read"):
+    with pytest.raises(ConfigError, match=rf"wrong\.{kind} cannot be read as an image"):
         read_image(path)
 
 

@@ -8,14 +8,15 @@ from safetensors.torch import load_file
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed, rollout
 from comfyui_pcpo.method.samplers import deterministic, transitions
-from trainer.cli.commands import SampleRequest, export_lora, sample_images
 from trainer.config.schema import ConfigError
+from trainer.evaluation.images import SampleRequest, sample_images
 from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
 from trainer.evaluation.source import open_source, parse_guide, read_pairs
 from trainer.policy.diffusers_policy import module_names
 from trainer.policy.families import denoiser_of
 from trainer.policy.loading import load_pipeline, make_policy
 from trainer.policy.lora_pairs import load_pairs
+from trainer.runs.export import export_lora
 from trainer.runs.folder import RunFolder
 
 PROMPT = "two foxes on a striped blue background"

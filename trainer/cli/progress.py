@@ -1,29 +1,40 @@
-"""What a person sees of a run: a bar over each update's model calls, a line per update, the way on after Ctrl-C."""
+"""What a user sees of a run: a bar over each update's model calls, a line per update, how to continue after Ctrl-C."""
 
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ..loop.align import Update
-from ..runs.folder import RunFolder
+from ..program import program_name
+
+if TYPE_CHECKING:
+    from ..loop.align import Update
+    from ..runs.folder import RunFolder
+
+FIRST_REPORT = 10.0
+"""Seconds until the first line about an unfinished update where there is no terminal; each later one takes twice as
+long, so that a log file stays short."""
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C that has been answered in words."""
+    """Ctrl-C after which the user has already been told how to continue."""
 
 
 class Bar:
-    """Progress over the model calls of each update; `tick` is given to the loop. A file gets the lines alone."""
+    """Progress over the model calls of each update; `tick` is called by the loop. Without a terminal, single lines."""
 
     def __enter__(self) -> "Bar":
         self.mute = int(os.environ.get("RANK", "0")) > 0
-        hide = self.mute or not sys.stderr.isatty()
-        self.bar = tqdm(unit=" model calls", desc="loading", leave=False, disable=hide, dynamic_ncols=True)
+        self.lines = not (self.mute or sys.stderr.isatty())
+        hide = self.mute or self.lines
+        self.bar = tqdm(unit=" model calls", leave=False, disable=hide, dynamic_ncols=True)
+        self._count("loading the model and the rewards")
+        if self.lines:
+            print(f"{self.phase} ...", file=sys.stderr, flush=True)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -31,30 +42,36 @@ class Bar:
 
     def tick(self) -> None:
         self.bar.update()
+        self.calls += 1
+        seconds = time.monotonic() - self.start
+        if self.lines and seconds >= self.next_report:
+            print(f"{self.phase}: {self.calls} model calls in {seconds:.0f} s", file=sys.stderr, flush=True)
+            self.next_report = 2 * seconds
 
     def begin(self, done: int, total: int) -> None:
-        """Show the first update's count; its end shows how many calls an update takes."""
+        """Count the calls of the first update; at its end, the bar knows how many an update takes."""
         self.total = total
-        self._count(done + 1)
+        self._count(f"update {min(done + 1, total)}/{total}")
 
-    def show(self, update: Update, folder: RunFolder) -> None:
-        """Write a finished update's line and begin the next one's count."""
+    def show(self, update: "Update", folder: "RunFolder") -> None:
+        """Print and log a finished update, and count the calls of the next one."""
         self.bar.total = self.bar.n if self.bar.total is None else self.bar.total
-        self._count(update.number + 1)
+        self._count(f"update {min(update.number + 1, self.total)}/{self.total}")
         if not self.mute:
-            line = summary(update)
+            line = update_line(update)
             folder.log(line)
             self.bar.write(line)
 
-    def _count(self, number: int) -> None:
-        self.bar.n = 0
-        self.bar.last_print_n = 0
+    def _count(self, phase: str) -> None:
+        """Count from 0."""
+        self.phase, self.calls, self.start, self.next_report = phase, 0, time.monotonic(), FIRST_REPORT
+        self.bar.n = self.bar.last_print_n = 0
         self.bar.start_t = self.bar.last_print_t = time.time()
-        self.bar.set_description(f"update {min(number, self.total)}/{self.total}")
+        self.bar.set_description(phase)
 
 
 @contextmanager
-def outcome(folder: RunFolder, bar: Bar, quiet: bool = False) -> Iterator[None]:
+def outcome(folder: "RunFolder", bar: Bar, quiet: bool = False) -> Iterator[None]:
     """Around a run: print its files at the end, or, after Ctrl-C, what was saved and how to continue."""
     try:
         yield
@@ -62,18 +79,22 @@ def outcome(folder: RunFolder, bar: Bar, quiet: bool = False) -> Iterator[None]:
         if bar.mute:
             raise
         bar.bar.close()
-        if folder.numbers():
-            print(f"\nstopped; saved as {folder.checkpoint().resolve()}")
-            print(f"continue with: python -m trainer resume {folder.path}")
-        else:
-            print(f"\nstopped before the first update was finished; {folder.path} holds nothing to resume")
+        print(f"\n{stopped_message(folder)}")
         raise Stopped from None
     bar.bar.close()
     if not (quiet or bar.mute):
         print(f"{folder.curves_file.resolve()}\n{folder.lora_file.resolve()}")
 
 
-def summary(update: Update) -> str:
+def stopped_message(folder: "RunFolder") -> str:
+    """What an interrupted run has saved, and the command that continues it."""
+    if not folder.numbers():
+        return f"stopped before the first update was finished; {folder.path} holds nothing to resume"
+    saved = folder.checkpoint().resolve()
+    return f"stopped; saved as {saved}\ncontinue with: {program_name()} resume {folder.path}"
+
+
+def update_line(update: "Update") -> str:
     """An update in one line."""
     m = update.metrics
     seconds = m["seconds_rollout"] + m["seconds_reward"] + m["seconds_update"]

@@ -1,71 +1,19 @@
-"""Where a configuration comes from and goes to: TOML files, `--section.field value` options, sentences for mistakes."""
+"""Read and write configurations: TOML files, `--section.field value` options, and errors that name the key."""
 
-import difflib
 import json
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from comfyui_pcpo.method.forward_process import FORWARD
-from comfyui_pcpo.tiny.captions import OBJECTS, VOCABULARY
-from comfyui_pcpo.tiny.pipelines import EMBEDDED
-
-from .schema import Config, ConfigError, Section
+from .options import known_keys, nearest
+from .schema import Config, ConfigError
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
-
-
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the tree, in order."""
-    keys = []
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys += known_keys(kind, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
-
-
-def describe(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
-    """One line per option: name, default, sentence."""
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield f"\n[{name}]"
-            yield from describe(kind, f"{name}.")
-        else:
-            default = "" if field.default is None else f" [{as_toml(field.default)}]"
-            choices = get_args(kind) if get_origin(kind) is Literal else ()
-            either = f" One of {', '.join(choices)}." if choices else ""
-            yield f"  --{(prefix + name).replace('_', '-'):<34}{field.description}{either}{default}"
-
-
-def as_toml(value: Any) -> str:
-    """A value as it is written in a configuration file."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name} = {as_toml(v)}" for name, v in value.items()) + "}"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(as_toml, value)) + "]"
-    return f'"{value}"' if isinstance(value, str | Path) else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def nearest(key: str) -> str:
-    """A sentence that names the known key most like `key`, or where to find them all."""
-    keys = known_keys()
-    short = {k.split(".")[-1]: k for k in keys}
-    found = difflib.get_close_matches(key, keys, 1, 0.6)
-    found = found or [short[k] for k in difflib.get_close_matches(key.split(".")[-1], short, 1, 0.6)]
-    return f"Did you mean {found[0]}?" if found else "`python -m trainer options` lists them all."
 
 
 def _explain(error: ValidationError, source: str) -> str:
@@ -82,7 +30,7 @@ def _explain(error: ValidationError, source: str) -> str:
 
 
 def parse_overrides(tokens: list[str]) -> dict[str, Any]:
-    """`--section.field value` or `--section.field=value` tokens as a nested dict; values are read as TOML."""
+    """`--section.field value` or `--section.field=value` tokens -> nested dict; values are parsed as TOML."""
     tree: dict[str, Any] = {}
     keys = known_keys()
     rest = list(tokens)
@@ -97,7 +45,7 @@ def parse_overrides(tokens: list[str]) -> dict[str, Any]:
             raise ConfigError(f"unknown option --{given}. {near}")
         if not equals:
             if not rest:
-                raise ConfigError(f"--{given} has no value. Write it behind the option.")
+                raise ConfigError(f"--{given} has no value. Give it after the option.")
             value = rest.pop(0)
         node = tree
         for part in path[:-1]:
@@ -107,102 +55,68 @@ def parse_overrides(tokens: list[str]) -> dict[str, Any]:
 
 
 def _key_path(option: str) -> list[str]:
-    """`rollout.group-size` -> its parts; behind `reward.weights.` stands a reward's own name, dots and all."""
-    head, found, name = option.partition("reward.weights.")
-    return ["reward", "weights", name] if found and not head else option.replace("-", "_").split(".")
+    """`rollout.group-size` -> its parts; what follows `reward.weights.` is a reward's name, which may contain dots."""
+    if option.startswith("reward.weights."):
+        return ["reward", "weights", option.removeprefix("reward.weights.")]
+    return option.replace("-", "_").split(".")
 
 
-class Whole(dict):
-    """A table that was given as one value, `{a = 1}`: it replaces the one that it is laid on."""
+class InlineTable(dict):
+    """A table given as one value, `{a = 1}`: it replaces the existing table instead of being merged into it."""
 
 
 def _value(text: str) -> Any:
-    """A value as in TOML, or as in JSON, or the text itself."""
+    """Parse a value as TOML, else as JSON, else take the text itself."""
     for read in (lambda: tomllib.loads(f"v = {text}")["v"], lambda: json.loads(text)):
         try:
             value = read()
         except ValueError:
             continue
-        return Whole(value) if isinstance(value, dict) else value
+        return InlineTable(value) if isinstance(value, dict) else value
     return text
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, section by section."""
+    """`base` with the values of `over`, merged section by section."""
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and not isinstance(value, Whole) and isinstance(merged.get(key), dict)
+        both = isinstance(value, dict) and not isinstance(value, InlineTable) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
 def build(tree: dict[str, Any], source: str) -> Config:
-    """A validated Config; raises ConfigError that names `source`, the key and the nearest right one."""
+    """A validated Config. Raises ConfigError with `source`, the key and, for an unknown key, the nearest known one."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, source)) from None
 
 
-def without_effect(config: Config) -> list[str]:
-    """A sentence for every changed setting that other settings make idle, as far as the configuration alone tells."""
-    plain, r, a, o = Config(), config.rollout, config.advantage, config.objective
-    forward, guided = o.name in FORWARD, r.cfg != 1
-    still = forward and not r.noise_level  # sampled without noise
-    idle = {
-        "model.config": (not config.model.name.endswith(".safetensors"), "model.name is no .safetensors file"),
-        "prompts.negative": (not guided, "rollout.cfg is 1"),
-        "rollout.detach_unconditional": (not guided, "rollout.cfg is 1"),
-        "rollout.batch_cfg": (not guided, "rollout.cfg is 1"),
-        "rollout.method": (still, f"{o.name} samples without noise"),
-        "rollout.sigma": (still, f"{o.name} samples without noise"),
-        "rollout.sde_window": (still, f"{o.name} samples without noise"),
-        "advantage.spread": (a.kind == "window", "advantage.kind is window"),
-        "advantage.window": (a.kind == "group", "advantage.kind is group"),
-        "advantage.min_count": (a.kind == "group", "advantage.kind is group"),
-        "objective.credit": (forward, f"objective.name is {o.name}"),
-        "objective.form": (forward, f"objective.name is {o.name}"),
-        "objective.clip_range": (o.name == "nft", "objective.name is nft"),
-        "objective.nft_beta": (o.name != "nft", f"objective.name is {o.name}"),
-        "objective.kl_images": (o.kl_weight > 0, "objective.kl_weight is above 0, so all pictures are measured"),
-        "optimizer.ema_every": (not config.optimizer.ema_decay, "optimizer.ema_decay is 0"),
-    }
-
-    def changed(key: str) -> bool:
-        section, name = key.split(".")
-        return getattr(getattr(config, section), name) != getattr(getattr(plain, section), name)
-
-    return [f"{key} has no effect, because {why}." for key, (is_idle, why) in idle.items() if is_idle and changed(key)]
-
-
-def unknown_words(config: Config) -> list[str]:
-    """A sentence where prompts of an embedded model hold words that it never learned; it stops reading there."""
-    if config.model.name not in EMBEDDED:
-        return []
-    words = {word for line in config.prompts.found() for word in re.findall(r"[a-z]+", line.lower())}
-    strange = sorted(words - set(VOCABULARY))
-    known = f"It knows {', '.join(OBJECTS)}."
-    return [f"{config.model.name} does not know {', '.join(strange)}. {known}"] if strange else []
+def with_options(config: Config, tree: dict[str, Any]) -> Config:
+    """`config` with some values replaced, validated again; None keeps the value."""
+    changes = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in tree.items()}
+    return build(merge(config.model_dump(), changes), "options")
 
 
 def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
-    """A Config from a TOML file (or none) with overrides laid on it; paths in it are relative to the file."""
+    """A Config from a TOML file (or the defaults) and overrides; paths in the file are relative to it."""
     tree: dict[str, Any] = {}
     if path is not None:
         if not path.is_file():
-            raise ConfigError(f"{path} does not exist. Give a TOML file; configs/ holds ready ones.")
+            raise ConfigError(f"{path} does not exist. Give a TOML file, such as one of configs/.")
         try:
             tree = tomllib.loads(path.read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path} is not TOML: {error}.") from None
         _resolve(tree, path.parent)
     _resolve(overrides or {}, Path())
-    given = [str(path)] * (path is not None) + ["options"] * bool(overrides or path is None)
-    return build(merge(tree, overrides or {}), " and ".join(given))
+    sources = [str(path)] * (path is not None) + ["options"] * bool(overrides or path is None)
+    return build(merge(tree, overrides or {}), " and ".join(sources))
 
 
 def _resolve(tree: dict[str, Any], folder: Path) -> None:
-    """Make the paths of input files absolute, so that a run can be resumed from anywhere."""
+    """Make paths of input files absolute, so that a run can be resumed from any folder."""
     for section, key in (("prompts", "file"), ("lora", "start"), ("reward", "folder")):
         values = tree.get(section)
         if isinstance(values, dict) and isinstance(values.get(key), str):
@@ -210,7 +124,7 @@ def _resolve(tree: dict[str, Any], folder: Path) -> None:
     model = tree.get("model")
     if isinstance(model, dict):
         for key in {"name", "config"} & model.keys():
-            if (folder / str(model[key])).exists():  # else a hub's or an embedded model
+            if (folder / str(model[key])).exists():  # otherwise a Hugging Face or an embedded model
                 model[key] = str((folder / str(model[key])).resolve())
 
 

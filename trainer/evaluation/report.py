@@ -1,4 +1,4 @@
-"""What an evaluation found: a table, a JSON file and images."""
+"""The result of an evaluation: a table, a JSON file and images."""
 
 import json
 import math
@@ -35,17 +35,17 @@ class Metric:
 
     def summary(self) -> dict[str, Any]:
         """Means, standard errors and the paired test."""
-        found: dict[str, Any] = {"role": self.role, "better": "lower" if self.lower else "higher"}
+        summary: dict[str, Any] = {"role": self.role, "better": "lower" if self.lower else "higher"}
         for side in ("before", "after") if self.after else ("before",):
             values = getattr(self, side)
-            found[side] = {**_named(estimate(values)), "seeds": values}
+            summary[side] = {**_named(estimate(values)), "seeds": values}
         if self.after:
             test = paired(self.before, self.after)
-            found["difference"] = {**_named(test.difference), "t": test.t, "p": test.p}
-        return found
+            summary["difference"] = {**_named(test.difference), "t": test.t, "p": test.p}
+        return summary
 
     def row(self) -> tuple[str, ...]:
-        """The cells of its line in the table."""
+        """The cells of its row in the table."""
         head, before = f"{self.name} ({self.role})", _cell(estimate(self.before))
         if not self.after:
             return head, before
@@ -64,7 +64,7 @@ class Shown:
 
 @dataclass
 class Report:
-    """What was found, how it was asked for, and what to know about it."""
+    """Setup, metrics, sample images and notes of one evaluation."""
 
     setup: dict[str, Any]
     prompts: list[str]
@@ -73,12 +73,12 @@ class Report:
     notes: list[str]
 
     def tree(self) -> dict[str, Any]:
-        """The whole as JSON has it, without the images."""
+        """Everything but the images, as stored in the JSON file."""
         metrics = {metric.name: metric.summary() for metric in self.metrics}
         return finite({**self.setup, "prompts": self.prompts, "metrics": metrics, "notes": self.notes})
 
     def table(self) -> list[str]:
-        """A head, and one line for each metric."""
+        """A header, and one line per metric."""
         rows = [("metric", "before", "after", "difference", "p"), *(metric.row() for metric in self.metrics)]
         rows[0] = rows[0][: len(rows[-1])]
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
@@ -86,7 +86,7 @@ class Report:
         return ["  ".join([row[0].ljust(widths[0]), *rest]) for row, rest in zip(rows, cells, strict=True)]
 
     def write(self, folder: Path) -> list[Path]:
-        """evaluation.json and the images, -> the files."""
+        """Write evaluation.json and the images, -> the files."""
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "evaluation.json"]
         files[0].write_text(json.dumps(self.tree(), indent=2) + "\n", encoding="utf-8")

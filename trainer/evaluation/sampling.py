@@ -1,4 +1,4 @@
-"""Pictures from a model, with its LoRA, without it, or with several LoRAs composed by implicit reward guidance."""
+"""Sample images from a model without LoRA, with one, or with several composed by implicit reward guidance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from comfyui_pcpo.method.guidance import ImplicitReward, irg
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed, rollout
-from comfyui_pcpo.method.samplers import transitions
+from comfyui_pcpo.method.samplers import AUTO_METHOD, transitions
 from comfyui_pcpo.method.schedule import Grid
 from comfyui_pcpo.method.transition import Transition
 
@@ -24,14 +24,14 @@ from ..policy.lora_pairs import padded
 
 @dataclass(frozen=True)
 class Guide:
-    """One aligned model: its LoRA and how much of its implicit reward to follow."""
+    """One aligned model: its LoRA and the weight of its implicit reward."""
 
     pairs: LoraPairs
     reward: ImplicitReward
 
 
 def sampling_policy(config: Config, loras: Sequence[LoraPairs], pipeline: Any = None) -> DiffusersPolicy:
-    """The configured model (or `pipeline`, loaded before) with room for any of `loras`; none is loaded yet."""
+    """The configured model (or `pipeline`) with an empty LoRA that can hold any of `loras`."""
     ranks = [len(down) for pairs in loras for down, _ in pairs.values()]
     lora = config.lora.model_copy(update={"rank": max(ranks, default=1), "alpha": None, "targets": "attention"})
     trained = {name for pairs in loras for name in pairs}
@@ -40,30 +40,31 @@ def sampling_policy(config: Config, loras: Sequence[LoraPairs], pipeline: Any = 
 
 
 def noisy(policy: DiffusersPolicy, grid: Grid, noise_level: float) -> list[Transition]:
-    """The usual sampler of the model's kind with so much noise."""
-    return transitions(grid, "ddim" if policy.kind == "ddim" else "flow_sde", noise_level)
+    """The default sampler of the model's kind at this noise level."""
+    return transitions(grid, AUTO_METHOD[policy.kind], noise_level)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """How pictures are drawn; noise depends on the seed and the prompt's place in the list only."""
+    """How images are sampled; the noise depends only on the seed and the prompt's position in the list."""
 
     seed: int
     steps: int
-    noise_level: float = 0.0  # below 0 as in training: its method, noise level and sigma
-    each: int = 1  # pictures per prompt
+    noise_level: float = 0.0  # negative: the method, noise level and sigma of training
+    each: int = 1  # images per prompt
 
 
 def sample(policy: DiffusersPolicy, prompts: Sequence[str], guides: Sequence[Guide], draw: Draw) -> Tensor:
-    """Pictures of all prompts, one prompt's beside each other, -> (P * each, H, W, 3) in [0, 1].
+    """Images of all prompts, those of a prompt consecutive, -> (P * each, H, W, 3) in [0, 1].
 
     RLG (arXiv 2508.21016):  out = out_base + sum_k lambda_k (out_k - out_base)
     """
     config, each, level = policy.config, draw.each, draw.noise_level
     grid = policy.grid(draw.steps)
-    path = (
-        training_transitions(policy, config, make_objective(config), grid) if level < 0 else noisy(policy, grid, level)
-    )
+    if level < 0:
+        path = training_transitions(policy, config, make_objective(config), grid)
+    else:
+        path = noisy(policy, grid, level)
     condition = policy.encode(list(prompts)).rows([p for p in range(len(prompts)) for _ in range(each)])
     room = policy.lora()
     loras = [padded(guide.pairs, room) for guide in guides]
@@ -82,7 +83,7 @@ def sample(policy: DiffusersPolicy, prompts: Sequence[str], guides: Sequence[Gui
         progress = times.index(t) / len(times)
         weights = [guide.reward.weight_at(progress) for guide in guides]
         active = [k for k, weight in enumerate(weights) if weight != 0]
-        if [weights[k] for k in active] == [1]:  # that model alone, so the base need not be asked
+        if [weights[k] for k in active] == [1]:  # that model alone: the base prediction cancels
             return with_lora(active[0], x, t, batch)
         with policy.reference():
             base = policy.predict(x, t, batch)

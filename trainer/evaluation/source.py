@@ -1,4 +1,4 @@
-"""What a command is given: a run's folder, a LoRA file or a model -> configuration and LoRA."""
+"""Open the argument of a command, a run's folder, a LoRA file or a model, -> configuration and LoRA."""
 
 import math
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from ..runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Source:
+    """A configuration and where its LoRA is stored."""
+
     config: Config
     path: Path | None  # a run's folder or a LoRA file; None for a model without LoRA
 
@@ -31,7 +33,7 @@ def open_source(source: str) -> Source:
         _, metadata = read_lora(path)
         if "pcpo.config" not in metadata:
             raise ConfigError(
-                f"{path} does not name its model. Give a run's folder or a model, and this file as --guide."
+                f"{path} does not record its base model. Give a run's folder or a model, and this file as --guide."
             )
         return Source(build(tomllib.loads(metadata["pcpo.config"]), str(path)), path)
     if source in EMBEDDED:
@@ -40,7 +42,7 @@ def open_source(source: str) -> Source:
 
 
 def read_pairs(path: Path, module_names: list[str]) -> LoraPairs:
-    """The factors in a run's latest checkpoint or in a LoRA file of the model that has these modules."""
+    """The LoRA of a run's latest checkpoint, or of a LoRA file for a model with these modules."""
     if path.is_dir():
         return RunFolder(path).lora()
     try:

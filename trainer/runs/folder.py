@@ -28,6 +28,7 @@ from ..loop.align import Update
 from ..loop.state import TrainingState
 from ..policy.base import LoraPairs
 from ..policy.lora_pairs import folded, load_pairs, save_pairs
+from ..program import program_name
 
 
 class NotSaved(ConfigError):
@@ -41,8 +42,8 @@ def writing(file: Path, run: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"{file} could not be written: {error.strerror or error}. Finished checkpoints are whole. "
-            f"Make room, then `python -m trainer resume {run}`."
+            f"{file} could not be written: {error.strerror or error}. Finished checkpoints are intact. "
+            f"Free some disk space, then `{program_name()} resume {run}`."
         ) from error
 
 
@@ -76,7 +77,7 @@ class RunFolder:
         """Write the resolved configuration into an empty folder."""
         if self.metrics_file.exists() or self.checkpoints.exists():
             raise ConfigError(
-                f"{self.path} already holds a run. Continue it with `python -m trainer resume {self.path}`, "
+                f"{self.path} already holds a run. Continue it with `{program_name()} resume {self.path}`, "
                 "or give this one another name with --run.name."
             )
         with writing(self.config_file, self.path):
@@ -169,7 +170,7 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             raise NotSaved(
                 f"checkpoint {name} could not be written to {self.checkpoints}: {error}. "
-                f"Earlier checkpoints are whole. Make room, then `python -m trainer resume {self.path}`."
+                f"Earlier checkpoints are intact. Free some disk space, then `{program_name()} resume {self.path}`."
             ) from error
         return final
 

@@ -1,4 +1,4 @@
-"""The demo: align the embedded model in about a minute, and show before and after."""
+"""The demo: align the embedded model in a minute or two, and compare it with the model before."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +9,13 @@ from torch import Tensor
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.plotting.grids import before_after
 
-from ..config.loading import build
+from ..config.loading import build, with_options
 from ..config.schema import Config
-from ..evaluation.sampling import Draw, Guide, sample, sampling_policy
 from ..runs.folder import RunFolder
 from ..runs.rewards import load_rewards
+from .sampling import Draw, Guide, sample, sampling_policy
 
-PROMPTS = (
+DEMO_PROMPTS = (
     "a fox",
     "a panda",
     "a frog",
@@ -25,15 +25,16 @@ PROMPTS = (
     "a tree",
     "a mushroom",
 )
+COMPARED_WITH = {"steps": 20, "cfg": 2.5}  # as one would use the model: more steps than in training, and guidance
 
 
 def demo_config(name: str, folder: Path, updates: int, seed: int) -> Config:
-    """More colourful pictures, with full PCPO on emoji-flow; alignment, held out, tells what that costs.
+    """More colourful images with full PCPO on emoji-flow; alignment, held out, measures the side effects.
 
-    Thirty updates stop before colourfulness dissolves the objects, which forty do.
+    The default of thirty updates stops before colourfulness dissolves the objects, which happens at about forty.
     """
     tree = {
-        "prompts": {"lines": list(PROMPTS)},
+        "prompts": {"lines": list(DEMO_PROMPTS)},
         "rollout": {"prompts_per_update": 4, "group_size": 8, "steps": 10, "images_at_once": 16},
         "reward": {"weights": {"colorfulness": 1.0}, "held_out": ["alignment"]},
         "objective": {"clip_range": 1e-3},
@@ -57,41 +58,35 @@ class Comparison:
         """Mean before, mean after, and the difference in standard deviations of before."""
         before, after = self.scores[reward]
         spread = float(before.std(correction=0))
-        rise = float(after.mean() - before.mean())
-        return float(before.mean()), float(after.mean()), rise / spread if spread else float("nan")
+        difference = float(after.mean() - before.mean())
+        return float(before.mean()), float(after.mean()), difference / spread if spread else float("nan")
 
 
-SHOWN = {"steps": 20, "cfg": 2.5}
-
-
-def compare(config: Config, folder: RunFolder, prompts: list[str], seed: int, each: int) -> Comparison:
-    """Sample `each` pictures per prompt from the base and from the run's latest checkpoint, and score them.
-
-    They are sampled as one would use the model, with more steps than in training and with guidance.
-    """
-    config = config.model_copy(update={"rollout": config.rollout.model_copy(update=SHOWN)})
-    how = Draw(seed, config.rollout.steps, each=each)
+def compare_with_base(config: Config, folder: RunFolder, seed: int, images: int) -> Comparison:
+    """Sample `images` per prompt of the run from the base and from its latest checkpoint, and score them."""
+    config = with_options(config, {"rollout": COMPARED_WITH})
+    prompts = list(config.prompts.lines)
+    settings = Draw(seed, config.rollout.steps, each=images)
     guide = Guide(folder.lora(), ImplicitReward(1.0))
     policy = sampling_policy(config, [guide.pairs])
-    before = sample(policy, prompts, [], how)
-    after = sample(policy, prompts, [guide], how)
-    texts = [p for p in prompts for _ in range(each)]
+    before = sample(policy, prompts, [], settings)
+    after = sample(policy, prompts, [guide], settings)
+    texts = [prompt for prompt in prompts for _ in range(images)]
     rewards = load_rewards(config)
     scores = {name: (r.score(before, texts), r.score(after, texts)) for name, r in rewards.items()}
     return Comparison(before, after, scores, texts)
 
 
-def draw(comparison: Comparison, reward: str, path: Path, most: int = 8) -> None:
-    """Before and after, one picture per prompt."""
+def save_comparison(comparison: Comparison, reward: str, path: Path, most: int = 8) -> None:
+    """Save before and after of one image per prompt, at most `most` of them."""
     first: dict[str, int] = {}
     for row, prompt in enumerate(comparison.prompts):
         first.setdefault(prompt, row)
     rows = torch.tensor(list(first.values())[:most])
-    scores = comparison.scores[reward]
-    image = before_after(
+    before, after = comparison.scores[reward]
+    before_after(
         comparison.before[rows],
         comparison.after[rows],
         [comparison.prompts[i] for i in rows.tolist()],
-        (scores[0][rows].tolist(), scores[1][rows].tolist()),
-    )
-    image.save(path)
+        (before[rows].tolist(), after[rows].tolist()),
+    ).save(path)

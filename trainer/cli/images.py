@@ -1,0 +1,121 @@
+"""Commands that make files from runs: sample, plot, export."""
+
+from pathlib import Path
+
+from ..config.errors import ConfigError
+from .files import free_name
+from .libraries import quiet_libraries
+
+
+def sample_command(
+    run: str,
+    /,
+    *,
+    prompt: list[str],
+    compare: bool = False,
+    guide: list[str] | None = None,
+    negative: str | None = None,
+    seed: int = 0,
+    steps: int = 20,
+    cfg: float | None = None,
+    noise_level: float = 0.0,
+    images: int = 4,
+    out: Path | None = None,
+) -> None:
+    """Sample images with a run's LoRA, optionally beside the base model, or with several LoRAs composed.
+
+    Parameters
+    ----------
+    run
+        Folder of a run, a LoRA file of this trainer, or the name of an embedded model.
+    prompt
+        Prompt; may be given several times.
+    compare
+        Also sample the base model from the same noise.
+    guide
+        LORA=WEIGHT, may be given several times: implicit reward guidance on the base model. Weight 1 is the LoRA
+        itself, 2 extrapolates beyond it, -1 moves away from it.
+    negative
+        Negative prompt; default: the run's.
+    seed
+        Noise seed.
+    steps
+        Denoising steps.
+    cfg
+        Classifier-free guidance scale; default: the run's.
+    noise_level
+        Noise level of the sampler; 0 is deterministic, -1 samples as in training.
+    images
+        Images per prompt.
+    out
+        Image file to write; default: samples.png, samples-2.png, ...
+    """
+    from ..evaluation.options import check_ranges
+
+    numbers = {"seed": seed, "steps": steps, "cfg": cfg, "noise_level": noise_level, "images": images}
+    check_ranges(numbers)
+    from ..evaluation.image_files import check_image_path
+
+    path = check_image_path(out or Path(free_name(Path(), "samples", ".png")))
+    quiet_libraries()
+    from ..evaluation.images import SampleRequest, sample_images
+    from ..evaluation.sampling import Draw
+
+    request = SampleRequest(prompt, guide or [], compare, negative, cfg)
+    grid = sample_images(run, request, Draw(seed, steps, noise_level, images))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path)
+    print(path.resolve())
+
+
+def plot_command(*runs: Path, out: Path | None = None) -> None:
+    """Plot the curves of one run, or compare several runs in one figure.
+
+    Parameters
+    ----------
+    runs
+        Folders of runs.
+    out
+        Image file to write; default: the run's curves.png, or compare.png for several runs.
+    """
+    if not runs:
+        raise ConfigError("No run folders given. Give one or more.")
+    from comfyui_pcpo.plotting.run_curves import compare_runs, curves
+
+    from ..evaluation.image_files import check_image_path
+    from ..runs.folder import RunFolder
+
+    path = out or (RunFolder(runs[0]).curves_file if len(runs) == 1 else Path("compare.png"))
+    check_image_path(path)
+    records = {}
+    for run in runs:
+        RunFolder(run).config()
+        rows = RunFolder(run).records()
+        if not rows:
+            raise ConfigError(f"{run} has no finished updates, so there is nothing to plot. Train it first.")
+        records[run.name if run.name not in records else str(run)] = rows
+    figure = curves(next(iter(records.values()))) if len(runs) == 1 else compare_runs(records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.save(path)
+    print(path.resolve())
+
+
+def export_command(
+    run: Path, /, *, format: str = "comfyui", checkpoint: str = "latest", out: Path | None = None
+) -> None:
+    """Export a run's LoRA with the key names of ComfyUI, diffusers or kohya.
+
+    Parameters
+    ----------
+    run
+        Folder of the run.
+    format
+        comfyui, diffusers or kohya.
+    checkpoint
+        latest, best, or the number of an update.
+    out
+        .safetensors file to write; default: RUN/lora-FORMAT.safetensors.
+    """
+    from ..runs.export import export_lora
+
+    print(export_lora(run, format, checkpoint, out).resolve())

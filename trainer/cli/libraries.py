@@ -1,0 +1,42 @@
+"""Silence the libraries' messages without hiding our own warnings."""
+
+import logging
+import sys
+import warnings
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "open_clip", "huggingface_hub")
+
+
+def quiet_libraries() -> None:
+    """Call before a model is loaded: imports diffusers and transformers, and turns off their logs and bars."""
+    from diffusers.utils import logging as diffusers_logging
+
+    quiet_transformers()
+    logging.getLogger("peft").setLevel(logging.ERROR)
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+
+
+def quiet_transformers() -> None:
+    """As `quiet_libraries`, for commands that load rewards but no diffusion model."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def filter_warnings() -> None:
+    """Ignore warnings raised inside the libraries, and print all others in one line."""
+    for library in LIBRARIES:
+        warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = show_warning
+
+
+def show_warning(message: Warning | str, *_: Any, file: TextIO | None = None, **__: Any) -> None:
+    """Print a warning without its source line, above a progress bar if there is one."""
+    tqdm.write(f"warning: {message}", file=file or sys.stderr)

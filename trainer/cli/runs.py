@@ -1,0 +1,166 @@
+"""Commands that make runs: demo, train, resume, check, options."""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from ..config.diagnostics import unknown_words, without_effect
+from ..config.errors import ConfigError
+from ..config.loading import dump, load, parse_overrides
+from ..config.options import option_lines
+from ..config.schema import Config
+from .files import free_name
+from .libraries import quiet_libraries
+from .progress import Bar, outcome
+
+if TYPE_CHECKING:
+    from ..evaluation.demo import Comparison
+    from ..runs.check import RunCheck
+    from ..runs.launch import Run
+
+Tokens = Annotated[
+    str,
+    Parameter(
+        name="CONFIG.toml --section.field value",
+        allow_leading_hyphen=True,
+        help="A TOML file, such as those in configs/, followed by options that override it; the command `options` "
+        "lists them all. Without a file, the embedded model is trained with default settings.",
+    ),
+]
+Json = Annotated[bool, Parameter(name="--json", help="Print JSON instead of text.", show_default=False)]
+
+
+def train_command(*tokens: Tokens) -> None:
+    """Train a LoRA: `train configs/tiny-flow.toml --rollout.group-size 16 --run.name foxes`."""
+    config = read_config(list(tokens))
+    quiet_libraries()
+    from ..runs import launch
+
+    with Bar() as bar:
+        follow(launch.start_run(config, bar.tick), bar)
+
+
+def follow(run: "Run", bar: Bar, quiet: bool = False) -> None:
+    """Do a run: print a line per update, and at the end its files, or how to continue."""
+    from ..loop.align import align
+
+    with outcome(run.folder, bar, quiet), run:
+        bar.begin(run.state.done, run.config.run.updates)
+        for update in align(run.state, run.job):
+            run.keep(update)
+            bar.show(update, run.folder)
+
+
+def resume_command(run: Path, /, *, checkpoint: str = "latest", updates: int | None = None) -> None:
+    """Resume a run; the result equals that of an uninterrupted run.
+
+    Parameters
+    ----------
+    run
+        Folder of the run.
+    checkpoint
+        latest, best, or the number of an update.
+    updates
+        New total number of updates, to extend a finished run.
+    """
+    quiet_libraries()
+    from ..runs import launch
+
+    with Bar() as bar:
+        follow(launch.resume_run(run, checkpoint, updates, bar.tick), bar)
+
+
+def options_command() -> None:
+    """List every option of `train` and `check` with its default and description."""
+    print("\n".join(option_lines()))
+
+
+def check_command(*tokens: Tokens, as_json: Json = False) -> None:
+    """Show the resolved configuration, its arithmetic and memory, and all problems; exit status 2 if there are any."""
+    config = read_config(list(tokens))
+    quiet_libraries()
+    from ..memory.estimate import arithmetic
+    from ..runs.check import check_run
+
+    if not as_json:
+        print(dump(config))
+        print("\n".join(arithmetic(config)), flush=True)
+    check = check_run(config)
+    print_check(check, config, as_json)
+    if check.problems:
+        sys.stdout.flush()  # problems come last, even where both streams go to one file
+        raise ConfigError("\nerror: ".join(check.problems))
+
+
+def print_check(check: "RunCheck", config: Config, as_json: bool) -> None:
+    """What was determined of the run, without the problems in the text form."""
+    if as_json:
+        costs = None if check.budget is None else asdict(check.budget)
+        tree = {"config": config.model_dump(mode="json"), "prompts": len(check.prompts), "missing": check.problems}
+        print(json.dumps(tree | {"budget": costs}))
+        return
+    if check.prompts:
+        print(f"training prompts: {len(check.prompts)}")
+    if check.budget is not None:
+        print("\n".join(check.budget.lines(config)))
+
+
+def demo_command(
+    *, updates: int = 30, name: str | None = None, folder: Path = Path("output/pcpo"), seed: int = 0
+) -> None:
+    """Align the embedded model in a minute or two: no download, images before and after.
+
+    Parameters
+    ----------
+    updates
+        Number of updates.
+    name
+        Name of the run; default: demo, demo-2, ...
+    folder
+        Parent folder of all runs.
+    seed
+        Seed of the run.
+    """
+    quiet_libraries()
+    from ..evaluation.demo import compare_with_base, demo_config, save_comparison
+    from ..runs import launch
+
+    start = time.perf_counter()
+    config = demo_config(name or free_name(folder, "demo"), folder, updates, seed)
+    rewards = " + ".join(f"{weight:g} x {name}" for name, weight in config.reward.weights.items())
+    print(f"Aligning emoji-flow to {rewards}: {updates} updates of {config.images_per_update} images.", flush=True)
+    with Bar() as bar:
+        run = launch.start_run(config, bar.tick)
+        follow(run, bar, quiet=True)
+    files = run.folder
+    print("Comparing with the base model on new noise ...", flush=True)
+    comparison = compare_with_base(config, files, seed=seed + 1, images=4)
+    image = files.path / "before_after.png"
+    save_comparison(comparison, next(iter(config.reward.weights)), image)
+    print_gains(comparison, config)
+    print(f"time          {time.perf_counter() - start:.0f} s")
+    print(f"before/after  {image.resolve()}")
+    print(f"curves        {files.curves_file.resolve()}")
+    print(f"LoRA          {files.lora_file.resolve()}")
+
+
+def print_gains(comparison: "Comparison", config: Config) -> None:
+    """One line per reward: before, after, and the difference in standard deviations."""
+    for reward in comparison.scores:
+        before, after, deviations = comparison.gain(reward)
+        role = "held out" if reward in config.reward.held_out else "trained"
+        print(f"  {reward:<24} {before:8.3f} -> {after:8.3f}   {deviations:+.2f} standard deviations  ({role})")
+
+
+def read_config(tokens: list[str]) -> Config:
+    """The configuration of `[FILE] --section.field value ...`, with notes on it on stderr."""
+    path = Path(tokens.pop(0)) if tokens and not tokens[0].startswith("--") else None
+    config = load(path, parse_overrides(tokens))
+    for note in (*without_effect(config), *unknown_words(config)):
+        print(f"note: {note}", file=sys.stderr)
+    return config

@@ -1,0 +1,51 @@
+"""Notes on a valid configuration: settings without effect, words that an embedded model has not learned."""
+
+import re
+
+from comfyui_pcpo.method.forward_process import FORWARD
+
+from .schema import Config
+
+
+def without_effect(config: Config) -> list[str]:
+    """One sentence for every changed setting that other settings disable, as far as the configuration alone shows."""
+    defaults, r, a, o = Config(), config.rollout, config.advantage, config.objective
+    forward, guided = o.name in FORWARD, r.cfg != 1
+    deterministic = forward and not r.noise_level
+    idle = {
+        "model.config": (not config.model.name.endswith(".safetensors"), "model.name is not a .safetensors file"),
+        "prompts.negative": (not guided, "rollout.cfg is 1"),
+        "rollout.detach_unconditional": (not guided, "rollout.cfg is 1"),
+        "rollout.batch_cfg": (not guided, "rollout.cfg is 1"),
+        "rollout.method": (deterministic, f"{o.name} samples without noise"),
+        "rollout.sigma": (deterministic, f"{o.name} samples without noise"),
+        "rollout.sde_window": (deterministic, f"{o.name} samples without noise"),
+        "advantage.spread": (a.kind == "window", "advantage.kind is window"),
+        "advantage.window": (a.kind == "group", "advantage.kind is group"),
+        "advantage.min_count": (a.kind == "group", "advantage.kind is group"),
+        "objective.credit": (forward, f"objective.name is {o.name}"),
+        "objective.form": (forward, f"objective.name is {o.name}"),
+        "objective.clip_range": (o.name == "nft", "objective.name is nft"),
+        "objective.nft_beta": (o.name != "nft", f"objective.name is {o.name}"),
+        "objective.kl_images": (o.kl_weight > 0, "objective.kl_weight is above 0 and uses every image"),
+        "optimizer.ema_every": (not config.optimizer.ema_decay, "optimizer.ema_decay is 0"),
+    }
+
+    def changed(key: str) -> bool:
+        section, name = key.split(".")
+        return getattr(getattr(config, section), name) != getattr(getattr(defaults, section), name)
+
+    return [f"{key} has no effect, because {why}." for key, (is_idle, why) in idle.items() if is_idle and changed(key)]
+
+
+def unknown_words(config: Config) -> list[str]:
+    """A sentence if prompts of an embedded model contain words it was not trained on."""
+    from comfyui_pcpo.tiny.captions import OBJECTS, VOCABULARY
+    from comfyui_pcpo.tiny.pipelines import EMBEDDED  # imports torch
+
+    if config.model.name not in EMBEDDED:
+        return []
+    words = {word for line in config.prompts.collect() for word in re.findall(r"[a-z]+", line.lower())}
+    unknown = sorted(words - set(VOCABULARY))
+    known = f"It knows {', '.join(OBJECTS)}."
+    return [f"{config.model.name} does not know {', '.join(unknown)}. {known}"] if unknown else []

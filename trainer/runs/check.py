@@ -1,0 +1,53 @@
+"""Check a configuration before training: prompts, rewards, device, model, and the memory it needs."""
+
+from dataclasses import dataclass
+
+from comfyui_pcpo.reward import RewardError, RewardSettings
+
+from ..config.schema import Config, ConfigError
+from ..memory.estimate import Budget, budget
+from ..policy.device import pick_device
+from ..policy.loading import make_policy
+from .rewards import WEIGHTS, make_reward, reward_settings
+
+
+@dataclass(frozen=True)
+class RunCheck:
+    """The prompts and budget of a run as far as they could be determined, and every problem found."""
+
+    prompts: list[str]
+    budget: Budget | None
+    problems: list[str]
+
+
+def check_run(config: Config) -> RunCheck:
+    """Load everything that training would load; what is missing becomes a problem instead of an exception."""
+    problems, prompts, costs = check_rewards(config), [], None
+    try:
+        prompts = config.prompts.read()
+    except ConfigError as error:
+        problems.append(str(error))
+    try:
+        # sizes are the same on every device, and on the CPU the check cannot run out of GPU memory
+        on_cpu = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
+        costs = budget(make_policy(on_cpu), config)
+    except ConfigError as error:
+        problems.append(str(error))
+    return RunCheck(prompts, costs, list(dict.fromkeys(problems)))
+
+
+def check_rewards(config: Config) -> list[str]:
+    """Problems with the device and with the files of the rewards."""
+    problems = []
+    try:
+        pick_device(config.model.device)
+        settings = reward_settings(config)
+    except ConfigError as error:
+        problems.append(str(error))
+        settings = RewardSettings(config.reward.folder or WEIGHTS)
+    for name in (*config.reward.weights, *config.reward.held_out):
+        try:
+            make_reward(name, settings).to("cpu").load()
+        except (ConfigError, RewardError) as error:
+            problems.append(str(error))
+    return problems
