@@ -142,7 +142,7 @@ def test_every_network_that_is_named_adds_its_metric(run, tmp_path):
     Dinov2Model(config).save_pretrained(tmp_path / "dino")
     (tmp_path / "real").mkdir()
     for name in recipe.IMAGE_SUFFIXES:  # three sizes
-        Image.fromarray(gold.picture(name)).save(tmp_path / "real" / f"{name}.png")
+        Image.fromarray(gold.array(name)).save(tmp_path / "real" / f"{name}.png")
     options = small(
         seeds=1,
         reference=tmp_path / "real",
@@ -224,7 +224,7 @@ def test_numbers_that_cannot_be_are_refused(run, more, said):
     [
         (["--prompts", "gone.txt"], "gone.txt does not exist"),
         (["--rewards", "hpsv2.1", "--folder", "gone"], "HPS_v2.1_compressed.pt does not exist"),
-        (["--rewards", "hpsv3"], "'hpsv3' is none of"),
+        (["--rewards", "hpsv3"], "'hpsv3' is not a known reward"),
         (["--reference", "gone"], "gone contains no images"),
         (["--inception", "gone.pth"], "published at https://github.com/toshas/torch-fidelity"),
         (["--dino", "gone"], "facebook/dinov2-large"),
