@@ -14,7 +14,8 @@ from comfyui_pcpo.lora.formats import parse_state
 from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.plotting.run_curves import curves
 
-from ..trainer.config.loading import build, without_effect
+from ..trainer.config.diagnostics import without_effect
+from ..trainer.config.loading import build
 from ..trainer.config.schema import Config, ConfigError
 from ..trainer.loop.align import Job, Update, align
 from ..trainer.loop.state import make_training_state
