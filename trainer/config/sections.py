@@ -142,14 +142,17 @@ class RolloutConfig(Section):
         default=0,
         ge=0,
         le=1000,
-        description="Number of stochastic steps after which the images of a group diverge; the deterministic steps before "
-        "are shared and computed once. 0 makes every step stochastic.",
+        description="Number of stochastic steps at which the images of a group diverge; the deterministic steps before "
+        "them are shared and computed once. 0 makes every step stochastic.",
     )
     branch_first: int = Field(
         default=0, ge=0, le=1000, description="Branch only at one of the first k trainable steps; 0 allows every step."
     )
     branch_points: int = Field(
-        default=1, ge=1, le=1000, description="Groups per prompt, branching at different steps of one shared trajectory."
+        default=1,
+        ge=1,
+        le=1000,
+        description="Groups per prompt, branching at different steps of a shared trajectory.",
     )
     policy: Literal["latest", "ema"] = Field(
         default="latest",
