@@ -39,6 +39,15 @@ def target(x0: Tensor, eps: Tensor, kind: Kind) -> Tensor:
     return wide(eps) - wide(x0) if kind == "flow" else wide(eps)
 
 
+def predicted_x0(x: Tensor, out: Tensor, scale: tuple[float, float], kind: Kind) -> Tensor:
+    """The clean latent that an output predicts, (B, C, H, W) -> (B, C, H, W) float32 or wider.
+
+    x0 = x_t - t v of flow,  x0 = (x_t - noise eps) / signal of epsilon models
+    """
+    signal, noise = scale
+    return wide(x) - noise * wide(out) if kind == "flow" else (wide(x) - noise * wide(out)) / signal
+
+
 def image_scale(scale: tuple[float, float], kind: Kind) -> float:
     """k of  x0_predicted - x0 = -k (out - target):  t for a velocity, sqrt(1 - ab) / sqrt(ab) for epsilon."""
     signal, noise = scale

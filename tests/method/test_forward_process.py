@@ -17,6 +17,7 @@ from comfyui_pcpo.method.forward_process import (
     nft,
     noised,
     output_distance,
+    predicted_x0,
     scales,
     target,
 )
@@ -50,6 +51,16 @@ def test_noised_samples_keep_unit_noise_at_the_start_of_the_grid(kind):
     signal, noise = scales(GRIDS[kind])[0]
     assert noise > signal
     assert signal**2 + noise**2 == pytest.approx(1.0) if kind == "ddim" else signal + noise == 1
+
+
+@pytest.mark.parametrize("kind", ["flow", "ddim"])
+def test_the_predicted_clean_latent_inverts_the_noising(kind):
+    """A perfect output predicts the latent that was noised, at every level."""
+    grid = flow_grid(5) if kind == "flow" else ddim_grid(5)
+    x0, eps = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
+    for scale in scales(grid)[1:]:
+        x = noised(x0, eps, scale)
+        torch.testing.assert_close(predicted_x0(x, target(x0, eps, grid.kind), scale, grid.kind), x0)
 
 
 def test_matching_log_ratio_equals_the_normal_distribution():

@@ -28,7 +28,7 @@ def test_the_paper_page_names_existing_tests_and_functions():
     text = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     missing = [name for name in re.findall(r"\btest_\w+", text) if f"def {name}(" not in tests]
-    for module, name in re.findall(r"`([a-z_]+)\.([a-z_]+)", text):
+    for module, name in re.findall(r"`([a-z_]+)\.([a-z_0-9]+)\b(?!\.)", text):
         sources = (ROOT / "comfyui_pcpo").rglob(f"{module}.py")
         if not any(re.search(rf"^(def|class) {name}\b", file.read_text(), re.MULTILINE) for file in sources):
             missing.append(f"{module}.{name}")

@@ -142,3 +142,13 @@ def test_nft_samples_from_the_slow_average(make_config, learn):
     idle = [u.images for u in learn(make_config(optimizer={"learning_rate": 1e-12}, objective={"name": "nft"}))[1]]
     assert torch.equal(slow[1], idle[1])
     assert not torch.equal(slow[1], latest[1])
+
+
+def test_decoding_the_prediction_leaves_out_the_noise_of_the_last_step(make_config, learn):
+    images = {}
+    for decode in ("final", "predicted"):
+        rollout = {"method": "dance_sde", "noise_level": 1.0, "decode": decode}
+        images[decode] = next(learn(make_config(rollout=rollout))[1]).images
+    assert not torch.equal(images["final"], images["predicted"])
+    still = [next(learn(make_config(objective={"name": "nft"}, rollout={"decode": d}))[1]).images for d in images]
+    torch.testing.assert_close(*still, rtol=0, atol=1e-4)  # without noise they are one latent

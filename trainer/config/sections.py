@@ -158,6 +158,11 @@ class RolloutConfig(Section):
         default="latest",
         description="Weights used for sampling: latest, or ema (needs optimizer.ema_decay; awm and nft only).",
     )
+    decode: Literal["final", "predicted"] = Field(
+        default="final",
+        description="Latent that becomes the image: the last one, or the clean latent that the last step predicts "
+        "(DanceGRPO).",
+    )
     sde_window: int = Field(
         default=0, ge=0, description="Length of the random contiguous SDE window; 0 = every step is stochastic."
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.method.branching import branch_rollout
+from comfyui_pcpo.method.forward_process import predicted_x0, scales
 from comfyui_pcpo.method.rollout import Predict, Trajectory, rollout
 from comfyui_pcpo.reward.base import Reward
 
@@ -95,8 +96,14 @@ def roll_out(state: TrainingState, job: Job, plan: Plan, condition: Condition) -
             path = rollout(predict, plan.grid, plan.transitions, noise, plan.chunks)
         else:
             path = branch_rollout(predict, plan.grid, plan.branches, noise, plan.chunks)
-    images = torch.cat([policy.decode(x) for x in path.final.split(len(plan.chunks[0]))])
+    final = path.final if r.decode == "final" else last_prediction(path, plan)
+    images = torch.cat([policy.decode(x) for x in final.split(len(plan.chunks[0]))])
     return Samples(path, images, predict)
+
+
+def last_prediction(path: Trajectory, plan: Plan) -> Tensor:
+    """The clean latents that the last step predicts, without its noise, (B, C, H, W)."""
+    return predicted_x0(path.latents[-2], path.outs[-1], scales(plan.grid)[-1], plan.grid.kind)
 
 
 def score_rollout(state: TrainingState, job: Job, plan: Plan, images: Tensor) -> ScoredRollout:
