@@ -10,6 +10,8 @@ from trainer.loop.objectives import make_objective
 from trainer.loop.plan import make_plan
 from trainer.policy.loading import make_policy
 
+pytestmark = pytest.mark.slow
+
 SAMPLERS = [("emoji-flow", "flow_sde"), ("emoji-flow", "dance_sde"), ("emoji-flow", "cps"), ("emoji-eps", "ddim")]
 LINES = ["a fox", "a red star", "two frogs"]
 
