@@ -45,7 +45,7 @@ def find_run(name: str) -> Path:
     return runs_folder() / (names[0] if name == NEWEST else name)
 
 
-def free_name(name: str) -> str:
+def free_run_name(name: str) -> str:
     """`name` if no run has it, otherwise name-2, name-3, ..."""
     taken = set(run_names())
     if name not in taken:

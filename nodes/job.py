@@ -21,7 +21,7 @@ from ..trainer.loop.align import Job, Update, align
 from ..trainer.loop.state import make_training_state
 from ..trainer.runs.folder import RunFolder
 from ..trainer.runs.launch import Run
-from .files import free_name, runs_folder
+from .files import free_run_name, runs_folder
 from .host.policy import ComfyPolicy, with_policy
 from .types import EncodedPrompts, WeightedRewards
 
@@ -51,7 +51,7 @@ def make_config(inputs: TrainingInputs, tree: dict[str, dict[str, Any]]) -> Conf
     height, width = (int(n) * scale for n in inputs.latent.shape[-2:])
     run = {"folder": str(runs_folder()), **tree["run"]}
     if not inputs.resume:
-        run["name"] = free_name(str(run["name"]))
+        run["name"] = free_run_name(str(run["name"]))
     sections = {
         **tree,
         "model": {"name": name, "device": "auto", **tree["model"]},

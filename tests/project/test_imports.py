@@ -21,6 +21,8 @@ BELOW = {
 """Each package with those that it may import besides itself. benchmarks and tools are not shipped."""
 HOST = {"comfy", "comfy_api", "comfy_extras", "folder_paths"}
 
+CONVENTIONS = {"main", "logger"}  # an entry point, and a module's logger: one meaning everywhere
+
 Graph = dict[str, set[str]]
 
 
@@ -104,7 +106,7 @@ def arrows_upward(graph: Graph) -> list[str]:
 
 
 def defined_names(path: Path) -> Iterator[str]:
-    """Functions, classes and constants at the top level of a file, without those that start with an underscore."""
+    """Functions, classes and constants at the top level of a file, without private and conventional ones."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names = [node.name]
@@ -114,7 +116,7 @@ def defined_names(path: Path) -> Iterator[str]:
             names = [node.target.id]
         else:
             names = []
-        yield from (name for name in names if not name.startswith("_"))
+        yield from (name for name in names if not name.startswith("_") and name not in CONVENTIONS)
 
 
 def shared_names(root: Path) -> dict[str, list[str]]:
@@ -132,6 +134,10 @@ def test_no_modules_import_each_other_in_a_circle():
 
 def test_imports_point_downward():
     assert arrows_upward(import_graph(ROOT)) == []
+
+
+def test_a_top_level_name_is_defined_in_one_module():
+    assert shared_names(ROOT) == {}
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def test_options_lists_every_option(capsys):
     assert "[8]" in out
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_the_gain_and_what_it_made(tmp_path, capsys):
     assert main(["demo", "--updates", "1", "--folder", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -12,6 +12,8 @@ from trainer.cli.progress import Bar
 from trainer.config.loading import tomllib
 from trainer.program import program_name
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 HEAVY = ("torch", "diffusers", "transformers", "open_clip", "peft", "matplotlib", "PIL", "numpy")

@@ -23,6 +23,8 @@ from trainer.evaluation.options import EvaluationOptions
 from trainer.evaluation.report import Metric
 from trainer.runs.folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a fox", "two frogs"]
 
 

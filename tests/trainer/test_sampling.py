@@ -19,6 +19,8 @@ from trainer.policy.lora_pairs import load_pairs
 from trainer.runs.export import export_lora
 from trainer.runs.folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "two foxes on a striped blue background"
 
 

@@ -10,11 +10,11 @@ from tqdm import tqdm
 from ..config.errors import ConfigError
 from ..evaluation.options import EvaluationOptions
 from .libraries import quiet_libraries, quiet_transformers
+from .parameters import Json
 
 if TYPE_CHECKING:
     from comfyui_pcpo.reward import RewardFile, RewardSettings
 
-Json = Annotated[bool, Parameter(name="--json", help="Print JSON instead of text.", show_default=False)]
 Flattened = Parameter(name="*", consume_multiple=True)
 SaveImages = Annotated[bool, Parameter(name=("--save-images", "--save-pictures"), show_default=False)]
 

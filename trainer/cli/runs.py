@@ -16,6 +16,7 @@ from ..config.options import option_lines
 from ..config.schema import Config
 from .files import free_name
 from .libraries import quiet_libraries
+from .parameters import Json
 from .progress import Bar, outcome
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ Tokens = Annotated[
         "lists them all. Without a file, the embedded model is trained with default settings.",
     ),
 ]
-Json = Annotated[bool, Parameter(name="--json", help="Print JSON instead of text.", show_default=False)]
 
 
 def train_command(*tokens: Tokens) -> None:

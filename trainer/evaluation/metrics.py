@@ -1,6 +1,5 @@
 """The metrics of `evaluate` on one set of images: rewards, distance to a reference, diversity."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from comfyui_pcpo.metrics.frechet import diversity, frechet, inception_score
 from comfyui_pcpo.metrics.lpips import Lpips
 from comfyui_pcpo.reward import Reward
 
+from ..loop.records import finite_mean
 from ..loop.scoring import score
 from .image_files import batches, image_files
 from .options import EvaluationOptions
@@ -100,12 +100,6 @@ class Tally:
     def failed(self) -> dict[str, int]:
         """Number of failed scores by reward."""
         return {name: int((~torch.cat(parts).isfinite()).sum()) for name, parts in self.scores.items()}
-
-
-def finite_mean(values: Tensor) -> float:
-    """Mean of the finite values, or NaN if there are none."""
-    finite = values[values.isfinite()]
-    return float(finite.mean()) if len(finite) else math.nan
 
 
 @torch.no_grad()
