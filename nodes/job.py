@@ -88,6 +88,7 @@ def train_lora(inputs: TrainingInputs, config: Config) -> RunFolder:
                     update.number, config.run.updates, ("JPEG", preview(update, folder, config), PREVIEW_SIZE)
                 )
                 folder.log(f"update {update.number}: reward {update.metrics['reward_mean']:.4f}")
+                warn_of_guard(update, folder)
 
     try:
         with_policy(inputs.model, inputs.vae, inputs.prompts, config, inputs.latent, work)
@@ -98,6 +99,14 @@ def train_lora(inputs: TrainingInputs, config: Config) -> RunFolder:
         raise out_of_memory(config, error) from error
     logger.info("PCPO: saved the LoRA to %s", folder.lora_file.resolve())
     return folder
+
+
+def warn_of_guard(update: Update, folder: RunFolder) -> None:
+    """Log what the guard says about a violation."""
+    message = update.metrics.get("guard", {}).get("message")
+    if message:
+        logger.warning("PCPO: update %d: %s", update.number, message)
+        folder.log(message)
 
 
 def tick() -> None:

@@ -14,12 +14,13 @@ from .images import to_comfy_image
 from .types import RunReference, RunType
 
 PANEL_CHOICES = {
-    "all": ("reward", "clip", "kl", "per_step"),
+    "all": ("reward", "clip", "kl", "per_step", "guard"),
     "reward": ("reward",),
     "clip": ("clip",),
     "kl": ("kl",),
     "per step": ("per_step",),
 }
+CHECKPOINT_TOOLTIP = "latest, best (highest mean reward), kept (by the guard) or an update number."
 
 
 class PlotRun(io.ComfyNode):
@@ -62,9 +63,7 @@ class LoadRun(io.ComfyNode):
                 io.Combo.Input(
                     "run", options=[NEWEST, *run_names()], default=NEWEST, tooltip="Folder under output/pcpo."
                 ),
-                io.String.Input(
-                    "checkpoint", default="latest", tooltip="latest, best (highest mean reward) or an update number."
-                ),
+                io.String.Input("checkpoint", default="latest", tooltip=CHECKPOINT_TOOLTIP),
             ],
             outputs=[
                 RunType.Output(display_name="run", tooltip="For Plot Run."),

@@ -130,11 +130,30 @@ def _per_step_panels(records: Sequence[Record], _: float) -> list[Panel]:
     return [Panel("Per denoising step", STEP_AXIS, "clip fraction", bars, bars=True, **right, note=LAST_QUARTER)]
 
 
+def _guard_panels(records: Sequence[Record], _: float) -> list[Panel]:
+    """What the guard measured on fixed noise, as changes from the base model; no panel where it was off."""
+    measured = [record for record in records if record.get("guard")]
+    if not measured:
+        return []
+    x = column(measured, "update")
+
+    def change(name: str) -> list[float]:
+        return [-lost for lost in column(measured, "guard", "lost", name)]
+
+    rewards = _names([record["guard"] for record in measured], "held_out")
+    lines = [Line(f"{name} (std)", x, change(name), color=1 + k) for k, name in enumerate(rewards)]
+    lines.append(Line("diversity (share)", x, change("diversity"), color=0))
+    distance = [Line("distance", x, column(measured, "guard", "distance"), style="dashed", color=1 + len(rewards))]
+    right = {"right": distance, "right_label": "distance from the base model", "note": "fixed noise"}
+    return [Panel("Guard", "update", "change from the base model", lines, hlines=(0.0,), **right)]
+
+
 PANELS: dict[str, Callable[[Sequence[Record], float], list[Panel]]] = {
     "reward": _reward_panels,
     "clip": _scalar_panels("clip_fraction", "Clip fraction", "share of clipped terms"),
     "kl": _scalar_panels("kl", "KL to the reference", "KL per step, mean over latent"),
     "per_step": _per_step_panels,
+    "guard": _guard_panels,
 }
 
 

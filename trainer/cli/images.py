@@ -112,7 +112,7 @@ def export_command(
     format
         comfyui, diffusers or kohya.
     checkpoint
-        latest, best, or the number of an update.
+        latest, best, kept (by the guard), or the number of an update.
     out
         .safetensors file to write; default: RUN/lora-FORMAT.safetensors.
     """

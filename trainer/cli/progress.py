@@ -94,6 +94,13 @@ def stopped_message(folder: "RunFolder") -> str:
     return f"stopped; saved as {saved}\ncontinue with: {program_name()} resume {folder.path}"
 
 
+def guard_summary(row: dict[str, Any]) -> str:
+    """A measurement of the guard in a few words, or its sentence about a violation."""
+    if row["message"]:
+        return row["message"]
+    return f"guard: within limits, diversity {row['diversity']:.3f}, distance {row['distance']:.3f}, kept {row['kept']}"
+
+
 def update_line(update: "Update") -> str:
     """An update in one line."""
     m = update.metrics
@@ -101,4 +108,6 @@ def update_line(update: "Update") -> str:
     parts = [f"update {update.number:>4}", f"reward {m['reward_mean']:.4f} +- {m['reward_std']:.4f}"]
     parts += [f"{name} {value:.3f} (held out)" for name, value in m["held_out"].items()]
     parts += [f"clip {100 * m['clip_fraction']:.0f} %", f"KL {m['kl']:.1e}", f"grad {m['grad_norm']:.1e}"]
+    if "guard" in m:
+        parts.append(guard_summary(m["guard"]))
     return "  ".join([*parts, f"{seconds:.1f} s"])

@@ -64,7 +64,7 @@ def resume_command(run: Path, /, *, checkpoint: str = "latest", updates: int | N
     run
         Folder of the run.
     checkpoint
-        latest, best, or the number of an update.
+        latest, best, kept (by the guard), or the number of an update.
     updates
         New total number of updates, to extend a finished run.
     """

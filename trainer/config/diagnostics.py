@@ -6,10 +6,13 @@ from comfyui_pcpo.method.forward_process import FORWARD
 
 from .schema import Config
 
+GUARD_MEASURES = ("prompts", "images", "tolerance", "patience", "action")
+"""Options of the guard's measurements."""
+
 
 def without_effect(config: Config) -> list[str]:
     """One sentence for every changed setting that other settings disable, as far as the configuration alone shows."""
-    defaults, r, a, o = Config(), config.rollout, config.advantage, config.objective
+    defaults, r, a, o, g = Config(), config.rollout, config.advantage, config.objective, config.guard
     forward, guided = o.name in FORWARD, r.cfg != 1
     deterministic = forward and not r.noise_level
     idle = {
@@ -29,6 +32,8 @@ def without_effect(config: Config) -> list[str]:
         "objective.nft_beta": (o.name != "nft", f"objective.name is {o.name}"),
         "objective.kl_images": (o.kl_weight > 0, "objective.kl_weight is above 0 and uses every image"),
         "optimizer.ema_every": (not config.optimizer.ema_decay, "optimizer.ema_decay is 0"),
+        **{f"guard.{key}": (not g.every, "guard.every is 0") for key in GUARD_MEASURES},
+        "guard.kl_start": (not g.kl_budget, "guard.kl_budget is 0"),
     }
 
     def changed(key: str) -> bool:

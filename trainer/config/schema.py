@@ -5,6 +5,7 @@ from pydantic import model_validator
 from comfyui_pcpo.method.forward_process import FORWARD_OBJECTIVES
 
 from .errors import ConfigError
+from .guard_section import GuardConfig
 from .sections import (
     AdvantageConfig,
     LoraConfig,
@@ -30,6 +31,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    guard: GuardConfig = GuardConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
@@ -56,6 +58,11 @@ class Config(Section):
                 f"rollout.sigma = {self.rollout.sigma} needs rollout.target_weight (the paper uses 4.5 for 50 steps). "
                 "Set it, or use sigma = native."
             )
+        if self.guard.kl_budget and self.objective.kl_weight:
+            raise ValueError(
+                f"guard.kl_budget {self.guard.kl_budget:g} adapts the KL weight, but objective.kl_weight "
+                f"{self.objective.kl_weight:g} fixes it. Set one of them to 0."
+            )
         return self
 
     def _check_branch(self) -> None:
@@ -78,6 +85,11 @@ class Config(Section):
                 "rollout.policy = ema needs optimizer.ema_decay above 0 and objective.name awm or nft; "
                 "objectives on the trajectory sample from the latest LoRA. Set those, or use policy = latest."
             )
+
+    @property
+    def trains_kl(self) -> bool:
+        """Whether the loss has a KL term, so that the KL of all images is measured."""
+        return self.objective.kl_weight > 0 or self.guard.kl_budget > 0
 
     @property
     def images_per_update(self) -> int:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from comfyui_pcpo.method.adaptive_kl import adapted_kl_weight
 from comfyui_pcpo.method.branching import branch_rollout
 from comfyui_pcpo.method.forward_process import predicted_x0, scales
 from comfyui_pcpo.method.rollout import Predict, Trajectory, rollout
@@ -24,6 +25,19 @@ from .state import TrainingState
 from .update import UpdateBatch, improve
 
 
+class UpdateGuard(Protocol):
+    """What the loop asks of a guard (trainer/guard)."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run has to end."""
+        ...
+
+    def check(self, state: TrainingState, number: int) -> dict[str, Any]:
+        """The metrics that it adds to a finished update."""
+        ...
+
+
 @dataclass(frozen=True)
 class Job:
     """What a run trains on and for."""
@@ -33,6 +47,7 @@ class Job:
     rewards: dict[str, Reward]  # the trained and the held-out ones, by name
     processes: Processes = field(default_factory=Processes)
     tick: Callable[[], None] = lambda: None  # called before every model call; may raise
+    guard: UpdateGuard | None = None
 
     @cached_property
     def objective(self) -> Objective:
@@ -63,7 +78,7 @@ def align(state: TrainingState, job: Job) -> Iterator[Update]:
     """Align the policy to the rewards, one Update after another, from `state.done` to `config.run.updates`.
 
     PCPO (arXiv 2509.25774), Algorithm 1, with DDPO, DanceGRPO, Flow-GRPO, AWM and DiffusionNFT as settings of it.
-    An update is all or nothing: whatever interrupts it leaves the state as it was.
+    An update is all or nothing: whatever interrupts it leaves the state as it was. A guard may end the run early.
     """
     condition = state.policy.encode(list(job.prompts))
     for number in range(state.done + 1, job.config.run.updates + 1):
@@ -78,7 +93,10 @@ def align(state: TrainingState, job: Job) -> Iterator[Update]:
                 statistics = improve(state, update_batch(state, job, plan, samples, scored), job.processes)
             state.done = number
             metrics = record(Measured(plan, scored, statistics, seconds, state.learning_rate), job.config)
+            metrics |= guarded(state, job, metrics["kl"])
         yield Update(number, metrics, samples.images, plan.texts, own_rows(scored.combined, job))
+        if job.guard is not None and job.guard.stopped:
+            return
 
 
 def roll_out(state: TrainingState, job: Job, plan: Plan, condition: Condition) -> Samples:
@@ -121,6 +139,15 @@ def update_batch(state: TrainingState, job: Job, plan: Plan, samples: Samples, s
     with state.sampling(job.config.rollout.policy):
         path = job.objective.prepare(samples.path, plan, noise, samples.predict)
     return UpdateBatch(plan, job.objective, path, own_rows(scored.advantage, job), samples.predict, job.config)
+
+
+def guarded(state: TrainingState, job: Job, kl: float) -> dict[str, Any]:
+    """Adapt the KL weight and let the guard measure, -> what they add to the update's metrics."""
+    g, metrics = job.config.guard, {}
+    if state.kl_weight is not None:
+        metrics["kl_weight"] = state.kl_weight
+        state.kl_weight = adapted_kl_weight(state.kl_weight, kl, g.kl_budget, g.kl_start)
+    return metrics if job.guard is None else metrics | job.guard.check(state, state.done)
 
 
 def own_rows(values: Tensor, job: Job) -> Tensor:

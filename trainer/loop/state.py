@@ -19,13 +19,14 @@ from .optimizer import make_optimizer
 
 @dataclass
 class TrainingState:
-    """A policy's LoRA, its optimizer, its EMA, the window of rewards, and the number of finished updates."""
+    """A policy's LoRA, its optimizer, its EMA, the window of rewards, finished updates, an adaptive KL weight."""
 
     policy: Policy
     optimizer: torch.optim.Optimizer
     window: PromptWindow
     ema: LoraEma | None = None
     done: int = 0
+    kl_weight: float | None = None  # the adaptive one; None where objective.kl_weight is fixed
 
     @property
     def learning_rate(self) -> float:
@@ -47,7 +48,7 @@ class TrainingState:
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """Whatever ends the body early leaves LoRA, EMA, optimizer, window and count as they were before it."""
-        parameters, done = self.policy.trainable(), self.done
+        parameters, done, kl_weight = self.policy.trainable(), self.done, self.kl_weight
         values = cloned([p.detach() for p in parameters])
         optimizer, window = cloned(self.optimizer.state_dict()), copy.deepcopy(self.window.state_dict())
         ema = None if self.ema is None else (self.ema.steps, cloned(self.ema.values))
@@ -60,7 +61,7 @@ class TrainingState:
                     p.grad = None
             self.optimizer.load_state_dict(optimizer)
             self.window.load_state_dict(window)
-            self.done = done
+            self.done, self.kl_weight = done, kl_weight
             if self.ema is not None and ema is not None:
                 self.ema.restart(*ema)
             raise
@@ -79,4 +80,6 @@ def make_training_state(policy: Policy, config: Config) -> TrainingState:
     """A fresh state around the policy's LoRA."""
     o, a = config.optimizer, config.advantage
     ema = LoraEma(policy.trainable(), o.ema_decay, o.ema_every) if o.ema_decay else None
-    return TrainingState(policy, make_optimizer(policy.trainable(), o), PromptWindow(a.window, a.min_count), ema)
+    kl_weight = config.guard.kl_start if config.guard.kl_budget else None
+    optimizer, window = make_optimizer(policy.trainable(), o), PromptWindow(a.window, a.min_count)
+    return TrainingState(policy, optimizer, window, ema, kl_weight=kl_weight)

@@ -31,6 +31,7 @@ class UpdateBatch:
 def improve(state: TrainingState, batch: UpdateBatch, processes: Processes) -> StepStatistics:
     """One optimizer step per minibatch, `optimizer.epochs` times over."""
     parameters, trained, o = state.policy.trainable(), batch.plan.trained, batch.config.optimizer
+    kl_weight = batch.config.objective.kl_weight if state.kl_weight is None else state.kl_weight
     statistics = StepStatistics(trained)
     minibatches = [chunks for _ in range(o.epochs) for chunks in batch.plan.minibatches]
     for number, chunks in enumerate(minibatches):
@@ -39,7 +40,7 @@ def improve(state: TrainingState, batch: UpdateBatch, processes: Processes) -> S
         for column, i in enumerate(trained):
             for rows in drawn_chunks(batch, i, chunks):
                 terms, divergence = step_terms(state.policy, batch, i, rows)
-                loss = (terms.loss.sum() + batch.config.objective.kl_weight * divergence.sum()) * share
+                loss = (terms.loss.sum() + kl_weight * divergence.sum()) * share
                 loss.backward()
                 statistics.add(column, number == 0, terms, divergence, loss / len(minibatches))
             statistics.step_norms.append(take_gradients(parameters, gradient, processes))
@@ -72,18 +73,18 @@ def count_pairs(batch: UpdateBatch, chunks: list[Tensor]) -> int:
 
 def step_terms(policy: Policy, batch: UpdateBatch, i: int, rows: Tensor) -> tuple[Terms, Tensor]:
     """The objective's terms at step i, and the divergence from the reference of those images that it is needed of."""
-    path, o = batch.path, batch.config.objective
+    path, trains_kl = batch.path, batch.config.trains_kl
     unique, places = path.unique_rows(i, rows)  # images of a branch share their latent, and so one prediction
     out = batch.predict(path.latents[i, unique], path.timesteps[i], unique).float()[places.to(policy.device)]
     terms = batch.objective.terms(path, batch.plan, i, rows, out, batch.advantage[rows].to(out.device))
     terms = replace(terms, loss=terms.loss * float(batch.plan.loss_weights[i]))
-    watched = rows if o.kl_weight else rows[rows < watched_images(batch)]
+    watched = rows if trains_kl else rows[rows < watched_images(batch)]
     if len(watched) == 0:
         return terms, out.new_zeros(0)
     with torch.no_grad(), policy.reference():
         reference = batch.predict(path.latents[i, watched], path.timesteps[i], watched).float()
     new = out[: len(watched)]  # rows rise, so the watched ones come first
-    return terms, batch.objective.divergence((new if o.kl_weight else new.detach()) - reference, batch.plan, i)
+    return terms, batch.objective.divergence((new if trains_kl else new.detach()) - reference, batch.plan, i)
 
 
 def watched_images(batch: UpdateBatch) -> int:

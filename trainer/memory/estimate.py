@@ -103,7 +103,7 @@ def budget(policy: DiffusersPolicy, config: Config) -> Budget:
     trained = make_plan(policy, config, objective, [""], 1).trained
     images = config.images_per_update
     chunks = [rows for part in chunked(config, r.prompts_per_update) for rows in part]
-    some, every = config.objective.kl_images, config.objective.kl_weight > 0
+    some, every = config.objective.kl_images, config.trains_kl
     watched = sum(every or bool((rows < some).any()) for rows in chunks)
     again = objective.calls_per_step * len(trained)
     return Budget(

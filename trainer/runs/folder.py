@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from comfyui_pcpo.lora.formats import export_state
+from comfyui_pcpo.lora.formats import Family, export_state
 from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.plotting.run_curves import curves
 
@@ -55,6 +55,7 @@ class RunFolder:
         self.config_file, self.metrics_file = path / "config.toml", path / "metrics.jsonl"
         self.lora_file, self.curves_file = path / "lora.safetensors", path / "curves.png"
         self.checkpoints, self.grids, self.log_file = path / "checkpoints", path / "grids", path / "log.txt"
+        self.guard_file = path / "guard.safetensors"  # what the guard measured of the base model
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -162,8 +163,10 @@ class RunFolder:
                     pairs = state.policy.lora()
                 save_pairs(pairs, temporary / "average.safetensors")
                 rest["average_steps"] = state.ema.steps
+            if state.kl_weight is not None:
+                rest["kl_weight"] = state.kl_weight
             (temporary / "state.json").write_text(json.dumps(rest), encoding="utf-8")
-            self.write_lora(pairs, state, config)
+            self.write_lora(folded(pairs, config.lora.scale), state.policy.family, config, state.done)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
@@ -174,13 +177,13 @@ class RunFolder:
             ) from error
         return final
 
-    def write_lora(self, pairs: LoraPairs, state: TrainingState, config: Config) -> None:
-        """The LoRA under ComfyUI's names, with the configuration in its metadata."""
-        rank, family = config.lora.rank, state.policy.family
-        tensors = export_state(folded(pairs, config.lora.scale), rank, rank, "comfyui", family)
+    def write_lora(self, pairs: LoraPairs, family: Family, config: Config, number: int) -> None:
+        """The LoRA of update `number` under ComfyUI's names, with the configuration in its metadata."""
+        rank = config.lora.rank
+        tensors = export_state(pairs, rank, rank, "comfyui", family)
         metadata = {
             "pcpo.config": dump(config),
-            "pcpo.updates": str(state.done),
+            "pcpo.updates": str(number),
             "pcpo.family": family,
             "format": "pt",
         }
@@ -195,7 +198,7 @@ class RunFolder:
         return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and p.name.isdigit())
 
     def checkpoint(self, which: str = "latest") -> Path:
-        """Folder of the latest, best (highest mean reward) or numbered checkpoint."""
+        """Folder of the latest, best (highest mean reward), kept (by the guard) or numbered checkpoint."""
         numbers = self.numbers()
         if not numbers:
             raise ConfigError(f"{self.path} has 0 checkpoints. Train it first, or start again.")
@@ -204,11 +207,23 @@ class RunFolder:
         elif which == "best":
             means = {row["update"]: row["reward_mean"] for row in self.records()}
             number = max(numbers, key=lambda n: means.get(n, -math.inf))
+        elif which == "kept":
+            number = self.kept_number()
         elif which.isdigit() and int(which) in numbers:
             number = int(which)
         else:
             raise ConfigError(f"checkpoint {which} is not in {self.path}. There are {', '.join(map(str, numbers))}.")
         return self.checkpoints / f"{number:06d}"
+
+    def kept_number(self) -> int:
+        """The update that the guard keeps. Raises ConfigError where there is none."""
+        kept = [row["guard"]["kept"] for row in self.records() if "guard" in row][-1:]
+        if kept and kept[0] in self.numbers():
+            return kept[0]
+        raise ConfigError(
+            f"{self.path} has no kept checkpoint: the guard was off (guard.every = 0), or no measured update was "
+            "within its limits. Use latest, best or a number."
+        )
 
     def lora(self, which: str = "latest") -> LoraPairs:
         """A checkpoint's factors, those of the EMA if the run keeps one, with alpha / rank folded into the second."""
@@ -229,6 +244,8 @@ class RunFolder:
             state.optimizer.load_state_dict(moments)
             state.window.load_state_dict(rest["window"])
             state.done = rest["update"]
+            if state.kl_weight is not None:
+                state.kl_weight = rest.get("kl_weight", state.kl_weight)  # missing where the budget is new
         except Exception as error:
             older = [n for n in self.numbers() if n < int(folder.name)]
             way = f"Use --checkpoint {older[-1]}" if older else "Start the run again under another name"

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..config.schema import Config, ConfigError
+from ..guard.guard import Guard, make_guard
+from ..guard.limits import replay
+from ..guard.probe import Probe
 from ..loop.align import Job, Update
 from ..loop.distributed import Processes, join
 from ..loop.state import TrainingState, make_training_state
 from ..policy.loading import make_policy
-from .folder import NotSaved, RunFolder
+from .folder import NotSaved, RunFolder, writing
 from .rewards import read_rewards
 from .tensorboard import make_board, write_board
 
@@ -25,6 +29,7 @@ class Run:
     def __init__(self, folder: RunFolder, state: TrainingState, job: Job, checkpoint: str | None = None):
         self.folder, self.state, self.job = folder, state, job
         self.checkpoint = checkpoint  # to continue from; None begins a new run
+        self.guard: Guard | None = None
         self.saved = 0
         self.board: Any = None
         self._open = ExitStack()
@@ -40,10 +45,28 @@ class Run:
                 stack.enter_context(self.folder.locked())
             begin(self.folder, self.state, self.config, self.checkpoint, write=main)
             self.saved = self.state.done
+            self._set_guard()
             if main and self.config.run.tensorboard:
                 self.board = make_board(self.folder.path / "tensorboard")
             self._open = stack.pop_all()
         return self
+
+    def _set_guard(self) -> None:
+        """Make the configured guard, as it was after the recorded updates. Raises ConfigError if it stopped the run."""
+        if not self.config.guard.every:
+            return
+        job, new = self.job, self.checkpoint is None
+        probe = Probe(self.state.policy, self.config, list(job.prompts), job.rewards, job.processes, job.tick)
+        self.guard = make_guard(probe, self.folder.guard_file, renew=new, write=job.processes.main)
+        records = [] if new else [row for row in self.folder.records() if row["update"] <= self.state.done]
+        self.guard.verdict = replay(records, self.config.guard)
+        if self.guard.stopped:
+            raise ConfigError(
+                f"{self.folder.path} was stopped by its guard: {self.guard.verdict.reason}. Resume from an earlier "
+                "checkpoint (--checkpoint kept), or change its config.toml: a larger guard.tolerance, or "
+                'guard.action = "warn".'
+            )
+        self.job = replace(job, guard=self.guard)
 
     def keep(self, update: Update) -> None:
         """Record a finished update; draw and save as often as the configuration says."""
@@ -56,12 +79,21 @@ class Run:
             self.folder.draw_curves()
         if self.board is not None:
             write_board(self.board, update)
-        if update.number % r.save_every == 0 or update.number == r.updates:
+        kept = self.guard is not None and self.guard.verdict.kept == update.number
+        if kept or update.number % r.save_every == 0 or update.number == r.updates:
             self._save()
 
     def _save(self) -> None:
         self.folder.save(self.state, self.config)
         self.saved = self.state.done
+
+    def _write_kept(self) -> None:
+        """Make lora.safetensors that of the update that the guard keeps."""
+        if self.guard is not None and self.guard.verdict.kept is not None:
+            number = self.guard.verdict.kept
+            with writing(self.folder.lora_file, self.folder.path):
+                pairs = self.folder.lora(str(number))
+                self.folder.write_lora(pairs, self.state.policy.family, self.config, number)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         with self._open:
@@ -69,6 +101,7 @@ class Run:
                 return
             if self.state.done > self.saved and not isinstance(error, NotSaved):
                 self._save()
+            self._write_kept()
             self.folder.draw_curves()
             if self.board is not None:
                 self.board.close()

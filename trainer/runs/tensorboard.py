@@ -26,3 +26,6 @@ def write_board(board: Any, update: Update) -> None:
         elif key in ("rewards", "held_out"):
             for name, mean in value.items():
                 board.add_scalar(f"{key}/{name}", mean, update.number)
+        elif key == "guard":
+            for name in ("reward", "diversity", "distance"):
+                board.add_scalar(f"guard/{name}", value[name], update.number)

@@ -1,0 +1,292 @@
+"""The guard against reward hacking: it measures beside the run, keeps the best update within limits, and stops it."""
+
+import itertools
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from running import kept as updates_of
+from running import start_run
+from safetensors.torch import load_file, save_file
+
+from comfyui_pcpo.lora.formats import export_state
+from comfyui_pcpo.method.adaptive_kl import RANGE, adapted_kl_weight
+from comfyui_pcpo.plotting.run_curves import curve_panels
+from trainer.cli.progress import update_line
+from trainer.config.diagnostics import without_effect
+from trainer.config.guard_section import GuardConfig
+from trainer.config.loading import build, merge
+from trainer.config.schema import ConfigError
+from trainer.guard.guard import read_measures
+from trainer.guard.limits import GuardVerdict, lost_deviations, next_verdict, replay, violation
+from trainer.policy.lora_pairs import read_lora
+from trainer.runs.folder import RunFolder
+from trainer.runs.launch import resume_run
+from trainer.runs.launch import start_run as launch_run
+
+WARN = {"guard": {"every": 1, "prompts": 2, "images": 2, "tolerance": 1e6, "action": "warn"}}
+HELD_OUT = {"reward": {"held_out": ["alignment"]}}
+HACKED = {
+    "reward": {"weights": {"redness": 1.0}, "held_out": ["alignment"]},
+    "rollout": {"group_size": 4},
+    "optimizer": {"learning_rate": 0.02},
+    "objective": {"clip_range": 0.1},
+    "guard": {"every": 1, "prompts": 3, "images": 2, "tolerance": 0.05, "patience": 2},
+    "run": {"updates": 12, "save_every": 100},
+}
+
+
+def train(config, tick=lambda: None) -> RunFolder:
+    folder, updates = start_run(config, tick)
+    list(updates)
+    return folder
+
+
+def resumed(folder: RunFolder, **how) -> RunFolder:
+    list(updates_of(resume_run(folder.path, **how)))
+    return folder
+
+
+def rows(folder: RunFolder, *without: str):
+    return [
+        {k: v for k, v in row.items() if not k.startswith("seconds_") and k not in without} for row in folder.records()
+    ]
+
+
+def same_tensors(left, right):
+    a, b = load_file(left), load_file(right)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def lost(alignment: float, diversity: float = 0.0, reward: float | None = 1.0):
+    return {"reward": reward, "lost": {"alignment": alignment, "diversity": diversity}}
+
+
+@pytest.fixture(scope="module")
+def hacked(tmp_path_factory):
+    """A run whose guard stops it, and the lines that it printed."""
+    base = {
+        "model": {"name": "emoji-flow", "device": "cpu"},
+        "prompts": {"lines": ["a fox", "a red star", "two frogs"]},
+        "rollout": {"prompts_per_update": 1, "steps": 3},
+        "objective": {"last_step": True},
+        "lora": {"rank": 2},
+        "optimizer": {"minibatches": 1},
+        "run": {"name": "hacked", "folder": str(tmp_path_factory.mktemp("runs")), "preview_every": 0},
+    }
+    run = launch_run(build(merge(base, HACKED), "test"))
+    lines = [update_line(update) for update in updates_of(run)]
+    return run.folder, lines
+
+
+def test_a_run_without_a_guard_records_nothing_of_it(make_config):
+    folder = train(make_config(**HELD_OUT))
+    assert not any(key.startswith("guard") or key == "kl_weight" for row in rows(folder) for key in row)
+    assert not folder.guard_file.exists()
+    assert "kl_weight" not in json.loads((folder.checkpoint() / "state.json").read_text())
+
+
+def test_measuring_does_not_change_the_run(make_config, model):
+    """Metrics, LoRA and optimizer of a run whose guard only warns, bit for bit."""
+    common = merge(HELD_OUT, {"optimizer": {"ema_decay": 0.5, "ema_every": 1}})
+    plain = train(make_config(model, **merge(common, {"run": {"name": "plain"}})))
+    watched = train(make_config(model, **merge(merge(common, WARN), {"run": {"name": "watched"}})))
+    assert rows(plain) == rows(watched, "guard")
+    assert all("guard" in row for row in watched.records())
+    for name in ("lora.safetensors", "average.safetensors"):
+        same_tensors(plain.checkpoint() / name, watched.checkpoint() / name)
+
+
+def test_an_untrained_lora_is_the_base_model(make_config):
+    """With a learning rate that moves nothing, all losses and the distance are 0."""
+    config = make_config(**merge(merge(HELD_OUT, WARN), {"optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0}}))
+    for row in train(config).records():
+        assert row["guard"]["lost"] == {"alignment": 0.0, "diversity": 0.0}
+        assert row["guard"]["distance"] == pytest.approx(0, abs=1e-9)
+        assert row["guard"]["kept"] == 1  # ties go to the earliest
+
+
+def test_the_guard_measures_every_few_updates(make_config):
+    folder = train(make_config(**merge(WARN, {"guard": {"every": 2}, "run": {"updates": 3}})))
+    assert [row["update"] for row in folder.records() if "guard" in row] == [2]
+
+
+def test_adaptive_kl_weight_by_hand():
+    assert adapted_kl_weight(1.0, 3.1, budget=2.0, start=1.0) == 1.5
+    assert adapted_kl_weight(1.5, 1.3, budget=2.0, start=1.0) == 1.0
+    for kl in (2.9, 2.0, 1.4, math.nan):
+        assert adapted_kl_weight(1.0, kl, budget=2.0, start=1.0) == 1.0
+    assert adapted_kl_weight(1.0 / RANGE, 0.0, budget=2.0, start=1.0) == 1.0 / RANGE
+    assert adapted_kl_weight(RANGE, 9.0, budget=2.0, start=1.0) == RANGE
+
+
+def test_the_adaptive_kl_weight_follows_the_kl_of_each_update(make_config):
+    config = make_config(guard={"kl_budget": 1e-4, "kl_start": 0.5}, run={"updates": 4})
+    recorded = train(config).records()
+    assert recorded[0]["kl_weight"] == 0.5
+    for before, after in itertools.pairwise(recorded):
+        expected = adapted_kl_weight(before["kl_weight"], before["kl"], 1e-4, 0.5)
+        assert after["kl_weight"] == expected
+    assert len({row["kl_weight"] for row in recorded}) > 1
+
+
+def test_a_kl_budget_reduces_the_kl(make_config):
+    common = {"optimizer": {"learning_rate": 5e-3}, "run": {"updates": 5}, "objective": {"clip_range": 0.1}}
+    free = train(make_config(**merge(common, {"objective": {"kl_images": 2, "kl_every": 5}, "run": {"name": "free"}})))
+    held = train(make_config(**merge(common, {"guard": {"kl_budget": 1e-6, "kl_start": 1e3}, "run": {"name": "held"}})))
+    assert held.records()[-1]["kl"] < 0.5 * free.records()[-1]["kl"]
+
+
+def test_a_fixed_kl_weight_and_a_budget_are_refused(make_config):
+    with pytest.raises(ConfigError, match=r"guard.kl_budget 0.1 adapts the KL weight, but objective.kl_weight 0.2"):
+        make_config(guard={"kl_budget": 0.1}, objective={"kl_weight": 0.2})
+
+
+def test_idle_options_of_the_guard_are_named(make_config):
+    assert without_effect(make_config(guard={"images": 3, "kl_start": 0.1})) == [
+        "guard.images has no effect, because guard.every is 0.",
+        "guard.kl_start has no effect, because guard.kl_budget is 0.",
+    ]
+
+
+def test_losses_are_in_standard_deviations_of_the_base_scores():
+    base = torch.tensor([0.0, 2.0, 0.0, 2.0])  # mean 1, std 1
+    assert lost_deviations(base - 0.25, base) == pytest.approx(0.25)
+    assert lost_deviations(base + 0.5, base) == pytest.approx(-0.5)
+    assert lost_deviations(torch.tensor([math.nan, 0.5]), base) == pytest.approx(0.5)  # a failed score is left out
+
+
+def test_a_violation_names_the_quantity_that_lost_most():
+    assert violation({"alignment": 0.2, "diversity": 0.2}, 0.2) is None
+    sentence = violation({"alignment": 0.3, "diversity": 0.81}, 0.2)
+    assert sentence == "diversity lost 81 % against the base model, more than the 20 % that guard.tolerance allows"
+    assert "alignment lost 1.25 standard deviations" in violation({"alignment": 1.25, "diversity": 0.3}, 0.2)
+    assert "alignment could not be measured" in violation({"alignment": None, "diversity": 0.0}, 0.2)
+
+
+def test_the_highest_reward_within_the_limits_is_kept():
+    guard = GuardConfig(every=1, tolerance=0.5)
+    measured = [lost(0.1, reward=1.0), lost(0.2, reward=3.0), lost(0.3, reward=2.0), lost(0.9, reward=9.0)]
+    verdict = replay([{"update": n, "guard": row} for n, row in enumerate(measured, 1)], guard)
+    assert (verdict.kept, verdict.reward, verdict.violations) == (2, 3.0, 1)
+
+
+def test_a_measurement_within_the_limits_resets_patience():
+    guard = GuardConfig(every=1, tolerance=0.5)
+    verdict = GuardVerdict()
+    counts = []
+    for number, amount in enumerate((0.9, 0.9, 0.1, 0.9), 1):
+        verdict = next_verdict(verdict, lost(amount), number, guard)
+        counts.append(verdict.violations)
+    assert counts == [1, 2, 0, 1]
+
+
+def test_a_reward_that_failed_everywhere_is_never_kept():
+    assert next_verdict(GuardVerdict(), lost(0.0, reward=None), 1, GuardConfig(every=1)).kept is None
+    assert next_verdict(GuardVerdict(), lost(0.0, reward=math.nan), 1, GuardConfig(every=1)).kept is None
+
+
+def test_a_hacked_reward_stops_the_run_and_an_earlier_checkpoint_is_kept(hacked):
+    folder, lines = hacked
+    last = folder.records()[-1]
+    assert last["update"] < 12
+    assert last["guard"]["violations"] == 2
+    assert last["guard"]["message"].startswith("the guard stops the run: ")
+    assert last["guard"]["message"] in lines[-1]
+    kept = last["guard"]["kept"]
+    assert kept is not None and kept < last["update"]
+    assert last["guard"]["reward"] > folder.records()[kept - 1]["guard"]["reward"]
+    assert folder.checkpoint("kept") == folder.checkpoint(str(kept)) != folder.checkpoint()
+
+
+def test_the_lora_of_a_guarded_run_is_the_kept_one(hacked, tmp_path):
+    folder, _ = hacked
+    config, number = folder.config(), folder.kept_number()
+    family = read_lora(folder.lora_file)[1]["pcpo.family"]
+    exported = export_state(folder.lora(str(number)), config.lora.rank, config.lora.rank, "comfyui", family)
+    save_file({key: value.contiguous() for key, value in exported.items()}, tmp_path / "kept.safetensors")
+    same_tensors(tmp_path / "kept.safetensors", folder.lora_file)
+    assert read_lora(folder.lora_file)[1]["pcpo.updates"] == str(number)
+    latest = folder.lora()
+    assert any(not torch.equal(latest[name][1], pair[1]) for name, pair in folder.lora("kept").items())
+
+
+def test_a_stopped_run_is_resumed_only_from_before_the_violation_or_with_other_limits(hacked, tmp_path):
+    source, _ = hacked
+    folder = RunFolder(shutil.copytree(source.path, tmp_path / "copy"))
+    with pytest.raises(ConfigError, match=r"was stopped by its guard: .* Resume from an earlier checkpoint"):
+        resumed(folder)
+    resumed(folder, checkpoint=str(folder.kept_number()))
+    assert rows(folder) == rows(source)  # it comes to the same end
+
+
+def test_warn_goes_on_after_the_patience(make_config):
+    folder = train(make_config(**merge(HACKED, {"guard": {"action": "warn"}, "run": {"updates": 6}})))
+    assert len(folder.records()) == 6
+
+
+def test_a_run_without_a_guard_has_no_kept_checkpoint(make_config):
+    folder = train(make_config(run={"updates": 1}))
+    with pytest.raises(ConfigError, match=r"no kept checkpoint: the guard was off"):
+        folder.checkpoint("kept")
+
+
+def test_a_resumed_guarded_run_equals_an_uninterrupted_one(make_config):
+    """Interrupted while the guard measures update 3: that update is undone, and everything comes out the same."""
+    guard = {"guard": {"every": 1, "prompts": 2, "images": 2, "tolerance": 100.0, "kl_budget": 1e-4}}
+    common = merge(HELD_OUT, guard)
+    whole = train(make_config(**merge(common, {"run": {"name": "whole", "updates": 4}})))
+    calls = []
+    run = launch_run(
+        make_config(**merge(common, {"run": {"name": "parts", "updates": 4, "save_every": 100}})),
+        lambda: calls.append(1) or interrupt_at(calls, 33),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        list(updates_of(run))
+    assert run.state.done == run.folder.numbers()[-1] == 2
+    resumed(run.folder)
+    assert rows(run.folder) == rows(whole)
+    one, other = whole.checkpoint(), run.folder.checkpoint()
+    same_tensors(one / "lora.safetensors", other / "lora.safetensors")
+    assert json.loads((one / "state.json").read_text()) == json.loads((other / "state.json").read_text())
+    same_tensors(whole.lora_file, run.folder.lora_file)
+    same_tensors(whole.guard_file, run.folder.guard_file)
+
+
+def interrupt_at(calls: list[int], number: int) -> None:
+    if len(calls) == number:
+        raise KeyboardInterrupt
+
+
+def test_base_values_of_other_images_are_not_read(make_config):
+    config = make_config(**merge(WARN, {"run": {"updates": 1}}))
+    run = launch_run(config)
+    list(updates_of(run))
+    probe = run.guard.probe
+    assert read_measures(run.folder.guard_file, probe.identity) is not None
+    assert read_measures(run.folder.guard_file, probe.identity + "x") is None
+    run.folder.guard_file.write_bytes(b"damaged")
+    assert read_measures(run.folder.guard_file, probe.identity) is None
+
+
+def test_models_without_an_encoder_are_compared_by_pixels(make_config):
+    run = launch_run(make_config(**merge(WARN, {"run": {"updates": 1}})))
+    with run:
+        own = run.guard.probe
+        own.__dict__["encoder"] = None
+        images = torch.rand(2, 32, 48, 3, generator=torch.Generator().manual_seed(0))
+        features = own.features(images)
+    assert features.shape == (2, 3 * 16 * 16)
+    blocks = images.view(2, 16, 2, 16, 3, 3).mean((2, 4))
+    torch.testing.assert_close(features.view(2, 3, 16, 16), blocks.permute(0, 3, 1, 2))
+
+
+def test_the_curves_have_a_guard_panel_only_where_it_measured(hacked):
+    records = hacked[0].records()
+    (panel,) = curve_panels(records, 0.6, ["guard"])
+    assert [line.label for line in panel.lines] == ["alignment (std)", "diversity (share)"]
+    assert list(panel.lines[0].y) == [-row["guard"]["lost"]["alignment"] for row in records]
+    assert curve_panels([{k: v for k, v in row.items() if k != "guard"} for row in records], 0.6, ["guard"]) == []

@@ -1,0 +1,86 @@
+"""What the guard decides, from its rows in metrics.jsonl alone, so that a resumed run decides the same."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from comfyui_pcpo.metrics.frechet import diversity
+
+from ..config.schema import Config, GuardConfig
+from .probe import ImageMeasures
+
+LEAST = 1e-8  # denominators of losses
+
+
+@dataclass(frozen=True)
+class GuardVerdict:
+    """The state of a guarded run after its last measurement."""
+
+    kept: int | None = None  # update of the best measurement within the limits
+    reward: float = -math.inf  # of that update
+    violations: int = 0  # successive measurements beyond the limits
+    reason: str | None = None  # what the last one violates
+
+
+def guard_row(now: ImageMeasures, base: ImageMeasures, config: Config) -> dict[str, Any]:
+    """One measurement: the trained reward, held-out rewards, diversity, distance, and what was lost."""
+    group, held_out = config.guard.images, config.reward.held_out
+    trained = sum(weight * valid_mean(now.scores[name]) for name, weight in config.reward.weights.items())
+    variety, base_variety = diversity(now.features, group), diversity(base.features, group)
+    lost = {name: lost_deviations(now.scores[name], base.scores[name]) for name in held_out}
+    return {
+        "reward": trained,
+        "held_out": {name: valid_mean(now.scores[name]) for name in held_out},
+        "diversity": variety,
+        "distance": float((1 - F.cosine_similarity(now.features.double(), base.features.double())).mean()),
+        "lost": {**lost, "diversity": (base_variety - variety) / max(base_variety, LEAST)},
+    }
+
+
+def lost_deviations(now: Tensor, base: Tensor) -> float:
+    """How far the mean score fell, in standard deviations of the base model's scores."""
+    deviation = float(base[base.isfinite()].std(correction=0))
+    return (valid_mean(base) - valid_mean(now)) / max(deviation, LEAST)
+
+
+def valid_mean(values: Tensor) -> float:
+    """Mean of the scores that did not fail; NaN where all did."""
+    return float(values[values.isfinite()].mean())
+
+
+def next_verdict(before: GuardVerdict, row: dict[str, Any], number: int, guard: GuardConfig) -> GuardVerdict:
+    """The verdict after one more measurement, that of update `number`."""
+    reason = violation(row["lost"], guard.tolerance)
+    if reason is not None:
+        return GuardVerdict(before.kept, before.reward, before.violations + 1, reason)
+    reward = -math.inf if row["reward"] is None else row["reward"]
+    if reward > before.reward:
+        return GuardVerdict(number, reward)
+    return GuardVerdict(before.kept, before.reward)
+
+
+def replay(records: Sequence[dict[str, Any]], guard: GuardConfig) -> GuardVerdict:
+    """The verdict after all recorded measurements."""
+    verdict = GuardVerdict()
+    for record in records:
+        if "guard" in record:
+            verdict = next_verdict(verdict, record["guard"], record["update"], guard)
+    return verdict
+
+
+def violation(lost: dict[str, float | None], tolerance: float) -> str | None:
+    """Why a measurement is beyond the limits, for the quantity that lost most; None where it is within them."""
+    amounts = {name: math.nan if value is None else value for name, value in lost.items()}  # JSON has null for NaN
+    failed = [name for name, amount in amounts.items() if math.isnan(amount)]
+    if failed:
+        return f"{failed[0]} could not be measured: it failed on every image"
+    name, amount = max(amounts.items(), key=lambda item: item[1])
+    if amount <= tolerance:
+        return None
+    loss = f"{100 * amount:.0f} %" if name == "diversity" else f"{amount:.2f} standard deviations"
+    allowed = f"{100 * tolerance:g} %" if name == "diversity" else f"{tolerance:g}"
+    return f"{name} lost {loss} against the base model, more than the {allowed} that guard.tolerance allows"

@@ -1,0 +1,99 @@
+"""What the guard measures: images of fixed prompts from fixed noise, their scores and their features."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from comfyui_pcpo.method.rollout import GroupNoise, derive_seed, rollout
+from comfyui_pcpo.method.samplers import deterministic
+from comfyui_pcpo.metrics.features import extract, load_tiny_features
+from comfyui_pcpo.reward.base import Reward
+from comfyui_pcpo.tiny.pipelines import EMBEDDED
+
+from ..config.schema import Config
+from ..loop.distributed import Processes
+from ..loop.scoring import score
+from ..policy.base import Condition, Policy
+
+SEED = 0x6A4D  # apart from the seeds of updates, whose second part counts from 1
+PIXELS = 16  # side of the downsampled images that serve as features where no encoder is at hand
+
+
+@dataclass(frozen=True)
+class ImageMeasures:
+    """Scores and features of the guard's images, prompt after prompt."""
+
+    scores: dict[str, Tensor]  # reward -> (P * G,)
+    features: Tensor  # (P * G, D)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Samples and measures the guard's images; the same noise every time, and no random numbers of the run."""
+
+    policy: Policy
+    config: Config
+    prompts: list[str]  # of the run
+    rewards: dict[str, Reward]
+    processes: Processes
+    tick: Callable[[], None]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The prompt of each image, (P * G,): prompts evenly spaced over the run's."""
+        count = min(self.config.guard.prompts, len(self.prompts))
+        spaced = [self.prompts[k * len(self.prompts) // count] for k in range(count)]
+        return [prompt for prompt in spaced for _ in range(self.config.guard.images)]
+
+    @cached_property
+    def condition(self) -> Condition:
+        return self.policy.encode(self.texts)
+
+    @property
+    def identity(self) -> str:
+        """What measurements depend on besides the policy; equal only if they can be compared."""
+        r = self.config.rollout
+        sampling = (self.config.run.seed, r.steps, r.cfg, r.shift, r.guidance, self.policy.latent_shape)
+        return repr((self.config.model.name, self.config.prompts.negative, sampling, self.texts, sorted(self.rewards)))
+
+    def measure(self) -> ImageMeasures:
+        """The policy as it is. Every process measures all images; the results are those of the main one."""
+        images = self.images()
+        scores = score(self.rewards, images, self.texts, offload=self.config.reward.offload)
+        return ImageMeasures(
+            {name: self._shared(values) for name, values in scores.items()}, self._shared(self.features(images))
+        )
+
+    def images(self) -> Tensor:
+        """(P * G, H, W, 3) by the deterministic sampler."""
+        grid = self.policy.grid(self.config.rollout.steps)
+        each, at_once = self.config.guard.images, self.config.rollout.images_at_once
+        seeds = [derive_seed(self.config.run.seed, 0, group, SEED) for group in range(len(self.texts) // each)]
+        noise = GroupNoise(seeds, each, self.policy.latent_shape)
+
+        def predict(x: Tensor, t: float, rows: Tensor) -> Tensor:
+            self.tick()
+            return self.policy.predict(x.to(self.policy.device), t, self.condition.rows(rows.tolist()))
+
+        chunks = torch.arange(len(self.texts)).split(at_once)
+        final = rollout(predict, grid, deterministic(grid), noise, chunks).final
+        return torch.cat([self.policy.decode(x) for x in final.split(at_once)])
+
+    @cached_property
+    def encoder(self) -> Any:
+        """The embedded encoder, for images of the embedded models only."""
+        return load_tiny_features() if self.config.model.name in EMBEDDED else None
+
+    def features(self, images: Tensor) -> Tensor:
+        """(N, H, W, 3) -> (N, D): the embedded encoder's, or downsampled pixels."""
+        if self.encoder is not None:
+            return extract(self.encoder, images)[0]
+        return F.interpolate(images.permute(0, 3, 1, 2), (PIXELS, PIXELS), mode="area").flatten(1)
+
+    def _shared(self, values: Tensor) -> Tensor:
+        return self.processes.gather(values)[: len(values)]
