@@ -21,7 +21,7 @@ from ..loop.scoring import score
 from ..policy.base import Condition, Policy
 
 SEED = 0x6A4D  # apart from the seeds of updates, whose second part counts from 1
-PIXELS = 16  # side of the downsampled images that serve as features where no encoder is at hand
+FEATURE_SIDE = 16  # side of the downsampled images that serve as features where no encoder is at hand
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Probe:
         """(N, H, W, 3) -> (N, D): the embedded encoder's, or downsampled pixels."""
         if self.encoder is not None:
             return extract(self.encoder, images)[0]
-        return F.interpolate(images.permute(0, 3, 1, 2), (PIXELS, PIXELS), mode="area").flatten(1)
+        return F.interpolate(images.permute(0, 3, 1, 2), (FEATURE_SIDE, FEATURE_SIDE), mode="area").flatten(1)
 
     def _shared(self, values: Tensor) -> Tensor:
         return self.processes.gather(values)[: len(values)]
