@@ -46,6 +46,8 @@ class TrainingInputs:
 def make_config(inputs: TrainingInputs, tree: dict[str, dict[str, Any]]) -> Config:
     """The trainer's configuration, from the widgets' sections and what is connected."""
     combined = inputs.reward.combined()
+    weights = dict(zip(combined.names, combined.weights.tolist(), strict=True))
+    held_out = [name for name, weight in weights.items() if weight == 0] if any(weights.values()) else []
     name = inputs.model.attachments.get("pcpo_model", type(inputs.model.model).__name__)
     scale = inputs.vae.spacial_compression_decode()
     height, width = (int(n) * scale for n in inputs.latent.shape[-2:])
@@ -58,7 +60,8 @@ def make_config(inputs: TrainingInputs, tree: dict[str, dict[str, Any]]) -> Conf
         "prompts": {"lines": inputs.prompts.lines, "negative": inputs.prompts.negative_text},
         "rollout": {**tree["rollout"], "height": height, "width": width},
         "reward": {
-            "weights": dict(zip(combined.names, combined.weights.tolist(), strict=True)),
+            "weights": {name: weight for name, weight in weights.items() if name not in held_out},
+            "held_out": held_out,
             "standardise": inputs.reward.standardise,
         },
         "run": run,

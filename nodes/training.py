@@ -12,6 +12,7 @@ from comfyui_pcpo.plotting.run_curves import curves
 from ..trainer.config.loading import build
 from ..trainer.config.schema import (
     ConfigError,
+    GuardConfig,
     LoraConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -27,7 +28,7 @@ from .images import to_comfy_image
 from .inputs import ADVANCED, method_input, noise_level_input
 from .types import PromptsType, RewardType, RunReference, RunType
 
-# widgets by the configuration section that they fill; the widget `objective` is the option objective.name
+# widgets by the configuration section that they fill; `objective` is objective.name, `guard_every` is guard.every
 SECTIONS = {
     "model": ("gradient_checkpointing",),
     "rollout": ("prompts_per_update", "group_size", "steps", "cfg", "method", "noise_level", "images_at_once"),
@@ -35,8 +36,10 @@ SECTIONS = {
     "lora": ("rank",),
     "optimizer": ("learning_rate",),
     "run": ("name", "updates", "seed", "preview_every", "save_every"),
+    "guard": ("guard_every",),
 }
 ODD_GROUP = " An odd number means one optimizer step per update instead of two."
+HELD_OUT = " Rewards of weight 0 are held out."
 TINY_RATE = " The tiny models train well at 0.003."
 
 
@@ -45,6 +48,8 @@ def config_sections(widgets: dict[str, Any]) -> dict[str, dict[str, Any]]:
     tree = {section: {key: widgets[key] for key in keys if key in widgets} for section, keys in SECTIONS.items()}
     if "objective" in widgets:
         tree["objective"]["name"] = tree["objective"].pop("objective")
+    if "guard_every" in widgets:
+        tree["guard"]["every"] = tree["guard"].pop("guard_every")
     if "noise_level" in widgets:
         tree["rollout"]["noise_level"] = noise_level_option(widgets["noise_level"])
     if "group_size" in widgets:
@@ -192,4 +197,7 @@ def advanced_inputs() -> list[io.Input]:
             "preview_every", default=5, min=0, max=10000, tooltip=tooltip(RunConfig, "preview_every"), **ADVANCED
         ),
         io.Int.Input("save_every", default=10, min=1, max=10000, tooltip=tooltip(RunConfig, "save_every"), **ADVANCED),
+        io.Int.Input(
+            "guard_every", default=0, min=0, max=10000, tooltip=tooltip(GuardConfig, "every") + HELD_OUT, **ADVANCED
+        ),
     ]  # fmt: skip

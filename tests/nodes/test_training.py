@@ -1,5 +1,6 @@
 """Training, in process: runs, interruption, resume, and the state that they leave."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -214,6 +215,18 @@ def test_every_update_sends_a_preview(flow):
     previews = [preview[1] for value, total, preview in seen if preview is not None and total == 3]
     assert len(previews) == 3 and previews[0].size[0] >= 256
     assert previews[0].tobytes() != previews[2].tobytes()
+
+
+def test_a_guarded_run_holds_rewards_of_weight_0_out_and_outputs_the_kept_lora(flow):
+    setup, alignment = copy.copy(flow), call("PCPOLoadReward", "alignment")[0]
+    setup.reward = call("PCPOCombineRewards", flow.reward, 1.0, alignment, 0.0)[0]
+    lora, _, _, run = setup.train("guarded", updates=2, guard_every=1)
+    folder = run_module.RunFolder(run.path)
+    measured = [row["guard"] for row in folder.records()]
+    assert [list(row["held_out"]) for row in measured] == [["alignment"]] * 2
+    assert folder.config().guard.every == 1
+    kept = call("PCPOLoadRun", run="guarded", checkpoint="kept")[1]
+    assert kept.keys() == lora.keys() and all(torch.equal(kept[k], lora[k]) for k in kept)
 
 
 def test_interrupt_stops_at_the_next_step_and_saves_finished_updates(flow):
