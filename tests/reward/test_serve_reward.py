@@ -111,7 +111,7 @@ def test_what_cannot_be_served_is_named(monkeypatch, capsys, tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         assert main(["serve-reward", "colorfulness", "--port", str(port)]) == 2
-    assert f"127.0.0.1:{port} cannot be listened on" in capsys.readouterr().err
+    assert f"Cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
     assert main(["serve-reward", "colorfulness", "--port", "70000"]) == 2
     assert "Choose another --host or --port" in capsys.readouterr().err
 
