@@ -74,7 +74,7 @@ def assert_same_run(one: RunFolder, other: RunFolder):
 @pytest.mark.parametrize("sections", [{}, WINDOW, AVERAGE], ids=["group", "window", "average"])
 def test_a_resumed_run_equals_an_uninterrupted_one(make_config, model, sections):
     """Interrupted between two optimizer steps of update 3, with a checkpoint after every update."""
-    common = merge({"optimizer": {"minibatches": 2}}, sections)
+    common = merge({"optimizer": {"minibatches": 2}, "objective": {"kl_every": 1}}, sections)
     whole = train(make_config(model, run={"name": "whole", "updates": 4}, **common))
     calls = []
 
@@ -92,7 +92,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_config, model, sections)
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_numbers(make_config, script, tmp_path):
-    whole = train(make_config(run={"name": "whole", "updates": 3, "save_every": 2}, **WINDOW))
+    watched = {"objective": {"kl_every": 1}}  # every update has the same number of model calls
+    whole = train(make_config(run={"name": "whole", "updates": 3, "save_every": 2}, **WINDOW, **watched))
     file = tmp_path / "config.toml"
     file.write_text(whole.config_file.read_text().replace('"whole"', '"killed"'))
     process = script(KILLED, file, 26)

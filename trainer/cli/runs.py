@@ -47,6 +47,10 @@ def train_command(*tokens: Tokens) -> None:
 
 def follow(run: "Run", bar: Bar, quiet: bool = False) -> None:
     """Do a run: print a line per update, and at the end its files, or how to continue."""
+    # loaded before the first update: a Ctrl-C during these imports would leave them half done and break the last plot
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
     from ..loop.align import align
 
     with outcome(run.folder, bar, quiet), run:
