@@ -41,7 +41,12 @@ SAMPLERS: dict[Method, Sampler] = {
     "cps": Sampler("flow", cps, 0.7, 1.0),
 }
 METHODS: tuple[Method, ...] = tuple(SAMPLERS)
-AUTO_METHOD: dict[Kind, Method] = {"ddim": "ddim", "flow": "flow_sde"}  # what `auto` stands for on each kind of grid
+AUTO_METHOD: dict[Kind, Method] = {"ddim": "ddim", "flow": "flow_sde"}
+
+
+def resolve_method(method: str, kind: Kind) -> Method:
+    """The sampler that a configuration names; `auto` is the usual one of a kind of grid."""
+    return AUTO_METHOD[kind] if method == "auto" else method
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,11 @@ def matching(log_ratio: Tensor, advantage: Tensor, xi: float) -> Tensor:
     return xi * advantage.abs() - advantage * wide(log_ratio)
 
 
+def importance_weighted(log_ratio: Tensor, advantage: Tensor, xi: float = 0.0) -> Tensor:
+    """ppo without its clip,  -A rho,  (B,), (B,) -> (B,)."""
+    return -wide(advantage) * wide(log_ratio).exp()
+
+
 def ppo_clipped(log_ratio: Tensor, advantage: Tensor, xi: float) -> Tensor:
     """ppo's flat region,  A > 0 and rho > 1 + xi, or A < 0 and rho < 1 - xi,  (B,), (B,) -> (B,) bool."""
     rho = wide(log_ratio).exp()
@@ -96,12 +101,13 @@ class SurrogateLoss:
 
     loss: Callable[[Tensor, Tensor, float], Tensor]  # -> (B,)
     clipped: Callable[[Tensor, Tensor, float], Tensor]  # -> (B,) bool, where the loss is flat by design
+    unclipped: Callable[[Tensor, Tensor, float], Tensor]  # -> (B,), the loss where a KL mask replaces the clip
 
 
 OBJECTIVES: dict[str, SurrogateLoss] = {
-    "log_hinge": SurrogateLoss(log_hinge, log_hinge_clipped),
-    "ppo": SurrogateLoss(ppo, ppo_clipped),
-    "matching": SurrogateLoss(matching, never_clipped),
+    "log_hinge": SurrogateLoss(log_hinge, log_hinge_clipped, matching),
+    "ppo": SurrogateLoss(ppo, ppo_clipped, importance_weighted),
+    "matching": SurrogateLoss(matching, never_clipped, matching),
 }
 
 

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from comfyui_pcpo.method.surrogate import matching
 from comfyui_pcpo.method.transition import wide
 
 if TYPE_CHECKING:  # the configuration reads this module's names without loading torch
     from torch import Tensor
-
-
-def importance_weighted(log_ratio: Tensor, advantage: Tensor, xi: float = 0.0) -> Tensor:
-    """ppo without its clip,  -A rho,  (B,), (B,) -> (B,)."""
-    return -wide(advantage) * wide(log_ratio).exp()
-
-
-# each objective on the trajectory without its clip: (log-ratio, advantage, xi) -> (B,)
-UNCLIPPED: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "log_hinge": matching,
-    "ppo": importance_weighted,
-    "matching": matching,
-}
 
 
 def kl_mask(divergence: Tensor, log_ratio: Tensor, advantage: Tensor, bound: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from comfyui_pcpo.method.ddim_variance import SIGMAS, Sigma, smallest_target
 from comfyui_pcpo.method.rollout import Trajectory, derive_seed
-from comfyui_pcpo.method.samplers import AUTO_METHOD, METHODS, default_noise_level, transitions
+from comfyui_pcpo.method.samplers import METHODS, default_noise_level, resolve_method, transitions
 from comfyui_pcpo.method.schedule import Grid, Kind
 from comfyui_pcpo.method.transition import Transition, log_prob, mean
 
@@ -35,7 +35,7 @@ class StepChoice:
     trainer_end: bool = False  # return the last latent as clean, whatever noise its alpha_bar implies
 
     def resolve(self, kind: Kind) -> tuple[str, float]:
-        method = AUTO_METHOD[kind] if self.method == "auto" else self.method
+        method = resolve_method(self.method, kind)
         return method, default_noise_level(method) if self.noise_level < 0 else self.noise_level
 
     def transitions(self, grid: Grid) -> list[Transition]:

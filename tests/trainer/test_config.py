@@ -201,12 +201,12 @@ def test_words_that_an_embedded_model_never_learned_are_named(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a fox\na zebra\n")
     (sentence,) = unknown_words(build({"prompts": {"file": str(file)}}, "test"))
-    assert sentence.startswith("emoji-flow does not know zebra.")
+    assert sentence.startswith("emoji-flow was not trained on: zebra.")
     assert unknown_words(build({"prompts": {"file": str(tmp_path / "none.txt")}}, "test")) == []
     assert unknown_words(build({}, "test")) == []
     file.write_text("# nothing yet\n")
     assert unknown_words(build({"prompts": {"file": str(file)}}, "test")) == []  # what is missing is told elsewhere
     (sentence,) = unknown_words(build({"prompts": {"lines": ["a cat on a blue background", "two foxes"]}}, "test"))
-    assert sentence.startswith("emoji-flow does not know cat. It knows fox, panda")
+    assert sentence.startswith("emoji-flow was not trained on: cat. Known objects: fox, panda")
     assert unknown_words(build({"model": {"name": "sd"}, "prompts": {"lines": ["a cat"]}}, "test")) == []
     assert unknown_words(load(CONFIGS[0].with_name("tiny-flow.toml"))) == []

@@ -1,5 +1,6 @@
 """What a user sees of a run: a bar over each update's model calls, a line per update, how to continue after Ctrl-C."""
 
+import math
 import os
 import sys
 import time
@@ -107,7 +108,8 @@ def update_line(update: "Update") -> str:
     seconds = m["seconds_rollout"] + m["seconds_reward"] + m["seconds_update"]
     parts = [f"update {update.number:>4}", f"reward {m['reward_mean']:.4f} +- {m['reward_std']:.4f}"]
     parts += [f"{name} {value:.3f} (held out)" for name, value in m["held_out"].items()]
-    parts += [f"clip {100 * m['clip_fraction']:.0f} %", f"KL {m['kl']:.1e}", f"grad {m['grad_norm']:.1e}"]
+    kl = [f"KL {m['kl']:.1e}"] if math.isfinite(m["kl"]) else []  # measured in some updates only
+    parts += [f"clip {100 * m['clip_fraction']:.0f} %", *kl, f"grad {m['grad_norm']:.1e}"]
     if "guard" in m:
         parts.append(guard_summary(m["guard"]))
     return "  ".join([*parts, f"{seconds:.1f} s"])

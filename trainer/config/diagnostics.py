@@ -22,13 +22,24 @@ def without_effect(config: Config) -> list[str]:
         "rollout.batch_cfg": (not guided, "rollout.cfg is 1"),
         "rollout.method": (deterministic, f"{o.name} samples without noise"),
         "rollout.sigma": (deterministic, f"{o.name} samples without noise"),
-        "rollout.sde_window": (deterministic, f"{o.name} samples without noise"),
+        "rollout.sde_window": (deterministic or o.levels > 0, f"{o.name} samples without noise"),
         "advantage.spread": (a.kind == "window", "advantage.kind is window"),
         "advantage.window": (a.kind == "group", "advantage.kind is group"),
         "advantage.min_count": (a.kind == "group", "advantage.kind is group"),
         "objective.credit": (forward, f"objective.name is {o.name}"),
         "objective.form": (forward, f"objective.name is {o.name}"),
-        "objective.clip_range": (o.name == "nft", "objective.name is nft"),
+        "objective.clip_range": (o.name in ("nft", "matching"), f"objective.name is {o.name}"),
+        "objective.kl_mask": (forward, f"objective.name is {o.name}"),
+        "objective.loss_weight": (forward, f"objective.name is {o.name}"),
+        "objective.rescale_credit": (forward, f"objective.name is {o.name}"),
+        "objective.shared_noise": (not forward, f"objective.name is {o.name}"),
+        "objective.level_credit": (not forward, f"objective.name is {o.name}"),
+        "objective.likelihood": (o.name != "awm", f"objective.name is {o.name}"),
+        "objective.last_step": (o.skip_last is not None, "objective.skip_last is set"),
+        "objective.train_steps": (bool(r.branch or o.levels), "rollout.branch or objective.levels decides the steps"),
+        "objective.kl_every": (o.kl_weight > 0 or o.kl_images == 0, "objective.kl_weight or kl_images decides it"),
+        "rollout.branch_first": (not r.branch, "rollout.branch is 0"),
+        "rollout.shared_noise": (r.branch > 0, "the images of a branch always share their first noise"),
         "objective.nft_beta": (o.name != "nft", f"objective.name is {o.name}"),
         "objective.kl_images": (o.kl_weight > 0, "objective.kl_weight is above 0 and uses every image"),
         "optimizer.ema_every": (not config.optimizer.ema_decay, "optimizer.ema_decay is 0"),
@@ -52,5 +63,5 @@ def unknown_words(config: Config) -> list[str]:
         return []
     words = {word for line in config.prompts.collect() for word in re.findall(r"[a-z]+", line.lower())}
     unknown = sorted(words - set(VOCABULARY))
-    known = f"It knows {', '.join(OBJECTS)}."
-    return [f"{config.model.name} does not know {', '.join(unknown)}. {known}"] if unknown else []
+    known = f"Known objects: {', '.join(OBJECTS)}."
+    return [f"{config.model.name} was not trained on: {', '.join(unknown)}. {known}"] if unknown else []

@@ -73,6 +73,16 @@ class Config(Section):
                 f"rollout.branch {r.branch} cannot be combined with {other}: a branch decides which steps are "
                 "stochastic and trained. Set one of them to its default."
             )
+        if self.objective.levels and not forward:
+            raise ValueError(
+                f"objective.levels {self.objective.levels} belongs to awm and nft, and objective.name is "
+                f"{self.objective.name}. Use objective.train_steps or first_steps to train fewer steps."
+            )
+        if forward and r.decode == "predicted" and r.noise_level:
+            raise ValueError(
+                f"rollout.decode = predicted cannot be combined with objective.name = {self.objective.name} and a "
+                "noise_level: the scored image would not be the one that is trained on. Use decode = final."
+            )
         if not r.branch and r.branch_points > 1:
             raise ValueError(f"rollout.branch_points is {r.branch_points}, but needs rollout.branch of 1 or more.")
         if r.prompts_per_update % r.branch_points:

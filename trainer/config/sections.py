@@ -5,21 +5,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from comfyui_pcpo.method.credit import CREDITS
+from comfyui_pcpo.method.credit import CREDITS, LOSS_WEIGHTS
 from comfyui_pcpo.method.ddim_variance import Sigma
-from comfyui_pcpo.method.forward_process import FORWARD_OBJECTIVES
+from comfyui_pcpo.method.forward_process import FORWARD_OBJECTIVES, LIKELIHOODS
 from comfyui_pcpo.method.samplers import SAMPLERS
 from comfyui_pcpo.method.surrogate import FORMS, OBJECTIVES
 
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    MethodName = ObjectiveName = CreditName = FormName = str
+    MethodName = ObjectiveName = CreditName = FormName = LossWeightName = LikelihoodName = str
 else:  # the choices are the method's own tables, so an addition there needs no edit here
     MethodName = Literal[("auto", *SAMPLERS)]
     ObjectiveName = Literal[(*OBJECTIVES, *FORWARD_OBJECTIVES)]
     CreditName = Literal[tuple(CREDITS)]
     FormName = Literal[tuple(FORMS)]
+    LossWeightName = Literal[tuple(LOSS_WEIGHTS)]
+    LikelihoodName = Literal[tuple(LIKELIHOODS)]
 
 
 class Section(BaseModel):
@@ -255,8 +257,8 @@ class ObjectiveConfig(Section):
     kl_mask: float = Field(
         default=0.0,
         ge=0,
-        description="Instead of the clip, drop terms whose step has moved by more than this KL and would move on "
-        "(Flow-DPPO; 1e-5 is usual); 0 keeps the clip.",
+        description="Replaces the clip: drop terms whose KL to the old policy exceeds this and whose gradient would "
+        "increase it (Flow-DPPO; 1e-5 is usual); 0 keeps the clip.",
     )
     train_steps: float = Field(
         default=1.0, gt=0, le=1, description="Fraction of the denoising steps trained in each update."
@@ -268,16 +270,16 @@ class ObjectiveConfig(Section):
     skip_last: int | None = Field(
         default=None, ge=0, le=1000, description="Leave out the last k denoising steps; if unset, last_step decides."
     )
-    loss_weight: Literal["none", "tempflow"] = Field(
+    loss_weight: LossWeightName = Field(
         default="none", description="Factor on each step's loss, outside the clip; tempflow is TempFlow-GRPO's."
     )
     rescale_credit: bool = Field(
         default=True,
-        description="Keep the sum of the native weights whatever the credit; false keeps its published constant.",
+        description="Rescale the credit to the sum of the native weights; false keeps its published constant.",
     )
     shared_noise: bool = Field(
         default=False,
-        description="awm and nft: noise all images of a group alike, so that they are compared fairly.",
+        description="awm and nft: use the same noise for all images of a group.",
     )
     levels: int = Field(
         default=0,
@@ -287,9 +289,9 @@ class ObjectiveConfig(Section):
     )
     level_credit: Literal["uniform", "proportionate"] = Field(
         default="uniform",
-        description="awm and nft: weight of each noise level; proportionate is that of its step's time.",
+        description="awm and nft: weight of each noise level; proportionate weights a level by its step's time.",
     )
-    likelihood: Literal["uniform", "adaptive"] = Field(
+    likelihood: LikelihoodName = Field(
         default="uniform", description="awm: weight of a sample's likelihood; adaptive divides by its mean error."
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from comfyui_pcpo.method.guidance import ImplicitReward, irg
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed, rollout
-from comfyui_pcpo.method.samplers import AUTO_METHOD, transitions
+from comfyui_pcpo.method.samplers import resolve_method, transitions
 from comfyui_pcpo.method.schedule import Grid
 from comfyui_pcpo.method.transition import Transition
 
@@ -41,7 +41,7 @@ def sampling_policy(config: Config, loras: Sequence[LoraPairs], pipeline: Any = 
 
 def noisy(policy: DiffusersPolicy, grid: Grid, noise_level: float) -> list[Transition]:
     """The default sampler of the model's kind at this noise level."""
-    return transitions(grid, AUTO_METHOD[policy.kind], noise_level)
+    return transitions(grid, resolve_method("auto", policy.kind), noise_level)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class UpdateGuard(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What a run trains on and for."""
+    """Inputs of a run: configuration, prompts, rewards."""
 
     config: Config
     prompts: Sequence[str]
@@ -67,7 +67,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Samples:
-    """One update's images of this process, and how they came about."""
+    """One update's images of this process, and the trajectory behind them."""
 
     path: Trajectory
     images: Tensor  # (B, H, W, 3) in [0, 1]

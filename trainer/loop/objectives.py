@@ -28,7 +28,7 @@ from comfyui_pcpo.method.samplers import Method, default_noise_level
 from comfyui_pcpo.method.schedule import Grid
 from comfyui_pcpo.method.surrogate import FORMS, OBJECTIVES, kl
 from comfyui_pcpo.method.transition import Transition
-from comfyui_pcpo.method.trust_region import UNCLIPPED, kl_mask, kl_masked
+from comfyui_pcpo.method.trust_region import kl_mask, kl_masked
 
 from ..config.schema import AdvantageConfig, Config, ObjectiveConfig
 from .plan import Plan, StepRules
@@ -52,7 +52,7 @@ class Objective(StepRules, Protocol):
         ...
 
     def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> Trajectory:
-        """What the update replays; `noise` has draws of its own, independent of the rollout's.
+        """What the update replays; `noise` is independent of the rollout's.
 
         On the forward process `noises` of the result are the errors of `outs`.
         """
@@ -99,7 +99,7 @@ class OnTrajectory:
         if not o.kl_mask:
             return Terms(log_ratio, loss, surrogate.clipped(log_ratio.detach(), advantage, o.clip_range))
         dropped = kl_mask(kl(out.detach() - old, plan.transitions[i]), log_ratio, advantage, o.kl_mask)
-        return Terms(log_ratio, kl_masked(UNCLIPPED[o.name](log_ratio, advantage, o.clip_range), dropped), dropped)
+        return Terms(log_ratio, kl_masked(surrogate.unclipped(log_ratio, advantage, o.clip_range), dropped), dropped)
 
     def divergence(self, d_ref: Tensor, plan: Plan, i: int) -> Tensor:
         return kl(d_ref, plan.transitions[i])
@@ -127,7 +127,7 @@ class OnForwardProcess:
 
     @torch.no_grad()
     def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> Trajectory:
-        """Noise the final latents afresh at every trained step and predict them with the model as it is now."""
+        """Re-noise the final latents at every trained step and predict them with the current model."""
         x0, grid, levels = path.final, plan.grid, scales(plan.grid)
         latents, outs, errors = (torch.zeros(grid.steps, *x0.shape) for _ in range(3))
         for i in plan.trained:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from comfyui_pcpo.method.branching import Branch, BranchPlan, choose_branches
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed
-from comfyui_pcpo.method.samplers import AUTO_METHOD, Method, SamplerSettings, deterministic
+from comfyui_pcpo.method.samplers import Method, SamplerSettings, deterministic, resolve_method
 from comfyui_pcpo.method.schedule import Grid
 from comfyui_pcpo.method.trained_steps import Levels, StepSelection, choose_steps, stratified_levels
 from comfyui_pcpo.method.transition import Transition
@@ -126,7 +126,7 @@ def make_plan(policy: Policy, config: Config, rules: StepRules, prompts: Sequenc
 def sampler_settings(policy: Policy, config: Config, rules: StepRules) -> SamplerSettings:
     """The configured stochastic sampler; `auto` is the usual method of the model's kind."""
     r = config.rollout
-    method = AUTO_METHOD[policy.kind] if r.method == "auto" else r.method
+    method = resolve_method(r.method, policy.kind)
     level = rules.noise_level(method) if r.noise_level is None else r.noise_level
     return SamplerSettings(method, level, r.sigma, r.target_weight)
 

@@ -90,5 +90,5 @@ def check_failures(scores: dict[str, Tensor], config: Config, number: int) -> No
         if share > config.reward.max_failed or share == 1:
             raise RunError(
                 f"update {number}: {100 * share:.0f} % of the {name} scores failed (NaN or infinite), more than "
-                f"reward.max_failed = {config.reward.max_failed:g} allows. Look at the reward, then resume the run."
+                f"reward.max_failed = {config.reward.max_failed:g} allows. Fix the reward, then resume the run."
             )

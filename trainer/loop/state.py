@@ -39,6 +39,13 @@ class TrainingState:
             self.ema.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def load_moments(self, saved: dict[str, Any]) -> None:
+        """Restore the optimizer's moments; learning rate and weight decay stay those of the configuration."""
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved)
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+
     @contextmanager
     def sampling(self, policy: str) -> Iterator[None]:
         """Inside, the LoRA is the one that samples: the latest, or its EMA."""
@@ -50,7 +57,7 @@ class TrainingState:
         """Whatever ends the body early leaves LoRA, EMA, optimizer, window and count as they were before it."""
         parameters, done, kl_weight = self.policy.trainable(), self.done, self.kl_weight
         values = cloned([p.detach() for p in parameters])
-        optimizer, window = cloned(self.optimizer.state_dict()), copy.deepcopy(self.window.state_dict())
+        optimizer_state, window_state = cloned(self.optimizer.state_dict()), copy.deepcopy(self.window.state_dict())
         ema = None if self.ema is None else (self.ema.steps, cloned(self.ema.values))
         try:
             yield
@@ -59,8 +66,8 @@ class TrainingState:
                 for p, value in zip(parameters, values, strict=True):
                     p.copy_(value)
                     p.grad = None
-            self.optimizer.load_state_dict(optimizer)
-            self.window.load_state_dict(window)
+            self.optimizer.load_state_dict(optimizer_state)
+            self.window.load_state_dict(window_state)
             self.done, self.kl_weight = done, kl_weight
             if self.ema is not None and ema is not None:
                 self.ema.restart(*ema)

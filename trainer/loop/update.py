@@ -72,25 +72,34 @@ def count_pairs(batch: UpdateBatch, chunks: list[Tensor]) -> int:
 
 
 def step_terms(policy: Policy, batch: UpdateBatch, i: int, rows: Tensor) -> tuple[Terms, Tensor]:
-    """The objective's terms at step i, and the divergence from the reference of those images that it is needed of."""
+    """The objective's terms at step i, and the divergence from the reference for the images on which it is measured."""
     path, trains_kl = batch.path, batch.config.trains_kl
     unique, places = path.unique_rows(i, rows)  # images of a branch share their latent, and so one prediction
     out = batch.predict(path.latents[i, unique], path.timesteps[i], unique).float()[places.to(policy.device)]
     terms = batch.objective.terms(path, batch.plan, i, rows, out, batch.advantage[rows].to(out.device))
     terms = replace(terms, loss=terms.loss * float(batch.plan.loss_weights[i]))
-    watched = rows if trains_kl else rows[rows < watched_images(batch)]
+    watched = rows if trains_kl else rows[is_watched(batch, rows)]
     if len(watched) == 0:
         return terms, out.new_zeros(0)
     with torch.no_grad(), policy.reference():
         reference = batch.predict(path.latents[i, watched], path.timesteps[i], watched).float()
-    new = out[: len(watched)]  # rows rise, so the watched ones come first
+    new = out if trains_kl else out[is_watched(batch, rows).to(out.device)]
     return terms, batch.objective.divergence((new if trains_kl else new.detach()) - reference, batch.plan, i)
 
 
-def watched_images(batch: UpdateBatch) -> int:
-    """Images whose KL is measured although it is not trained: none in most updates, since it costs model calls."""
-    o = batch.config.objective
-    return o.kl_images if batch.plan.number % o.kl_every == 0 else 0
+def is_watched(batch: UpdateBatch, rows: Tensor) -> Tensor:
+    """Of which images the KL is measured although it is not trained, (b,) -> (b,) bool.
+
+    The first `kl_images` of the update, whichever process has them; with branches as many of every group, since groups
+    train different steps. None in most updates, since each costs model calls.
+    """
+    o, plan = batch.config.objective, batch.plan
+    if plan.number % o.kl_every:
+        return torch.zeros(len(rows), dtype=torch.bool)
+    group, image = torch.tensor(plan.groups)[rows // plan.group_size], rows % plan.group_size
+    if plan.branches is not None:
+        return image < -(-o.kl_images // len(plan.prompts))
+    return group * plan.group_size + image < o.kl_images
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from ..config.schema import ConfigError
 
 
 def bitsandbytes_for(purpose: str) -> Any:
-    """The package. Raises ConfigError that names the `purpose` where it is not installed."""
+    """The package. Raises ConfigError, with `purpose` in its message, if it is not installed."""
     try:
         import bitsandbytes as package  # pyright: ignore[reportMissingImports]
     except ImportError:

@@ -30,7 +30,7 @@ class Memory:
     offload: bool
 
     def phases(self) -> dict[str, int]:
-        """What each part of the work takes; with offload the others' weights are away."""
+        """What each part of the work takes; with offload, other weights are on the CPU."""
         resting = 0 if self.offload else self.text + self.vae
         core = self.denoiser + self.lora
         return {
@@ -54,7 +54,7 @@ class Memory:
             f"memory on the model's device: {_gib(phases[most])} GiB at most ({most}), rewards not counted ("
             + ", ".join(f"{_gib(size)} {name}" for name, size in phases.items()) + ")",
             "of which " + ", ".join(f"{_gib(size)} {name}" for name, size in parts.items())
-            + ("; text encoders and VAE wait in CPU memory" if self.offload else ""),
+            + ("; text encoders and VAE offloaded to the CPU" if self.offload else ""),
         ]  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def _update_bytes(policy: DiffusersPolicy, at_once: int) -> int:
     def compute() -> None:
         x = torch.zeros(at_once, *policy.latent_shape, device=policy.device)
         loss = policy.predict(x, time, condition).square().mean()
-        with torch.no_grad():  # the reference of the KL is asked between the two passes
+        with torch.no_grad():  # the KL reference runs between the two passes
             policy.predict(x, time, condition)
         torch.autograd.grad(loss, policy.trainable(), allow_unused=True)
 

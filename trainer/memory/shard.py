@@ -14,7 +14,7 @@ from ..loop.distributed import Processes
 
 
 def sharded(config: ModelConfig) -> bool:
-    """Whether there is anything to share out, and with whom."""
+    """Whether the weights are sharded."""
     return config.shard and Processes().many
 
 

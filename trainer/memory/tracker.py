@@ -50,14 +50,14 @@ class MemoryTracker(TorchDispatchMode):
 
 def peak_bytes(modules: list[nn.Module], compute: Callable[[], Any], pretend: bool = True) -> int:
     """The most bytes at a time that `compute` takes beyond the weights of `modules`; without `pretend` by doing it."""
-    ledger = MemoryTracker()
+    tracker = MemoryTracker()
     weights = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     fake = next((t.fake_mode for t in weights if isinstance(t, FakeTensor)), None)  # a model that is only shapes
     fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
     with fake if pretend else nullcontext() as mode:
         kept = [t if isinstance(t, FakeTensor) else mode.from_tensor(t) for t in weights] if mode else weights
         for tensor in kept:
-            ledger.ignore(tensor)
-        with ledger, torch.autograd.set_multithreading_enabled(False):
+            tracker.ignore(tensor)
+        with tracker, torch.autograd.set_multithreading_enabled(False):
             compute()
-    return ledger.peak
+    return tracker.peak

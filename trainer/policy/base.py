@@ -1,4 +1,4 @@
-"""What the loop needs of a model. Two implementations: diffusers_policy here, comfy_policy in the nodes."""
+"""What the loop needs of a model. Two implementations: diffusers_policy here, nodes/host/policy.py in the nodes."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

@@ -19,7 +19,7 @@ from ..memory.quantize import store
 from ..memory.shard import compile_blocks, shard, sharded
 from .base import LoraPairs
 from .device import pick_device
-from .families import Inputs, wire
+from .families import Inputs, make_adapter
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,7 +42,7 @@ class DiffusersPolicy:
 
     def __init__(self, pipeline: Any, config: Config, more: Collection[str] = ()):
         self.pipeline, self.config = pipeline, config
-        self.adapter = wire(pipeline, config.rollout)
+        self.adapter = make_adapter(pipeline, config.rollout)
         self.denoiser: Any = self.adapter.denoiser
         self.family: Family = self.adapter.layout
         self.kind: Kind = self.adapter.kind

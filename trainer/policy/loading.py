@@ -20,7 +20,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def load_pipeline(name: str, base: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
-    """A diffusers pipeline on the CPU; `base` is model.config. Raises ConfigError for what is not there.
+    """A diffusers pipeline on the CPU; `base` is model.config. Raises ConfigError for a missing file or model.
 
     `dtype` saves the computer's memory: denoiser and text encoders are read in it, the embedded models and the VAE in
     float32, SD and SDXL checkpoints too.

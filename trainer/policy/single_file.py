@@ -94,7 +94,7 @@ def read_keys(path: Path) -> set[str]:
         with safe_open(path, "pt") as file:
             return set(file.keys())
     except SafetensorError as error:
-        raise ConfigError(f"{path} is not a whole safetensors file ({error}). Copy or download it again.") from None
+        raise ConfigError(f"{path} is not an intact safetensors file ({error}). Copy or download it again.") from None
 
 
 def checkpoint_kind(keys: set[str], path: Path) -> CheckpointKind:

@@ -35,9 +35,13 @@ class NotSaved(ConfigError):
     """A checkpoint that could not be written."""
 
 
+class NoEma(ConfigError):
+    """A checkpoint of a run without an EMA, for one that keeps an EMA."""
+
+
 @contextmanager
 def writing(file: Path, run: Path) -> Iterator[None]:
-    """A full disk, or a folder that is read-only, is named with the file and the way on. Raises ConfigError."""
+    """Turn an OSError into a ConfigError that names the file and the fix."""
     try:
         yield
     except OSError as error:
@@ -66,8 +70,8 @@ class RunFolder:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise ConfigError(
-                f"1 other process is writing to {self.path}, and a run has one writer. "
-                "Wait for it, or give this run another name with --run.name."
+                f"{self.path} is in use by another process. Wait for it to finish, or give this run another name with "
+                "--run.name."
             ) from None
         try:
             yield
@@ -76,13 +80,17 @@ class RunFolder:
 
     def start(self, config: Config) -> None:
         """Write the resolved configuration into an empty folder."""
+        self.require_new()
+        with writing(self.config_file, self.path):
+            self.config_file.write_text(dump(config), encoding="utf-8")
+
+    def require_new(self) -> None:
+        """Raise ConfigError if the folder holds a run."""
         if self.metrics_file.exists() or self.checkpoints.exists():
             raise ConfigError(
                 f"{self.path} already holds a run. Continue it with `{program_name()} resume {self.path}`, "
                 "or give this one another name with --run.name."
             )
-        with writing(self.config_file, self.path):
-            self.config_file.write_text(dump(config), encoding="utf-8")
 
     def config(self) -> Config:
         if not self.config_file.is_file():
@@ -119,7 +127,7 @@ class RunFolder:
                 (self.checkpoints / f"{number:06d}").rename(aside)
 
     def rewrite_config(self, config: Config) -> None:
-        """What a resumed run was given anew holds for the next resume too."""
+        """Store changed options, so that the next resume uses them."""
         _replace_text(self.config_file, dump(config))
 
     def record(self, update: Update) -> None:
@@ -201,7 +209,7 @@ class RunFolder:
         """Folder of the latest, best (highest mean reward), kept (by the guard) or numbered checkpoint."""
         numbers = self.numbers()
         if not numbers:
-            raise ConfigError(f"{self.path} has 0 checkpoints. Train it first, or start again.")
+            raise ConfigError(f"{self.path} has no checkpoints yet. Resume it to continue training.")
         if which == "latest":
             number = numbers[-1]
         elif which == "best":
@@ -236,16 +244,22 @@ class RunFolder:
         folder = self.checkpoint(which)
         try:
             rest = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if state.ema is not None and "average_steps" not in rest:
+                raise NoEma(
+                    f"checkpoint {folder} has no EMA, because optimizer.ema_decay was 0. Set it to 0 to resume, or start "
+                    "a new run from this one's LoRA with lora.start."
+                )
             if state.ema is not None:
                 state.policy.load_lora(load_pairs(folder / "average.safetensors"))
                 state.ema.restart(rest["average_steps"])
             state.policy.load_lora(load_pairs(folder / "lora.safetensors"))
-            moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            state.optimizer.load_state_dict(moments)
+            state.load_moments(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
             state.window.load_state_dict(rest["window"])
             state.done = rest["update"]
             if state.kl_weight is not None:
                 state.kl_weight = rest.get("kl_weight", state.kl_weight)  # missing where the budget is new
+        except NoEma:
+            raise
         except Exception as error:
             older = [n for n in self.numbers() if n < int(folder.name)]
             way = f"Use --checkpoint {older[-1]}" if older else "Start the run again under another name"

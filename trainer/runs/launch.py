@@ -123,7 +123,9 @@ def begin(folder: RunFolder, state: TrainingState, config: Config, checkpoint: s
 
 def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> Run:
     """A new run; everything is loaded and checked before its folder is made."""
-    return _assemble(RunFolder(config.run.folder / config.run.name), config, tick, None)
+    folder = RunFolder(config.run.folder / config.run.name)
+    folder.require_new()
+    return _assemble(folder, config, tick, None)
 
 
 def resume_run(
@@ -134,7 +136,7 @@ def resume_run(
     config = folder.config()
     if updates is not None:
         config = config.model_copy(update={"run": config.run.model_copy(update={"updates": updates})})
-    done = int(folder.checkpoint(checkpoint).name) if folder.numbers() else 0
+    done = int(folder.checkpoint(checkpoint).name) if folder.numbers() or checkpoint != "latest" else 0
     if done >= config.run.updates:
         raise ConfigError(
             f"{path} is finished: {done} of {config.run.updates} updates are done. Give --updates with a larger number."

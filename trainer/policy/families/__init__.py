@@ -19,12 +19,12 @@ FAMILIES: dict[str, type[PipelineAdapter]] = {
 }
 
 
-def wire(pipeline: Any, rollout: RolloutConfig) -> PipelineAdapter:
-    """The wiring of a pipeline. Raises ConfigError for a kind that has no entry."""
+def make_adapter(pipeline: Any, rollout: RolloutConfig) -> PipelineAdapter:
+    """The adapter of a pipeline. Raises ConfigError for a kind that has no entry."""
     name = type(pipeline).__name__
     if name not in FAMILIES:
         raise ConfigError(f"{name} is not a supported pipeline. Supported are {', '.join(FAMILIES)}.")
     return FAMILIES[name](pipeline, rollout)
 
 
-__all__ = ["FAMILIES", "Inputs", "PipelineAdapter", "denoiser_of", "wire"]
+__all__ = ["FAMILIES", "Inputs", "PipelineAdapter", "denoiser_of", "make_adapter"]

@@ -1,4 +1,4 @@
-"""SDXL: the UNet with a second text encoder, and told the size of the image."""
+"""SDXL: the UNet with a second text encoder, with size conditioning."""
 
 from collections.abc import Sequence
 
