@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from comfyui_pcpo.method.surrogate import OBJECTIVES, kl, log_ratio
+from comfyui_pcpo.method.surrogate import OBJECTIVES, importance_weighted, kl, log_ratio
 from comfyui_pcpo.method.transition import Transition
 from comfyui_pcpo.method.trust_region import kl_mask, kl_masked
 

@@ -219,7 +219,7 @@ def test_checkpoints_are_found_by_number_latest_and_best(make_config, tmp_path):
     assert int(folder.checkpoint("best").name) == best
     with pytest.raises(ConfigError, match=r"checkpoint 7 is not in .* There are 1, 2"):
         folder.checkpoint("7")
-    with pytest.raises(ConfigError, match="has 0 checkpoints"):
+    with pytest.raises(ConfigError, match="has no checkpoints"):
         RunFolder(tmp_path / "empty").checkpoint()
 
 

@@ -246,8 +246,8 @@ class RunFolder:
             rest = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if state.ema is not None and "average_steps" not in rest:
                 raise NoEma(
-                    f"checkpoint {folder} has no EMA, because optimizer.ema_decay was 0. Set it to 0 to resume, or start "
-                    "a new run from this one's LoRA with lora.start."
+                    f"checkpoint {folder} has no EMA, because optimizer.ema_decay was 0. Set it to 0 to resume, or "
+                    "start a new run from this one's LoRA with lora.start."
                 )
             if state.ema is not None:
                 state.policy.load_lora(load_pairs(folder / "average.safetensors"))
