@@ -87,7 +87,7 @@ def test_the_patched_model_equals_the_merged_one(family, layout, strength):
     core = denoiser(family)
     pairs = random_lora(core)
     if family in UNETS and layout == "diffusers":
-        pytest.skip("the host reads few of diffusers' names for UNets, so ours for it are kohya's")
+        pytest.skip("ComfyUI reads few of diffusers' names for UNets; the kohya layout is used instead")
     state = export_state(pairs, 2.0, 2, layout, detect_family(core.state_dict()))
     model = load(family, core)
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
