@@ -188,7 +188,7 @@ class RewardConfig(Section):
         default={"alignment": 1.0},
         description="Training rewards and their weights, or a single name; module:Class is a custom reward.",
     )
-    standardise: bool = Field(default=True, description="Standardise each reward within its group before summing.")
+    standardise: bool = Field(default=True, description="Standardise several rewards over the population of the advantage before summing them.")
     held_out: Names = Field(default=(), description="Rewards that are logged but not trained on: a name or a list.")
     max_failed: float = Field(
         default=0.5, ge=0, le=1, description="Stop when more than this fraction of an update's scores failed."
