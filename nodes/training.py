@@ -5,8 +5,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from comfyui_pcpo.method.credit import CREDITS
-from comfyui_pcpo.method.forward_process import FORWARD_OBJECTIVES
-from comfyui_pcpo.method.surrogate import OBJECTIVES
+from comfyui_pcpo.method.forward_process import ALL_OBJECTIVES
 from comfyui_pcpo.plotting.run_curves import curves
 
 from ..trainer.config.loading import build
@@ -172,7 +171,7 @@ def advanced_inputs() -> list[io.Input]:
         method_input(**ADVANCED),
         noise_level_input("the method's published value, or 0 for the objectives awm and nft", **ADVANCED),
         io.Combo.Input(
-            "objective", options=[*OBJECTIVES, *FORWARD_OBJECTIVES], default="log_hinge",
+            "objective", options=list(ALL_OBJECTIVES), default="log_hinge",
             tooltip=tooltip(ObjectiveConfig, "name"), **ADVANCED,
         ),
         io.Float.Input(

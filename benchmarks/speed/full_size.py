@@ -21,6 +21,7 @@ from trainer.loop.plan import make_plan
 from trainer.loop.state import make_training_state
 from trainer.memory.estimate import memory
 from trainer.policy.diffusers_policy import DiffusersPolicy
+from trainer.runs.folder import finite
 from trainer.runs.rewards import load_rewards
 
 from ..report.markdown import markdown_table
@@ -91,7 +92,7 @@ def measure_model(name: str, device: str, tiny: bool = False) -> dict[str, Any]:
 
 
 def without_seconds(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in metrics.items() if "seconds" not in key}
+    return finite({key: value for key, value in metrics.items() if "seconds" not in key})  # NaN differs from itself
 
 
 def timed_run(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from comfyui_pcpo.method.surrogate import never_clipped, ppo, ppo_clipped
+from comfyui_pcpo.method.surrogate import OBJECTIVES, SurrogateLoss, never_clipped, ppo, ppo_clipped
 from comfyui_pcpo.method.transition import wide
 
 if TYPE_CHECKING:  # the configuration reads this module's names without loading torch
@@ -117,13 +117,26 @@ class ForwardLoss:
 
     loss: Callable[[Tensor, Tensor, Tensor, float, ForwardSettings], Tensor]  # (d, error, advantage, k, settings)
     clipped: Callable[[Tensor, Tensor, float], Tensor]  # (log-ratio, advantage, xi) -> (B,) bool
+    ignores: frozenset[str] = frozenset()  # settings of the objective without effect on it
+    replays_steps: bool = False  # trains finished samples at fresh noise
 
+
+# settings that only objectives on the trajectory read
+TRAJECTORY_ONLY = frozenset(("credit", "form", "kl_mask", "loss_weight", "rescale_credit"))
 
 FORWARD_OBJECTIVES: dict[str, ForwardLoss] = {
-    "awm": ForwardLoss(lambda d, error, a, k, s: ppo(LIKELIHOODS[s.likelihood](d, error), a, s.xi), ppo_clipped),
-    "nft": ForwardLoss(lambda d, error, a, k, s: nft(d, error, a, k, s.bound, s.beta), never_clipped),
+    "awm": ForwardLoss(
+        lambda d, error, a, k, s: ppo(LIKELIHOODS[s.likelihood](d, error), a, s.xi),
+        ppo_clipped,
+        TRAJECTORY_ONLY | {"nft_beta"},
+    ),
+    "nft": ForwardLoss(
+        lambda d, error, a, k, s: nft(d, error, a, k, s.bound, s.beta),
+        never_clipped,
+        TRAJECTORY_ONLY | {"clip_range", "likelihood"},
+    ),
 }
-FORWARD: tuple[str, ...] = tuple(FORWARD_OBJECTIVES)
+ALL_OBJECTIVES: dict[str, SurrogateLoss | ForwardLoss] = {**OBJECTIVES, **FORWARD_OBJECTIVES}
 
 
 def _normalised(x: Tensor) -> Tensor:

@@ -95,19 +95,25 @@ def never_clipped(log_ratio: Tensor, advantage: Tensor, xi: float) -> Tensor:
     return log_ratio.new_zeros(len(log_ratio)).bool()
 
 
+# settings that only objectives on the forward process read
+FORWARD_ONLY = frozenset(("nft_beta", "shared_noise", "level_credit", "likelihood"))
+
+
 @dataclass(frozen=True)
 class SurrogateLoss:
     """An objective on the trajectory; both functions are of (log-ratio (B,), advantage (B,), xi)."""
 
     loss: Callable[[Tensor, Tensor, float], Tensor]  # -> (B,)
     clipped: Callable[[Tensor, Tensor, float], Tensor]  # -> (B,) bool, where the loss is flat by design
-    unclipped: Callable[[Tensor, Tensor, float], Tensor]  # -> (B,), the loss where a KL mask replaces the clip
+    unclipped: Callable[[Tensor, Tensor, float], Tensor] = importance_weighted  # where a KL mask replaces the clip
+    ignores: frozenset[str] = FORWARD_ONLY  # settings of the objective without effect on it
+    replays_steps: bool = True  # trains the denoising steps as they were sampled, which need noise
 
 
 OBJECTIVES: dict[str, SurrogateLoss] = {
     "log_hinge": SurrogateLoss(log_hinge, log_hinge_clipped, matching),
     "ppo": SurrogateLoss(ppo, ppo_clipped, importance_weighted),
-    "matching": SurrogateLoss(matching, never_clipped, matching),
+    "matching": SurrogateLoss(matching, never_clipped, matching, FORWARD_ONLY | {"clip_range"}),
 }
 
 

@@ -138,7 +138,7 @@ def test_a_checkpoint_is_told_by_its_keys(key, kind, tmp_path):
     [
         ("lora_unet_a.lora_up.weight", "is a LoRA, not a model. Give it as lora.start"),
         ("model.diffusion_model.input_blocks.0.0.bias", "is a UNet without text encoders"),
-        ("blocks.0.weight", "holds 1 tensors, but none that tells"),
+        ("blocks.0.weight", "holds 1 tensors, but none that identifies"),
         ("cond_stage_model.model.ln_final.bias", "SD2 checkpoint, which does not say .* Set model.config"),
     ],
 )
@@ -161,7 +161,7 @@ def test_a_quantised_file_is_refused(tmp_path):
 def test_broken_and_missing_and_pickled_files_are_refused(tmp_path):
     broken = tmp_path / "model.safetensors"
     broken.write_bytes(b"not a model")
-    with pytest.raises(ConfigError, match="not a whole safetensors file"):
+    with pytest.raises(ConfigError, match="not an intact safetensors file"):
         load_pipeline(str(broken))
     with pytest.raises(ConfigError, match="does not exist"):
         load_pipeline(str(tmp_path / "other.safetensors"))

@@ -115,7 +115,7 @@ def test_check_shows_the_phases_and_their_peak(make_config, tmp_path, capsys):
     file = tmp_path / "run.toml"
     file.write_text(dump(make_config()))
     assert main(["check", str(file)]) == 0
-    assert "GiB at most, in the " in capsys.readouterr().out
+    assert "GiB at most (" in capsys.readouterr().out
     assert main(["check", str(file), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["budget"]["memory"]
     assert found["denoiser"] > 0 and found["update"] > 0 and found["text"] > 0 and found["decode"] > 0

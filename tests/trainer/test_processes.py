@@ -21,7 +21,8 @@ WORKER = """
 import os, sys, torch
 from pathlib import Path
 from trainer.config.loading import load
-from trainer.cli.main import Bar, main
+from trainer.cli.main import main
+from trainer.cli.progress import Bar
 torch.set_num_threads(1)
 calls, after = [], int(sys.argv[2])
 tick = Bar.tick
@@ -179,4 +180,4 @@ def test_prompts_that_do_not_split_over_the_processes_are_refused(make_config, s
     file.write_text(file.read_text().replace("prompts_per_update = 2", "prompts_per_update = 3"))
     for status, _, errors in launch(script, file):
         assert status == 2
-        assert "prompts_per_update 3 does not split over 2 processes. Use a multiple of 2." in errors
+        assert "prompts_per_update 3 cannot be divided among 2 processes. Use a multiple of 2." in errors

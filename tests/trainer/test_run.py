@@ -166,7 +166,7 @@ def test_a_second_process_on_the_same_folder_is_refused(make_config):
     config = make_config(run={"updates": 2})
     _, first = start_run(config)
     next(first)
-    with pytest.raises(ConfigError, match=r"other process is writing"):
+    with pytest.raises(ConfigError, match=r"is in use by another process"):
         train(config)
     first.close()  # type: ignore[attr-defined]
     assert RunFolder(config.run.folder / "run").numbers() == [1]

@@ -2,7 +2,7 @@
 
 import re
 
-from comfyui_pcpo.method.forward_process import FORWARD
+from comfyui_pcpo.method.forward_process import ALL_OBJECTIVES
 
 from .schema import Config
 
@@ -13,8 +13,8 @@ GUARD_MEASURES = ("prompts", "images", "tolerance", "patience", "action")
 def without_effect(config: Config) -> list[str]:
     """One sentence for every changed setting that other settings disable, as far as the configuration alone shows."""
     defaults, r, a, o, g = Config(), config.rollout, config.advantage, config.objective, config.guard
-    forward, guided = o.name in FORWARD, r.cfg != 1
-    deterministic = forward and not r.noise_level
+    objective, guided = ALL_OBJECTIVES[o.name], r.cfg != 1
+    deterministic = not objective.replays_steps and not r.noise_level
     idle = {
         "model.config": (not config.model.name.endswith(".safetensors"), "model.name is not a .safetensors file"),
         "prompts.negative": (not guided, "rollout.cfg is 1"),
@@ -26,21 +26,12 @@ def without_effect(config: Config) -> list[str]:
         "advantage.spread": (a.kind == "window", "advantage.kind is window"),
         "advantage.window": (a.kind == "group", "advantage.kind is group"),
         "advantage.min_count": (a.kind == "group", "advantage.kind is group"),
-        "objective.credit": (forward, f"objective.name is {o.name}"),
-        "objective.form": (forward, f"objective.name is {o.name}"),
-        "objective.clip_range": (o.name in ("nft", "matching"), f"objective.name is {o.name}"),
-        "objective.kl_mask": (forward, f"objective.name is {o.name}"),
-        "objective.loss_weight": (forward, f"objective.name is {o.name}"),
-        "objective.rescale_credit": (forward, f"objective.name is {o.name}"),
-        "objective.shared_noise": (not forward, f"objective.name is {o.name}"),
-        "objective.level_credit": (not forward, f"objective.name is {o.name}"),
-        "objective.likelihood": (o.name != "awm", f"objective.name is {o.name}"),
+        **{f"objective.{key}": (True, f"objective.name is {o.name}") for key in objective.ignores},
         "objective.last_step": (o.skip_last is not None, "objective.skip_last is set"),
         "objective.train_steps": (bool(r.branch or o.levels), "rollout.branch or objective.levels decides the steps"),
         "objective.kl_every": (o.kl_weight > 0 or o.kl_images == 0, "objective.kl_weight or kl_images decides it"),
         "rollout.branch_first": (not r.branch, "rollout.branch is 0"),
         "rollout.shared_noise": (r.branch > 0, "the images of a branch always share their first noise"),
-        "objective.nft_beta": (o.name != "nft", f"objective.name is {o.name}"),
         "objective.kl_images": (o.kl_weight > 0, "objective.kl_weight is above 0 and uses every image"),
         "optimizer.ema_every": (not config.optimizer.ema_decay, "optimizer.ema_decay is 0"),
         **{f"guard.{key}": (not g.every, "guard.every is 0") for key in GUARD_MEASURES},

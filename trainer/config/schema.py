@@ -2,7 +2,7 @@
 
 from pydantic import model_validator
 
-from comfyui_pcpo.method.forward_process import FORWARD_OBJECTIVES
+from comfyui_pcpo.method.forward_process import ALL_OBJECTIVES
 
 from .errors import ConfigError
 from .guard_section import GuardConfig
@@ -66,7 +66,7 @@ class Config(Section):
         return self
 
     def _check_branch(self) -> None:
-        r, forward = self.rollout, self.objective.name in FORWARD_OBJECTIVES
+        r, forward = self.rollout, not ALL_OBJECTIVES[self.objective.name].replays_steps
         if r.branch and (forward or r.sde_window):
             other = f"objective.name = {self.objective.name}" if forward else f"rollout.sde_window = {r.sde_window}"
             raise ValueError(

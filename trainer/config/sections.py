@@ -7,9 +7,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from comfyui_pcpo.method.credit import CREDITS, LOSS_WEIGHTS
 from comfyui_pcpo.method.ddim_variance import Sigma
-from comfyui_pcpo.method.forward_process import FORWARD_OBJECTIVES, LIKELIHOODS
+from comfyui_pcpo.method.forward_process import ALL_OBJECTIVES, LIKELIHOODS
 from comfyui_pcpo.method.samplers import SAMPLERS
-from comfyui_pcpo.method.surrogate import FORMS, OBJECTIVES
+from comfyui_pcpo.method.surrogate import FORMS
 
 from .errors import ConfigError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     MethodName = ObjectiveName = CreditName = FormName = LossWeightName = LikelihoodName = str
 else:  # the choices are the method's own tables, so an addition there needs no edit here
     MethodName = Literal[("auto", *SAMPLERS)]
-    ObjectiveName = Literal[(*OBJECTIVES, *FORWARD_OBJECTIVES)]
+    ObjectiveName = Literal[tuple(ALL_OBJECTIVES)]
     CreditName = Literal[tuple(CREDITS)]
     FormName = Literal[tuple(FORMS)]
     LossWeightName = Literal[tuple(LOSS_WEIGHTS)]
@@ -188,7 +188,10 @@ class RewardConfig(Section):
         default={"alignment": 1.0},
         description="Training rewards and their weights, or a single name; module:Class is a custom reward.",
     )
-    standardise: bool = Field(default=True, description="Standardise several rewards over the population of the advantage before summing them.")
+    standardise: bool = Field(
+        default=True,
+        description="Standardise several rewards over the population of the advantage before summing them.",
+    )
     held_out: Names = Field(default=(), description="Rewards that are logged but not trained on: a name or a list.")
     max_failed: float = Field(
         default=0.5, ge=0, le=1, description="Stop when more than this fraction of an update's scores failed."

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from comfyui_pcpo.method.credit import level_weights, loss_weights, target_weights
 from comfyui_pcpo.method.forward_process import (
-    FORWARD,
+    ALL_OBJECTIVES,
     FORWARD_OBJECTIVES,
     LIKELIHOODS,
     ForwardSettings,
@@ -156,6 +156,6 @@ class OnForwardProcess:
 
 def make_objective(config: Config) -> Objective:
     """The configured objective."""
-    if config.objective.name in FORWARD:
-        return OnForwardProcess(config.objective, config.advantage)
-    return OnTrajectory(config.objective)
+    if ALL_OBJECTIVES[config.objective.name].replays_steps:
+        return OnTrajectory(config.objective)
+    return OnForwardProcess(config.objective, config.advantage)

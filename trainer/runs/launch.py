@@ -124,7 +124,9 @@ def begin(folder: RunFolder, state: TrainingState, config: Config, checkpoint: s
 def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> Run:
     """A new run; everything is loaded and checked before its folder is made."""
     folder = RunFolder(config.run.folder / config.run.name)
-    folder.require_new()
+    if folder.path.exists():
+        with folder.locked():  # names another process that is writing it
+            folder.require_new()
     return _assemble(folder, config, tick, None)
 
 
