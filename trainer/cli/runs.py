@@ -52,12 +52,14 @@ def follow(run: "Run", bar: Bar, quiet: bool = False) -> None:
     import matplotlib.figure  # noqa: F401
 
     from ..loop.align import align
+    from ..loop.distributed import leave
 
     with outcome(run.folder, bar, quiet), run:
         bar.begin(run.state.done, run.config.run.updates)
         for update in align(run.state, run.job):
             run.keep(update)
             bar.show(update, run.folder)
+    leave()
 
 
 def resume_command(run: Path, /, *, checkpoint: str = "latest", updates: int | None = None) -> None:

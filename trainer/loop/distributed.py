@@ -19,6 +19,12 @@ def join() -> None:
     PartialState(cpu=not gpu, backend="cpu:gloo,cuda:nccl" if gpu else "gloo")  # scores are gathered on the CPU
 
 
+def leave() -> None:
+    """Part from the other processes after a run that ended well: threads still waiting abort the interpreter's exit."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class Processes:
     """Rank and size of torch.distributed if it is initialised (by `accelerate launch`), else one process."""
 
