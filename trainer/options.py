@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from comfyui_pcpo.forward_process import FORWARD
-from comfyui_pcpo.tiny.captions import OBJECTS, VOCABULARY
+from comfyui_pcpo.tiny.captions import OBJECTS, SHAPES, VOCABULARY
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
 from .config import Config, ConfigError, Section
@@ -181,7 +181,7 @@ def unknown_words(config: Config) -> list[str]:
         return []
     words = {word for line in config.prompts.found() for word in re.findall(r"[a-z]+", line.lower())}
     strange = sorted(words - set(VOCABULARY))
-    known = f"It knows {', '.join(OBJECTS)}."
+    known = f"It knows {', '.join((*OBJECTS, *SHAPES))}."
     return [f"{config.model.name} does not know {', '.join(strange)}. {known}"] if strange else []
 
 
