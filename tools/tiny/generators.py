@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
-from comfyui_pcpo.tiny.make.codec import CHANNELS
-from comfyui_pcpo.tiny.make.text import WIDTH
+from tools.tiny.codec import CHANNELS
+from tools.tiny.text import WIDTH
 
-LATENT = 8
+LATENT = 16  # of 128x128 images
 SD15 = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -30,6 +30,7 @@ def make_flow() -> SD3Transformer2DModel:
         caption_projection_dim=64 * depth,
         pooled_projection_dim=2 * WIDTH,
         pos_embed_max_size=LATENT,
+        qk_norm="rms_norm",
     )
 
 
@@ -70,7 +71,7 @@ def flow_loss(text: CLIPTextModelWithProjection) -> Callable[[SD3Transformer2DMo
 
 
 def eps_loss(text: CLIPTextModelWithProjection) -> Callable[[UNet2DConditionModel, Tensor, Tensor], Tensor]:
-    """Noise prediction on SD1.5's schedule; the error counts as that of the picture (1 / alpha_bar, at most 16).
+    """Noise prediction on SD1.5's schedule; the error counts as that of the image (1 / alpha_bar, at most 16).
 
     Unweighted, the noisiest steps, which decide the background's colour, would hardly count.
     """

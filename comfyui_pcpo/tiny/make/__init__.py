@@ -1,1 +1,0 @@
-"""How the embedded models were made: `python -m comfyui_pcpo.tiny.make --help`."""
