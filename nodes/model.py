@@ -14,7 +14,7 @@ class LoadTinyModel(io.ComfyNode):
             node_id="PCPOLoadTinyModel",
             display_name="Load Tiny Model",
             category="PCPO",
-            description="A complete text-to-image model of 64 pixel emoji, in this pack, to try everything on.",
+            description="A complete text-to-image model of 128 pixel emoji, in this pack, to try everything on.",
             search_aliases=["emoji", "demo model", "embedded model", "test model"],
             inputs=[
                 io.Combo.Input(
@@ -23,7 +23,7 @@ class LoadTinyModel(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The denoiser. It paints 64 x 64 pixels."),
+                io.Model.Output(display_name="model", tooltip="The denoiser. It generates 128 x 128 pixels."),
                 io.Clip.Output(display_name="clip", tooltip="Its text encoder; prompts are like: a red fox."),
                 io.Vae.Output(display_name="vae", tooltip="Its autoencoder."),
             ],

@@ -1,5 +1,6 @@
 """The embedded models as ComfyUI's own classes: an MMDiT or a UNet, a CLIP and a TAESD-type autoencoder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ from comfyui_pcpo.tiny import pipelines
 NAMES = pipelines.EMBEDDED
 MODELS = pipelines.MODELS
 SHARED = MODELS / "shared"
-TEXT = {"bos": 216, "eos": 217, "length": 16, "width": 128, "vocabulary": 218}
+CLIP: dict[str, Any] = json.loads((SHARED / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+TEXT = {
+    "bos": CLIP["bos_token_id"], "eos": CLIP["eos_token_id"], "length": CLIP["max_position_embeddings"],
+    "width": CLIP["hidden_size"], "vocabulary": CLIP["vocab_size"],
+}  # fmt: skip
 # diffusers' layer of each of TAESD's; the layers that are missing here do nothing
 ENCODER = {0: 0, 1: 1, 2: 2, 3: 3, 4: 6, 5: 7, 6: 10, 7: 11, 8: 14}
 DECODER = {0: 1, 2: 3, 3: 4, 4: 5, 6: 7, 7: 8, 8: 9, 10: 12, 11: 13, 13: 17, 14: 18, 15: 19}
@@ -50,7 +55,7 @@ class EmojiEps(comfy.supported_models_base.BASE):
 
 
 EPS_CONFIG: dict[str, Any] = {
-    "image_size": 8,
+    "image_size": 16,
     "in_channels": 16,
     "out_channels": 16,
     "model_channels": 64,

@@ -178,7 +178,7 @@ class Compare(io.ComfyNode):
                 ),
                 RewardType.Input("reward", optional=True, tooltip="Scores both sides."),
                 io.Latent.Input(
-                    "latent_image", optional=True, tooltip="Size; 64 px (tiny models) or 512 if left out."
+                    "latent_image", optional=True, tooltip="Size; 128 px (tiny models) or 512 if left out."
                 ),
             ],
             outputs=[
@@ -206,8 +206,8 @@ class Compare(io.ComfyNode):
 
 
 def empty_latent(model) -> dict:
-    """A square latent: 64 pixels for the embedded models, else 512."""
-    size = 8 if "pcpo_model" in model.attachments else 64
+    """A square latent: 128 pixels for the embedded models, else 512."""
+    size = 16 if "pcpo_model" in model.attachments else 64
     return {"samples": torch.zeros(1, model.model.latent_format.latent_channels, size, size)}
 
 
