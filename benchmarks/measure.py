@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -14,11 +13,9 @@ from comfyui_pcpo.distance import diversity, frechet
 from comfyui_pcpo.reward import load_reward
 from comfyui_pcpo.rollout import GroupNoise, derive_seed, rollout
 from comfyui_pcpo.tiny.align import load_image_encoder
-from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, PATTERNS, Scene, parse
-from comfyui_pcpo.tiny.make.card import features
-from comfyui_pcpo.tiny.make.draw import draw, glyphs
 from comfyui_pcpo.tiny.pipelines import MODELS
 from comfyui_pcpo.transition import deterministic
+from tools.tiny import measure as tiny
 from trainer.policy import Policy
 
 from .contenders import PROMPTS, REWARDS, Form
@@ -42,16 +39,8 @@ def pictures(policy: Policy, each: int, seed: int, steps: int, prompts: tuple[st
 
 
 def drawn(each: int, seed: int) -> Tensor:
-    """Drawn pictures of the prompts with every background equally likely, -> (P * each, H, W, 3)."""
-    rng, tiles, found = np.random.default_rng(seed), glyphs(), []
-    for prompt in PROMPTS:
-        scene = parse(prompt)
-        assert scene is not None
-        for _ in range(each):
-            color, pattern = list(COLORS)[rng.integers(len(COLORS))], PATTERNS[rng.integers(len(PATTERNS))]
-            full = Scene(scene.objects, 1, ("small", "big")[rng.integers(2)], color, pattern)
-            found.append(np.asarray(draw(full, tiles, rng), np.float32) / 255)
-    return torch.from_numpy(np.stack(found))
+    """Drawn images of the prompts with every background equally likely, -> (P * each, H, W, 3)."""
+    return tiny.drawn([prompt for prompt in PROMPTS for _ in range(each)], seed)
 
 
 @dataclass
@@ -77,23 +66,11 @@ class Examiner:
         for name, reward in self.rewards.items():
             scores = reward.score(images, self.texts)
             row[name], row[f"{name}_std"] = float(scores.mean()), float(scores.std(correction=0))
-        found = features(self.encoder, images)
+        found = tiny.features(self.encoder, images)
         row["fd_base"], row["fd_drawn"] = frechet(found, self.base), frechet(found, self.drawn)
         row["diversity"] = diversity(found, self.form.each)
-        row["object"], row["count"] = follows(self.encoder.read(found), self.texts)
-        return row
-
-
-def follows(read: dict[str, Tensor], prompts: list[str]) -> tuple[float, float]:
-    """Shares of pictures whose kind of object, and whose number of objects, emoji-align reads as the prompt says."""
-    names, right = list(OBJECTS), torch.zeros(len(prompts), 2)
-    for row, prompt in enumerate(prompts):
-        scene = parse(prompt)
-        assert scene is not None
-        asked = {names.index(name) for name in scene.objects}
-        right[row, 0] = set(read["objects"][row].topk(len(asked)).indices.tolist()) == asked
-        right[row, 1] = int(read["total"][row].argmax()) + 1 == scene.total
-    return float(right[:, 0].mean()), float(right[:, 1].mean())
+        right = tiny.shares(tiny.verdicts(self.encoder, images, self.texts))
+        return {**row, "object": right["object"], "count": right["count"]}
 
 
 def make_examiner(policy: Any, form: Form, cache: Path) -> Examiner:
@@ -105,7 +82,8 @@ def make_examiner(policy: Any, form: Form, cache: Path) -> Examiner:
         with policy.reference():
             base = pictures(policy, each, REFERENCE, form.steps)
         encoder = load_image_encoder(MODELS / "emoji-align")
-        state = {"base": features(encoder, base), "drawn": features(encoder, drawn(each, REFERENCE))}
+        drawings = drawn(each, REFERENCE)
+        state = {"base": tiny.features(encoder, base), "drawn": tiny.features(encoder, drawings)}
         cache.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         save_file(state, temporary)

@@ -25,14 +25,14 @@ from benchmarks.grid import (
     settings,
     tuning_cells,
 )
-from benchmarks.measure import EXAM, follows, make_examiner, pictures
+from benchmarks.measure import EXAM, make_examiner, pictures
 from benchmarks.report import LINE, report
 from benchmarks.statistics import holm, t_test
 from benchmarks.work import progress
 from comfyui_pcpo.guidance import ImplicitReward
 from comfyui_pcpo.tiny.align import load_image_encoder
-from comfyui_pcpo.tiny.make.card import features, reality
 from comfyui_pcpo.tiny.pipelines import MODELS
+from tools.tiny.measure import drawn, shares, verdicts
 from trainer.options import build
 from trainer.plan import plan_steps
 from trainer.sampling import Draw, Guide, sample, sampling_policy
@@ -174,12 +174,13 @@ def test_each_task_has_its_own_settings_and_a_form_leaves_out_what_it_skips(tmp_
     assert progress(form, tmp_path) == (6, 6 + 3 + 2)
 
 
-def test_the_examination_reads_drawn_pictures_right():
+def test_the_examination_reads_drawn_images_right():
     prompts = ["a fox on a plain blue background", "two frogs on a dotted red background"] * 4
     encoder = load_image_encoder(MODELS / "emoji-align")
-    read = encoder.read(features(encoder, reality(prompts, seed=0)))
-    assert follows(read, prompts) == (1.0, 1.0)
-    assert follows(read, ["a pig", "a star"] * 4) == (0.0, 0.5)
+    images = drawn(prompts, seed=0)
+    assert shares(verdicts(encoder, images, prompts))["all"] == 1.0
+    wrong = shares(verdicts(encoder, images, ["a pig", "two stars"] * 4))
+    assert wrong["object"] == 0.0 and wrong["count"] == 0.0
 
 
 def test_the_examination_finds_the_base_model_near_itself_and_far_from_noise(tmp_path):
@@ -187,7 +188,7 @@ def test_the_examination_finds_the_base_model_near_itself_and_far_from_noise(tmp
     policy = make_policy(cell_config(Cell(TASK, "ppo", 1e-3, 1e-3, 0), form, tmp_path))
     examiner = make_examiner(policy, form, tmp_path)
     own = examiner.measure(policy)
-    noise = examiner.judge(torch.rand(len(PROMPTS) * 4, 64, 64, 3, generator=torch.Generator().manual_seed(0)))
+    noise = examiner.judge(torch.rand(len(PROMPTS) * 4, 128, 128, 3, generator=torch.Generator().manual_seed(0)))
     assert own["fd_base"] < 0.2 * noise["fd_base"]
     assert own["object"] > 0.5 > noise["object"]
     assert own == make_examiner(policy, form, tmp_path).measure(policy)
