@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_pcpo.tiny.align import CELL, CELLS, AlignConfig, AlignImageEncoder, read_images, save_config
+from comfyui_pcpo.tiny.align import CELL, CELLS, PIXELS, AlignConfig, AlignImageEncoder, read_images, save_config
 from comfyui_pcpo.tiny.captions import COLORS, KINDS, PATTERNS, Scene, caption, is_valid
 from comfyui_pcpo.tiny.judge import judge
 from tools.tiny.codec import encode
@@ -90,11 +90,14 @@ class Teacher:
 
     @torch.no_grad()
     def disturb(self, images: Tensor) -> Tensor:
-        """What generated images look like: decoded noisy latents for a quarter of them, and pixel noise."""
-        images, few = images.clone(), len(images) // 4
-        latents = encode(self.vae, images[:few])
-        latents = latents + 0.4 * torch.rand(few, 1, 1, 1) * torch.randn_like(latents)
-        images[:few] = self.vae.decode(latents).sample.clamp(-1, 1).to(images.dtype)
+        """What generated images look like: some decoded from noisy latents, some blurred, all with pixel noise."""
+        images, part = images.clone(), len(images) // 8
+        latents = encode(self.vae, images[:part])
+        latents = latents + 0.4 * torch.rand(part, 1, 1, 1) * torch.randn_like(latents)
+        images[:part] = self.vae.decode(latents).sample.clamp(-1, 1).to(images.dtype)
+        side = int(torch.randint(PIXELS // 3, PIXELS, ()))
+        small = F.interpolate(images[part : 3 * part], (side, side), mode="bilinear", antialias=True)
+        images[part : 3 * part] = F.interpolate(small, (PIXELS, PIXELS), mode="bilinear")
         return images + 0.15 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)
 
     def loss(self, model: AlignImageEncoder) -> Tensor:
