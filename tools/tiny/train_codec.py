@@ -29,7 +29,7 @@ def train_codec(settings: Settings, folders: Folders) -> None:
     """Both halves, from principal components."""
     drawings = draw_scenes(DRAWINGS, seed=0)
     vae = make_autoencoder()
-    start_encoder(vae, *principal_components(drawings.images(torch.arange(1000))))
+    start_encoder(vae, *principal_components(drawings.images(torch.arange(min(1000, len(drawings.scenes))))))
     fit_autoencoder("codec", vae, drawings, settings, folders)
 
 
@@ -43,7 +43,7 @@ def train_decoder(settings: Settings, folders: Folders) -> None:
 def fit_autoencoder(name: str, vae: Any, drawings: Drawings, settings: Settings, folders: Folders) -> None:
     vae.to(memory_format=torch.channels_last)
     test = draw_scenes(48, seed=100).images(torch.arange(48))
-    order = batches(DRAWINGS, settings.batch)
+    order = batches(len(drawings.scenes), settings.batch)
 
     def loss() -> Tensor:
         return codec_loss(vae, crops(drawings, next(order)))
