@@ -11,10 +11,10 @@ def _bind_library() -> None:
     """Load comfyui_pcpo from this folder once; another copy would give two sets of classes."""
     loaded = sys.modules.get("comfyui_pcpo")
     if loaded is not None:
-        found = Path(str(loaded.__file__)).resolve().parent
-        if found != _LIBRARY:
+        other = Path(str(loaded.__file__)).resolve().parent
+        if other != _LIBRARY:
             raise ImportError(
-                f"2 copies of comfyui_pcpo: {found} is loaded and {_LIBRARY} is this node pack's own. "
+                f"comfyui_pcpo is already loaded from {other}; this pack's copy is in {_LIBRARY}. "
                 "Uninstall the first, or keep one copy of the pack in custom_nodes."
             )
         return

@@ -76,12 +76,13 @@ class Budget:
 
     def lines(self, config: Config) -> list[str]:
         r = config.rollout
+        often = "" if config.trains_kl else f" in every {config.objective.kl_every}th update"
         return [
-            f"{self.images} images x {self.trained_steps} trained of {self.steps} steps = "
+            f"{self.images} images x {r.branch or self.trained_steps} trained of {self.steps} steps = "
             f"{self.transitions} transitions per update",
             f"{self.rollout_calls} model calls for the rollout and {self.update_calls} forward and backward passes "
-            f"per update, {self.reference_calls} forward passes without the LoRA, "
-            f"{r.images_at_once} images at once at most",
+            f"per update, {self.reference_calls} forward passes without the LoRA{often}, "
+            f"at most {r.images_at_once} images per call",
             *self.memory.lines(),
             f"trajectories in CPU memory: {_gib(self.trajectory_bytes)} GiB",
         ]
@@ -111,7 +112,7 @@ def budget(policy: DiffusersPolicy, config: Config) -> Budget:
         images=images,
         steps=r.steps,
         trained_steps=len(trained),
-        transitions=images * len(trained),
+        transitions=images * (r.branch or len(trained)),  # groups branch at different steps
         optimizer_steps=config.run.updates * o.minibatches * o.epochs,
         rollout_calls=(r.steps + again) * len(chunks),
         update_calls=len(trained) * len(chunks) * o.epochs,
