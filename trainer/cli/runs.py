@@ -29,14 +29,14 @@ Tokens = Annotated[
     Parameter(
         name="CONFIG.toml --section.field value",
         allow_leading_hyphen=True,
-        help="A TOML file, such as those in configs/, followed by options that override it; the command `options` "
-        "lists them all. Without a file, the embedded model is trained with default settings.",
+        help="A TOML file (see configs/), then options that override its values; `options` lists all of them. Without a "
+        "file, the embedded model is trained with default settings.",
     ),
 ]
 
 
 def train_command(*tokens: Tokens) -> None:
-    """Train a LoRA: `train configs/tiny-flow.toml --rollout.group-size 16 --run.name foxes`."""
+    """Train a LoRA, for example: train configs/tiny-flow.toml --rollout.group-size 16 --run.name foxes"""
     config = read_config(list(tokens))
     quiet_libraries()
     from ..runs import launch
