@@ -29,7 +29,7 @@ Tokens = Annotated[
     Parameter(
         name="CONFIG.toml --section.field value",
         allow_leading_hyphen=True,
-        help="A TOML file (see configs/), then options that override its values; `options` lists all of them. Without a "
+        help="A TOML file (see configs/), then options that override its values; `options` lists all. Without a "
         "file, the embedded model is trained with default settings.",
     ),
 ]

@@ -112,7 +112,7 @@ def budget(policy: DiffusersPolicy, config: Config) -> Budget:
         images=images,
         steps=r.steps,
         trained_steps=len(trained),
-        transitions=images * (r.branch or len(trained)),  # groups branch at different steps
+        transitions=images * (r.branch or len(trained)),  # a group trains its own steps
         optimizer_steps=config.run.updates * o.minibatches * o.epochs,
         rollout_calls=(r.steps + again) * len(chunks),
         update_calls=len(trained) * len(chunks) * o.epochs,
