@@ -26,6 +26,8 @@ from trainer.runs.folder import RunFolder
 from trainer.runs.launch import resume_run
 from trainer.runs.launch import start_run as launch_run
 
+pytestmark = pytest.mark.slow
+
 WARN = {"guard": {"every": 1, "prompts": 2, "images": 2, "tolerance": 1e6, "action": "warn"}}
 HELD_OUT = {"reward": {"held_out": ["alignment"]}}
 HACKED = {
