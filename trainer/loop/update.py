@@ -75,16 +75,18 @@ def step_terms(policy: Policy, batch: UpdateBatch, i: int, rows: Tensor) -> tupl
     """The objective's terms at step i, and the divergence from the reference for the images on which it is measured."""
     path, trains_kl = batch.path, batch.config.trains_kl
     unique, places = path.unique_rows(i, rows)  # images of a branch share their latent, and so one prediction
-    out = batch.predict(path.latents[i, unique], path.timesteps[i], unique).float()[places.to(policy.device)]
+    out = batch.predict(path.latents[i, unique], path.timesteps[i], unique).float()
+    out = out if unique is rows else out[places.to(out.device)]
     terms = batch.objective.terms(path, batch.plan, i, rows, out, batch.advantage[rows].to(out.device))
     terms = replace(terms, loss=terms.loss * float(batch.plan.loss_weights[i]))
-    watched = rows if trains_kl else rows[is_watched(batch, rows)]
+    chosen = torch.ones(len(rows), dtype=torch.bool) if trains_kl else is_watched(batch, rows)
+    watched = rows[chosen]
     if len(watched) == 0:
         return terms, out.new_zeros(0)
     with torch.no_grad(), policy.reference():
         reference = batch.predict(path.latents[i, watched], path.timesteps[i], watched).float()
-    new = out if trains_kl else out[is_watched(batch, rows).to(out.device)]
-    return terms, batch.objective.divergence((new if trains_kl else new.detach()) - reference, batch.plan, i)
+    new = out if trains_kl else out.detach()[chosen.to(out.device)]
+    return terms, batch.objective.divergence(new - reference, batch.plan, i)
 
 
 def is_watched(batch: UpdateBatch, rows: Tensor) -> Tensor:
