@@ -7,6 +7,7 @@ from pathlib import Path
 
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardFile, RewardSettings, Scores
 from comfyui_pcpo.reward.combine import CombinedReward, CombinedScores
+from comfyui_pcpo.reward.group import GroupReward
 from comfyui_pcpo.reward.user import (
     classes_by_name,
     import_reward,
@@ -68,6 +69,7 @@ __all__ = [
     "REWARDS",
     "CombinedReward",
     "CombinedScores",
+    "GroupReward",
     "Reward",
     "RewardError",
     "RewardFile",

@@ -3,6 +3,7 @@
 Images arrive as float in [0, 1]; rewards see them as a saved file would hold them: RGB, clamped, rounded to 8 bit.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -96,24 +97,31 @@ class Reward:
             self.model.to(self.device)
         return self
 
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """One score per image, float32 [0, 1] (B, H, W, C) -> float32 (B,); NaN marks a failed score."""
-        return self.measure(images, prompts).values
+    def score(self, images: Tensor, prompts: list[str], group_size: int | None = None) -> Tensor:
+        """One score per image, float32 [0, 1] (B, H, W, C) -> float32 (B,); NaN marks a failed score.
+
+        `group_size` is the number of images per group, for rewards that compare images of a group (GroupReward).
+        """
+        return self.measure(images, prompts, group_size).values
 
     @torch.no_grad()
-    def measure(self, images: Tensor, prompts: list[str]) -> Scores:
+    def measure(self, images: Tensor, prompts: list[str], group_size: int | None = None) -> Scores:
         """`score` with extras, such as the captions that a reward used."""
         check_batch(images, prompts)
         values, extras = [], {}
         if len(prompts):
             self.load()
-        for start in range(0, len(prompts), self.settings.images_at_once):
-            part = slice(start, start + self.settings.images_at_once)
+        for part in self.parts(prompts, group_size):
             scores = self.measure_batch(images[part], prompts[part])
             values.append(scores.values)
             for key, entries in scores.extras.items():
-                extras.setdefault(key, [""] * start).extend(entries)
+                extras.setdefault(key, [""] * part.start).extend(entries)
         return Scores(torch.cat(values) if values else torch.zeros(0), extras)
+
+    def parts(self, prompts: list[str], group_size: int | None) -> Iterator[slice]:
+        """The consecutive images that one call of `score_batch` scores."""
+        for start in range(0, len(prompts), self.settings.images_at_once):
+            yield slice(start, min(start + self.settings.images_at_once, len(prompts)))
 
     def measure_batch(self, images: Tensor, prompts: list[str]) -> Scores:
         """One micro-batch; infinite scores and scores of images with NaN pixels become NaN."""

@@ -7,11 +7,11 @@ import pytest
 import torch
 from running import start_run
 
-from comfyui_pcpo.reward import RewardError, RewardSettings
+from comfyui_pcpo.reward import GroupReward, RewardError, RewardSettings
 from comfyui_pcpo.reward.color import Colorfulness
 from trainer.config.loading import dump, load
 from trainer.config.schema import ConfigError
-from trainer.loop.scoring import Stopwatch, on_its_device, score
+from trainer.loop.scoring import ImageGroups, Stopwatch, on_its_device, score
 from trainer.runs.rewards import load_rewards
 
 pytestmark = pytest.mark.slow
@@ -93,7 +93,7 @@ class Slow(Colorfulness):
 
 def test_every_rewards_seconds_are_told_apart():
     clock = Stopwatch()
-    score({"slow": Slow(), "quick": Colorfulness()}, torch.rand(2, 4, 4, 3), [""] * 2, clock)
+    score({"slow": Slow(), "quick": Colorfulness()}, ImageGroups(torch.rand(2, 4, 4, 3), [""] * 2, 2), clock)
     assert clock.seconds["slow"] >= 0.2 > clock.seconds["quick"]
 
 
@@ -110,3 +110,30 @@ def test_a_run_on_a_reward_of_the_users_own_records_it_under_its_name(make_confi
 def test_a_module_without_that_reward_is_refused(make_config, module):
     with pytest.raises(ConfigError, match=r"module:Class"):
         load_rewards(make_config(reward={"weights": {module + "er": 1.0}}))
+
+
+class Rank(GroupReward):
+    """How many images of the group are less colourful; records the size of each group."""
+
+    name = "rank"
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def score_group(self, images, prompt):
+        self.sizes.append(len(images))
+        scores = Colorfulness().score_batch(images, [prompt] * len(images))
+        return (scores[:, None] > scores).sum(1)
+
+
+def test_a_group_reward_trains_on_groups_even_if_they_share_a_prompt(make_config, learn):
+    config = make_config(
+        prompts={"lines": ["a fox"]}, rollout={"prompts_per_update": 2, "group_size": 4}, run={"updates": 1}
+    )
+    rank = Rank()
+    _, updates = learn(config, rewards={"colorfulness": rank})
+    assert rank.sizes == []
+    (update,) = updates
+    assert rank.sizes == [4, 4]
+    assert [sorted(group.tolist()) for group in update.scores.split(4)] == [[0, 1, 2, 3]] * 2

@@ -73,7 +73,7 @@ def compare_with_base(config: Config, folder: RunFolder, seed: int, images: int)
     after = sample(policy, prompts, [guide], settings)
     texts = [prompt for prompt in prompts for _ in range(images)]
     rewards = load_rewards(config)
-    scores = {name: (r.score(before, texts), r.score(after, texts)) for name, r in rewards.items()}
+    scores = {name: (r.score(before, texts, images), r.score(after, texts, images)) for name, r in rewards.items()}
     return Comparison(before, after, scores, texts)
 
 

@@ -12,7 +12,7 @@ from comfyui_pcpo.metrics.lpips import Lpips
 from comfyui_pcpo.reward import Reward
 
 from ..loop.records import finite_mean
-from ..loop.scoring import score
+from ..loop.scoring import ImageGroups, score
 from .image_files import batches, image_files
 from .options import EvaluationOptions
 
@@ -73,7 +73,8 @@ class Tally:
     def add(self, images: Tensor, prompts: list[str]) -> None:
         """Add images of complete groups, (P * G, H, W, 3), and their prompts (P * G,)."""
         meter = self.meter
-        for name, values in score(meter.rewards, images, prompts, offload=meter.offload).items():
+        groups = ImageGroups(images, prompts, self.group)
+        for name, values in score(meter.rewards, groups, offload=meter.offload).items():
             self.scores[name].append(values)
         for name, network in meter.networks.by_name.items():
             features, *logits = extract(network, images, meter.at_once)

@@ -17,7 +17,7 @@ from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
 from ..config.schema import Config
 from ..loop.distributed import Processes
-from ..loop.scoring import score
+from ..loop.scoring import ImageGroups, score
 from ..policy.base import Condition, Policy
 
 SEED = 0x6A4D  # apart from the seeds of updates, whose second part counts from 1
@@ -64,7 +64,8 @@ class Probe:
     def measure(self) -> ImageMeasures:
         """The policy as it is. Every process measures all images; the results are those of the main one."""
         images = self.images()
-        scores = score(self.rewards, images, self.texts, offload=self.config.reward.offload)
+        groups = ImageGroups(images, self.texts, self.config.guard.images)
+        scores = score(self.rewards, groups, offload=self.config.reward.offload)
         return ImageMeasures(
             {name: self._shared(values) for name, values in scores.items()}, self._shared(self.features(images))
         )

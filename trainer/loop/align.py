@@ -20,7 +20,7 @@ from .distributed import Processes
 from .objectives import Objective, make_objective
 from .plan import Plan, make_plan
 from .records import Measured, record
-from .scoring import ScoredRollout, Stopwatch, compare_scores, score
+from .scoring import ImageGroups, ScoredRollout, Stopwatch, compare_scores, score
 from .state import TrainingState
 from .update import UpdateBatch, improve
 
@@ -127,7 +127,7 @@ def last_prediction(path: Trajectory, plan: Plan) -> Tensor:
 def score_rollout(state: TrainingState, job: Job, plan: Plan, images: Tensor) -> ScoredRollout:
     """The scores of every process's images and their advantages."""
     seconds = Stopwatch()
-    own = score(job.rewards, images, plan.texts, seconds, job.config.reward.offload)
+    own = score(job.rewards, ImageGroups(images, plan.texts, plan.group_size), seconds, job.config.reward.offload)
     scores = {name: job.processes.gather(values) for name, values in own.items()}
     return compare_scores(scores, plan, state.window, job.config, seconds)
 

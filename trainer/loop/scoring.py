@@ -35,6 +35,15 @@ class Stopwatch:
         return {name: round(seconds, 4) for name, seconds in self.seconds.items()}
 
 
+@dataclass(frozen=True)
+class ImageGroups:
+    """Images (B, H, W, 3), group after group, the prompt of each (B,), and the number of images per group."""
+
+    images: Tensor
+    prompts: list[str]
+    group_size: int
+
+
 @contextmanager
 def on_its_device(reward: Reward, offload: bool) -> Iterator[Reward]:
     """The reward on its own device; with `offload` it leaves a GPU afterwards, so that the rollout has that memory."""
@@ -48,16 +57,15 @@ def on_its_device(reward: Reward, offload: bool) -> Iterator[Reward]:
 
 def score(
     rewards: dict[str, Reward],
-    images: Tensor,
-    prompts: list[str],
+    groups: ImageGroups,
     stopwatch: Stopwatch | None = None,
     offload: bool = True,
 ) -> dict[str, Tensor]:
-    """Every reward of every image, (B, H, W, 3) -> name -> (B,); each reward's seconds go to the stopwatch."""
+    """Every reward of every image, name -> (B,); each reward's seconds go to the stopwatch."""
     stopwatch, scores = stopwatch or Stopwatch(), {}
     for name, reward in rewards.items():
         with stopwatch(name), on_its_device(reward, offload):
-            scores[name] = reward.score(images, prompts).float().cpu()
+            scores[name] = reward.score(groups.images, groups.prompts, groups.group_size).float().cpu()
     return scores
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardError
+from comfyui_pcpo.reward.group import GroupReward
 from comfyui_pcpo.reward.service.wire import decode_png, png_size
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,11 @@ class RewardServer(ThreadingHTTPServer):
     request_queue_size = 64
 
     def __init__(self, reward: Reward, options: ServerOptions | None = None):
+        if isinstance(reward, GroupReward):
+            raise RewardError(
+                f"{reward.name} compares the images of a group, and the protocol has no groups. Use it in the process "
+                "that trains."
+            )
         self.reward, self.options = reward, options or ServerOptions()
         self.lock = threading.Lock()
         if ":" in self.options.host:
