@@ -10,6 +10,7 @@ from comfyui_pcpo.reward.combine import CombinedReward, CombinedScores
 from comfyui_pcpo.reward.group import GroupReward
 from comfyui_pcpo.reward.user import (
     classes_by_name,
+    construct,
     import_reward,
     installed_rewards,
     rewards_in_folder,
@@ -61,8 +62,8 @@ def load_reward(name: str, settings: RewardSettings | None = None, user_folder: 
     if name not in classes:
         near = difflib.get_close_matches(name, classes, 1)
         guess = f"Did you mean {near[0]}? " if near else ""
-        raise RewardError(f"{name!r} is not a known reward. {guess}Use one of {', '.join(sorted(classes))}.")
-    return classes[name](settings)
+        raise RewardError(f"{name[:80]!r} is not a known reward. {guess}Use one of {', '.join(sorted(classes))}.")
+    return construct(classes[name], settings)
 
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "RewardSettings",
     "Scores",
     "available",
+    "construct",
     "download",
     "import_reward",
     "load_reward",

@@ -3,7 +3,10 @@
 Images arrive as float in [0, 1]; rewards see them as a saved file would hold them: RGB, clamped, rounded to 8 bit.
 """
 
-from collections.abc import Iterator
+import inspect
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -28,12 +31,19 @@ class RewardFile:
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """Folder of the weight files, device, dtype of the network and images per forward pass."""
+    """Folder of the weight files, device, dtype of the network, images per forward pass, seconds to wait out an outage.
+
+    A host may add `tick`, called several times a second while a reward waits for a server (it may raise), and `plain`,
+    which removes the host's own syntax from a prompt, such as weights.
+    """
 
     folder: Path | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     images_at_once: int = 16
+    patience: float = 60.0
+    tick: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
+    plain: Callable[[str], str] = field(default=lambda prompt: prompt, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.images_at_once < 1:
@@ -68,6 +78,7 @@ class Reward:
         self.settings = settings or RewardSettings()
         self.device = torch.device(self.settings.device)
         self.model: nn.Module | None = None
+        self.failure = ""  # why a score became NaN most recently, where the reward can say
 
     def build(self) -> nn.Module | None:
         """The network with loaded weights, its towers in `settings.dtype`; None for rewards without a network."""
@@ -82,7 +93,8 @@ class Reward:
     def load(self) -> "Reward":
         """Load the weights if they are not loaded yet; `score` calls this."""
         if self.model is None:
-            model = self.build()
+            with blamed(self):
+                model = self.build()
             if model is not None:
                 self.model = model.eval().requires_grad_(False).to(self.device)
         return self
@@ -109,7 +121,8 @@ class Reward:
         """`score` with extras, such as the captions that a reward used."""
         check_batch(images, prompts)
         values, extras = [], {}
-        if len(prompts):
+        prompts = [self.settings.plain(prompt) for prompt in prompts]
+        if prompts:
             self.load()
         for part in self.parts(prompts, group_size):
             scores = self.measure_batch(images[part], prompts[part])
@@ -125,16 +138,46 @@ class Reward:
 
     def measure_batch(self, images: Tensor, prompts: list[str]) -> Scores:
         """One micro-batch; infinite scores and scores of images with NaN pixels become NaN."""
-        output = self.score_batch(eight_bit(images), prompts)
-        scores = output if isinstance(output, Scores) else Scores(output)
-        values = scores.values.detach().to("cpu", torch.float32)
-        if values.shape != (len(prompts),):
-            raise RewardError(
-                f"{self.name} returned scores of shape {tuple(values.shape)} for {len(prompts)} images. "
-                "score_batch must return one number per image."
-            )
+        with blamed(self):
+            output = self.score_batch(eight_bit(images), prompts)
+            scores = output if isinstance(output, Scores) else Scores(output)
+            values = checked_scores(scores.values, len(prompts))
         broken = ~images[..., :3].isfinite().flatten(1).all(1).cpu() | ~values.isfinite()
         return Scores(values.masked_fill(broken, float("nan")), scores.extras)
+
+
+def checked_scores(values: object, count: int) -> Tensor:
+    """What score_batch returned, as float32 on the CPU, (B,)."""
+    shape = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"type {type(values).__name__}"
+    if not isinstance(values, Tensor) or values.shape != (count,) or values.is_complex():
+        raise RewardError(
+            f"score_batch returned scores of {shape} for {count} images. Return one number per image, a tensor (B,)."
+        )
+    return values.detach().to("cpu", torch.float32)
+
+
+@contextmanager
+def blamed(reward: Reward) -> Iterator[None]:
+    """Turn what a reward's own code raises into a RewardError with the reward's name, the cause and its place."""
+    name = reward.name or type(reward).__name__
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RewardError as error:
+        raise type(error)(f"reward {name}: {error}") from error
+    except (Exception, SystemExit) as error:
+        cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        cause = " ".join(cause.split()).rstrip(".")
+        raise RewardError(f"reward {name} raised {cause} ({place(error, type(reward))}). Fix the reward.") from error
+
+
+def place(error: BaseException, cls: type) -> str:
+    """File and line of the last call in the file of a class, or of the last call at all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == inspect.getfile(cls)]
+    frame = (own or frames)[-1]
+    return f"{Path(frame.filename).name}, line {frame.lineno}"
 
 
 def check_batch(images: Tensor, prompts: list[str]) -> None:

@@ -82,8 +82,9 @@ class BertScore(EndpointReward):
         return Embedded(F.normalize(hidden.float(), dim=-1), (mask == 0).to(self.device))
 
     def score_image(self, image: np.ndarray, prompt: str) -> tuple[float, str]:
-        caption = self.vlm.chat(image, QUESTION, {"max_tokens": 64})["text"]
+        caption = self.chat(image, QUESTION, {"max_tokens": 64})["text"]
         if not caption.strip():
+            self.failure = "the model described the image with an empty text"
             return float("nan"), caption
         return recall(self.embed(f"The image contains {prompt}"), self.embed(caption)), caption
 

@@ -10,11 +10,11 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from comfyui_pcpo.reward.base import Reward, RewardError
+from comfyui_pcpo.reward.base import Reward, RewardError, RewardSettings
 
 GROUP = "pcpo.rewards"
 
@@ -47,7 +47,7 @@ def load_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise RewardError(f"{path} failed with {type(error).__name__}: {error}. Fix the file or remove it.") from error
     return module
@@ -71,7 +71,7 @@ def installed_rewards() -> list[type[Reward]]:
 
     classes = []
     for point in entry_points(group=GROUP):
-        cls = check_class(point.load(), f"entry point {point.name}")
+        cls = check_class(loaded(point.load, f"entry point {point.name}"), f"entry point {point.name}")
         if cls.name != point.name:
             raise RewardError(
                 f"Entry point {point.name!r} loads a reward with `name = {cls.name!r}`; the entry-point name and the "
@@ -94,7 +94,7 @@ def rewards_in_folder(folder: Path) -> list[type[Reward]]:
 def names_in_file(path: Path) -> Iterator[str]:
     """The `name = "..."` or `name: str = "..."` of each class in a file, parsed without running it."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(path.read_bytes())
     except (OSError, ValueError, SyntaxError):
         return  # loading a reward of the folder reports the broken file
     for node in (item for item in tree.body if isinstance(item, ast.ClassDef) and item.bases):
@@ -128,8 +128,30 @@ def classes_by_name(classes: Iterable[type[Reward]], taken: Iterable[str]) -> di
 def import_reward(spec: str) -> type[Reward]:
     """The class that a configuration names as module:Class."""
     module, _, name = spec.partition(":")
+    if not (module and name.isidentifier()):
+        raise RewardError(f"{spec!r} is not module:Class. Write it like my_rewards:Darkness.")
+    return check_class(loaded(lambda: getattr(importlib.import_module(module), name), repr(spec)), spec)
+
+
+def loaded(load: Callable[[], object], source: str) -> object:
+    """What `load` imports. Raises RewardError for whatever a user's module raises."""
     try:
-        value = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RewardError(f"{spec!r} cannot be imported ({error}). Use the form module:Class.") from error
-    return check_class(value, spec)
+        return load()
+    except (Exception, SystemExit) as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RewardError(
+            f"{source} cannot be imported ({cause}). Fix the module, or name a reward as module:Class."
+        ) from error
+
+
+def construct(cls: type[Reward], settings: RewardSettings | None) -> Reward:
+    """A reward of a class. Raises RewardError for whatever its __init__ raises."""
+    try:
+        return cls(settings)
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"reward {cls.name} cannot be made ({type(error).__name__}: {error}). Its __init__ gets the settings and "
+            "passes them to super().__init__(settings)."
+        ) from error

@@ -79,7 +79,7 @@ def test_a_reward_with_too_few_scores_is_refused():
 
     with pytest.raises(RewardError, match=r"shape \(1,\) for 2 images"):
         Short().score(images(0.0, 0.0), ["", ""])
-    with pytest.raises(NotImplementedError, match="does not define score_batch"):
+    with pytest.raises(RewardError, match="raised NotImplementedError: Reward does not define score_batch"):
         Reward().score(images(0.0), [""])
 
 

@@ -11,7 +11,7 @@ import torch
 from comfyui_pcpo.reward import RewardError, RewardSettings, load_reward
 from comfyui_pcpo.reward.bertscore import BertScore, Embedded, recall
 from comfyui_pcpo.reward.service.endpoint import EndpointReward, Vlm, VlmRating, VlmYes, first_number, yes_share
-from comfyui_pcpo.reward.service.wire import Peer
+from comfyui_pcpo.reward.service.wire import BadAnswer, Peer
 from comfyui_pcpo.reward.weights.checkpoint import file_path
 from comfyui_pcpo.reward.weights.tokens import BERT_VOCABULARY
 
@@ -39,7 +39,7 @@ def model():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked, server.headers, server.answer = [], [], b"{}"
     server.vlm = Vlm(
-        Peer(f"http://127.0.0.1:{server.server_address[1]}/v1", "secret", retries=0, timeout=5), "tiny-vlm"
+        Peer(f"http://127.0.0.1:{server.server_address[1]}/v1", "secret", patience=0, timeout=5), "tiny-vlm"
     )
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
@@ -58,9 +58,9 @@ def test_yes_is_weighed_against_no(model):
     scores = VlmYes(vlm=model.vlm).measure(GREY, ["a fox"])
     assert scores.values.item() == pytest.approx(0.6 / 0.8)
     assert scores.extras == {"answer": ["Yes"]}
-    content = model.asked[0]["messages"][0]["content"]
+    content = model.asked[-1]["messages"][0]["content"]
     assert content[0]["image_url"]["url"].startswith("data:image/png;base64,") and '"a fox"' in content[1]["text"]
-    assert model.headers == ["Bearer secret"] and model.asked[0]["logprobs"] is True
+    assert set(model.headers) == {"Bearer secret"} and model.asked[-1]["logprobs"] is True
 
 
 def test_a_rating_is_the_first_number(model):
@@ -76,9 +76,21 @@ def test_answers_without_probabilities_fail():
 
 
 @pytest.mark.parametrize("answer", [b"{}", b"no json", b'{"choices": [{}]}', b"[]"])
-def test_an_endpoint_that_talks_nonsense_fails_the_sample(answer, model):
+def test_an_endpoint_that_talks_nonsense_is_refused_at_its_trial_and_fails_the_sample_later(answer, model):
     model.answer = answer
-    assert VlmRating(vlm=model.vlm).score(GREY, ["a fox"]).isnan().all()
+    with pytest.raises(BadAnswer, match="reward vlm_rating: the answer"):
+        VlmRating(vlm=model.vlm).load()
+    model.answer, reward = says("8"), VlmRating(vlm=model.vlm)
+    assert reward.score(GREY, ["a fox"]).item() == pytest.approx(0.8)
+    model.answer = answer
+    assert reward.score(GREY, ["a fox"]).isnan().all()
+    assert "the answer" in reward.failure
+
+
+def test_an_answer_without_a_score_is_the_reason_of_the_failure(model):
+    model.answer, reward = says("I cannot tell"), VlmRating(vlm=model.vlm)
+    assert reward.score(GREY, ["a fox"]).isnan().all()
+    assert reward.failure == "the model answered 'I cannot tell' without a number from 0 to 10"
 
 
 def test_models_come_from_the_environment(monkeypatch):
@@ -89,8 +101,12 @@ def test_models_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("PCPO_VLM_URL", "http://127.0.0.1:1/v1")
     reward = load_reward("vlm_rating")
     assert isinstance(reward, EndpointReward) and reward.vlm.model == "m"
-    with pytest.raises(NotImplementedError, match="does not define score_image"):
-        EndpointReward(vlm=reward.vlm).score(GREY, [""])
+
+
+def test_an_endpoint_reward_without_score_image_is_named(model):
+    model.answer = says("")
+    with pytest.raises(RewardError, match="raised NotImplementedError: EndpointReward does not define score_image"):
+        EndpointReward(vlm=model.vlm).score(GREY, [""])
 
 
 def test_recall_by_hand():

@@ -69,7 +69,7 @@ def test_a_combination_passes_whole_prompts():
 
 
 def test_the_class_must_define_score_group():
-    with pytest.raises(NotImplementedError, match="does not define score_group"):
+    with pytest.raises(RewardError, match="raised NotImplementedError: GroupReward does not define score_group"):
         GroupReward().score(BATCH, ["a"] * 6)
 
 

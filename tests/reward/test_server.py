@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, load_reward
+from comfyui_pcpo.reward.service.images import decode_png, encode_png
 from comfyui_pcpo.reward.service.remote import Remote, decode_scores
 from comfyui_pcpo.reward.service.server import RewardServer, ServerOptions
-from comfyui_pcpo.reward.service.wire import Peer, ServerUnavailable, ask, decode_png, encode_png
+from comfyui_pcpo.reward.service.wire import BadAnswer, Peer, ServerUnavailable, ask
 
 torch.set_num_threads(1)
 TOKEN = "0123456789abcdef-test"
@@ -55,7 +56,9 @@ def serve():
 
 
 def client(url, **peer):
-    return Remote(RewardSettings(images_at_once=8), Peer(url, TOKEN, **({"pause": 0.01, "timeout": 10.0} | peer)))
+    return Remote(
+        RewardSettings(images_at_once=8), Peer(url, TOKEN, **({"pause": 0.01, "timeout": 10.0, "patience": 0.2} | peer))
+    )
 
 
 def images(count, size=16):
@@ -105,19 +108,21 @@ def test_eight_clients_at_once_get_their_own_scores(serve):
             assert torch.equal(scores, expected.float())
 
 
-def test_a_server_that_dies_fails_the_samples_and_nothing_else(serve):
+def test_a_server_that_dies_is_named_after_the_patience(serve):
     server = serve(Moody())
-    remote = client(server.url, retries=1, timeout=1.0)
+    remote = client(server.url, timeout=1.0)
     assert remote.score(images(4), [""] * 4).isfinite().all()
     server.shutdown()
     server.server_close()
-    assert remote.score(images(4), [""] * 4).isnan().all()
+    with pytest.raises(ServerUnavailable, match=r"reward remote: http://127.*ConnectionRefused.*tried for 0\.2 s"):
+        remote.score(images(4), [""] * 4)
     assert not remote.is_healthy()
 
 
 def test_a_reward_that_raises_costs_the_request_and_not_the_server(serve):
     remote = client(serve(Moody()).url)
-    assert remote.score(images(2), ["raise", "a"]).isnan().all()
+    with pytest.raises(RewardError, match=r"status 422.*reward moody raised ZeroDivisionError \(test_server.py, line"):
+        remote.score(images(2), ["raise", "a"])
     assert remote.score(images(2), ["a", "a"]).isfinite().all()
 
 
@@ -231,7 +236,7 @@ def test_the_address_that_a_server_tells_is_one_that_clients_reach(host, usual, 
     assert urlsplit(server.url).hostname not in ("0.0.0.0", "::")
     usual = f"[{usual}]" if ":" in usual else usual
     for url in (server.url, f"http://{usual}:{server.server_address[1]}"):
-        assert client(url, retries=0).score(images(2), [""] * 2).isfinite().all()
+        assert client(url, patience=0).score(images(2), [""] * 2).isfinite().all()
     assert server.is_everywhere == (host != "::1")
 
 
@@ -255,7 +260,7 @@ def test_images_of_several_sizes_keep_their_order(serve):
 
 def test_answers_that_are_not_rewards_count_as_none():
     for answer in ([], {"rewards": [1]}, {"rewards": ["1", "2"]}, {"rewards": [True, 1]}):
-        with pytest.raises(ServerUnavailable):
+        with pytest.raises(BadAnswer):
             decode_scores(answer, 2)
     assert decode_scores({"rewards": [1, None]}, 2).isnan().tolist() == [False, True]
 
@@ -272,5 +277,5 @@ def test_addresses_and_tokens_come_from_the_environment(monkeypatch):
         ServerOptions()
     with pytest.raises(RewardError, match="not a server address"):
         Peer("file:///etc/passwd")
-    with pytest.raises(ServerUnavailable, match="no answer in 1 attempts"):
-        ask(Peer("https://127.0.0.1:1/v1", retries=0, timeout=1), "/info")
+    with pytest.raises(ServerUnavailable, match="does not answer"):
+        ask(Peer("https://127.0.0.1:1/v1", patience=0, timeout=1), "/info")

@@ -35,6 +35,18 @@ def filter_warnings() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = show_warning
+    logger = logging.getLogger("comfyui_pcpo")
+    if not logger.handlers:
+        logger.addHandler(LogLines())
+        logger.propagate = False
+
+
+class LogLines(logging.Handler):
+    """Prints what the library logs, such as that it waits for a server, as `show_warning` does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            show_warning(record.getMessage())
 
 
 def show_warning(message: Warning | str, *_: Any, file: TextIO | None = None, **__: Any) -> None:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from .options import known_keys, nearest
 from .schema import Config, ConfigError
+from .text_files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,9 +25,15 @@ def _explain(error: ValidationError, source: str) -> str:
             lines.append(f"{source}: unknown key {key}. {nearest(key)}")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            given = f" (given: {item['input']!r})" if key and not isinstance(item["input"], dict) else ""
+            given = f" (given: {shown(item['input'])})" if key and not isinstance(item["input"], dict) else ""
             lines.append(f"{source}: {key + ': ' if key else ''}{message}{given}")
     return "\n".join(lines)
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A given value for an error message, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def parse_overrides(tokens: list[str]) -> dict[str, Any]:
@@ -50,7 +57,7 @@ def parse_overrides(tokens: list[str]) -> dict[str, Any]:
         node = tree
         for part in path[:-1]:
             node = node.setdefault(part, {})
-        node[path[-1]] = _value(value)
+        node[path[-1]] = _value(given, value)
     return tree
 
 
@@ -65,14 +72,19 @@ class InlineTable(dict):
     """A table given as one value, `{a = 1}`: it replaces the existing table instead of being merged into it."""
 
 
-def _value(text: str) -> Any:
-    """Parse a value as TOML, else as JSON, else take the text itself."""
+def _value(option: str, text: str) -> Any:
+    """Parse a value as TOML, else as JSON, else take the text itself, unless it begins like a list or a table."""
     for read in (lambda: tomllib.loads(f"v = {text}")["v"], lambda: json.loads(text)):
         try:
             value = read()
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         return InlineTable(value) if isinstance(value, dict) else value
+    if text.lstrip()[:1] in ("[", "{"):
+        raise ConfigError(
+            f'--{option} {shown(text)} is neither TOML nor JSON. Write a list as ["a fox", "a frog"], a table as '
+            "{alignment = 1}, and a text that begins with a bracket in double quotes."
+        )
     return text
 
 
@@ -105,14 +117,21 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
     if path is not None:
         if not path.is_file():
             raise ConfigError(f"{path} does not exist. Give a TOML file, such as one of configs/.")
-        try:
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is not TOML: {error}.") from None
+        tree = read_toml(path)
         _resolve(tree, path.parent)
     _resolve(overrides or {}, Path())
     sources = [str(path)] * (path is not None) + ["options"] * bool(overrides or path is None)
     return build(merge(tree, overrides or {}), " and ".join(sources))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tree in a TOML file. Raises ConfigError with the place of the first mistake."""
+    try:
+        return tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {str(error).rstrip('.')}. Fix that line.") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not a configuration: its values are nested too deeply.") from None
 
 
 def _resolve(tree: dict[str, Any], folder: Path) -> None:

@@ -6,6 +6,7 @@ from comfyui_pcpo.method.forward_process import ALL_OBJECTIVES
 
 from .errors import ConfigError
 from .guard_section import GuardConfig
+from .reward_section import RewardConfig
 from .sections import (
     AdvantageConfig,
     LoraConfig,
@@ -13,7 +14,6 @@ from .sections import (
     ObjectiveConfig,
     OptimizerConfig,
     PromptsConfig,
-    RewardConfig,
     RolloutConfig,
     RunConfig,
     Section,

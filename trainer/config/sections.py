@@ -1,5 +1,6 @@
 """The sections of the configuration. A field's description is also the tooltip of its node input."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from comfyui_pcpo.method.samplers import SAMPLERS
 from comfyui_pcpo.method.surrogate import FORMS
 
 from .errors import ConfigError
+from .text_files import read_text
 
 if TYPE_CHECKING:
     MethodName = ObjectiveName = CreditName = FormName = LossWeightName = LikelihoodName = str
@@ -33,6 +35,8 @@ def one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str) and value else value
 
 
+RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+"""Names that Windows reserves, with any suffix."""
 Names = Annotated[tuple[str, ...], BeforeValidator(one_or_more)]
 
 
@@ -95,7 +99,7 @@ class PromptsConfig(Section):
         """The prompts of `lines`, then of `file` if it exists, without blank lines and comments."""
         prompts = list(self.lines)
         if self.file is not None and self.file.is_file():
-            prompts += self.file.read_text(encoding="utf-8").splitlines()
+            prompts += read_text(self.file).split("\n")
         return [p.strip() for p in prompts if p.strip() and not p.strip().startswith("#")]
 
     def read(self) -> list[str]:
@@ -181,46 +185,6 @@ class RolloutConfig(Section):
     width: int | None = Field(
         default=None, ge=8, description="Image width in pixels; default: the model's native size."
     )
-
-
-class RewardConfig(Section):
-    weights: dict[str, float] = Field(
-        default={"alignment": 1.0},
-        description="Training rewards and their weights, or a single name; module:Class is a custom reward.",
-    )
-    standardise: bool = Field(
-        default=True,
-        description="Standardise several rewards over the population of the advantage before summing them.",
-    )
-    held_out: Names = Field(default=(), description="Rewards that are logged but not trained on: a name or a list.")
-    max_failed: float = Field(
-        default=0.5, ge=0, le=1, description="Stop when more than this fraction of an update's scores failed."
-    )
-    folder: Path | None = Field(default=None, description="Folder with reward model weights; default: models/rewards.")
-    device: str = Field(
-        default="auto", description="Device of the reward models: auto (same as the model), cpu, cuda or cuda:N."
-    )
-    precision: Literal["float32", "float16"] = Field(
-        default="float32", description="Precision of the reward models; float16 halves their memory."
-    )
-    images_at_once: int = Field(
-        default=16, ge=1, description="Images per call of a reward model; lower this if memory runs out."
-    )
-    offload: bool = Field(
-        default=True, description="Move reward models to the CPU between rollouts; disable for speed."
-    )
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def named(cls, value: Any) -> Any:
-        return {value: 1.0} if isinstance(value, str) and value else value
-
-    @field_validator("weights")
-    @classmethod
-    def some(cls, value: dict[str, float]) -> dict[str, float]:
-        if not value:
-            raise ValueError("no reward is set, but training needs at least one. Try {alignment = 1.0}")
-        return value
 
 
 class AdvantageConfig(Section):
@@ -342,9 +306,7 @@ class OptimizerConfig(Section):
 
 
 class RunConfig(Section):
-    name: str = Field(
-        default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the run's folder."
-    )
+    name: str = Field(default="run", description="Name of the run's folder.")
     folder: Path = Field(default=Path("output/pcpo"), description="Parent folder of all runs.")
     updates: int = Field(
         default=100,
@@ -355,3 +317,15 @@ class RunConfig(Section):
     preview_every: int = Field(default=5, ge=0, description="Updates between sample grids in grids/; 0 disables them.")
     save_every: int = Field(default=10, ge=1, description="Updates between checkpoints.")
     tensorboard: bool = Field(default=False, description="Also write TensorBoard logs (needs the tensorboard extra).")
+
+    @field_validator("name")
+    @classmethod
+    def is_folder_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?", value):
+            raise ValueError(
+                "must be 1 to 64 letters, digits, dots, hyphens and underscores, begin with a letter or digit, and "
+                "not end with a dot. Use a name such as foxes-2"
+            )
+        if value.split(".")[0].lower() in RESERVED:
+            raise ValueError("is a name that Windows reserves for a device. Use another, such as run-con")
+        return value

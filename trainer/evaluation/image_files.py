@@ -31,18 +31,33 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def read_image(file: Path) -> Tensor:
-    """An image with its EXIF rotation applied, float (1, H, W, 3) in [0, 1]. Raises ConfigError for a broken file."""
+    """An image with its EXIF rotation applied, float (1, H, W, 3) in [0, 1]; of an animation, the first frame.
+
+    Raises ConfigError for a broken file.
+    """
     if not file.is_file():
         raise ConfigError(f"{file} does not exist. Give an image file or a folder of images.")
     try:
         with Image.open(file) as image:
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), np.float32)
+            pixels = np.asarray(as_eight_bit(ImageOps.exif_transpose(image)).convert("RGB"), np.float32)
     except Exception as error:  # Pillow raises a different error for each way in which a file can be broken
         raise ConfigError(
             f"{file} cannot be read as an image ({type(error).__name__}: {error}). "
             "Remove it, or save it again (smaller, if it is very large)."
         ) from None
     return torch.from_numpy(pixels / 255)[None]
+
+
+def as_eight_bit(image: Image.Image) -> Image.Image:
+    """A grey image of 16 or more bits as 8 bits; `convert` alone would clip it to white."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image, np.float64)
+    most = 255 if values.max(initial=0) <= 255 and image.mode != "I;16" else 65535
+    most = 1 if image.mode == "F" and values.max(initial=0) <= 1 else most
+    if not (np.isfinite(values).all() and values.min(initial=0) >= 0 and values.max(initial=0) <= most):
+        raise ValueError(f"its values are not between 0 and {most}")
+    return Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
 
 
 def batches(files: list[Path], at_once: int) -> Iterator[Tensor]:

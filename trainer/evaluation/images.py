@@ -14,6 +14,7 @@ from comfyui_pcpo.reward import RewardSettings
 
 from ..config.loading import with_options
 from ..config.schema import ConfigError
+from ..loop.scoring import RunError
 from ..policy.diffusers_policy import module_names
 from ..policy.families import denoiser_of
 from ..policy.loading import load_pipeline
@@ -66,5 +67,10 @@ def score_images(path: Path, prompt: str, rewards: list[str], settings: RewardSe
         image = read_image(file)
         scores = {name: float(reward.score(image, [prompt])) for name, reward in models.items()}
         rows.append({"file": str(file), "scores": scores})
+    for name, reward in models.items():
+        if not any(np.isfinite(row["scores"][name]) for row in rows):
+            raise RunError(
+                f"every score of {name} failed ({reward.failure or 'NaN or infinite'}). Fix the reward or the prompt."
+            )
     first = rewards[0]
     return sorted(rows, key=lambda row: -np.nan_to_num(row["scores"][first], nan=-np.inf))

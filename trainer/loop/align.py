@@ -20,7 +20,7 @@ from .distributed import Processes
 from .objectives import Objective, make_objective
 from .plan import Plan, make_plan
 from .records import Measured, record
-from .scoring import ImageGroups, ScoredRollout, Stopwatch, compare_scores, score
+from .scoring import ImageGroups, ScoredRollout, Stopwatch, check_failures, compare_scores, score
 from .state import TrainingState
 from .update import UpdateBatch, improve
 
@@ -129,6 +129,7 @@ def score_rollout(state: TrainingState, job: Job, plan: Plan, images: Tensor) ->
     seconds = Stopwatch()
     own = score(job.rewards, ImageGroups(images, plan.texts, plan.group_size), seconds, job.config.reward.offload)
     scores = {name: job.processes.gather(values) for name, values in own.items()}
+    check_failures(scores, job.rewards, job.config, plan.number)
     return compare_scores(scores, plan, state.window, job.config, seconds)
 
 

@@ -82,8 +82,7 @@ class ScoredRollout:
 def compare_scores(
     scores: dict[str, Tensor], plan: Plan, window: PromptWindow, config: Config, seconds: Stopwatch
 ) -> ScoredRollout:
-    """Scores of all groups, name -> (P * G,) -> ScoredRollout. Raises RunError when too many scores failed."""
-    check_failures(scores, config, plan.number)
+    """Scores of all groups, name -> (P * G,) -> ScoredRollout."""
     weights, a = config.reward.weights, config.advantage
     rule = AdvantageRule(a.kind, a.spread, config.reward.standardise, a.clip)
     stacked = torch.stack([scores[name].view(-1, plan.group_size) for name in weights])
@@ -91,12 +90,13 @@ def compare_scores(
     return ScoredRollout(scores, groups.combined, groups.advantage, seconds)
 
 
-def check_failures(scores: dict[str, Tensor], config: Config, number: int) -> None:
+def check_failures(scores: dict[str, Tensor], rewards: dict[str, Reward], config: Config, number: int) -> None:
     """Raise RunError when more scores of a trained reward failed than the run allows, or all of them."""
     for name in config.reward.weights:
         share = failed_share(scores[name])
         if share > config.reward.max_failed or share == 1:
+            reason = rewards[name].failure or "NaN or infinite"
             raise RunError(
-                f"update {number}: {100 * share:.0f} % of the {name} scores failed (NaN or infinite), more than "
+                f"update {number}: {100 * share:.0f} % of the {name} scores failed ({reason}), more than "
                 f"reward.max_failed = {config.reward.max_failed:g} allows. Fix the reward, then resume the run."
             )

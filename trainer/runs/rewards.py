@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, import_reward, load_reward
+from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, construct, import_reward, load_reward
 
 from ..config.schema import Config, ConfigError
 from ..policy.device import pick_device
@@ -18,13 +18,13 @@ def reward_settings(config: Config) -> RewardSettings:
     r = config.reward
     device = pick_device(config.model.device) if r.device == "auto" else pick_device(r.device, "reward.device")
     precision = {"float32": torch.float32, "float16": torch.float16}[r.precision]
-    return RewardSettings(r.folder or WEIGHTS, str(device), precision, r.images_at_once)
+    return RewardSettings(r.folder or WEIGHTS, str(device), precision, r.images_at_once, r.patience)
 
 
 def make_reward(name: str, settings: RewardSettings) -> Reward:
     """A reward by its name, or the user's own by module:Class. Raises ConfigError for an unknown name."""
     try:
-        return import_reward(name)(settings) if ":" in name else load_reward(name, settings)
+        return construct(import_reward(name), settings) if ":" in name else load_reward(name, settings)
     except RewardError as error:
         raise ConfigError(f"reward: {error}") from None
 

@@ -6,16 +6,18 @@ PCPO_VLM_URL (such as http://127.0.0.1:8000/v1), PCPO_VLM_MODEL and PCPO_VLM_TOK
 import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.reward.base import Reward, RewardError, RewardSettings, Scores
-from comfyui_pcpo.reward.service.remote import peer_from_environment
-from comfyui_pcpo.reward.service.wire import Peer, ServerUnavailable, ask, encode_png
+from comfyui_pcpo.reward.base import Reward, RewardError, RewardSettings, Scores, blamed
+from comfyui_pcpo.reward.service.images import encode_png
+from comfyui_pcpo.reward.service.remote import TRIAL, peer_from_environment
+from comfyui_pcpo.reward.service.wire import BadAnswer, Peer, ask
 
 TOP = 20  # top_logprobs of a request; OpenAI's limit
 
@@ -27,27 +29,29 @@ class Vlm:
     peer: Peer
     model: str
 
-    def chat(self, image: np.ndarray, question: str, options: dict[str, Any]) -> dict[str, Any]:
+    def chat(
+        self, image: np.ndarray, question: str, options: dict[str, Any], tick: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
         """The first choice of a chat completion about an image, uint8 (H, W, 3)."""
         content = [
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encode_png(image)}"}},
             {"type": "text", "text": question},
         ]
         payload = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}], **options}
-        answer = ask(self.peer, "/chat/completions", payload)
+        answer = ask(self.peer, "/chat/completions", payload, tick)
         try:
             choice = answer["choices"][0]
             text = choice["message"]["content"]
         except (KeyError, IndexError, TypeError) as error:
-            raise ServerUnavailable("The answer is not a chat completion.") from error
+            raise BadAnswer("the answer is not a chat completion. Check the endpoint's address.") from error
         return {"text": text if isinstance(text, str) else "", "logprobs": choice.get("logprobs")}
 
 
-def vlm_from_environment() -> Vlm:
+def vlm_from_environment(settings: RewardSettings | None = None) -> Vlm:
     model = os.environ.get("PCPO_VLM_MODEL", "")
     if not model:
         raise RewardError("PCPO_VLM_MODEL is not set, but endpoints serve models by name. Set it to the model's name.")
-    return Vlm(peer_from_environment("VLM"), model)
+    return Vlm(peer_from_environment("VLM", settings), model)
 
 
 def yes_share(logprobs: Any) -> float:
@@ -68,11 +72,28 @@ def first_number(text: str, maximum: float) -> float:
 
 
 class EndpointReward(Reward):
-    """Scores one image per request; a sample whose request fails gets NaN."""
+    """Scores one image per request; an image whose answer cannot be read gets NaN."""
 
     def __init__(self, settings: RewardSettings | None = None, vlm: Vlm | None = None):
         super().__init__(settings)
-        self.vlm = vlm or vlm_from_environment()
+        self.vlm = vlm or vlm_from_environment(settings)
+        self.tried = False
+
+    def load(self) -> Reward:
+        """As for any reward; the endpoint is tried once, without patience, before the first image."""
+        super().load()
+        if not self.tried:
+            hasty = Vlm(replace(self.vlm.peer, patience=0), self.vlm.model)
+            with blamed(self):
+                hasty.chat(
+                    TRIAL[0].numpy(), "Is this image grey? Answer yes or no.", {"max_tokens": 1}, self.settings.tick
+                )
+            self.tried = True
+        return self
+
+    def chat(self, image: np.ndarray, question: str, options: dict[str, Any]) -> dict[str, Any]:
+        """The model's answer about an image, uint8 (H, W, 3)."""
+        return self.vlm.chat(image, question, options, self.settings.tick)
 
     def score_image(self, image: np.ndarray, prompt: str) -> tuple[float, str]:
         """Score and answer for one image, uint8 (H, W, 3)."""
@@ -87,8 +108,15 @@ class EndpointReward(Reward):
     def score_or_nan(self, image: np.ndarray, prompt: str) -> tuple[float, str]:
         try:
             return self.score_image(image, prompt)
-        except ServerUnavailable:
+        except BadAnswer as error:
+            self.failure = str(error)
             return float("nan"), ""
+
+    def known(self, score: float, answer: str, wanted: str) -> tuple[float, str]:
+        """Score and answer; where there is no score, the answer becomes the failure's reason."""
+        if math.isnan(score):
+            self.failure = f"the model answered {answer[:80]!r} without {wanted}"
+        return score, answer
 
 
 class VlmYes(EndpointReward):
@@ -102,8 +130,8 @@ class VlmYes(EndpointReward):
 
     def score_image(self, image: np.ndarray, prompt: str) -> tuple[float, str]:
         question = f'Does this image show "{prompt}"? Answer yes or no.'
-        answer = self.vlm.chat(image, question, {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP})
-        return yes_share(answer["logprobs"]), answer["text"]
+        answer = self.chat(image, question, {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP})
+        return self.known(yes_share(answer["logprobs"]), answer["text"], "log-probabilities of yes or no")
 
 
 class VlmRating(EndpointReward):
@@ -114,5 +142,5 @@ class VlmRating(EndpointReward):
 
     def score_image(self, image: np.ndarray, prompt: str) -> tuple[float, str]:
         question = f'Rate from 0 to 10 how well this image shows "{prompt}". Answer with the number only.'
-        answer = self.vlm.chat(image, question, {"max_tokens": 8})
-        return first_number(answer["text"], 10) / 10, answer["text"]
+        answer = self.chat(image, question, {"max_tokens": 8})
+        return self.known(first_number(answer["text"], 10) / 10, answer["text"], "a number from 0 to 10")

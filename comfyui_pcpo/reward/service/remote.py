@@ -1,56 +1,76 @@
 """Rewards computed by a server: HPSv3, GenEval, UnifiedReward, or a built-in reward on another GPU."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardSettings
-from comfyui_pcpo.reward.service.wire import Peer, ServerUnavailable, ask, encode_png
+from comfyui_pcpo.reward.service.images import encode_png
+from comfyui_pcpo.reward.service.wire import BadAnswer, Peer, ServerUnavailable, ask
+
+TRIAL = torch.full((1, 64, 64, 3), 128, dtype=torch.uint8)
+"""The image of the request that tries a server before the first rollout."""
 
 
-def peer_from_environment(what: str) -> Peer:
+def peer_from_environment(what: str, settings: RewardSettings | None = None) -> Peer:
     """The server named by PCPO_<what>_URL, with the token in PCPO_<what>_TOKEN; workflows contain neither."""
     url = os.environ.get(f"PCPO_{what}_URL", "")
     if not url:
         raise RewardError(f"PCPO_{what}_URL is not set, but this reward needs a server. Set it to the server's URL.")
-    return Peer(url, os.environ.get(f"PCPO_{what}_TOKEN", ""))
+    try:
+        return Peer(url, os.environ.get(f"PCPO_{what}_TOKEN", ""), patience=(settings or RewardSettings()).patience)
+    except RewardError as error:
+        raise RewardError(f"PCPO_{what}_URL or PCPO_{what}_TOKEN: {error}") from None
 
 
 def decode_scores(answer: Any, count: int) -> Tensor:
-    """{"rewards": [...]} -> (B,); null is a failed score. Raises ServerUnavailable for any other answer."""
+    """{"rewards": [...]} -> (B,); null is a failed score. Raises BadAnswer for any other answer."""
     scores = answer.get("rewards") if isinstance(answer, dict) else None
     if not isinstance(scores, list) or len(scores) != count:
-        raise ServerUnavailable(f"The answer does not contain {count} rewards.")
+        given = f"{len(scores)} rewards" if isinstance(scores, list) else "no list of rewards"
+        raise BadAnswer(f"the server answered with {given} for {count} images. It must send one number or null each.")
     if not all(value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in scores):
-        raise ServerUnavailable("The answer contains rewards that are not numbers.")
+        raise BadAnswer("the server answered with rewards that are not numbers. It must send a number or null each.")
     return torch.tensor([float("nan") if value is None else float(value) for value in scores])
 
 
 class Remote(Reward):
-    """The reward of the server at PCPO_REWARD_URL, described by its /info. Samples get NaN if it is unavailable."""
+    """The reward of the server at PCPO_REWARD_URL, described by its /info."""
 
     name = "remote"
     typical_range = (float("-inf"), float("inf"))
 
     def __init__(self, settings: RewardSettings | None = None, peer: Peer | None = None):
         super().__init__(settings)
-        self.peer = peer or peer_from_environment("REWARD")
+        self.peer = peer or peer_from_environment("REWARD", settings)
+        self.tried = False
 
     def info(self) -> dict[str, Any]:
         """The server's description of its reward: name, needs_prompt, higher_is_better, typical_range."""
-        return ask(self.peer, "/info")
+        return ask(self.peer, "/info", tick=self.settings.tick)
 
     def is_healthy(self) -> bool:
         try:
-            return ask(self.peer, "/health") == {"status": "ok"}
-        except ServerUnavailable:
+            return ask(replace(self.peer, patience=0), "/health") == {"status": "ok"}
+        except (ServerUnavailable, BadAnswer):
             return False
 
+    def build(self) -> None:
+        """Try the server once, without patience, so that a wrong address or token is reported before any work."""
+        if not self.tried:
+            self.request(replace(self.peer, patience=0), TRIAL, [""])
+            self.tried = True
+
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.request(self.peer, images, prompts)
+
+    def request(self, peer: Peer, images: Tensor, prompts: list[str]) -> Tensor:
+        """The server's scores of images, uint8 (B, H, W, 3) -> (B,)."""
         payload = {"prompts": prompts, "images": [encode_png(image) for image in images.cpu().numpy()]}
-        try:
-            return decode_scores(ask(self.peer, "/compute", payload), len(prompts))
-        except ServerUnavailable:
-            return torch.full((len(prompts),), float("nan"))
+        scores = decode_scores(ask(peer, "/compute", payload, self.settings.tick), len(prompts))
+        if scores.isnan().any():
+            self.failure = f"{peer.url} sent null"
+        return scores

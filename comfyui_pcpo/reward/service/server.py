@@ -4,13 +4,16 @@ It listens on loopback by default, requires a bearer token, and rejects oversize
 """
 
 import hmac
+import io
 import json
 import logging
 import math
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -21,10 +24,12 @@ from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardError
 from comfyui_pcpo.reward.group import GroupReward
-from comfyui_pcpo.reward.service.wire import decode_png, png_size
+from comfyui_pcpo.reward.service.images import decode_png, png_size
+from comfyui_pcpo.reward.service.wire import is_plain
 
 logger = logging.getLogger(__name__)
 Size = tuple[int, int]  # height, width
+DRAIN = 2.0  # seconds for the rest of a rejected request
 
 
 class RequestRejected(Exception):
@@ -37,7 +42,8 @@ class RequestRejected(Exception):
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Address and limits: bytes and images per request, pixels per image and per request, seconds per read."""
+    """Address and limits: bytes and images per request, pixels per image and per request, seconds until a request has
+    arrived, connections that have not shown the token."""
 
     host: str = "127.0.0.1"
     port: int = 0
@@ -45,7 +51,8 @@ class ServerOptions:
     max_images: int = 256
     max_pixels: int = 4096 * 4096
     max_total_pixels: int = 8 * 4096 * 4096
-    timeout: float = 30.0
+    timeout: float = 60.0
+    max_strangers: int = 32
     token: str = field(default_factory=lambda: os.environ.get("PCPO_REWARD_TOKEN", ""), repr=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +60,10 @@ class ServerOptions:
             raise RewardError(
                 f"PCPO_REWARD_TOKEN has {len(self.token)} characters, but must have 16 or more. "
                 "Set it to a long random string, the same for server and trainer."
+            )
+        if not is_plain(self.token):
+            raise RewardError(
+                "PCPO_REWARD_TOKEN has spaces, line breaks or letters beyond ASCII. Use visible ASCII characters."
             )
 
 
@@ -70,6 +81,7 @@ class RewardServer(ThreadingHTTPServer):
             )
         self.reward, self.options = reward, options or ServerOptions()
         self.lock = threading.Lock()
+        self.strangers = Strangers(self.options.max_strangers)
         if ":" in self.options.host:
             self.address_family = socket.AF_INET6
         super().__init__((self.options.host, self.options.port), Handler)
@@ -78,6 +90,14 @@ class RewardServer(ThreadingHTTPServer):
         if self.options.host == "::":  # accept IPv4 as well, which is not every system's default
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.strangers.admit(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.strangers.release(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         logger.debug("A client disconnected before the answer was complete", exc_info=True)
@@ -153,6 +173,46 @@ class RewardServer(ThreadingHTTPServer):
         return prompts, images, sizes
 
 
+class Strangers:
+    """Connections that have not shown the token; beyond the limit, the oldest is closed for the newest."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.lock = threading.Lock()
+        self.waiting: dict[socket.socket, None] = {}  # oldest first
+
+    def admit(self, connection: socket.socket) -> None:
+        with self.lock:
+            self.waiting[connection] = None
+            extra = list(self.waiting)[: -self.limit]
+            for oldest in extra:
+                del self.waiting[oldest]
+        for oldest in extra:
+            with suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)  # its thread wakes up and closes it
+
+    def release(self, connection: socket.socket) -> None:
+        with self.lock:
+            self.waiting.pop(connection, None)
+
+
+class TimedReader(io.RawIOBase):
+    """Reads from a connection until a deadline, however slowly the bytes arrive."""
+
+    def __init__(self, connection: socket.socket, seconds: float):
+        self.connection, self.end = connection, time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request did not arrive in time")
+        self.connection.settimeout(left)
+        return self.connection.recv_into(buffer)
+
+
 def micro_batches(sizes: list[Size], batch_size: int) -> Iterator[list[int]]:
     """Indices of up to `batch_size` images of equal size."""
     for size in sorted(set(sizes)):
@@ -175,7 +235,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.connection.settimeout(self.server.options.timeout)
+        self.connection.settimeout(self.server.options.timeout)  # for the answer: the most that sending may take
+        self.rfile.close()
+        self.rfile = io.BufferedReader(TimedReader(self.connection, self.server.options.timeout))
 
     def do_GET(self) -> None:
         self.answer({"/health": lambda: {"status": "ok"}, "/info": self.info})
@@ -191,10 +253,24 @@ class Handler(BaseHTTPRequestHandler):
             status, body = 200, routes[self.path]()
         except RequestRejected as refused:
             status, body = refused.status, {"error": refused.reason}
+        except RewardError as error:  # 422, because the same request would fail again
+            logger.warning("%s", error)
+            status, body = 422, {"error": str(error)}
         except Exception as error:
-            logger.exception("The reward %s raised", self.server.reward.name)
-            status, body = 500, {"error": f"The reward raised {type(error).__name__}; see the server's log."}
+            logger.exception("A request failed")
+            status, body = 500, {"error": f"The server failed with {type(error).__name__}; see its log."}
+        self.connection.settimeout(self.server.options.timeout)
         self.send(status, json.dumps(body).encode())
+        if status != 200:
+            self.drain()
+
+    def drain(self) -> None:
+        """Read what is left of a rejected request: closing before that would lose the answer on its way."""
+        self.connection.shutdown(socket.SHUT_WR)
+        rest = io.BufferedReader(TimedReader(self.connection, DRAIN))
+        with suppress(OSError):
+            while rest.read(1 << 16):
+                pass
 
     def send(self, status: int, body: bytes) -> None:
         self.send_response(status)
@@ -210,6 +286,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestRejected(
                 401, "The bearer token is missing or wrong. Set PCPO_REWARD_TOKEN to the server's token."
             )
+        self.server.strangers.release(self.connection)
 
     def info(self) -> dict[str, Any]:
         self.check_token()

@@ -1,129 +1,191 @@
-"""The wire format: JSON over HTTP, images as base64 PNG. Nothing in it can execute code."""
+"""Requests to a server: JSON over HTTP, with a deadline, and with patience for an outage."""
 
-import base64
-import binascii
-import io
 import json
+import logging
+import socket
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
-from PIL import Image
-
 from comfyui_pcpo.reward.base import RewardError
 
+logger = logging.getLogger(__name__)
 MAX_BYTES = 64_000_000
+POLL = 0.1  # seconds between two calls of `tick`
+LONGEST_PAUSE = 10.0
 
 
-class ServerUnavailable(Exception):
-    """The server does not answer, or not in the expected format. The samples get NaN and the run continues."""
+class ServerUnavailable(RewardError):
+    """A server that does not answer, or only with errors of its own."""
+
+
+class BadAnswer(RewardError):
+    """A server that answers, but not in the expected format."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A server: base URL, bearer token, timeout in seconds, retries and the pause between them in seconds."""
+    """A server: base URL, bearer token, and seconds: of one request, to wait out an outage, of the first pause."""
 
     url: str
     token: str = field(default="", repr=False)
-    timeout: float = 60.0
-    retries: int = 2
+    timeout: float = 120.0
+    patience: float = 60.0
     pause: float = 0.5
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise RewardError(f"{self.url!r} is not a server address. Use a URL such as http://127.0.0.1:8000")
-
-
-def encode_png(image: np.ndarray) -> str:
-    """Base64 PNG of an image, uint8 (H, W, 3)."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, format="PNG", compress_level=1)
-    return base64.b64encode(file.getvalue()).decode("ascii")
-
-
-@contextmanager
-def opened_png(text: str, max_pixels: int) -> Iterator[Image.Image]:
-    """A base64 PNG with its size checked from the header, before any pixels are decoded."""
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
-            pixels = image.width * image.height
-            if pixels > max_pixels:
-                raise RewardError(
-                    f"An image has {pixels} pixels, but at most {max_pixels} are accepted. Send a smaller one."
-                )
-            yield image
-    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, RewardError):
-            raise
-        raise RewardError("An image cannot be read. Send each image as base64 of a PNG file.") from error
-
-
-def png_size(text: str, max_pixels: int) -> tuple[int, int]:
-    """Height and width of a base64 PNG, from its header."""
-    with opened_png(text, max_pixels) as image:
-        return image.height, image.width
-
-
-def decode_png(text: str, max_pixels: int) -> np.ndarray:
-    """The image in a base64 PNG, uint8 (H, W, 3)."""
-    with opened_png(text, max_pixels) as image:
-        return np.array(image.convert("RGBA").convert("RGB"))
-
-
-def ask(peer: Peer, path: str, payload: dict[str, Any] | None = None) -> Any:
-    """The JSON answer to a GET, or to a POST if there is a payload. Redirects are not followed.
-
-    Raises ServerUnavailable if all attempts fail, RewardError if the server rejects the request.
-    """
-    from http.client import HTTPException
-
-    problem = ""
-    for attempt in range(1 + peer.retries):
-        if attempt:
-            time.sleep(peer.pause)
         try:
-            status, body = exchange(peer, path, payload)
-        except (OSError, HTTPException) as error:
-            problem = f"{type(error).__name__}: {error}"
-            continue
-        if status == 200:
-            return decode_json(body)
-        if 400 <= status < 500 and status not in (408, 429):
-            reason = body[:200].decode("utf-8", "replace")
+            parts = urlsplit(self.url)
+            fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port or an IPv6 address that is none
+            parts, fits = urlsplit(""), False
+        if not fits or parts.username or parts.query or parts.fragment or not is_plain(self.url):
+            raise RewardError(f"{self.url!r} is not a server address. Use a URL such as http://127.0.0.1:8000")
+        if not is_plain(self.token):
             raise RewardError(
-                f"{peer.url}{path} rejected the request with status {status}: {reason}. Fix the request or the token."
+                "The token has spaces, line breaks or letters beyond ASCII. Use visible ASCII characters."
             )
-        problem = f"status {status}"
-    raise ServerUnavailable(f"{peer.url}{path} gave no answer in {1 + peer.retries} attempts ({problem}).")
 
 
-def exchange(peer: Peer, path: str, payload: dict[str, Any] | None) -> tuple[int, bytes]:
-    """One request on a new connection -> status and body."""
-    from http.client import HTTPConnection, HTTPSConnection
+def is_plain(text: str) -> bool:
+    """Whether a text can be sent in an HTTP header: visible ASCII characters only."""
+    return all("!" <= character <= "~" for character in text)
 
+
+def ask(peer: Peer, path: str, payload: dict[str, Any] | None = None, tick: Callable[[], None] = lambda: None) -> Any:
+    """The JSON answer to a GET, or to a POST if there is a payload; `tick` is called while waiting and may raise.
+
+    An outage is waited out for `peer.patience` seconds; redirects are not followed. Raises ServerUnavailable after an
+    outage, BadAnswer for an answer that is not JSON, RewardError if the server rejects the request.
+    """
+    body = None if payload is None else json.dumps(payload).encode()
+    end: float | None = None  # of the patience
+    for pause in pauses(peer.pause):
+        seconds = peer.timeout if end is None else max(POLL, min(peer.timeout, end - time.monotonic()))
+        try:
+            return read_answer(peer, path, exchange(peer, path, body, seconds, tick))
+        except ServerUnavailable as error:
+            now = time.monotonic()
+            if end is None:
+                end = now + peer.patience
+                if peer.patience:
+                    logger.warning("%s Waiting up to %g s for it.", error, peer.patience)
+            if now + pause > end:
+                waited = f" It was tried for {peer.patience:g} s." if peer.patience else ""
+                raise type(error)(f"{error}{waited} Start the server, or check its address.") from error
+        wait(pause, tick)
+    raise AssertionError("pauses never end")
+
+
+def pauses(first: float) -> Iterator[float]:
+    """Doubling pauses."""
+    while True:
+        yield min(first, LONGEST_PAUSE)
+        first *= 2
+
+
+def wait(seconds: float, tick: Callable[[], None]) -> None:
+    """Sleep, and tick."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(POLL, left))
+        tick()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Status, body, and where a redirect leads."""
+
+    status: int
+    body: bytes
+    location: str = ""
+
+    @property
+    def reason(self) -> str:
+        return " ".join(self.body[:300].decode("utf-8", "replace").split())
+
+
+def exchange(peer: Peer, path: str, body: bytes | None, seconds: float, tick: Callable[[], None]) -> Answer:
+    """One request on a new connection, in a thread, so that it ends after `seconds` and whenever `tick` raises."""
     parts = urlsplit(peer.url)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=peer.timeout)
+    connection = kind(parts.hostname or "", parts.port, timeout=2 * seconds)  # the deadline below is earlier
     headers = {"Authorization": f"Bearer {peer.token}"} if peer.token else {}
+    result: list[Answer | Exception] = []
+
+    def work() -> None:
+        try:
+            result.append(converse(connection, parts.path.rstrip("/") + path, body, headers))
+        except (OSError, HTTPException, UnicodeError) as error:  # UnicodeError: a host name that cannot exist
+            result.append(error)
+
+    thread, end = threading.Thread(target=work, daemon=True), time.monotonic() + seconds
+    thread.start()
     try:
-        if payload is None:
-            connection.request("GET", parts.path.rstrip("/") + path, headers=headers)
-        else:
-            headers["Content-Type"] = "application/json"
-            connection.request("POST", parts.path.rstrip("/") + path, json.dumps(payload).encode(), headers)
-        answer = connection.getresponse()
-        return answer.status, answer.read(MAX_BYTES)
+        while not result and thread.is_alive() and time.monotonic() < end:
+            thread.join(POLL)
+            tick()
     finally:
-        connection.close()
+        hang_up(connection)
+    if not result:
+        raise ServerUnavailable(f"{peer.url} gave no complete answer within {seconds:.3g} s.")
+    if isinstance(result[0], Exception):
+        raise ServerUnavailable(f"{peer.url} does not answer ({type(result[0]).__name__}: {result[0]}).")
+    return result[0]
+
+
+def converse(connection: HTTPConnection, path: str, body: bytes | None, headers: dict[str, str]) -> Answer:
+    """Send a request and read its answer."""
+    lost: OSError | None = None
+    try:
+        if body is None:
+            connection.request("GET", path, headers=headers)
+        else:
+            connection.request("POST", path, body, headers | {"Content-Type": "application/json"})
+    except (BrokenPipeError, ConnectionResetError, ConnectionAbortedError) as error:
+        lost = error  # a server may answer, with 401 for example, and leave before it has read a large body
+    try:
+        answer = connection.getresponse()
+    except (OSError, HTTPException) as error:
+        raise lost or error from None
+    content = answer.read(MAX_BYTES)
+    if answer.length and len(content) < MAX_BYTES:
+        raise ConnectionResetError(f"the connection ended after {len(content)} bytes of the answer")
+    return Answer(answer.status, content, answer.headers.get("Location", ""))
+
+
+def hang_up(connection: HTTPConnection) -> None:
+    """Close a connection, also under a thread that is waiting for it."""
+    if connection.sock is not None:
+        with suppress(OSError):
+            connection.sock.shutdown(socket.SHUT_RDWR)
+    connection.close()
+
+
+def read_answer(peer: Peer, path: str, answer: Answer) -> Any:
+    """The JSON of an answer, or the error that its status stands for."""
+    if answer.status == 200:
+        return decode_json(answer.body)
+    if 300 <= answer.status < 400:
+        raise RewardError(
+            f"{peer.url}{path} redirects to {answer.location}, and redirects are not followed. Set the URL of the "
+            "server that answers."
+        )
+    if 400 <= answer.status < 500 and answer.status not in (408, 425, 429):
+        raise RewardError(
+            f"{peer.url}{path} rejected the request with status {answer.status}: {answer.reason}. "
+            "Fix the request or the token."
+        )
+    raise ServerUnavailable(f"{peer.url}{path} answers with status {answer.status}: {answer.reason}.")
 
 
 def decode_json(body: bytes) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ServerUnavailable(f"The answer of {len(body)} bytes is not JSON.") from error
+        raise BadAnswer(f"the answer of {len(body)} bytes is not JSON. Check the server's address.") from error

@@ -26,16 +26,19 @@ def download(
 
 
 def fetch(file: RewardFile, path: Path, endpoint: str | None, tick: Tick) -> Path:
-    """Download one file to `path` and verify its checksum. Raises RewardError on failure."""
+    """Download one file and verify size and checksum before it replaces `path`. Raises RewardError on failure."""
     source = f"{file.filename} from {file.hub_id}"
     try:
         metadata, headers = ask_hub(file, endpoint)
         if path.is_file() and is_intact(path, metadata.etag, metadata.size):
             return path
+        check_size(file, metadata.size)
         part = path.with_name(f"{path.name}.{(metadata.etag or 'file')[:12]}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         request = Request(metadata.location, headers=headers)
         receive(request, part, metadata.size, lambda done: tick(file, done, metadata.size))
+    except RewardError:
+        raise
     except Exception as error:  # huggingface_hub and its HTTP client raise many types
         reason = " ".join(str(error).split())
         raise RewardError(
@@ -49,8 +52,21 @@ def fetch(file: RewardFile, path: Path, endpoint: str | None, tick: Tick) -> Pat
             f"{source} has {size} bytes whose checksum is not the hub's {metadata.etag} ({metadata.size} bytes). "
             "The damaged download has been deleted: try again."
         )
+    check_size(file, part.stat().st_size, part)
     part.replace(path)
     return path
+
+
+def check_size(file: RewardFile, size: int | None, part: Path | None = None) -> None:
+    """Raise RewardError if a file is far from its known size, as an error page of a mirror is; delete its download."""
+    if size is None or file.bytes / 2 <= size <= file.bytes * 2:
+        return
+    if part is not None:
+        part.unlink()
+    raise RewardError(
+        f"{file.filename} from {file.hub_id} has {size} bytes there, but about {file.bytes} are expected, so it is "
+        "another file. Nothing was replaced. Check the mirror (--endpoint), or use the hub."
+    )
 
 
 def ask_hub(file: RewardFile, endpoint: str | None) -> tuple[Any, dict[str, str]]:
