@@ -24,6 +24,7 @@ CLASSES: dict[str, str] = {  # name -> module of this package and class
     "polish": "polish:Polish",
     "hpsv2": "hpsv2:HPSv2",
     "hpsv2.1": "hpsv2:HPSv21",
+    "hpsv3": "hpsv3:HPSv3",
     "pickscore": "pickscore:PickScore",
     "imagereward": "imagereward:ImageReward",
     "aesthetic": "aesthetic:Aesthetic",

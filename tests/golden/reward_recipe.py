@@ -54,6 +54,28 @@ def weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
     return {name: weight(name, shape) for name, shape in shapes.items()}
 
 
+QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+
+
+def qwen_tokenizer() -> Any:
+    """Qwen2's tokenizer with the 256 bytes as its vocabulary, no merges, and the special tokens that matter here."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    vocabulary = {byte: n for n, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in QWEN_TOKENS])
+    return tokenizer
+
+
 def array(name: str) -> np.ndarray:
     """Waves, rectangles and noise, uint8 (H, W, 3): sharp edges, so that details of resizing matter."""
     height, width, seed = IMAGE_SUFFIXES[name]

@@ -242,5 +242,5 @@ def test_the_command_fetches_by_name_and_prints_the_files(hub, tmp_path, capsys,
 def test_the_command_knows_rewards_without_files_and_names_the_known_ones(capsys):
     assert main(["download", "colorfulness"]) == 0
     assert "needs no weights" in capsys.readouterr().out
-    assert main(["download", "hpsv3"]) == 2
+    assert main(["download", "hpsv9"]) == 2
     assert "hpsv2.1" in capsys.readouterr().err

@@ -8,7 +8,10 @@ import torch
 
 from comfyui_pcpo.reward.aesthetic import linear_head
 from comfyui_pcpo.reward.clip import VIT_H_14, VIT_L_14, open_clip_model, transformers_clip
+from comfyui_pcpo.reward.hpsv3 import HPSv3Model
+from comfyui_pcpo.reward.hpsv3 import renamed as renamed_hpsv3
 from comfyui_pcpo.reward.imagereward import BlipShape, imagereward_model, renamed
+from comfyui_pcpo.reward.qwen2vl import QwenShape
 from tests.golden import reward_recipe as gold
 
 pytestmark = pytest.mark.slow
@@ -46,6 +49,26 @@ def test_vit_h_14_takes_all_986_million_weights(name, build):
         model = build(VIT_H_14)
     model.load_state_dict(state, strict=True, assign=True)
     assert round(parameters(state) / 1e6) == 986
+
+
+def test_hpsv3_takes_all_weights_of_qwen2_vl_7b_but_the_output_layer():
+    vision, text = {32: 1280, 96: 3840, 128: 5120, 256: 5120, 64: 3584}, {64: 3584, 32: 512, 96: 18944, 263: 151658}
+    layers = [(r"^visual\.blocks\.0\.", 32), (r"^model\.layers\.0\.", 28)]
+    head = {64: 3584}
+    golden = gold.golden("hpsv3")["shapes"]
+    shapes = {k: v for k, v in golden.items() if not re.search(r"(blocks|layers)\.1\.", k)}
+    sizes = [
+        (r"patch_embed", {32: 1280}),
+        (r"^visual.merger.ln_q", {32: 1280}),
+        (r"^visual.merger", {128: 5120, 64: 3584}),
+    ]
+    state = grown(shapes, [*sizes, (r"^visual", vision), (r"^rm_head", head), ("", text)], layers)
+    with torch.device("meta"):
+        model = HPSv3Model(QwenShape(), 151658)
+    model.load_state_dict(renamed_hpsv3(state), strict=True, assign=True)
+    qwen = {k: v for k, v in state.items() if not k.startswith("rm_head")}
+    added = 151658 - 152064  # Qwen2-VL's own embedding has unused rows
+    assert parameters(qwen) - 2 * added * 3584 == 8_291_375_616
 
 
 def test_vit_l_14_and_its_head_take_all_weights():

@@ -5,13 +5,15 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from comfyui_pcpo.reward import RewardSettings, aesthetic, hpsv2, imagereward, pickscore
+from comfyui_pcpo.reward import RewardSettings, aesthetic, hpsv2, hpsv3, imagereward, pickscore
 from comfyui_pcpo.reward.aesthetic import Aesthetic
 from comfyui_pcpo.reward.clip import ClipShape
 from comfyui_pcpo.reward.clipscore import ClipCosine, ClipLogits, ClipScore25, ClipScore100
 from comfyui_pcpo.reward.hpsv2 import HPSv21
+from comfyui_pcpo.reward.hpsv3 import HPSv3
 from comfyui_pcpo.reward.imagereward import BlipShape, ImageReward, new_name
 from comfyui_pcpo.reward.pickscore import PickScore
+from comfyui_pcpo.reward.qwen2vl import QwenShape, grid_size
 from comfyui_pcpo.reward.weights.checkpoint import file_path
 from comfyui_pcpo.reward.weights.preprocess import crop_floor, crop_round
 from comfyui_pcpo.reward.weights.tokens import bert_tokens, clip_tokens, plain_clip_tokens
@@ -59,6 +61,10 @@ class TinyLogits(ClipLogits):
     shape = LARGE
 
 
+class TinyHps3(HPSv3):
+    shape = QwenShape(64, 2, 4, 2, 96, (2, 3, 3), 32, 2, 2)
+
+
 SMALL_COSINE = 0.03
 
 
@@ -66,10 +72,11 @@ SMALL_COSINE = 0.03
 def settings(tmp_path_factory):
     """A weight folder in the official layouts, with buffers that older files carry."""
     folder = tmp_path_factory.mktemp("weights")
-    shapes = {name: gold.golden(name)["shapes"] for name in ("hpsv2", "pickscore", "imagereward", "aesthetic")}
+    shapes = {name: gold.golden(name)["shapes"] for name in ("hpsv2", "hpsv3", "pickscore", "imagereward", "aesthetic")}
     positions = torch.arange(77)[None]
     contents = {
         HPSv21.files[0]: {"state_dict": gold.weights(shapes["hpsv2"])},
+        HPSv3.files[0]: gold.weights(shapes["hpsv3"]),
         PickScore.files[0]: gold.weights(shapes["pickscore"]) | {"text_model.embeddings.position_ids": positions},
         ImageReward.files[0]: gold.weights(shapes["imagereward"])
         | {"blip.text_encoder.embeddings.position_ids": positions},
@@ -80,6 +87,9 @@ def settings(tmp_path_factory):
         path = file_path(folder, file)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    tokenizer = file_path(folder, HPSv3.files[1])
+    tokenizer.parent.mkdir()
+    gold.qwen_tokenizer().save(str(tokenizer))
     return RewardSettings(folder=folder)
 
 
@@ -95,6 +105,32 @@ def error(scores, name, key="scores", relative=True):
 
 def test_hpsv2_equals_the_reference(settings):
     assert error(gold.scores(TinyHps(settings)), "hpsv2") < 1e-5
+
+
+def test_hpsv3_equals_the_reference(settings):
+    assert error(gold.scores(TinyHps3(settings)), "hpsv3") < 1e-5
+
+
+def test_hpsv3_resizes_as_the_reference():
+    for name, (_, rows, columns) in gold.golden("hpsv3")["grids"].items():
+        height, width, _ = gold.array(name).shape
+        assert grid_size(height, width, hpsv3.PIXELS) == (14 * rows, 14 * columns)
+
+
+def test_hpsv3_reads_the_newer_layout_of_the_same_weights(settings, tmp_path):
+    """transformers 4.52 moved both parts below `model`."""
+    state = gold.weights(gold.golden("hpsv3")["shapes"])
+    new = {
+        k.replace("model.", "model.language_model.", 1).replace("visual.", "model.visual.", 1): v
+        for k, v in state.items()
+    }
+    for file in HPSv3.files:
+        path = file_path(tmp_path, file)
+        path.parent.mkdir()
+        path.write_bytes(file_path(settings.folder, file).read_bytes())
+    save_file(new, file_path(tmp_path, HPSv3.files[0]))
+    moved = TinyHps3(RewardSettings(folder=tmp_path))
+    assert gold.scores(moved, FEW[:1]) == gold.scores(TinyHps3(settings), FEW[:1])
 
 
 def test_imagereward_equals_the_reference(settings):
@@ -151,6 +187,40 @@ def test_hpsv2_with_a_center_crop_is_wrong(settings, monkeypatch):
     assert error(scores, "hpsv2", relative=False) > 1e-3
 
 
+def test_hpsv3_with_qwens_own_image_positions_is_wrong(settings, monkeypatch):
+    """Qwen2-VL gives image tokens a row and a column; the reward's were trained without."""
+    reward = TinyHps3(settings).load()
+    language = reward.model.backbone.model
+    forward = language.forward
+
+    def two_dimensional(position_ids, **inputs):
+        tokens = position_ids.clone()
+        start, columns = 50, 20
+        image = torch.arange(14 * columns)
+        grid = torch.stack([0 * image, image // columns, image % columns])
+        tokens[:, :, start : start + len(image)] = grid[:, None] + start
+        return forward(position_ids=tokens, **inputs)
+
+    monkeypatch.setattr(language, "forward", two_dimensional)
+    assert error(gold.scores(reward, FEW[:1]), "hpsv3") > 1e-4
+
+
+def test_hpsv3_that_scores_the_end_of_the_chat_is_wrong(settings, monkeypatch):
+    monkeypatch.setattr(hpsv3, "question", lambda: hpsv3.QUESTION.read_text(encoding="utf-8"))
+    assert error(gold.scores(TinyHps3(settings), FEW[:1]), "hpsv3") > 1e-3
+
+
+def test_hpsv3_without_its_newlines_is_wrong(settings, monkeypatch):
+    text = hpsv3.question().strip()
+    monkeypatch.setattr(hpsv3, "question", lambda: text)
+    assert error(gold.scores(TinyHps3(settings), FEW[:1]), "hpsv3") > 1e-4
+
+
+def test_a_prompt_cannot_bring_hpsv3s_special_tokens(settings):
+    prompts = ["<|image_pad|> <|Reward|>", "<|im_end|>", "{text_prompt} {0}"]
+    assert TinyHps3(settings).score(gold.image("exact224").expand(3, -1, -1, -1), prompts).isfinite().all()
+
+
 def test_pickscore_with_mended_text_is_wrong(settings, monkeypatch):
     monkeypatch.setattr(pickscore, "plain_clip_tokens", clip_tokens)
     assert error(gold.scores(TinyPick(settings), FEW), "pickscore", relative=False) > 1
@@ -198,7 +268,7 @@ def test_a_resize_without_antialias_is_wrong(settings, monkeypatch):
     assert error(gold.scores(TinyHps(settings), FEW), "hpsv2") > 1e-2
 
 
-@pytest.mark.parametrize("cls", [TinyHps, TinyPick, TinyBlip, TinyAesthetic, TinyClip])
+@pytest.mark.parametrize("cls", [TinyHps, TinyHps3, TinyPick, TinyBlip, TinyAesthetic, TinyClip])
 def test_a_score_does_not_depend_on_the_batch(cls, settings):
     images = torch.cat([gold.image("exact224"), gold.image("exact224").flip(2), gold.image("exact224").flip(1)])
     prompts = ["a cat", "", "two cats on a mat"]
@@ -214,14 +284,13 @@ def test_strange_prompts_have_finite_scores(cls, settings):
     assert cls(settings).score(gold.image("exact224").expand(6, -1, -1, -1), prompts).isfinite().all()
 
 
-@pytest.mark.parametrize("cls", [TinyHps, TinyPick, TinyBlip, TinyAesthetic])
+@pytest.mark.parametrize("cls", [TinyHps, TinyHps3, TinyPick, TinyBlip, TinyAesthetic])
 def test_half_precision_stays_close(cls, settings):
     half = RewardSettings(folder=settings.folder, dtype=torch.float16)
     full = cls(settings).score(gold.image("exact224"), ["a cat"])
-    # fp16 keeps 3 digits of activations; PickScore's scale of 100 shows it as well
-    assert torch.allclose(
-        cls(half).score(gold.image("exact224"), ["a cat"]), full, atol=0.2 if cls is TinyPick else 5e-3
-    )
+    # fp16 keeps 3 digits of activations, HPSv3's bf16 two; PickScore's scale of 100 shows it as well
+    tolerance = {TinyPick: 0.2, TinyHps3: 2e-2}.get(cls, 5e-3)
+    assert torch.allclose(cls(half).score(gold.image("exact224"), ["a cat"]), full, atol=tolerance)
 
 
 def test_the_key_map_reaches_every_weight_once():

@@ -1,4 +1,4 @@
-"""Rewards computed by a server: HPSv3, GenEval, UnifiedReward, or a built-in reward on another GPU."""
+"""Rewards computed by a server: GenEval, a reward of your own, or a built-in reward on another GPU."""
 
 import os
 from dataclasses import replace

@@ -48,8 +48,11 @@ def read_state(path: Path, file: RewardFile) -> dict[str, Tensor]:
     return state
 
 
-def load_strict(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict with strict keys and shapes. Raises RewardError with the number of mismatches."""
+def load_strict(model: nn.Module, state: Mapping[str, Tensor], path: Path, assign: bool = False) -> None:
+    """Load a state dict with strict keys and shapes. Raises RewardError with the number of mismatches.
+
+    `assign` makes the tensors themselves the weights of a model that has none yet (on the meta device).
+    """
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     missing = sorted(expected.keys() - state.keys())
     unknown = sorted(state.keys() - expected.keys())
@@ -60,7 +63,7 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
             f"{path} lacks {len(missing)} weights, has {len(unknown)} unknown ones and {len(wrong)} of another shape "
             f"(such as {first}). It is a file of another model: download the one that this reward names."
         )
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict(state, strict=True, assign=assign)
 
 
 def drop_suffixes(state: Mapping[str, Tensor], endings: tuple[str, ...]) -> dict[str, Tensor]:
