@@ -40,6 +40,11 @@ CLASSES: dict[str, str] = {  # name -> module of this package and class
     "bertscore": "bertscore:BertScore",
     "vlm_yes": "service.endpoint:VlmYes",
     "vlm_rating": "service.endpoint:VlmRating",
+    "vqascore": "service.judges:VqaScore",
+    "unifiedreward": "service.judges:UnifiedReward",
+    "pairwise_vlm": "service.pairwise:PairwiseVlm",
+    "diversity": "diversity:Diversity",
+    "tiny_diversity": "diversity:TinyDiversity",
     "remote": "service.remote:Remote",
 }
 REWARDS: dict[str, type[Reward]] = {name: import_reward(f"{__name__}.{spec}") for name, spec in CLASSES.items()}

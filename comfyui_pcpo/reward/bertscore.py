@@ -92,6 +92,6 @@ class BertScore(EndpointReward):
         super().unload()
         self.tokenizer = None
 
-    def score_batch(self, images: Tensor, prompts: list[str]) -> Scores:
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor | Scores:
         with torch.no_grad():
             return super().score_batch(images, prompts)

@@ -11,6 +11,7 @@ import torch
 from comfyui_pcpo.reward import RewardError, RewardSettings, load_reward
 from comfyui_pcpo.reward.bertscore import BertScore, Embedded, recall
 from comfyui_pcpo.reward.service.endpoint import EndpointReward, Vlm, VlmRating, VlmYes, first_number, yes_share
+from comfyui_pcpo.reward.service.judges import UnifiedReward, VqaScore, final_score
 from comfyui_pcpo.reward.service.wire import BadAnswer, Peer
 from comfyui_pcpo.reward.weights.checkpoint import file_path
 from comfyui_pcpo.reward.weights.tokens import BERT_VOCABULARY
@@ -73,6 +74,32 @@ def test_a_rating_is_the_first_number(model):
 def test_answers_without_probabilities_fail():
     for logprobs in (None, {}, {"content": []}, {"content": [{"top_logprobs": [{"token": "maybe", "logprob": -1}]}]}):
         assert math.isnan(yes_share(logprobs))
+
+
+def test_vqascore_is_the_probability_of_yes_in_the_published_words(model):
+    model.answer = says("Yes", Yes=0.5, yes=0.1, No=0.2)
+    assert VqaScore(vlm=model.vlm).score(GREY, ["a fox"]).item() == pytest.approx(0.5)
+    text = model.asked[-1]["messages"][0]["content"][1]["text"]
+    assert text == 'Does this figure show "a fox"? Please answer yes or no.'
+    model.answer = says("No", No=0.9)
+    assert VqaScore(vlm=model.vlm).score(GREY, ["a fox"]).item() == 0
+
+
+def test_vqascore_of_a_model_that_thinks_first_fails_with_the_reason(model):
+    model.answer = says("<think>", **{"<think>": 0.99})
+    reward = VqaScore(vlm=model.vlm)
+    assert reward.score(GREY, ["a fox"]).isnan().all()
+    assert "'<think>' without log-probabilities of yes or no" in reward.failure
+
+
+def test_unifiedreward_reads_the_final_score_of_its_own_question(model):
+    model.answer = says("Alignment is 3, quality 2.\n**Final Score:** 4.5")
+    reward = UnifiedReward(vlm=model.vlm)
+    assert reward.score(GREY, ["a {fox}"]).item() == pytest.approx(0.9)
+    text = model.asked[-1]["messages"][0]["content"][1]["text"]
+    assert text.endswith("Text Caption: [a {fox}]") and "assign a score from 1 to 5 after 'Final Score:'." in text
+    for answer in ("4", "Final Score: 9", "Final Score: 0.5", ""):
+        assert math.isnan(final_score(answer, 5))
 
 
 @pytest.mark.parametrize("answer", [b"{}", b"no json", b'{"choices": [{}]}', b"[]"])

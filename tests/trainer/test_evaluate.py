@@ -226,7 +226,7 @@ def test_numbers_that_cannot_be_are_refused(run, more, said):
     [
         (["--prompts", "gone.txt"], "gone.txt does not exist"),
         (["--rewards", "hpsv2.1", "--folder", "gone"], "HPS_v2.1_compressed.pt does not exist"),
-        (["--rewards", "hpsv3"], "'hpsv3' is not a known reward"),
+        (["--rewards", "hpsv9"], "'hpsv9' is not a known reward"),
         (["--reference", "gone"], "gone contains no images"),
         (["--inception", "gone.pth"], "published at https://github.com/toshas/torch-fidelity"),
         (["--dino", "gone"], "facebook/dinov2-large"),

@@ -6,7 +6,7 @@ PCPO_VLM_URL (such as http://127.0.0.1:8000/v1), PCPO_VLM_MODEL and PCPO_VLM_TOK
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,13 +30,16 @@ class Vlm:
     model: str
 
     def chat(
-        self, image: np.ndarray, question: str, options: dict[str, Any], tick: Callable[[], None] = lambda: None
+        self,
+        images: Sequence[np.ndarray],
+        question: str,
+        options: dict[str, Any],
+        tick: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
-        """The first choice of a chat completion about an image, uint8 (H, W, 3)."""
-        content = [
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encode_png(image)}"}},
-            {"type": "text", "text": question},
-        ]
+        """The first choice of a chat completion about images, uint8 (H, W, 3) each."""
+        urls = [f"data:image/png;base64,{encode_png(image)}" for image in images]
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        content.append({"type": "text", "text": question})
         payload = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}], **options}
         answer = ask(self.peer, "/chat/completions", payload, tick)
         try:
@@ -54,14 +57,25 @@ def vlm_from_environment(settings: RewardSettings | None = None) -> Vlm:
     return Vlm(peer_from_environment("VLM", settings), model)
 
 
+def first_token(logprobs: Any) -> list[tuple[str, float]]:
+    """The likeliest first tokens, without spaces, and their probabilities; none if the answer lacks them."""
+    try:
+        top = logprobs["content"][0]["top_logprobs"]
+        return [(str(entry["token"]).strip(), math.exp(float(entry["logprob"]))) for entry in top]
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
+        return []
+
+
+def share(logprobs: Any, this: str, other: str) -> float:
+    """P(this) / (P(this) + P(other)) of the first generated token; NaN if neither is among the top tokens."""
+    likely = first_token(logprobs)
+    left, right = (sum(p for token, p in likely if token.lower() == word) for word in (this, other))
+    return left / (left + right) if left + right > 0 else float("nan")
+
+
 def yes_share(logprobs: Any) -> float:
     """P(yes) / (P(yes) + P(no)) of the first generated token; NaN if neither is among the top tokens."""
-    try:
-        likely = [(str(e["token"]), float(e["logprob"])) for e in logprobs["content"][0]["top_logprobs"]]
-    except (KeyError, IndexError, TypeError, ValueError):
-        return float("nan")
-    yes, no = (sum(math.exp(p) for token, p in likely if token.strip().lower() == word) for word in ("yes", "no"))
-    return yes / (yes + no) if yes + no > 0 else float("nan")
+    return share(logprobs, "yes", "no")
 
 
 def first_number(text: str, maximum: float) -> float:
@@ -85,15 +99,14 @@ class EndpointReward(Reward):
         if not self.tried:
             hasty = Vlm(replace(self.vlm.peer, patience=0), self.vlm.model)
             with blamed(self):
-                hasty.chat(
-                    TRIAL[0].numpy(), "Is this image grey? Answer yes or no.", {"max_tokens": 1}, self.settings.tick
-                )
+                question = "Is this image grey? Answer yes or no."
+                hasty.chat([TRIAL[0].numpy()], question, {"max_tokens": 1}, self.settings.tick)
             self.tried = True
         return self
 
     def chat(self, image: np.ndarray, question: str, options: dict[str, Any]) -> dict[str, Any]:
         """The model's answer about an image, uint8 (H, W, 3)."""
-        return self.vlm.chat(image, question, options, self.settings.tick)
+        return self.vlm.chat([image], question, options, self.settings.tick)
 
     def score_image(self, image: np.ndarray, prompt: str) -> tuple[float, str]:
         """Score and answer for one image, uint8 (H, W, 3)."""
@@ -101,7 +114,7 @@ class EndpointReward(Reward):
             f"{type(self).__name__} does not define score_image. Define it to return a score and the answer."
         )
 
-    def score_batch(self, images: Tensor, prompts: list[str]) -> Scores:
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor | Scores:
         rows = [self.score_or_nan(image, prompt) for image, prompt in zip(images.cpu().numpy(), prompts, strict=True)]
         return Scores(torch.tensor([score for score, _ in rows]), {"answer": [answer for _, answer in rows]})
 
@@ -120,10 +133,7 @@ class EndpointReward(Reward):
 
 
 class VlmYes(EndpointReward):
-    """Probability that the model answers yes when asked whether the image shows the prompt.
-
-    Lin et al. 2024, Evaluating Text-to-Visual Generation with Image-to-Text Generation, equation 1
-    """
+    """Probability that the model answers yes, not no, when asked whether the image shows the prompt."""
 
     name = "vlm_yes"
     typical_range = (0.0, 1.0)

@@ -1,0 +1,77 @@
+"""How much an image differs from the others of its group. Added to another reward, it holds off mode collapse."""
+
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comfyui_pcpo.reward.aesthetic import CLIP_FILE
+from comfyui_pcpo.reward.alignment import encoder_input
+from comfyui_pcpo.reward.clip import VIT_L_14, ClipShape, open_clip_model
+from comfyui_pcpo.reward.group import GroupReward
+from comfyui_pcpo.reward.weights.checkpoint import load_strict, locate, read_state
+from comfyui_pcpo.reward.weights.preprocess import crop_round
+from comfyui_pcpo.tiny.align import load_image_encoder
+from comfyui_pcpo.tiny.pipelines import MODELS
+
+if TYPE_CHECKING:
+    from comfyui_pcpo.tiny.align import AlignImageEncoder
+
+
+def mean_distance(features: Tensor) -> Tensor:
+    """Mean cosine distance of each row to the other rows, (G, D) -> (G,); NaN for a row without others.
+
+    d_i = 1 - sum_{j != i} <f_i, f_j> / (G - 1)  with unit vectors f;  its mean is the mean pairwise distance
+    """
+    unit = F.normalize(features.double(), dim=-1)
+    cosine = unit @ unit.T
+    others = cosine.sum(1) - cosine.diagonal()
+    return 1 - others / (len(features) - 1) if len(features) > 1 else torch.full((len(features),), torch.nan)
+
+
+class DiversityOf(GroupReward):
+    """Mean cosine distance to the other images of the group, in the features of a network."""
+
+    needs_prompt = False
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Features of 8-bit images, uint8 (B, H, W, 3) -> (B, D)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define embed. Define it: one row per image.")
+
+    def score_group(self, images: Tensor, prompt: str) -> Tensor:
+        parts = images.split(self.settings.images_at_once)
+        return mean_distance(torch.cat([self.embed(part.to(self.device)).float() for part in parts]))
+
+
+class Diversity(DiversityOf):
+    """In the image embedding of CLIP ViT-L/14."""
+
+    name = "diversity"
+    typical_range = (0.05, 0.5)
+    files = (CLIP_FILE,)
+    memory = 600_000_000
+    shape: ClassVar[ClipShape] = VIT_L_14
+
+    def build(self) -> nn.Module:
+        path = locate(self.settings, self.files[0])
+        state, visual = read_state(path, self.files[0]), open_clip_model(self.shape).visual
+        load_strict(visual, {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}, path)
+        return visual.to(self.settings.dtype)
+
+    def embed(self, images: Tensor) -> Tensor:
+        return cast("nn.Module", self.model)(crop_round(images).to(self.settings.dtype))
+
+
+class TinyDiversity(DiversityOf):
+    """In the features of the embedded encoder; only meaningful for images of the embedded models."""
+
+    name = "tiny_diversity"
+    typical_range = (0.05, 0.9)
+    memory = 2_000_000
+
+    def build(self) -> nn.Module:
+        return load_image_encoder(MODELS / "emoji-align")
+
+    def embed(self, images: Tensor) -> Tensor:
+        return cast("AlignImageEncoder", self.model).encode(encoder_input(images))
