@@ -3,7 +3,6 @@
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from comfyui_pcpo.lora.families import detect_family
 from comfyui_pcpo.lora.formats import export_state
 from comfyui_pcpo.plotting.run_curves import curves
 
@@ -93,4 +92,4 @@ class LoadRun(io.ComfyNode):
 def lora_state(folder: RunFolder, checkpoint: str = "latest") -> dict[str, Tensor]:
     """A checkpoint's LoRA under the key names that ComfyUI loads."""
     pairs, rank = folder.lora(checkpoint.strip().lower()), folder.config().lora.rank
-    return export_state(pairs, rank, rank, "comfyui", detect_family(pairs))
+    return export_state(pairs, rank, rank, "comfyui", folder.family())

@@ -1,7 +1,7 @@
 """Module names of each model family in LoRA files; the only place in this folder to edit for a new family.
 
-A family needs an entry in LORA_FAMILIES if original checkpoints (so also kohya's files and ComfyUI) name its modules
-differently from diffusers, or if its feed-forward layers have names of their own. All others are `plain`.
+A family needs an entry in LORA_FAMILIES for kohya's layout, which has the names of original checkpoints. Others are
+`plain` if their modules have diffusers' names, and `core` if they have only ComfyUI's.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class LoraFamily:
     """OriginalNames of one family's modules, starting from those in diffusers."""
 
     mark: str  # regular expression: start of a module name that identifies the family
-    original: Callable[[Sequence[str]], OriginalNames] = same_names  # names in original checkpoints
+    original: Callable[[Sequence[str]], OriginalNames] | None = None  # names in original checkpoints, where known
     prefix: str = "transformer."  # of the keys in diffusers' layout
     underscored: bool = False  # ComfyUI and kohya's tools read diffusers' names with underscores
-    feed_forward: tuple[str, ...] = ()  # regular expressions: its feed-forward layers beyond `ff.net`, `ff_context.net`
+    diffusers: bool = True  # whether its modules have diffusers' names
     mlp_ratio: Mapping[str, int] = field(default_factory=dict)  # original module -> hidden sizes of its part 3
 
 
@@ -53,6 +53,31 @@ def attention(diffusers: str, original: str, added: bool = False) -> OriginalNam
 
 def linears(names: Mapping[str, str]) -> OriginalNames:
     return {module: OriginalPart(original) for module, original in names.items()}
+
+
+Z_IMAGE: OriginalNames = {
+    **{f"attention.to_{letter}": OriginalPart("attention.qkv", part) for part, letter in enumerate("qkv")},
+    "attention.to_out.0": OriginalPart("attention.out"),
+    **same_names([f"feed_forward.w{i}" for i in (1, 2, 3)]),
+}
+KREA2 = {
+    r"^transformer_blocks\.": "blocks.",
+    r"^text_fusion\.": "txtfusion.",
+    r"\.attn\.to_gate$": ".attn.gate",
+    r"\.attn\.to_out\.0$": ".attn.wo",
+    r"\.attn\.to_": ".attn.w",
+    r"\.ff\.": ".mlp.",
+}
+NEVER = r"(?!)"  # a mark that matches no name
+
+
+def krea2_names(modules: Sequence[str]) -> OriginalNames:
+    names = {}
+    for module in modules:
+        names[module] = module
+        for diffusers, original in KREA2.items():
+            names[module] = re.sub(diffusers, original, names[module])
+    return linears(names)
 
 
 def blocks(**tables: tuple[str, OriginalNames]) -> Callable[[Sequence[str]], OriginalNames]:
@@ -77,6 +102,28 @@ LORA_FAMILIES: dict[Family, LoraFamily] = {  # in the order in which `detect_fam
         original=lambda modules: linears(unet_names(modules)),
         prefix="unet.",
         underscored=True,
+    ),
+    "flux2": LoraFamily(
+        mark=r".*\.(attn\.to_qkv_mlp_proj|(ff|ff_context)\.linear_(in|out))(\.|$)",
+        original=blocks(
+            transformer_blocks=(
+                "double_blocks",
+                {
+                    **attention("attn", "img_attn"),
+                    **attention("attn", "txt_attn", added=True),
+                    **linears({
+                        "ff.linear_in": "img_mlp.0",
+                        "ff.linear_out": "img_mlp.2",
+                        "ff_context.linear_in": "txt_mlp.0",
+                        "ff_context.linear_out": "txt_mlp.2",
+                    }),
+                },
+            ),
+            single_transformer_blocks=(
+                "single_blocks",
+                linears({"attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}),
+            ),
+        ),
     ),
     "flux": LoraFamily(
         mark=r"single_transformer_blocks\.",
@@ -105,14 +152,16 @@ LORA_FAMILIES: dict[Family, LoraFamily] = {  # in the order in which `detect_fam
                 },
             ),
         ),
-        # a single block ends in a feed-forward layer that has the name of a UNet's projection
-        feed_forward=(r"proj_mlp", r"single_transformer_blocks\.\d+\.proj_out"),
         mlp_ratio={"linear1": 4},
     ),
-    "plain": LoraFamily(
-        mark=r".*\.img_mlp\.",  # Qwen-Image
-        feed_forward=(r"(img_mlp|txt_mlp)\.net\.(0\.proj|2)",),
+    "qwen": LoraFamily(mark=r"transformer_blocks\.\d+\.(img|txt)_mlp\.", original=same_names),
+    "z_image": LoraFamily(
+        mark=r"(layers|noise_refiner|context_refiner)\.\d+\.attention\.to_",
+        original=blocks(**{name: (name, Z_IMAGE) for name in ("layers", "noise_refiner", "context_refiner")}),
     ),
+    "krea2": LoraFamily(mark=r".*\.(attn\.to_gate|ff\.(gate|up|down))(\.|$)", original=krea2_names),
+    "hidream": LoraFamily(mark=r"(double|single)_stream_blocks\.", original=same_names),
+    "ernie": LoraFamily(mark=r"layers\.\d+\.self_attention\.", original=same_names),
     "sd3": LoraFamily(
         mark=r"transformer_blocks\.\d+\.(attn2?|ff|ff_context|norm1|norm1_context)\.",
         original=blocks(
@@ -134,6 +183,8 @@ LORA_FAMILIES: dict[Family, LoraFamily] = {  # in the order in which `detect_fam
             )
         ),
     ),
+    "core": LoraFamily(mark=NEVER, original=same_names, prefix="diffusion_model.", diffusers=False),
+    "plain": LoraFamily(mark=NEVER),
 }  # fmt: skip
 
 
@@ -148,4 +199,5 @@ def detect_family(modules: Iterable[str]) -> Family:
 
 def original_names(modules: Iterable[str], family: Family) -> OriginalNames:
     """{diffusers module: its place in the original checkpoint}, for modules that have one."""
-    return LORA_FAMILIES[family].original(list(modules))
+    original = LORA_FAMILIES[family].original
+    return {} if original is None else original(list(modules))

@@ -53,11 +53,27 @@ def export_state(
     for module, pair in pairs.items():
         _check_pair(module, pair, rank)
     names = LORA_FAMILIES[family]
+    _check_layout(layout, family)
     if layout == "diffusers" or (layout == "comfyui" and not names.underscored):
         return _peft(pairs, alpha / rank, names.prefix)
     if names.underscored:
         return _kohya({name: (a, b, alpha) for name, (a, b) in pairs.items()})
     return _kohya(fused({name: (a, _fold(b, alpha / rank)) for name, (a, b) in pairs.items()}, family))
+
+
+def _check_layout(layout: Layout, family: Family) -> None:
+    """Refuse a layout in which no program would find the family's modules."""
+    names = LORA_FAMILIES[family]
+    if layout == "kohya" and names.original is None:
+        raise ValueError(
+            "kohya's layout has the module names of the original checkpoint, which are not known for this model. "
+            "Use the comfyui or the diffusers layout."
+        )
+    if layout == "diffusers" and not names.diffusers:
+        raise ValueError(
+            "This LoRA has ComfyUI's module names, for which diffusers has no equivalent. "
+            "Use the comfyui or the kohya layout."
+        )
 
 
 def parse_state(state: Mapping[str, Tensor], module_names: Iterable[str] | None = None) -> dict[str, Pair]:

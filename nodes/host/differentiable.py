@@ -6,21 +6,24 @@ replaced by equal ones that autograd can save.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import comfy.ops
+import comfy.quant_ops
 import torch
+from comfy_kitchen.backends import eager
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 from torch.utils.checkpoint import checkpoint
 
 from ...trainer.config.schema import ConfigError
 
-# block classes that gradient checkpointing recomputes
-BLOCKS = ("ResBlock", "SpatialTransformer", "JointBlock", "DoubleStreamBlock", "SingleStreamBlock")
-# block classes that write in place into tensors that autograd has saved
-IN_PLACE = ("DoubleStreamBlock", "SingleStreamBlock")
+# fused operations without a derivative; each has an equal function of differentiable ones
+FUSED = (
+    "adaln", "rms_adaln", "apply_rope", "apply_rope1", "apply_rope_split_half", "apply_rope_split_half1", "rms_rope",
+    "rms_rope1", "rms_rope_split_half", "rms_rope_split_half1",
+)  # fmt: skip
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -51,20 +54,48 @@ def differentiable(model: nn.Module, checkpointing: bool) -> Iterator[None]:
     """Inside, gradients flow through `model` to its inputs and to hooks on its modules."""
     check_forwards(model)
     with ExitStack() as stack:
+        for name in FUSED:
+            stack.enter_context(_attribute(comfy.quant_ops.ck, name, getattr(eager, name)))
         for module in model.modules():
             if isinstance(module, comfy.ops.CastWeightBiasOp) and isinstance(module, nn.Linear | nn.Conv2d):
                 stack.enter_context(_forward(module, _product(module)))
             elif not isinstance(module, nn.Embedding):
                 _own_parameters(module)
-            name = type(module).__name__
-            if name in IN_PLACE:
-                stack.enter_context(_forward(module, _on_copies(module.forward)))
-                for part in module.modules():
-                    if isinstance(part, nn.LayerNorm | nn.RMSNorm):
-                        stack.enter_context(_forward(part, _on_copies(part.forward)))
-            if checkpointing and name in BLOCKS:
-                stack.enter_context(_forward(module, _recomputed(module.forward)))
+        for block in repeated_blocks(model):
+            for part in block.modules():
+                if isinstance(part, nn.LayerNorm | nn.RMSNorm):
+                    stack.enter_context(_forward(part, _on_copies(part.forward)))
+            forward = _on_copies(block.forward)
+            stack.enter_context(_forward(block, _on_copies(_recomputed(forward)) if checkpointing else forward))
         yield
+
+
+def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The blocks that a model repeats: the outermost elements of its lists that have several matrices.
+
+    A Sequential of a class of its own, as UNets have them, is called layer by layer, so its layers count as elements.
+    """
+    for child in module.children():
+        if _is_list(child):
+            for element in child.children():
+                yield from repeated_blocks(nn.ModuleList([element])) if _is_list(element) else _if_composed(element)
+        else:
+            yield from repeated_blocks(child)
+
+
+def _is_list(module: nn.Module) -> bool:
+    own_sequential = isinstance(module, nn.Sequential) and type(module) is not nn.Sequential
+    return own_sequential or isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def _if_composed(module: nn.Module) -> list[nn.Module]:
+    return [module] if sum(map(is_matrix, module.modules())) > 1 else []
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, which of a quantized model has a class of its own, or a convolution."""
+    quantized = isinstance(module, comfy.ops.CastWeightBiasOp) and type(module).__name__ == "Linear"
+    return quantized or isinstance(module, nn.Linear | nn.Conv2d)
 
 
 def check_forwards(model: nn.Module) -> None:
@@ -77,17 +108,22 @@ def check_forwards(model: nn.Module) -> None:
         )
 
 
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+    return _attribute(module, "forward", forward)
+
+
 @contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(module).get("forward")
-    object.__setattr__(module, "forward", forward)
+def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, `owner` itself has this attribute."""
+    before = vars(owner).get(name)
+    object.__setattr__(owner, name, value)
     try:
         yield
     finally:
         if before is None:
-            object.__delattr__(module, "forward")
+            object.__delattr__(owner, name)
         else:
-            object.__setattr__(module, "forward", before)
+            object.__setattr__(owner, name, before)
 
 
 def _product(module: nn.Module) -> Callable[..., Tensor]:
@@ -118,10 +154,18 @@ def _own_parameters(module: nn.Module) -> None:
 
 
 def _on_copies(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` on copies of its inputs; a checkpoint around it saves the unmodified inputs."""
+    """`forward` on copies of its inputs, so that what is written into them in place is saved nowhere else.
+
+    Around a checkpoint the copies keep what is saved from the model's own in-place writes (ControlNet), inside it from
+    the block's. A copied dict, such as the transformer options, keeps the values of this call for the recomputation.
+    """
 
     def copy(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
+        if isinstance(value, Tensor):
+            return value.clone() if value.is_floating_point() else value
+        if isinstance(value, dict):
+            return dict(value)
+        return type(value)(map(copy, value)) if type(value) in (list, tuple) else value
 
     def on_copies(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import comfy.conds
 import comfy.model_management as mm
+import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
@@ -19,13 +20,12 @@ from ...trainer.config.schema import Config, ConfigError
 from ...trainer.policy.base import LoraPairs
 from ...trainer.policy.lora_pairs import padded
 from ..types import EncodedPrompts
-from .adapter import fresh_layers, lora_family, target_modules
+from .adapter import fresh_layers, target_modules
 from .differentiable import differentiable
 from .lora_hooks import attached
 from .spaces import space_of, training_grid
 
 Result = TypeVar("Result")
-PLAIN = (comfy.conds.CONDRegular, comfy.conds.CONDCrossAttn)
 SPECIAL = ("area", "mask", "control", "gligen", "hooks", "timestep_start", "timestep_end", "default", "strength")
 
 
@@ -50,14 +50,13 @@ class ComfyPolicy:
         self.guider, self.vae, self.config, self.options = guider, vae, config, options
         self.lines, self.model = prompts.lines, guider.inner_model
         self.space = space_of(guider.model_patcher)
-        self.kind, self.family = self.space.kind, lora_family(self.model)
-        self.device = guider.model_patcher.load_device
-        channels, height, width = latent.shape[1:]
-        self.latent_shape = channels, height, width
-        modules = target_modules(self.model, config.lora.targets)
+        self.kind, self.device = self.space.kind, guider.model_patcher.load_device
+        self.latent_shape, self.video = image_shape(latent), latent.ndim == 5
+        self.family, modules = target_modules(self.model, config.lora.targets)
         self.layers = fresh_layers(modules, config.lora, config.run.seed, self.device)
         self.conds = [_own(guider.conds[cond_key(n)]) for n in range(len(self.lines))]
         guider.conds["negative"] = _own(guider.conds["negative"])
+        self.controls = comfy.sampler_helpers.get_additional_models(guider.conds, torch.float32)[0]
         self.lora_on, self.evicted = True, False
         self.sigma: dict[float, float] = {}
 
@@ -84,19 +83,24 @@ class ComfyPolicy:
     def _predict(self, scaled: Tensor, sigma: float, cond: list[dict[str, Any]]) -> Tensor:
         self.guider.conds["positive"] = cond
         sigmas = torch.full((len(scaled),), sigma, device=scaled.device)
-        denoised = self.guider(scaled, sigmas, model_options=self.options, seed=self.config.run.seed)
-        return self.space.output(scaled, denoised.float(), sigma)
+        denoised = self.guider(self._framed(scaled), sigmas, model_options=self.options, seed=self.config.run.seed)
+        return self.space.output(scaled, denoised.float().view(scaled.shape), sigma)
+
+    def _framed(self, latents: Tensor) -> Tensor:
+        """Latents as the model takes them: a video model's have one frame, (B, C, H, W) -> (B, C, 1, H, W)."""
+        return latents[:, :, None] if self.video else latents
 
     def _reload(self) -> None:
         """Load the model again if decoding or rewards may have evicted it."""
         if self.evicted:
-            mm.load_models_gpu([self.guider.model_patcher], self.model.memory_required([1, *self.latent_shape]))
+            models = [self.guider.model_patcher, *self.controls]
+            mm.load_models_gpu(models, self.model.memory_required([1, *self.latent_shape]))
             self.evicted = False
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         self.evicted = True
-        images = self.vae.decode(self.model.process_latent_out(latents.float()))
+        images = self.vae.decode(self.model.process_latent_out(self._framed(latents.float())))
         return images.reshape(-1, *images.shape[-3:])[..., :3].float().cpu()
 
     def trainable(self) -> list[nn.Parameter]:
@@ -162,6 +166,16 @@ class PolicySampler(comfy.samplers.Sampler):
         return torch.zeros_like(noise)
 
 
+def image_shape(latent: Tensor) -> tuple[int, int, int]:
+    """(C, H, W) of one image from a latent (B, C, H, W), or (B, C, 1, H, W) of a video model."""
+    if latent.ndim == 5 and latent.shape[2] > 1:
+        raise ConfigError(
+            f"the latent has {latent.shape[2]} frames, but rewards score images. Connect a latent of length 1."
+        )
+    channels, *_, height, width = latent.shape[1:]
+    return channels, height, width
+
+
 def cond_key(number: int) -> str:
     """The guider's key for a prompt's conditioning; ComfyUI requires one called positive."""
     return f"positive_{number}" if number else "positive"
@@ -210,36 +224,56 @@ def _training_mode() -> Iterator[None]:
 
 
 def _own(conds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Conditionings whose tensors autograd can save."""
+    """Conditionings whose tensors autograd can save, with ControlNets that get no gradient."""
     copies = []
     for cond in conds:
-        parts = {
-            name: c._copy_with(c.cond.clone()) if isinstance(c, PLAIN) else c for name, c in cond["model_conds"].items()
-        }
+        parts = {name: c._copy_with(_cloned(c.cond)) for name, c in cond["model_conds"].items()}
         copies.append({**cond, "model_conds": parts})
+        for patcher in cond["control"].get_models() if "control" in cond else ():
+            patcher.model.requires_grad_(False)
     return copies
 
 
+def _cloned(value: Any) -> Any:
+    """`value` with a clone of every tensor in it; constants may be numbers, names, lists or dicts."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) in (list, tuple):
+        return type(value)(map(_cloned, value))
+    return {k: _cloned(v) for k, v in value.items()} if type(value) is dict else value
+
+
 def _can_share_batch(prompts: list[list[dict[str, Any]]]) -> bool:
-    """Whether the conditionings of these prompts fit one batch: one plain entry each, with equal shapes."""
-    shapes = set()
-    for conds in prompts:
-        if len(conds) != 1 or any(key in conds[0] for key in SPECIAL):
-            return False
-        parts = conds[0]["model_conds"]
-        if not all(type(c) in PLAIN for c in parts.values()):
-            return False
-        shapes.add(tuple((name, tuple(c.cond.shape)) for name, c in parts.items()))
-    return len(shapes) == 1
+    """Whether the conditionings of these prompts fit one batch: one entry each, whose parts ComfyUI can concatenate."""
+    if any(len(conds) != 1 or any(key in conds[0] for key in SPECIAL) for conds in prompts):
+        return False
+    first, *rest = (conds[0]["model_conds"] for conds in prompts)
+    return all(_is_single(c) for c in first.values()) and all(
+        parts.keys() == first.keys() and all(_same_kind(c, parts[name]) for name, c in first.items()) for parts in rest
+    )
+
+
+def _is_single(cond: Any) -> bool:
+    """Whether a conditioning is a constant, or has one row, so that rows can be put together image by image."""
+    if isinstance(cond, comfy.conds.CONDConstant):
+        return True
+    tensors = cond.cond if isinstance(cond, comfy.conds.CONDList) else [cond.cond]
+    return all(isinstance(t, Tensor) and len(t) == 1 for t in tensors)
+
+
+def _same_kind(a: Any, b: Any) -> bool:
+    """Whether ComfyUI can put two conditionings into one batch without padding one of them."""
+    same_size = isinstance(a, comfy.conds.CONDConstant) or a.size() == b.size()
+    return type(a) is type(b) and same_size and a.can_concat(b)
 
 
 def _merged(rows: list[list[dict[str, Any]]], different: bool) -> list[dict[str, Any]]:
     """One conditioning with a row per image."""
     if not different:
         return rows[0]
-    first = rows[0][0]
-    parts = {}
-    for name, c in first["model_conds"].items():
-        tensors = [row[0]["model_conds"][name].cond for row in rows]
-        parts[name] = c._copy_with(torch.cat(tensors))
+    first, *rest = (row[0] for row in rows)
+    parts = {
+        name: c._copy_with(c.concat([row["model_conds"][name] for row in rest]))
+        for name, c in first["model_conds"].items()
+    }
     return [{**first, "model_conds": parts}]

@@ -1,7 +1,8 @@
 """Conversion between ComfyUI's latents and noise levels and the library's.
 
 ComfyUI's samplers get x = x0 + sigma eps for epsilon and v models, and x = (1 - t) x0 + t eps, sigma = t, for flow
-models; the library's ddim steps use x / sqrt(1 + sigma^2), alpha_bar = 1 / (1 + sigma^2). Every model returns x0.
+models; the library's ddim steps use x / sqrt(1 + sigma^2), alpha_bar = 1 / (1 + sigma^2). Cosmos is a flow model that
+gets x0 + sigma eps: t = sigma / (1 + sigma), and the flow's x is x / (1 + sigma). Every model returns x0.
 """
 
 from dataclasses import dataclass
@@ -26,40 +27,49 @@ class Space:
 
     kind: Literal["ddim", "flow"]
     sampling: Any
+    exploding: bool  # ComfyUI's latents are x0 + sigma eps
 
     def grid(self, sigmas: Tensor) -> Grid:
         """ComfyUI's sigmas (T + 1,) as the library's grid."""
         levels = sigmas.detach().to("cpu", torch.float64)
         if self.kind == "ddim":
-            timesteps = self.sampling.timestep(sigmas[:-1]).cpu().long()
-            return Grid("ddim", 1 / (1 + levels.square()), timesteps)
+            times = self.sampling.timestep(sigmas[:-1]).cpu()
+            discrete = isinstance(self.sampling, comfy.model_sampling.ModelSamplingDiscrete)
+            return Grid("ddim", 1 / (1 + levels.square()), times.long() if discrete else times.double())
+        levels = levels / (1 + levels) if self.exploding else levels
         return Grid("flow", levels, 1000 * levels[:-1])
 
     def sigmas(self, grid: Grid) -> Tensor:
         """ComfyUI's sigmas of a grid, (T + 1,) float32."""
-        levels = (1 / grid.levels - 1).sqrt() if self.kind == "ddim" else grid.levels
-        return levels.float()
+        if self.kind == "ddim":
+            return (1 / grid.levels - 1).sqrt().float()
+        return (grid.levels / (1 - grid.levels) if self.exploding else grid.levels).float()
 
     def scale(self, sigma: float) -> float:
         """Factor from the library's latents to ComfyUI's."""
-        return (1 + sigma**2) ** 0.5 if self.kind == "ddim" else 1.0
+        if self.kind == "ddim":
+            return (1 + sigma**2) ** 0.5
+        return 1 + sigma if self.exploding else 1.0
 
     def output(self, x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
-        """Epsilon or velocity from ComfyUI's x and the predicted x0: both are (x - x0) / sigma."""
-        return (x - denoised) / sigma
+        """Epsilon or velocity from ComfyUI's x and the predicted x0: epsilon is (x - x0) / sigma, so is CONST's v."""
+        out = (x - denoised) / sigma
+        return out - denoised if self.kind == "flow" and self.exploding else out
 
 
 def space_of(model: Any) -> Space:
     """The space of a MODEL (a patcher). Raises ConfigError for models that are neither epsilon, v nor flow."""
     sampling = model.get_model_object("model_sampling")
     if isinstance(sampling, comfy.model_sampling.CONST) and not isinstance(sampling, UNSUPPORTED):
-        return Space("flow", sampling)
+        return Space("flow", sampling, exploding=False)
+    if isinstance(sampling, comfy.model_sampling.COSMOS_RFLOW):
+        return Space("flow", sampling, exploding=True)
     if isinstance(sampling, VARIANCE_EXPLODING) and not isinstance(sampling, UNSUPPORTED):
-        return Space("ddim", sampling)
+        return Space("ddim", sampling, exploding=True)
     kind = ", ".join(base.__name__ for base in type(sampling).__mro__[1:3])
     raise ConfigError(
         f"the model's sampling type is {kind}, but PCPO supports epsilon prediction, v-prediction and flow matching. "
-        "Use an SD1.5, SD2, SDXL, SD3.5 or FLUX model."
+        "docs/models.md lists the tested models."
     )
 
 

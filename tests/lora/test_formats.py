@@ -15,7 +15,10 @@ SHAPES = {
     "unet": {LINEAR: (5, 6), CONV: (4, 3, 3, 3)},
     "sd3": {DOUBLE + "attn.to_out.0": (6, 6), DOUBLE + "attn.to_k": (6, 6), DOUBLE + "attn.add_v_proj": (6, 6)},
     "flux": {DOUBLE + "ff.net.2": (6, 9), SINGLE + "attn.to_q": (6, 6), SINGLE + "proj_mlp": (24, 6)},
-    "plain": {DOUBLE + "attn.to_k": (6, 6), DOUBLE + "img_mlp.net.2": (6, 9)},
+    "qwen": {DOUBLE + "attn.to_k": (6, 6), DOUBLE + "img_mlp.net.2": (6, 9)},
+    "flux2": {SINGLE + "attn.to_qkv_mlp_proj": (54, 6), SINGLE + "attn.to_out": (6, 24)},
+    "krea2": {DOUBLE + "attn.to_gate": (6, 6), "text_fusion.refiner_blocks.1.ff.down": (6, 9)},
+    "z_image": {"layers.0.attention.to_out.0": (6, 6), "layers.0.feed_forward.w1": (9, 6)},
 }
 FAMILIES = list(SHAPES)
 
@@ -59,8 +62,11 @@ def applied(state):
         ("flux", "diffusers", f"transformer.{SINGLE}proj_mlp"),
         ("flux", "kohya", "lora_unet_single_blocks_0_linear1"),
         ("flux", "kohya", "lora_unet_double_blocks_1_img_mlp_2"),
-        ("plain", "comfyui", f"transformer.{DOUBLE}attn.to_k"),
-        ("plain", "kohya", "lora_unet_transformer_blocks_1_attn_to_k"),
+        ("qwen", "comfyui", f"transformer.{DOUBLE}attn.to_k"),
+        ("qwen", "kohya", "lora_unet_transformer_blocks_1_attn_to_k"),
+        ("flux2", "kohya", "lora_unet_single_blocks_0_linear1"),
+        ("krea2", "kohya", "lora_unet_txtfusion_refiner_blocks_1_mlp_down"),
+        ("z_image", "kohya", "lora_unet_layers_0_attention_out"),
     ],
 )
 def test_each_layout_has_the_names_its_readers_know(family, layout, name):
@@ -144,7 +150,7 @@ def test_half_a_pair_is_refused():
     [
         (lambda: export_state({}, 2.0, 2, "kohya", "unet"), "has no modules"),
         (lambda: export_state(pairs(), 2.0, 2, "a1111", "unet"), "layout is 'a1111'"),  # type: ignore[arg-type]
-        (lambda: export_state(pairs(), 2.0, 2, "kohya", "wan"), "family is 'wan'.* 'unet', 'flux', 'plain', 'sd3'"),  # type: ignore[arg-type]
+        (lambda: export_state(pairs(), 2.0, 2, "kohya", "wan"), "family is 'wan'.* 'unet', 'flux2', 'flux'"),  # type: ignore[arg-type]
         (lambda: export_state(pairs(), 2.0, 4, "kohya", "unet"), "has rank 2, but rank is 4"),
         (lambda: export_state({"m": (torch.zeros(2, 3), torch.zeros(2, 3))}, 2, 2, "kohya", "unet"), "m has A"),
     ],
@@ -199,21 +205,38 @@ def test_a_fused_file_of_another_width_is_refused():
     [
         (LINEAR, "unet"),
         (SINGLE + "attn.to_q", "flux"),
-        (DOUBLE + "img_mlp.net.2", "plain"),
+        (DOUBLE + "img_mlp.net.2", "qwen"),
         (DOUBLE + "attn.to_q", "sd3"),
-        ("layers.0.attention.to_q", "plain"),
+        (SINGLE + "attn.to_qkv_mlp_proj", "flux2"),
+        (DOUBLE + "ff.linear_in", "flux2"),
+        (DOUBLE + "attn.to_gate", "krea2"),
+        ("layers.0.attention.to_q", "z_image"),
+        ("layers.0.self_attention.to_q", "ernie"),
+        ("double_stream_blocks.0.block.attn1.to_q", "hidream"),
+        ("joint_blocks.0.attn.to_q", "plain"),
     ],
 )
 def test_module_names_tell_the_family(module, family):
     assert detect_family([module]) == family
 
 
-def test_a_family_with_diffusers_names_needs_no_entry():
-    module = "layers.0.attention.to_q"
+def test_a_family_with_diffusers_names_needs_no_entry_but_for_kohyas_layout():
+    module = "joint_blocks.0.attn.to_q"
     given = {module: (torch.ones(2, 4), torch.ones(4, 2))}
-    for layout in LAYOUTS:
+    for layout in ("comfyui", "diffusers"):
         back = parse_state(export_state(given, 2.0, 2, layout, detect_family(given)), given)
         assert back.keys() == given.keys()
+    with pytest.raises(ValueError, match="original checkpoint, which are not known for this model"):
+        export_state(given, 2.0, 2, "kohya", detect_family(given))
+
+
+def test_comfyuis_own_names_are_for_comfyui_only():
+    given = {"blocks.0.self_attn.q": (torch.ones(2, 4), torch.ones(4, 2))}
+    keys = {layout: set(export_state(given, 2.0, 2, layout, "core")) for layout in ("comfyui", "kohya")}
+    assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in keys["comfyui"]
+    assert "lora_unet_blocks_0_self_attn_q.lora_up.weight" in keys["kohya"]
+    with pytest.raises(ValueError, match="ComfyUI's module names, for which diffusers has no equivalent"):
+        export_state(given, 2.0, 2, "diffusers", "core")
 
 
 def test_a_family_with_names_of_its_own_is_one_entry(monkeypatch):

@@ -73,7 +73,7 @@ def denoiser(family):
 def random_lora(core, rank=2):
     generator, pairs = torch.Generator().manual_seed(0), {}
     for name, module in core.named_modules():
-        if is_target(name, "all"):
+        if is_target(name, "all") and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             out, *rest = module.weight.shape
             down, up = (rank, *rest), (out, rank, *[1] * (len(rest) - 1))
             pairs[name] = tuple(0.1 * torch.randn(shape, generator=generator) for shape in (down, up))
@@ -88,7 +88,7 @@ def test_the_patched_model_equals_the_merged_one(family, layout, strength):
     pairs = random_lora(core)
     if family in UNETS and layout == "diffusers":
         pytest.skip("ComfyUI reads few of diffusers' names for UNets; the kohya layout is used instead")
-    state = export_state(pairs, 2.0, 2, layout, detect_family(core.state_dict()))
+    state = export_state(pairs, 2.0, 2, layout, detect_family(pairs))
     model = load(family, core)
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
     patched, _ = comfy.sd.load_lora_for_models(model, None, state, strength, 0.0)

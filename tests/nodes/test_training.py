@@ -285,7 +285,7 @@ def test_compare_shows_the_same_noise_on_both_sides(flow):
     assert "before" in report
 
 
-class CosmosSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.COSMOS_RFLOW):
+class ImageSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.IMG_TO_IMG):
     """A sampling type that is neither epsilon, v-prediction nor flow."""
 
 
@@ -295,7 +295,7 @@ def test_refusals_before_any_work(flow):
     assert "run.name" in str(refuse(name="../a", group_size=8))
     assert refuse(name="a", group_size=8) is True
     odd = flow.model.clone()
-    odd.add_object_patch("model_sampling", CosmosSampling(flow.model.model.model_config))
+    odd.add_object_patch("model_sampling", ImageSampling(flow.model.model.model_config))
     with pytest.raises(ConfigError, match="supports epsilon prediction, v-prediction and flow matching"):
         flow.on(odd).train("refused", updates=1)
     module = flow.model.model.diffusion_model.x_embedder

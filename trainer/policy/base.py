@@ -26,7 +26,7 @@ class Policy(Protocol):
     """A text-to-image model with a LoRA that can be switched off."""
 
     kind: Literal["ddim", "flow"]
-    family: Family  # names the LoRA layout: unet, sd3, flux or plain
+    family: Family  # names the LoRA layout, comfyui_pcpo/lora/families.py
     latent_shape: tuple[int, int, int]  # (C, H, W) of one image
     device: torch.device
 

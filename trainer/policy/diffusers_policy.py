@@ -79,7 +79,7 @@ class DiffusersPolicy:
         from peft import LoraConfig
 
         lora = self.config.lora
-        modules = [n for n, _ in self.denoiser.named_modules() if is_target(n, lora.targets) or n in more]
+        modules = [n for n in self.module_names() if is_target(n, lora.targets) or n in more]
         alpha: Any = lora.effective_alpha  # peft declares int and takes any number
         adapter = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=modules)
         with torch.random.fork_rng(devices=[]):

@@ -1,16 +1,13 @@
 """Export a checkpoint's LoRA in the file format of another program."""
 
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 
-from comfyui_pcpo.lora.families import detect_family
 from comfyui_pcpo.lora.formats import export_state
 
 from ..config.loading import dump
 from ..config.schema import ConfigError
-from ..policy.lora_pairs import read_lora
 from .folder import RunFolder
 
 FORMATS = ("comfyui", "diffusers", "kohya")
@@ -23,8 +20,10 @@ def export_lora(run: Path, layout: str, checkpoint: str = "latest", out: Path | 
     folder = RunFolder(run)
     path = run / f"lora-{layout}.safetensors" if out is None else check_export_path(out, folder)
     config, pairs = folder.config(), folder.lora(checkpoint)
-    family: Any = read_lora(folder.lora_file)[1].get("pcpo.family") or detect_family(pairs)
-    state = export_state(pairs, config.lora.rank, config.lora.rank, layout, family)
+    try:
+        state = export_state(pairs, config.lora.rank, config.lora.rank, layout, folder.family())
+    except ValueError as error:  # a layout that the model's family does not have
+        raise ConfigError(f"--format {layout}: {error}") from None
     metadata = {"pcpo.config": dump(config), "format": "pt"}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in state.items()}, path, metadata)

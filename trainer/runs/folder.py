@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from comfyui_pcpo.lora.formats import Family, export_state
+from comfyui_pcpo.lora.families import LORA_FAMILIES, Family, detect_family
+from comfyui_pcpo.lora.formats import export_state
 from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.plotting.run_curves import curves
 
@@ -27,7 +28,7 @@ from ..config.schema import Config, ConfigError
 from ..loop.align import Update
 from ..loop.state import TrainingState
 from ..policy.base import LoraPairs
-from ..policy.lora_pairs import folded, load_pairs, save_pairs
+from ..policy.lora_pairs import folded, load_pairs, read_lora, save_pairs
 from ..program import program_name
 
 
@@ -198,6 +199,11 @@ class RunFolder:
         temporary = self.lora_file.with_suffix(".tmp")
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
         temporary.replace(self.lora_file)
+
+    def family(self) -> Family:
+        """The LoRA's family, which its file names; module names alone can be those of several."""
+        named = read_lora(self.lora_file)[1].get("pcpo.family", "") if self.lora_file.is_file() else ""
+        return named if named in LORA_FAMILIES else detect_family(self.lora())
 
     def numbers(self) -> list[int]:
         """Updates that have a whole checkpoint, oldest first."""

@@ -14,7 +14,7 @@ PROMPT_TOKENS = 512
 
 
 class QwenImage(Flux):
-    layout: Family = "plain"
+    layout: Family = "qwen"
     pretends = False  # its rotary tables are complex, of which PyTorch makes no contentless copy
 
     def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:
