@@ -22,22 +22,22 @@ from comfyui_pcpo.reward.qwen2vl import (
 )
 from comfyui_pcpo.reward.weights.checkpoint import load_strict, locate, read_state
 
-PIXELS = 256 * 28 * 28
+IMAGE_AREA = 256 * 28 * 28
 REWARD_TOKEN = "<|Reward|>"
-QUESTION = Path(__file__).parent / "weights" / "hpsv3_prompt.txt"
+INSTRUCTION_FILE = Path(__file__).parent / "weights" / "hpsv3_prompt.txt"
 
 
 @lru_cache(maxsize=1)
-def question() -> str:
+def instruction() -> str:
     """The published instruction, up to the token whose hidden state is scored; what follows cannot change it."""
-    text = QUESTION.read_text(encoding="utf-8")
+    text = INSTRUCTION_FILE.read_text(encoding="utf-8")
     return text[: text.index(REWARD_TOKEN)] + REWARD_TOKEN
 
 
 def chat(prompt: str, image_tokens: int) -> str:
     """Qwen2-VL's chat format of an image and the instruction."""
     image = f"<|vision_start|>{IMAGE_TOKEN * image_tokens}<|vision_end|>"
-    asked = question().replace("{text_prompt}", plain_text(prompt))
+    asked = instruction().replace("{text_prompt}", plain_text(prompt))
     return f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{image}{asked}"
 
 
@@ -57,7 +57,7 @@ class HPSv3Model(nn.Module):
         return self.head(last.float())[:, 0]
 
 
-def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def hpsv3_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Official names -> HPSv3Model's."""
     head = {name.replace("rm_head.", "head.", 1): x for name, x in state.items() if name.startswith("rm_head.")}
     rest = {name: x for name, x in state.items() if not name.startswith("rm_head.")}
@@ -89,13 +89,13 @@ class HPSv3(Reward):
             model = HPSv3Model(self.shape, self.tokenizer.get_vocab_size())
         # half precision is bfloat16, as published: activations of Qwen2-VL exceed float16
         dtype = torch.float32 if self.settings.dtype == torch.float32 else torch.bfloat16
-        state = renamed(read_state(weights, self.files[0]))
+        state = hpsv3_names(read_state(weights, self.files[0]))
         state = {name: x.to(torch.float32 if name.startswith("head.") else dtype) for name, x in state.items()}
         load_strict(model, state, weights, assign=True)
         return model
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
-        small = resized(images.to(self.device), PIXELS)
+        small = resized(images.to(self.device), IMAGE_AREA)
         count = small.shape[1] * small.shape[2] // (PATCH * MERGE) ** 2
         encoded = self.tokenizer.encode_batch([chat(prompt, count) for prompt in prompts])
         tokens, mask = (

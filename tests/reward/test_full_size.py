@@ -8,8 +8,7 @@ import torch
 
 from comfyui_pcpo.reward.aesthetic import linear_head
 from comfyui_pcpo.reward.clip import VIT_H_14, VIT_L_14, open_clip_model, transformers_clip
-from comfyui_pcpo.reward.hpsv3 import HPSv3Model
-from comfyui_pcpo.reward.hpsv3 import renamed as renamed_hpsv3
+from comfyui_pcpo.reward.hpsv3 import HPSv3Model, hpsv3_names
 from comfyui_pcpo.reward.imagereward import BlipShape, imagereward_model, renamed
 from comfyui_pcpo.reward.qwen2vl import QwenShape
 from tests.golden import reward_recipe as gold
@@ -65,7 +64,7 @@ def test_hpsv3_takes_all_weights_of_qwen2_vl_7b_but_the_output_layer():
     state = grown(shapes, [*sizes, (r"^visual", vision), (r"^rm_head", head), ("", text)], layers)
     with torch.device("meta"):
         model = HPSv3Model(QwenShape(), 151658)
-    model.load_state_dict(renamed_hpsv3(state), strict=True, assign=True)
+    model.load_state_dict(hpsv3_names(state), strict=True, assign=True)
     qwen = {k: v for k, v in state.items() if not k.startswith("rm_head")}
     added = 151658 - 152064  # Qwen2-VL's own embedding has unused rows
     assert parameters(qwen) - 2 * added * 3584 == 8_291_375_616

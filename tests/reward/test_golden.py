@@ -114,7 +114,7 @@ def test_hpsv3_equals_the_reference(settings):
 def test_hpsv3_resizes_as_the_reference():
     for name, (_, rows, columns) in gold.golden("hpsv3")["grids"].items():
         height, width, _ = gold.array(name).shape
-        assert grid_size(height, width, hpsv3.PIXELS) == (14 * rows, 14 * columns)
+        assert grid_size(height, width, hpsv3.IMAGE_AREA) == (14 * rows, 14 * columns)
 
 
 def test_hpsv3_reads_the_newer_layout_of_the_same_weights(settings, tmp_path):
@@ -206,13 +206,13 @@ def test_hpsv3_with_qwens_own_image_positions_is_wrong(settings, monkeypatch):
 
 
 def test_hpsv3_that_scores_the_end_of_the_chat_is_wrong(settings, monkeypatch):
-    monkeypatch.setattr(hpsv3, "question", lambda: hpsv3.QUESTION.read_text(encoding="utf-8"))
+    monkeypatch.setattr(hpsv3, "instruction", lambda: hpsv3.INSTRUCTION_FILE.read_text(encoding="utf-8"))
     assert error(gold.scores(TinyHps3(settings), FEW[:1]), "hpsv3") > 1e-3
 
 
 def test_hpsv3_without_its_newlines_is_wrong(settings, monkeypatch):
-    text = hpsv3.question().strip()
-    monkeypatch.setattr(hpsv3, "question", lambda: text)
+    text = hpsv3.instruction().strip()
+    monkeypatch.setattr(hpsv3, "instruction", lambda: text)
     assert error(gold.scores(TinyHps3(settings), FEW[:1]), "hpsv3") > 1e-4
 
 

@@ -66,7 +66,7 @@ def first_token(logprobs: Any) -> list[tuple[str, float]]:
         return []
 
 
-def share(logprobs: Any, this: str, other: str) -> float:
+def first_token_share(logprobs: Any, this: str, other: str) -> float:
     """P(this) / (P(this) + P(other)) of the first generated token; NaN if neither is among the top tokens."""
     likely = first_token(logprobs)
     left, right = (sum(p for token, p in likely if token.lower() == word) for word in (this, other))
@@ -75,7 +75,7 @@ def share(logprobs: Any, this: str, other: str) -> float:
 
 def yes_share(logprobs: Any) -> float:
     """P(yes) / (P(yes) + P(no)) of the first generated token; NaN if neither is among the top tokens."""
-    return share(logprobs, "yes", "no")
+    return first_token_share(logprobs, "yes", "no")
 
 
 def first_number(text: str, maximum: float) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from comfyui_pcpo.reward.base import Scores
 from comfyui_pcpo.reward.group import GroupReward
-from comfyui_pcpo.reward.service.endpoint import TOP, EndpointReward, share
+from comfyui_pcpo.reward.service.endpoint import TOP, EndpointReward, first_token_share
 from comfyui_pcpo.reward.service.wire import BadAnswer
 
 
@@ -41,4 +41,6 @@ class PairwiseVlm(GroupReward, EndpointReward):
         except BadAnswer as error:
             self.failure = str(error)
             return math.nan
-        return self.known(share(answer["logprobs"], "1", "2"), answer["text"], "log-probabilities of 1 or 2")[0]
+        return self.known(
+            first_token_share(answer["logprobs"], "1", "2"), answer["text"], "log-probabilities of 1 or 2"
+        )[0]
