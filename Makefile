@@ -1,5 +1,6 @@
 # make demo       install into .venv once, then align the embedded model (no download of weights)
 # make test       all tests                   make test-fast   all but the slow ones, about a minute
+# make torture    200 random kills and signals: resumed runs equal uninterrupted ones
 # make lint       ruff                        make types       pyright
 # make clean      remove caches and builds    make distclean   the same and .venv
 #
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint types install clean distclean
+.PHONY: demo test test-fast torture lint types install clean distclean
 .DEFAULT_GOAL := demo
 
 # idle OpenMP threads that spin instead of sleeping slow everything down tenfold as soon as the cores are shared
@@ -25,6 +26,9 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+torture: install
+	$(BIN)/python tests/support/torture.py --kills 200
 
 lint: install
 	$(BIN)/ruff check .

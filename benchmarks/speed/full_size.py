@@ -21,8 +21,8 @@ from trainer.loop.plan import make_plan
 from trainer.loop.state import make_training_state
 from trainer.memory.estimate import memory
 from trainer.policy.diffusers_policy import DiffusersPolicy
-from trainer.runs.folder import finite
 from trainer.runs.rewards import load_rewards
+from trainer.runs.rows import finite
 
 from ..report.markdown import markdown_table
 from ..study.cells import Say

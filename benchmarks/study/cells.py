@@ -12,9 +12,10 @@ from trainer.loop.align import Job, align
 from trainer.loop.state import make_training_state
 from trainer.policy.base import Policy
 from trainer.policy.loading import make_policy
-from trainer.runs.folder import RunFolder, finite
+from trainer.runs.folder import RunFolder
 from trainer.runs.launch import begin
 from trainer.runs.rewards import load_rewards
+from trainer.runs.rows import finite
 
 from .cell_config import cell_config, identity, require_same
 from .evaluator import Evaluator, make_evaluator

@@ -19,7 +19,7 @@ def resume_run(
     path: Path, which: str = "latest", updates: int | None = None, tick: Callable[[], None] = lambda: None
 ) -> tuple[RunFolder, Any, Iterator[Update]]:
     """A run that continues -> (folder, config, updates)."""
-    run = launch.resume_run(path, which, updates, tick)
+    run = launch.resume_run(path, launch.ResumeOptions(which, updates), tick)
     return run.folder, run.config, kept(run)
 
 

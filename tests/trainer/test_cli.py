@@ -56,7 +56,8 @@ def test_train_leaves_the_whole_run_folder(finished):
         assert file.stat().st_size > 0
     for picture in (finished.curves_file, finished.grids / "000001.jpg"):
         assert colors(Image.open(picture)) > 20
-    assert {p.name for p in finished.checkpoint().iterdir()} == {"lora.safetensors", "optimizer.pt", "state.json"}
+    saved = {"lora.safetensors", "optimizer.pt", "state.json", "manifest.json"}
+    assert {p.name for p in finished.checkpoint().iterdir()} == saved
     assert list((finished.path / "tensorboard").glob("events.*"))
 
 
@@ -146,7 +147,7 @@ def test_export_refuses_unknown_formats_and_damaged_checkpoints(run, capsys):
     assert "comfyui, diffusers, kohya" in capsys.readouterr().err
     (run.checkpoint() / "lora.safetensors").write_bytes(b"cut")
     assert main(["export", str(run.path)]) == 2
-    assert "lora.safetensors is not an intact safetensors file" in capsys.readouterr().err
+    assert "lora.safetensors is not the file that was saved" in capsys.readouterr().err
 
 
 def test_sample_compares_before_and_after(run, tmp_path):
@@ -251,7 +252,8 @@ def test_ctrl_c_before_the_first_update_says_that_nothing_was_saved(tmp_path, ca
 
     monkeypatch.setattr(Bar, "tick", stop)
     assert main(["train", *options(tmp_path)]) == 130
-    assert "holds nothing to resume" in capsys.readouterr().out
+    assert "nothing was kept" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_check_shows_what_it_can_and_then_names_all_that_is_missing(tmp_path, capsys):

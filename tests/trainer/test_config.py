@@ -1,8 +1,10 @@
 """The configuration: what it refuses and what it says, and that it reads back as it was written."""
 
+import typing
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from trainer.cli.main import main
 from trainer.config.diagnostics import unknown_words, without_effect
@@ -210,3 +212,29 @@ def test_words_that_an_embedded_model_never_learned_are_named(tmp_path):
     assert sentence.startswith("emoji-flow was not trained on: cat. Known objects: fox, panda")
     assert unknown_words(build({"model": {"name": "sd"}, "prompts": {"lines": ["a cat"]}}, "test")) == []
     assert unknown_words(load(CONFIGS[0].with_name("tiny-flow.toml"))) == []
+
+
+def numbers(section=Config, prefix=""):
+    """Name and field of every numeric option."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from numbers(kind, f"{prefix}{name}.")
+        elif typing.get_origin(kind) is not dict and {int, float} & {kind, *typing.get_args(kind)}:
+            yield prefix + name, field
+
+
+@pytest.mark.parametrize(("key", "field"), [pytest.param(*pair, id=pair[0]) for pair in numbers()])
+def test_every_number_has_a_range_and_is_refused_beyond_it(key, field):
+    bounds = {name: value for item in field.metadata for name, value in vars_of(item).items()}
+    low = next((bounds[name] for name in ("ge", "gt") if name in bounds), None)
+    high = next((bounds[name] for name in ("le", "lt") if name in bounds), None)
+    assert low is not None and high is not None, f"{key} has no range"
+    section, name = key.split(".")
+    for value in (low - 1, high * 2 + 1, "nan", "inf", "-inf", 1e400, "many"):
+        with pytest.raises(ConfigError, match=key):
+            build({section: {name: value}}, "test")
+
+
+def vars_of(item):
+    return {name: getattr(item, name) for name in ("ge", "gt", "le", "lt") if getattr(item, name, None) is not None}

@@ -19,7 +19,7 @@ from trainer.policy.families import FAMILIES, denoiser_of
 from trainer.policy.families.base import resolution_mu
 from trainer.policy.families.flux import pack, unpack
 from trainer.policy.lora_pairs import load_pairs
-from trainer.runs.export import FORMATS, export_lora
+from trainer.runs.export import FORMATS, ExportOptions, export_lora
 from trainer.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -110,7 +110,7 @@ def test_a_runs_export_reloads_as_what_was_trained(family, trained, pipelines):
     run, expected = trained[0], trained[0].lora()
     names = module_names(denoiser_of(pipelines[family]))
     for layout in FORMATS:
-        found = read_pairs(export_lora(run.path, layout, "latest", None), names)
+        found = read_pairs(export_lora(run.path, ExportOptions(layout)), names)
         assert found.keys() == expected.keys()
         for name, (down, up) in expected.items():
             product = found[name][1].flatten(1) @ found[name][0].flatten(1)

@@ -23,7 +23,7 @@ from trainer.guard.guard import read_measures
 from trainer.guard.limits import GuardVerdict, lost_deviations, next_verdict, replay, violation
 from trainer.policy.lora_pairs import read_lora
 from trainer.runs.folder import RunFolder
-from trainer.runs.launch import resume_run
+from trainer.runs.launch import ResumeOptions, resume_run
 from trainer.runs.launch import start_run as launch_run
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def train(config, tick=lambda: None) -> RunFolder:
 
 
 def resumed(folder: RunFolder, **how) -> RunFolder:
-    list(updates_of(resume_run(folder.path, **how)))
+    list(updates_of(resume_run(folder.path, ResumeOptions(**how))))
     return folder
 
 

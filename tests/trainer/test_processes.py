@@ -166,12 +166,19 @@ def test_accelerate_launches_a_run_with_a_shipped_file(make_config, tmp_path, na
     assert done.stdout.count(str(run.lora_file.resolve())) == 1
 
 
-def test_a_process_that_dies_ends_all_and_loses_no_finished_update(make_config, script, tmp_path):
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_process_that_dies_ends_all_with_one_sentence_and_loses_no_finished_update(
+    make_config, script, tmp_path, dying
+):
     config, file = config_file(make_config, tmp_path, "dying", objective={"kl_images": 0})
     # of each update's calls (3 steps x 2 chunks in the rollout, the same in the training) the second update's fourth
-    (main, _, errors), (second, _, _) = launch(script, file, after=16)
-    assert second == 9
-    assert main != 0, errors
+    code = WORKER.replace('os.environ["RANK"] == "1"', f'os.environ["RANK"] == "{dying}"')
+    ends = launch(script, file, after=16, code=code)
+    assert ends[dying][0] == 9
+    status, _, errors = ends[1 - dying]
+    assert status == 2, errors
+    lines = [line for line in errors.splitlines() if "loading the model" not in line and "Gloo" not in line]
+    assert len(lines) == 1 and lines[0].startswith(f"error: process {1 - dying} ends, because another process"), errors
     assert RunFolder(config.run.folder / "dying").numbers() == [1]
 
 

@@ -16,7 +16,7 @@ from trainer.policy.diffusers_policy import module_names
 from trainer.policy.families import denoiser_of
 from trainer.policy.loading import load_pipeline, make_policy
 from trainer.policy.lora_pairs import load_pairs
-from trainer.runs.export import export_lora
+from trainer.runs.export import ExportOptions, export_lora
 from trainer.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -77,7 +77,7 @@ def outputs(policy, x):
 def test_an_exported_lora_reloads_in_diffusers_as_the_trained_policy(trained, model, layout):
     if layout == "kohya" and model == "emoji-flow":
         pytest.skip("diffusers reads no kohya file of SD3")
-    path = export_lora(trained.path, layout, "latest", None)
+    path = export_lora(trained.path, ExportOptions(layout))
     assert path == trained.path / f"lora-{layout}.safetensors"
     policy = make_policy(trained.config())
     policy.load_lora(load_pairs(trained.checkpoint() / "lora.safetensors"))
@@ -102,7 +102,7 @@ def test_an_exported_lora_reloads_in_diffusers_as_the_trained_policy(trained, mo
 
 
 def test_the_runs_own_lora_file_is_its_comfyui_export(trained):
-    exported = load_file(export_lora(trained.path, "comfyui", "latest", None))
+    exported = load_file(export_lora(trained.path, ExportOptions()))
     own = load_file(trained.lora_file)
     assert own.keys() == exported.keys()
     assert all(torch.equal(own[key], exported[key]) for key in own)
@@ -110,7 +110,7 @@ def test_the_runs_own_lora_file_is_its_comfyui_export(trained):
 
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers", "kohya"])
 def test_every_layout_reads_back_as_the_same_factors(trained, layout):
-    given = open_source(str(export_lora(trained.path, layout, "latest", None)))
+    given = open_source(str(export_lora(trained.path, ExportOptions(layout))))
     assert given.config == trained.config()
     pairs, expected = read_pairs(given.path, names_of(given.config.model.name)), trained.lora()
     assert pairs.keys() == expected.keys()

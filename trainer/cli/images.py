@@ -1,6 +1,7 @@
 """Commands that make files from runs: sample, plot, export."""
 
 from pathlib import Path
+from typing import Literal
 
 from ..config.errors import ConfigError
 from .files import free_name
@@ -21,6 +22,7 @@ def sample_command(
     noise_level: float = 0.0,
     images: int = 4,
     out: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Sample images with a run's LoRA, optionally beside the base model, or with several LoRAs composed.
 
@@ -49,6 +51,8 @@ def sample_command(
         Images per prompt.
     out
         Image file to write; default: samples.png, samples-2.png, ...
+    overwrite
+        Replace the file if it exists.
     """
     from ..evaluation.options import check_ranges
 
@@ -56,7 +60,7 @@ def sample_command(
     check_ranges(numbers)
     from ..evaluation.image_files import check_image_path
 
-    path = check_image_path(out or Path(free_name(Path(), "samples", ".png")))
+    path = check_image_path(out or Path(free_name(Path(), "samples", ".png")), overwrite)
     quiet_libraries()
     from ..evaluation.images import SampleRequest, sample_images
     from ..evaluation.sampling import Draw
@@ -68,7 +72,7 @@ def sample_command(
     print(path.resolve())
 
 
-def plot_command(*runs: Path, out: Path | None = None) -> None:
+def plot_command(*runs: Path, out: Path | None = None, overwrite: bool = False) -> None:
     """Plot the curves of one run, or compare several runs in one figure.
 
     Parameters
@@ -76,7 +80,9 @@ def plot_command(*runs: Path, out: Path | None = None) -> None:
     runs
         Folders of runs.
     out
-        Image file to write; default: the run's curves.png, or compare.png for several runs.
+        Image file to write; default: the run's curves.png, or compare.png, compare-2.png, ... for several runs.
+    overwrite
+        Replace the file if it exists; a run's own curves.png always is.
     """
     if not runs:
         raise ConfigError("No run folders given. Give one or more.")
@@ -85,8 +91,6 @@ def plot_command(*runs: Path, out: Path | None = None) -> None:
     from ..evaluation.image_files import check_image_path
     from ..runs.folder import RunFolder
 
-    path = out or (RunFolder(runs[0]).curves_file if len(runs) == 1 else Path("compare.png"))
-    check_image_path(path)
     records = {}
     for run in runs:
         RunFolder(run).config()
@@ -94,6 +98,9 @@ def plot_command(*runs: Path, out: Path | None = None) -> None:
         if not rows:
             raise ConfigError(f"{run} has no finished updates, so there is nothing to plot. Train it first.")
         records[run.name if run.name not in records else str(run)] = rows
+    own = RunFolder(runs[0]).curves_file if len(runs) == 1 else None
+    path = out or own or Path(free_name(Path(), "compare", ".png"))
+    check_image_path(path, overwrite or path == own)
     figure = curves(next(iter(records.values()))) if len(runs) == 1 else compare_runs(records)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.save(path)
@@ -101,7 +108,14 @@ def plot_command(*runs: Path, out: Path | None = None) -> None:
 
 
 def export_command(
-    run: Path, /, *, format: str = "comfyui", checkpoint: str = "latest", out: Path | None = None
+    run: Path,
+    /,
+    *,
+    format: str = "comfyui",
+    checkpoint: str = "latest",
+    out: Path | None = None,
+    metadata: Literal["settings", "full"] = "settings",
+    overwrite: bool = False,
 ) -> None:
     """Export a run's LoRA with the key names of ComfyUI, diffusers or kohya.
 
@@ -114,8 +128,13 @@ def export_command(
     checkpoint
         latest, best, kept (by the guard), or the number of an update.
     out
-        .safetensors file to write; default: RUN/lora-FORMAT.safetensors.
+        .safetensors file to write; default: RUN/lora-FORMAT.safetensors, which is replaced.
+    metadata
+        What the file records: the settings of the run without prompts, paths and names, or all of them (full).
+    overwrite
+        Replace the file given by --out if it exists.
     """
-    from ..runs.export import export_lora
+    from ..runs.export import ExportOptions, export_lora
 
-    print(export_lora(run, format, checkpoint, out).resolve())
+    options = ExportOptions(format, checkpoint, out, metadata == "full", overwrite)
+    print(export_lora(run, options).resolve())

@@ -1,5 +1,6 @@
 """The command line: thin commands over the library. Every error is one sentence, with exit status 2."""
 
+import contextlib
 import errno
 import os
 import sys
@@ -11,6 +12,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from ..config.errors import ConfigError
 from ..config.loading import tomllib
+from ..loop.interrupts import Interrupted, interrupts
 from ..program import program_name
 from . import images, rewards, runs
 from .libraries import filter_warnings
@@ -57,8 +59,8 @@ def make_app() -> App:
 
 
 def main(tokens: list[str] | None = None) -> int:
-    """Run one command, -> exit status: 0 done, 2 error, 130 interrupted, 141 output closed."""
-    with warnings.catch_warnings():
+    """Run one command, -> exit status: 0 done, 2 error, 128 + N ended by signal N, 141 output closed."""
+    with warnings.catch_warnings(), interrupts:
         filter_warnings()
         try:
             make_app()(tokens, result_action="return_value", exit_on_error=False)
@@ -71,11 +73,12 @@ def main(tokens: list[str] | None = None) -> int:
             return discard_output()
         except OSError as error:
             return report(f"{error}. {advice(error)} Finished checkpoints are intact.")
-        except Stopped:
-            return 130
-        except KeyboardInterrupt:
-            print("\nstopped", file=sys.stderr)
-            return 130
+        except Stopped as stopped:
+            return stopped.status
+        except KeyboardInterrupt as error:
+            with contextlib.suppress(OSError):
+                print(f"\nstopped by {str(error) or 'Ctrl-C'}", file=sys.stderr)
+            return error.status if isinstance(error, Interrupted) else 130
         except library_errors() as error:
             return report(str(error))
     return 0

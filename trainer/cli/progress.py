@@ -5,11 +5,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from ..config.errors import ConfigError
+from ..loop.interrupts import Interrupted
 from ..program import program_name
 
 if TYPE_CHECKING:
@@ -21,8 +23,11 @@ FIRST_REPORT = 10.0
 long, so that a log file stays short."""
 
 
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C after which the user has already been told how to continue."""
+class Stopped(Exception):
+    """An interrupt after which the user has already been told how to continue."""
+
+    def __init__(self, status: int):
+        self.status = status
 
 
 class Bar:
@@ -73,26 +78,38 @@ class Bar:
 
 @contextmanager
 def outcome(folder: "RunFolder", bar: Bar, quiet: bool = False) -> Iterator[None]:
-    """Around a run: print its files at the end, or, after Ctrl-C, what was saved and how to continue."""
+    """Around a run: print its files at the end, or, after an interrupt, what was saved and how to continue."""
     try:
         yield
-    except KeyboardInterrupt:
-        if bar.mute:
-            raise
-        bar.bar.close()
-        print(f"\n{stopped_message(folder)}")
-        raise Stopped from None
+    except KeyboardInterrupt as error:
+        with suppress(OSError):  # after SIGHUP there may be no terminal
+            bar.bar.close()
+        if not bar.mute:
+            say_last(stopped_message(folder, str(error) or "Ctrl-C"), folder)
+        raise Stopped(error.status if isinstance(error, Interrupted) else 130) from None
     bar.bar.close()
     if not (quiet or bar.mute):
         print(f"{folder.curves_file.resolve()}\n{folder.lora_file.resolve()}")
 
 
-def stopped_message(folder: "RunFolder") -> str:
+def say_last(message: str, folder: "RunFolder") -> None:
+    """Print the last line of a run that was interrupted, and log it where there is a log."""
+    with suppress(OSError):
+        print(f"\n{message}", flush=True)
+    if folder.log_file.is_file():
+        with suppress(ConfigError):
+            folder.log(message)
+
+
+def stopped_message(folder: "RunFolder", reason: str) -> str:
     """What an interrupted run has saved, and the command that continues it."""
     if not folder.numbers():
-        return f"stopped before the first update was finished; {folder.path} holds nothing to resume"
-    saved = folder.checkpoint().resolve()
-    return f"stopped; saved as {saved}\ncontinue with: {program_name()} resume {folder.path}"
+        return f"stopped by {reason} before the first update was finished: nothing was kept, start it again"
+    saved = folder.checkpoint()
+    return (
+        f"stopped by {reason}: update {int(saved.name)} and all before it are saved in {saved.resolve()}; "
+        f"continue with: {program_name()} resume {folder.path}"
+    )
 
 
 def guard_summary(row: dict[str, Any]) -> str:

@@ -9,6 +9,8 @@ from tqdm import tqdm
 
 from ..config.errors import ConfigError
 from ..evaluation.options import EvaluationOptions
+from ..files import require_writable
+from .files import free_name
 from .libraries import quiet_libraries, quiet_transformers
 from .parameters import Json
 
@@ -25,6 +27,7 @@ def evaluate_command(
     *,
     options: Annotated[EvaluationOptions, Flattened] = EvaluationOptions(),  # noqa: B008  frozen
     out: Path | None = None,
+    overwrite: bool = False,
     save_images: SaveImages = False,
     as_json: Json = False,
 ) -> None:
@@ -35,14 +38,21 @@ def evaluate_command(
     source
         Folder of a run, a LoRA file of this trainer, the name of an embedded model, or the folder of a model.
     out
-        Folder to write to; default: RUN/evaluation, or evaluation for other sources.
+        Folder to write to; default: RUN/evaluation, which is replaced, or evaluation, evaluation-2, ... for other
+        sources.
+    overwrite
+        Replace files of an earlier evaluation in the folder.
     save_images
         Also save every image as a PNG file.
     """
     quiet_libraries()
     from ..evaluation.evaluate import count_images, evaluate
+    from ..evaluation.report import FILES
 
-    out = out or (Path(source) if (Path(source) / "config.toml").is_file() else Path()) / "evaluation"
+    own = Path(source) / "evaluation" if (Path(source) / "config.toml").is_file() else None
+    out = out or own or Path(free_name(Path(), "evaluation"))
+    for name in FILES:
+        require_writable(out / name, "--out", overwrite or out == own)
     with tqdm(total=count_images(source, options), unit="image", leave=False, dynamic_ncols=True) as bar:
         report = evaluate(source, options, out / "pictures" if save_images else None, bar.update)
     files = report.write(out)
@@ -86,7 +96,7 @@ def score_command(
     """
     quiet_transformers()
     from ..evaluation.images import score_images
-    from ..runs.folder import finite
+    from ..runs.rows import finite
 
     rows = score_images(images, prompt, list(reward), make_settings(folder, device, precision))
     if as_json:

@@ -47,14 +47,10 @@ def train_command(*tokens: Tokens) -> None:
 
 def follow(run: "Run", bar: Bar, quiet: bool = False) -> None:
     """Do a run: print a line per update, and at the end its files, or how to continue."""
-    # loaded before the first update: a Ctrl-C during these imports would leave them half done and break the last plot
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure  # noqa: F401
-
     from ..loop.align import align
-    from ..loop.distributed import leave
+    from ..loop.distributed import leave, together
 
-    with outcome(run.folder, bar, quiet), run:
+    with outcome(run.folder, bar, quiet), together(), run:
         bar.begin(run.state.done, run.config.run.updates)
         for update in align(run.state, run.job):
             run.keep(update)
@@ -62,7 +58,9 @@ def follow(run: "Run", bar: Bar, quiet: bool = False) -> None:
     leave()
 
 
-def resume_command(run: Path, /, *, checkpoint: str = "latest", updates: int | None = None) -> None:
+def resume_command(
+    run: Path, /, *, checkpoint: str = "latest", updates: int | None = None, accept_changes: bool = False
+) -> None:
     """Resume a run; the result equals that of an uninterrupted run.
 
     Parameters
@@ -73,12 +71,15 @@ def resume_command(run: Path, /, *, checkpoint: str = "latest", updates: int | N
         latest, best, kept (by the guard), or the number of an update.
     updates
         New total number of updates, to extend a finished run.
+    accept_changes
+        Continue although settings, prompts or the model differ from those of the run, and record it.
     """
     quiet_libraries()
     from ..runs import launch
 
     with Bar() as bar:
-        follow(launch.resume_run(run, checkpoint, updates, bar.tick), bar)
+        options = launch.ResumeOptions(checkpoint, updates, accept_changes)
+        follow(launch.resume_run(run, options, bar.tick), bar)
 
 
 def options_command() -> None:

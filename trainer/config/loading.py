@@ -2,7 +2,7 @@
 
 import json
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,6 +15,14 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+PRIVATE = {
+    "prompts": ("lines", "file", "negative"),
+    "reward": ("folder",),
+    "lora": ("start",),
+    "run": ("name", "folder"),
+}
+"""Options that stay in the run's own folder."""
 
 
 def _explain(error: ValidationError, source: str) -> str:
@@ -153,3 +161,26 @@ def dump(config: Config) -> str:
 
     tree = config.model_dump(mode="json", exclude_none=True)
     return tomli_w.dumps(tree)
+
+
+def dump_shareable(config: Config) -> str:
+    """As `dump`, for files that are passed on: without prompts, paths and the run's name.
+
+    A model or a pipeline that is named by its path is named by its last part.
+    """
+    import tomli_w
+
+    tree = config.model_dump(mode="json", exclude_none=True)
+    for section, keys in PRIVATE.items():
+        tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
+    for key in {"name", "config"} & tree["model"].keys():
+        tree["model"][key] = without_folder(tree["model"][key])
+    return tomli_w.dumps({section: values for section, values in tree.items() if values})
+
+
+def without_folder(name: str) -> str:
+    """The last part of an absolute path; anything else, such as a hub name, as it is."""
+    for kind in (PurePosixPath(name), PureWindowsPath(name)):
+        if kind.is_absolute():
+            return kind.name
+    return name

@@ -1,7 +1,7 @@
 """The configuration section of the rewards."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -9,7 +9,7 @@ from .sections import Names, Section
 
 
 class RewardConfig(Section):
-    weights: dict[str, float] = Field(
+    weights: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
         default={"alignment": 1.0},
         description="Training rewards and their weights, or a single name; module:Class is a custom reward.",
     )
@@ -29,7 +29,7 @@ class RewardConfig(Section):
         default="float32", description="Precision of the reward models; float16 halves their memory."
     )
     images_at_once: int = Field(
-        default=16, ge=1, description="Images per call of a reward model; lower this if memory runs out."
+        default=16, ge=1, le=100_000, description="Images per call of a reward model; lower this if memory runs out."
     )
     patience: float = Field(
         default=60.0,

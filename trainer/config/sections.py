@@ -114,8 +114,10 @@ class PromptsConfig(Section):
 
 
 class RolloutConfig(Section):
-    prompts_per_update: int = Field(default=4, ge=1, description="Prompts drawn for each update.")
-    group_size: int = Field(default=8, ge=2, description="Images per prompt; advantages are relative to this group.")
+    prompts_per_update: int = Field(default=4, ge=1, le=100_000, description="Prompts drawn for each update.")
+    group_size: int = Field(
+        default=8, ge=2, le=10_000, description="Images per prompt; advantages are relative to this group."
+    )
     steps: int = Field(default=10, ge=2, le=1000, description="Denoising steps.")
     method: MethodName = Field(
         default="auto",
@@ -129,7 +131,7 @@ class RolloutConfig(Section):
     )
     sigma: Sigma = Field(default="native", description="How the standard deviation of each ddim step is chosen.")
     target_weight: float | None = Field(
-        default=None, gt=0, description="Target credit weight w* for sigma = paper or uniform."
+        default=None, gt=0, le=1e6, description="Target credit weight w* for sigma = paper or uniform."
     )
     cfg: float = Field(
         default=1.0, ge=0, le=30, description="Classifier-free guidance scale during training; 1 disables guidance."
@@ -170,7 +172,10 @@ class RolloutConfig(Section):
         "(DanceGRPO).",
     )
     sde_window: int = Field(
-        default=0, ge=0, description="Length of the random contiguous SDE window; 0 = every step is stochastic."
+        default=0,
+        ge=0,
+        le=1000,
+        description="Length of the random contiguous SDE window; 0 = every step is stochastic.",
     )
     guidance: float = Field(
         default=3.5, ge=0, le=30, description="Guidance input of distilled models such as FLUX.1-dev."
@@ -178,12 +183,14 @@ class RolloutConfig(Section):
     shift: float | None = Field(
         default=None, gt=0, le=20, description="Timestep shift of flow models; default: the scheduler's own."
     )
-    images_at_once: int = Field(default=16, ge=1, description="Images per model call; lower this if memory runs out.")
+    images_at_once: int = Field(
+        default=16, ge=1, le=100_000, description="Images per model call; lower this if memory runs out."
+    )
     height: int | None = Field(
-        default=None, ge=8, description="Image height in pixels; default: the model's native size."
+        default=None, ge=8, le=16384, description="Image height in pixels; default: the model's native size."
     )
     width: int | None = Field(
-        default=None, ge=8, description="Image width in pixels; default: the model's native size."
+        default=None, ge=8, le=16384, description="Image width in pixels; default: the model's native size."
     )
 
 
@@ -194,9 +201,13 @@ class AdvantageConfig(Section):
     spread: Literal["group", "batch"] = Field(
         default="group", description="Normalise by the standard deviation of each group or of the whole batch."
     )
-    clip: float = Field(default=5.0, gt=0, description="Clip advantages to this many standard deviations.")
-    window: int = Field(default=32, ge=2, description="Recent rewards kept per prompt when kind = window.")
-    min_count: int = Field(default=16, ge=2, description="Use batch statistics until a prompt has this many rewards.")
+    clip: float = Field(default=5.0, gt=0, le=1e6, description="Clip advantages to this many standard deviations.")
+    window: int = Field(
+        default=32, ge=2, le=1_000_000, description="Recent rewards kept per prompt when kind = window."
+    )
+    min_count: int = Field(
+        default=16, ge=2, le=1_000_000, description="Use batch statistics until a prompt has this many rewards."
+    )
 
 
 class ObjectiveConfig(Section):
@@ -214,16 +225,20 @@ class ObjectiveConfig(Section):
     nft_beta: float = Field(
         default=1.0, gt=0, le=1, description="nft: beta of the implicit positive and negative policies."
     )
-    kl_weight: float = Field(default=0.0, ge=0, description="Weight of the KL penalty towards the base model.")
-    kl_images: int = Field(default=4, ge=0, description="Images per update used to monitor the KL when kl_weight is 0.")
+    kl_weight: float = Field(default=0.0, ge=0, le=1e6, description="Weight of the KL penalty towards the base model.")
+    kl_images: int = Field(
+        default=4, ge=0, le=1_000_000, description="Images per update used to monitor the KL when kl_weight is 0."
+    )
     kl_every: int = Field(
         default=10,
         ge=1,
+        le=1_000_000,
         description="Updates between measurements of the KL when kl_weight is 0; each costs model calls.",
     )
     kl_mask: float = Field(
         default=0.0,
         ge=0,
+        le=1e6,
         description="Replaces the clip: drop terms whose KL to the old policy exceeds this and whose gradient would "
         "increase it (Flow-DPPO; 1e-5 is usual); 0 keeps the clip.",
     )
@@ -265,7 +280,9 @@ class ObjectiveConfig(Section):
 
 class LoraConfig(Section):
     rank: int = Field(default=8, ge=1, le=1024, description="Rank of the LoRA.")
-    alpha: float | None = Field(default=None, gt=0, description="LoRA alpha; default: the rank, for a scale of 1.")
+    alpha: float | None = Field(
+        default=None, gt=0, le=1e6, description="LoRA alpha; default: the rank, for a scale of 1."
+    )
     targets: Literal["attention", "linear", "all"] = Field(
         default="linear",
         description="Layers to adapt: attention; linear adds feed-forward layers; all adds convolutions.",
@@ -289,11 +306,11 @@ class OptimizerConfig(Section):
     )
     learning_rate: float = Field(default=3e-4, gt=0, le=1, description="Learning rate of AdamW.")
     minibatches: int = Field(
-        default=2, ge=1, description="Optimizer steps per update; each uses an equal share of every group."
+        default=2, ge=1, le=10_000, description="Optimizer steps per update; each uses an equal share of every group."
     )
-    epochs: int = Field(default=1, ge=1, description="Passes over the images of each update.")
-    weight_decay: float = Field(default=1e-4, ge=0, description="Weight decay of AdamW.")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient clipping norm.")
+    epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the images of each update.")
+    weight_decay: float = Field(default=1e-4, ge=0, le=10, description="Weight decay of AdamW.")
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6, description="Gradient clipping norm.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of AdamW's second moment.")
     ema_decay: float = Field(
@@ -302,7 +319,7 @@ class OptimizerConfig(Section):
         lt=1,
         description="EMA decay of the LoRA weights; the saved LoRA is the EMA. 0 disables it.",
     )
-    ema_every: int = Field(default=8, ge=1, description="Optimizer steps between EMA updates.")
+    ema_every: int = Field(default=8, ge=1, le=1_000_000, description="Optimizer steps between EMA updates.")
 
 
 class RunConfig(Section):
@@ -311,11 +328,20 @@ class RunConfig(Section):
     updates: int = Field(
         default=100,
         ge=1,
+        le=10_000_000,
         description="Number of updates; each is one rollout, its rewards and the optimizer steps on it.",
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed for prompt order, noise and LoRA initialisation.")
-    preview_every: int = Field(default=5, ge=0, description="Updates between sample grids in grids/; 0 disables them.")
-    save_every: int = Field(default=10, ge=1, description="Updates between checkpoints.")
+    preview_every: int = Field(
+        default=5, ge=0, le=10_000_000, description="Updates between sample grids in grids/; 0 disables them."
+    )
+    save_every: int = Field(default=10, ge=1, le=10_000_000, description="Updates between checkpoints.")
+    keep: int = Field(
+        default=3,
+        ge=0,
+        le=1_000_000,
+        description="Latest checkpoints to keep, besides the best, the guard's and every 100th; 0 keeps all.",
+    )
     tensorboard: bool = Field(default=False, description="Also write TensorBoard logs (needs the tensorboard extra).")
 
     @field_validator("name")

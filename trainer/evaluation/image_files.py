@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..config.errors import ConfigError
+from ..files import require_writable
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -72,10 +73,11 @@ def batches(files: list[Path], at_once: int) -> Iterator[Tensor]:
     yield torch.cat(batch)
 
 
-def check_image_path(path: Path) -> Path:
-    """`path`, if an image can be written to it. Raises ConfigError before any work is done."""
+def check_image_path(path: Path, replace: bool = True) -> Path:
+    """`path`, if an image can be written to it. Raises ConfigError before any work is done.
+
+    With `replace` false an existing file is refused.
+    """
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         raise ConfigError(f"--out {path} does not have the suffix of an image ({', '.join(IMAGE_SUFFIXES)}).")
-    if path.is_dir():
-        raise ConfigError(f"--out {path} is a folder. Give a file name in it.")
-    return path
+    return require_writable(path, "--out", replace)

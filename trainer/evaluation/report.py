@@ -14,10 +14,12 @@ from comfyui_pcpo.metrics.paired import Estimate, estimate, paired
 from comfyui_pcpo.plotting.evaluation import Slope, slope_chart
 from comfyui_pcpo.plotting.grids import before_after, grid, to_pil_images
 
-from ..runs.folder import finite
+from ..runs.rows import finite
 from .metrics import LOWER
 
 MOST_SHOWN = 12
+FILES = ("evaluation.json", "evaluation.png", "before_after.png", "samples.png")
+"""What `Report.write` may write."""
 
 
 @dataclass(frozen=True)

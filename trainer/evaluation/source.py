@@ -7,7 +7,7 @@ from pathlib import Path
 from comfyui_pcpo.lora.formats import parse_state
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
-from ..config.loading import build, tomllib
+from ..config.loading import build, dump_shareable, tomllib
 from ..config.schema import Config, ConfigError
 from ..policy.base import LoraPairs
 from ..policy.lora_pairs import read_lora
@@ -35,10 +35,18 @@ def open_source(source: str) -> Source:
             raise ConfigError(
                 f"{path} does not record its base model. Give a run's folder or a model, and this file as --guide."
             )
-        return Source(build(tomllib.loads(metadata["pcpo.config"]), str(path)), path)
+        return Source(config_of(path, metadata["pcpo.config"]), path)
     if source in EMBEDDED:
         return Source(build({"model": {"name": source}}, source), None)
     raise ConfigError(f"{source} is neither a run's folder, nor a .safetensors file, nor one of {', '.join(EMBEDDED)}.")
+
+
+def config_of(path: Path, recorded: str) -> Config:
+    """The configuration of a LoRA file: that of its run where it is still in the run's folder, else what it records."""
+    run = RunFolder(path.parent)
+    if run.config_file.is_file() and dump_shareable(run.config()) == recorded:
+        return run.config()
+    return build(tomllib.loads(recorded), str(path))
 
 
 def read_pairs(path: Path, module_names: list[str]) -> LoraPairs:

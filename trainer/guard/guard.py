@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from ..files import safetensors_parts, write_durably
 from ..loop.scoring import RunError
 from ..loop.state import TrainingState
 from .limits import GuardVerdict, guard_row, next_verdict
@@ -83,9 +83,7 @@ def measure_base(probe: Probe) -> ImageMeasures:
 
 def write_measures(base: ImageMeasures, file: Path, identity: str) -> None:
     tensors = {FEATURES: base.features, **{SCORES + name: values for name, values in base.scores.items()}}
-    temporary = file.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"identity": json.dumps(identity)})
-    temporary.replace(file)
+    write_durably(file, *safetensors_parts(tensors, {"identity": json.dumps(identity)}))
 
 
 def read_measures(file: Path, identity: str) -> ImageMeasures | None:

@@ -17,6 +17,8 @@ from comfyui_pcpo.reward.base import Reward
 from ..config.schema import Config
 from ..policy.base import Condition
 from .distributed import Processes
+from .finite import check_rollout
+from .interrupts import interrupts
 from .objectives import Objective, make_objective
 from .plan import Plan, make_plan
 from .records import Measured, record
@@ -80,9 +82,10 @@ def align(state: TrainingState, job: Job) -> Iterator[Update]:
     PCPO (arXiv 2509.25774), Algorithm 1, with DDPO, DanceGRPO, Flow-GRPO, AWM and DiffusionNFT as settings of it.
     An update is all or nothing: whatever interrupts it leaves the state as it was. A guard may end the run early.
     """
-    condition = state.policy.encode(list(job.prompts))
+    with interrupts.allow():
+        condition = state.policy.encode(list(job.prompts))
     for number in range(state.done + 1, job.config.run.updates + 1):
-        with state.all_or_nothing():
+        with state.all_or_nothing(), interrupts.allow():
             seconds = Stopwatch()
             plan = make_plan(state.policy, job.config, job.objective, job.prompts, number)
             with seconds("rollout"):
@@ -105,6 +108,7 @@ def roll_out(state: TrainingState, job: Job, plan: Plan, condition: Condition) -
     own = condition.rows([job.prompts.index(text) for text in plan.texts])
 
     def predict(x: Tensor, t: float, rows: Tensor) -> Tensor:
+        interrupts.check()
         job.tick()
         return policy.predict(x.to(policy.device), t, own.rows(rows.tolist()))
 
@@ -114,6 +118,7 @@ def roll_out(state: TrainingState, job: Job, plan: Plan, condition: Condition) -
             path = rollout(predict, plan.grid, plan.transitions, noise, plan.chunks)
         else:
             path = branch_rollout(predict, plan.grid, plan.branches, noise, plan.chunks)
+    check_rollout(path, predict, policy, plan.number)
     final = path.final if r.decode == "final" else last_prediction(path, plan)
     images = torch.cat([policy.decode(x) for x in final.split(len(plan.chunks[0]))])
     return Samples(path, images, predict)

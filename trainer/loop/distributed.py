@@ -1,12 +1,17 @@
 """One process or many: groups are shared out, scores gathered, gradients summed."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from ..config.schema import ConfigError
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
+"""Parts of the messages of collectives whose other process is gone; gloo raises plain RuntimeErrors."""
 
 
 def join() -> None:
@@ -17,6 +22,32 @@ def join() -> None:
 
     gpu = torch.cuda.is_available()
     PartialState(cpu=not gpu, backend="cpu:gloo,cuda:nccl" if gpu else "gloo")  # scores are gathered on the CPU
+
+
+class ProcessLost(ConfigError):
+    """Another process of a run ended, so that this one cannot go on."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around a run of several processes: what a collective raises when another process is gone becomes one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (dist.is_available() and dist.is_initialized() and is_lost(error)):
+            raise
+        rank = dist.get_rank()
+        with suppress(RuntimeError):
+            leave()
+        raise ProcessLost(
+            f"process {rank} ends, because another process of this run ended first; its message, or the system's log "
+            "where it was killed, has the cause. Finished updates are saved: resume the run with all processes."
+        ) from None
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another process."""
+    return isinstance(error, dist.DistError) or any(mark in str(error) for mark in LOST)
 
 
 def leave() -> None:

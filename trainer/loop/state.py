@@ -14,6 +14,7 @@ from comfyui_pcpo.method.advantage import PromptWindow
 from ..config.schema import Config
 from ..policy.base import Policy
 from .ema import LoraEma
+from .interrupts import interrupts
 from .optimizer import make_optimizer
 
 
@@ -62,15 +63,16 @@ class TrainingState:
         try:
             yield
         except BaseException:
-            with torch.no_grad():
-                for p, value in zip(parameters, values, strict=True):
-                    p.copy_(value)
-                    p.grad = None
-            self.optimizer.load_state_dict(optimizer_state)
-            self.window.load_state_dict(window_state)
-            self.done, self.kl_weight = done, kl_weight
-            if self.ema is not None and ema is not None:
-                self.ema.restart(*ema)
+            with interrupts.hold():
+                with torch.no_grad():
+                    for p, value in zip(parameters, values, strict=True):
+                        p.copy_(value)
+                        p.grad = None
+                self.optimizer.load_state_dict(optimizer_state)
+                self.window.load_state_dict(window_state)
+                self.done, self.kl_weight = done, kl_weight
+                if self.ema is not None and ema is not None:
+                    self.ema.restart(*ema)
             raise
 
 

@@ -10,6 +10,7 @@ from comfyui_pcpo.method.rollout import Predict, Trajectory
 from ..config.schema import Config
 from ..policy.base import Policy
 from .distributed import Processes
+from .finite import check_gradient, check_parameters
 from .objectives import Objective, Terms
 from .plan import Plan
 from .state import TrainingState
@@ -49,6 +50,7 @@ def improve(state: TrainingState, batch: UpdateBatch, processes: Processes) -> S
         statistics.norms.append(nn.utils.clip_grad_norm_(parameters, o.max_grad_norm))
         check_gradient(statistics.norms[-1], number + 1)
         state.step()
+    check_parameters(parameters)
     statistics.settle(processes)
     statistics.evaluations = evaluations(batch, processes)
     return statistics
@@ -114,12 +116,3 @@ def take_gradients(parameters: list[nn.Parameter], total: list[Tensor], processe
     for p in parameters:
         p.grad = None
     return torch.stack(torch._foreach_norm(gradients)).norm()
-
-
-def check_gradient(norm: Tensor, minibatch: int) -> None:
-    """Raise FloatingPointError for a gradient that is not finite."""
-    if not norm.isfinite():
-        raise FloatingPointError(
-            f"the gradient norm is {norm.item()} in minibatch {minibatch}. This update was undone; finished updates "
-            "are kept. Check the rewards, lower optimizer.learning_rate, or train in float32."
-        )

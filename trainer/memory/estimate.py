@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from ..config.schema import Config
 from ..loop.objectives import make_objective
 from ..loop.plan import chunked, make_plan
 from ..policy.diffusers_policy import DiffusersPolicy
-from .tracker import peak_bytes
+from .tracker import peak_bytes, pretended_mode
 
 PACKED = 4096
 """adamw8bit keeps the moments of smaller tensors in float32."""
@@ -125,8 +126,7 @@ def budget(policy: DiffusersPolicy, config: Config) -> Budget:
 def memory(policy: DiffusersPolicy, config: Config, at_once: int) -> Memory:
     """The device's memory with `at_once` images in a model call. Nothing is computed but sizes."""
     pipeline, lora = policy.pipeline, policy.trainable()
-    modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    text = [part for part in modules if part is not policy.denoiser and part is not pipeline.vae]
+    text = parts_for_text(policy)
     own = {id(p) for p in lora}
     return Memory(
         denoiser=_bytes(t for t in _tensors([policy.denoiser]) if id(t) not in own),
@@ -139,6 +139,12 @@ def memory(policy: DiffusersPolicy, config: Config, at_once: int) -> Memory:
     )
 
 
+def parts_for_text(policy: DiffusersPolicy) -> list[nn.Module]:
+    """Text encoders, and whatever else is neither denoiser nor VAE."""
+    modules = [part for part in policy.pipeline.components.values() if isinstance(part, nn.Module)]
+    return [part for part in modules if part is not policy.denoiser and part is not policy.pipeline.vae]
+
+
 def _training_bytes(lora: list[nn.Parameter], config: Config) -> int:
     """float32 factors, the gradient of a step and of a minibatch, two moments, and the EMA."""
     copies = 3 + bool(config.optimizer.ema_decay)
@@ -148,7 +154,9 @@ def _training_bytes(lora: list[nn.Parameter], config: Config) -> int:
 
 
 def _update_bytes(policy: DiffusersPolicy, at_once: int) -> int:
-    condition = policy.encode(["measure"]).rows([0] * at_once)
+    text = parts_for_text(policy)
+    with pretended_mode(text) or nullcontext():
+        condition = policy.encode(["measure"]).rows([0] * at_once)
     time = policy.grid(2).timesteps[0].item()
 
     def compute() -> None:

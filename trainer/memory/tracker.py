@@ -48,12 +48,17 @@ class MemoryTracker(TorchDispatchMode):
         self.now -= size
 
 
+def pretended_mode(modules: list[nn.Module]) -> FakeTensorMode | None:
+    """The mode that models of shapes alone were made in; None for models with weights."""
+    weights = (t for m in modules for t in (*m.parameters(), *m.buffers()))
+    return next((t.fake_mode for t in weights if isinstance(t, FakeTensor)), None)
+
+
 def peak_bytes(modules: list[nn.Module], compute: Callable[[], Any], pretend: bool = True) -> int:
     """The most bytes at a time that `compute` takes beyond the weights of `modules`; without `pretend` by doing it."""
     tracker = MemoryTracker()
     weights = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-    fake = next((t.fake_mode for t in weights if isinstance(t, FakeTensor)), None)  # a model that is only shapes
-    fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
+    fake = pretended_mode(modules) or FakeTensorMode(allow_non_fake_inputs=True)
     with fake if pretend else nullcontext() as mode:
         kept = [t if isinstance(t, FakeTensor) else mode.from_tensor(t) for t in weights] if mode else weights
         for tensor in kept:

@@ -12,8 +12,9 @@ from comfyui_pcpo.tiny import pipelines
 from ..config.schema import Config, ConfigError
 from .base import LoraPairs
 from .diffusers_policy import PRECISIONS, DiffusersPolicy, module_names
-from .families import denoiser_of
+from .families import FAMILIES, denoiser_of
 from .lora_pairs import padded, read_lora
+from .shapes import load_shapes
 from .single_file import left_out, load_checkpoint, precisions
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -66,8 +67,30 @@ def _not_loaded(name: str, base: str | None, error: Exception) -> str:
 
 def make_policy(config: Config) -> DiffusersPolicy:
     """The configured model with a fresh LoRA, or with that of `lora.start`."""
-    m, start = config.model, config.lora.start
-    pipeline = load_pipeline(m.name, m.config, PRECISIONS[m.precision])
+    m = config.model
+    return _with_lora(load_pipeline(m.name, m.config, PRECISIONS[m.precision]), config)
+
+
+def make_shapes(config: Config) -> DiffusersPolicy:
+    """As `make_policy`, but weights are shapes, of which nothing is read; raises the same errors.
+
+    Embedded models, which are small, and models whose sizes cannot be found without computing are read.
+    """
+    m = config.model
+    if m.name in pipelines.EMBEDDED or Path(m.name).suffix in PICKLES or m.quantize == "4bit":
+        return make_policy(config)
+    try:
+        pipeline = load_shapes(m.name, m.config, PRECISIONS[m.precision])
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(_not_loaded(m.name, m.config, error)) from error
+    family = FAMILIES.get(type(pipeline).__name__)
+    return make_policy(config) if family is not None and not family.pretends else _with_lora(pipeline, config)
+
+
+def _with_lora(pipeline: Any, config: Config) -> DiffusersPolicy:
+    start = config.lora.start
     if start is None:
         return DiffusersPolicy(pipeline, config)
     try:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from ..config.schema import ConfigError
@@ -19,8 +18,14 @@ def folded(pairs: LoraPairs, scale: float) -> LoraPairs:
 def padded(pairs: LoraPairs, like: LoraPairs) -> LoraPairs:
     """`pairs` as factors of the modules and the rank of `like`, with zeros where they have nothing.
 
-    Raises ConfigError for modules or shapes that `like` has no room for.
+    Raises ConfigError for modules or shapes that `like` has no room for, and for NaN and infinity.
     """
+    broken = [name for name, pair in pairs.items() if not all(t.isfinite().all() for t in pair)]
+    if broken:
+        raise ConfigError(
+            f"the LoRA holds NaN or infinity in {len(broken)} of its {len(pairs)} modules, first {broken[0]}. "
+            "Use another LoRA, such as an earlier checkpoint of its run."
+        )
     unknown = sorted(set(pairs) - set(like))
     if unknown:
         raise ConfigError(
@@ -44,10 +49,9 @@ def padded(pairs: LoraPairs, like: LoraPairs) -> LoraPairs:
     return full
 
 
-def save_pairs(pairs: LoraPairs, path: Path) -> None:
-    """Write factors as `load_pairs` reads them."""
-    flat = {f"{module}.{part}": t for module, pair in pairs.items() for part, t in zip("AB", pair, strict=True)}
-    save_file({k: v.contiguous() for k, v in flat.items()}, path)
+def flat_pairs(pairs: LoraPairs) -> dict[str, torch.Tensor]:
+    """Factors by MODULE.A and MODULE.B, as `load_pairs` reads them."""
+    return {f"{module}.{part}": t for module, pair in pairs.items() for part, t in zip("AB", pair, strict=True)}
 
 
 def load_pairs(path: Path) -> LoraPairs:
@@ -62,6 +66,9 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise ConfigError(f"{path} does not exist. Give a LoRA file, such as a run's lora.safetensors.")
     try:
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     except SafetensorError as error:
         raise ConfigError(f"{path} is not an intact safetensors file ({error}). Copy or export it again.") from None
+    if not tensors:
+        raise ConfigError(f"{path} holds no tensors, so it is no LoRA. Export or download it again.")
+    return tensors, metadata or {}

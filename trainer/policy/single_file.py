@@ -52,10 +52,10 @@ def precisions(dtype: torch.dtype) -> dict[str, Any]:
     return WIDE if dtype == torch.float32 else {"torch_dtype": {"default": dtype, "vae": torch.float32}}
 
 
-def load_checkpoint(path: Path, base: str | None, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline of a checkpoint; `base` is the folder or hub name of one of its kind. Raises ConfigError.
+def checkpoint_plan(path: Path, base: str | None) -> tuple[CheckpointKind, str | None]:
+    """A checkpoint's kind, and the pipeline that its other parts come from. Raises ConfigError for one not supported.
 
-    SD and SDXL, which are small, are read in float32 whatever `dtype` is.
+    None stands for the skeleton of its kind. Only the file's header is read.
     """
     keys = read_keys(path)
     kind = checkpoint_kind(keys, path)
@@ -69,14 +69,26 @@ def load_checkpoint(path: Path, base: str | None, dtype: torch.dtype = torch.flo
         check_base(base, kind)
     if kind.denoiser != "unet":
         distilled = kind.pipeline == "FluxPipeline" and not any("guidance_in." in key for key in keys)
-        return _with_transformer(path, kind, base or (SCHNELL if distilled else str(kind.base)), dtype)
+        return kind, base or (SCHNELL if distilled else str(kind.base))
     if base is None and kind is SD2:
         raise ConfigError(
             f"{path} is an SD2 checkpoint, which does not say whether its model predicts epsilon or v. Set "
             "model.config to a folder or hub name of an SD2 pipeline, which has its prediction_type."
         )
+    return kind, base
+
+
+def load_checkpoint(path: Path, base: str | None, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline of a checkpoint; `base` is the folder or hub name of one of its kind. Raises ConfigError.
+
+    SD and SDXL, which are small, are read in float32 whatever `dtype` is.
+    """
+    kind, source = checkpoint_plan(path, base)
+    if kind.denoiser != "unet":
+        return _with_transformer(path, kind, str(source), dtype)
     with TemporaryDirectory() as folder:
-        pipeline = _whole(path, kind, base or str(write_skeleton(kind.pipeline, Path(folder))))
+        pipeline = _whole(path, kind, source or str(write_skeleton(kind.pipeline, Path(folder))))
+    keys = read_keys(path)
     if "v_pred" in keys:  # the mark that trainers of SDXL v-prediction models leave, and ComfyUI reads
         from diffusers import DDIMScheduler
 

@@ -7,7 +7,7 @@ from comfyui_pcpo.reward import RewardError, RewardSettings
 from ..config.schema import Config, ConfigError
 from ..memory.estimate import Budget, budget
 from ..policy.device import pick_device
-from ..policy.loading import make_policy
+from ..policy.loading import make_shapes
 from .rewards import WEIGHTS, make_reward, reward_settings
 
 
@@ -21,7 +21,7 @@ class RunCheck:
 
 
 def check_run(config: Config) -> RunCheck:
-    """Load everything that training would load; what is missing becomes a problem instead of an exception."""
+    """Try all that training loads, of the model only shapes; what is missing is a problem instead of an exception."""
     problems, prompts, costs = check_rewards(config), [], None
     try:
         prompts = config.prompts.read()
@@ -30,7 +30,7 @@ def check_run(config: Config) -> RunCheck:
     try:
         # sizes are the same on every device, and on the CPU the check cannot run out of GPU memory
         on_cpu = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
-        costs = budget(make_policy(on_cpu), config)
+        costs = budget(make_shapes(on_cpu), config)
     except ConfigError as error:
         problems.append(str(error))
     return RunCheck(prompts, costs, list(dict.fromkeys(problems)))

@@ -1,14 +1,15 @@
 """The run folder: configuration, metrics, checkpoints, images; made, locked, resumed.
 
-A checkpoint is written under a temporary name and renamed, and metrics beyond it are cut off on resume, so a run that
-was killed at any moment goes on to the same numbers as one that was not.
+A checkpoint is written under a temporary name, flushed and renamed, and metrics beyond it are cut off on resume, so a
+run that was killed at any moment goes on to the same numbers as one that was not.
 """
 
-import json
+import contextlib
 import math
 import shutil
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,32 @@ from typing import Any
 import filelock
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from comfyui_pcpo.lora.families import LORA_FAMILIES, Family, detect_family
 from comfyui_pcpo.lora.formats import export_state
 from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.plotting.run_curves import curves
 
-from ..config.loading import build, dump, tomllib
+from ..config.loading import build, dump, dump_shareable, tomllib
 from ..config.schema import Config, ConfigError
+from ..config.text_files import read_text
+from ..files import flush_folder, safetensors_parts, write_durably
 from ..loop.align import Update
 from ..loop.state import TrainingState
 from ..policy.base import LoraPairs
-from ..policy.lora_pairs import folded, load_pairs, read_lora, save_pairs
+from ..policy.lora_pairs import folded, load_pairs, read_lora
 from ..program import program_name
+from .checkpoint import EMA, LORA, Damaged, read_checkpoint, verify, write_checkpoint
+from .rows import append_record, read_rows, row_line
+
+CONFIG_HEAD = "# The settings of this run. The last line says that nothing is missing.\n"
+CONFIG_END = "# end"
+LANDMARK = 100
+"""Every so many updates a checkpoint is kept for good."""
 
 
 class NotSaved(ConfigError):
     """A checkpoint that could not be written."""
-
-
-class NoEma(ConfigError):
-    """A checkpoint of a run without an EMA, for one that keeps an EMA."""
 
 
 @contextmanager
@@ -52,6 +57,15 @@ def writing(file: Path, run: Path) -> Iterator[None]:
         ) from error
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder, if it exists; a crash halfway leaves none under its name."""
+    if folder.is_dir():
+        gone = folder.with_suffix(".gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 class RunFolder:
     """Paths and files of one run."""
 
@@ -60,6 +74,7 @@ class RunFolder:
         self.config_file, self.metrics_file = path / "config.toml", path / "metrics.jsonl"
         self.lora_file, self.curves_file = path / "lora.safetensors", path / "curves.png"
         self.checkpoints, self.grids, self.log_file = path / "checkpoints", path / "grids", path / "log.txt"
+        self.record_file = path / "run.json"  # what the run was made with, and accepted changes
         self.guard_file = path / "guard.safetensors"  # what the guard measured of the base model
 
     @contextmanager
@@ -82,8 +97,14 @@ class RunFolder:
     def start(self, config: Config) -> None:
         """Write the resolved configuration into an empty folder."""
         self.require_new()
-        with writing(self.config_file, self.path):
-            self.config_file.write_text(dump(config), encoding="utf-8")
+        self.rewrite_config(config)
+
+    def remove_unstarted(self) -> None:
+        """Remove what a run without a finished update has written, and the folder unless it holds anything else."""
+        with contextlib.suppress(OSError):
+            for file in (self.config_file, self.record_file, self.guard_file, self.log_file, self.path / ".lock"):
+                file.unlink(missing_ok=True)
+            self.path.rmdir()
 
     def require_new(self) -> None:
         """Raise ConfigError if the folder holds a run."""
@@ -97,27 +118,33 @@ class RunFolder:
         if not self.config_file.is_file():
             raise ConfigError(f"{self.path} is not a run: it has no config.toml. Give a folder that `train` made.")
         try:
-            tree = tomllib.loads(self.config_file.read_text(encoding="utf-8"))
+            text = read_text(self.config_file)
+            tree = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{self.config_file} is damaged: {error}. Restore it, or start a new run.") from None
+        if text.startswith(CONFIG_HEAD[:20]) and not text.rstrip().endswith(CONFIG_END):
+            raise ConfigError(
+                f"{self.config_file} is cut off: its last line, `{CONFIG_END}`, is missing, so settings may be lost. "
+                "Restore the file; if only that line was removed, add it."
+            )
         return build(tree, str(self.config_file))
+
+    def rewrite_config(self, config: Config) -> None:
+        """Store the options, so that the next resume uses them."""
+        with writing(self.config_file, self.path):
+            write_durably(self.config_file, f"{CONFIG_HEAD}{dump(config)}\n{CONFIG_END}\n".encode())
 
     def records(self) -> list[dict[str, Any]]:
         """All metrics, one dict per update; a last line that a crash cut short is left out."""
-        if not self.metrics_file.is_file():
-            return []
-        rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        rows, damaged = read_rows(self.metrics_file)
+        if damaged and damaged[0] <= len(rows):  # not the last line
+            warnings.warn(f"{self.metrics_file}: line {damaged[0]} cannot be read and is left out", stacklevel=2)
         return rows
 
     def keep_records(self, done: int) -> None:
-        """Cut off what was recorded after update `done`."""
-        kept = [row for row in self.records() if row["update"] <= done]
-        _replace_text(self.metrics_file, "".join(_line(row) for row in kept))
+        """Cut off what was recorded after update `done`; of an update that is there twice, keep the last row."""
+        kept = {row["update"]: row_line(row) for row in read_rows(self.metrics_file)[0] if row["update"] <= done}
+        write_durably(self.metrics_file, "".join(kept[number] for number in sorted(kept)).encode())
 
     def keep_checkpoints(self, done: int) -> None:
         """Put checkpoints after update `done` aside as NUMBER.old: the run goes on from there along another path."""
@@ -127,13 +154,9 @@ class RunFolder:
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.checkpoints / f"{number:06d}").rename(aside)
 
-    def rewrite_config(self, config: Config) -> None:
-        """Store changed options, so that the next resume uses them."""
-        _replace_text(self.config_file, dump(config))
-
     def record(self, update: Update) -> None:
-        with writing(self.metrics_file, self.path), self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(_line(update.metrics))
+        with writing(self.metrics_file, self.path):
+            append_record(self.metrics_file, update.metrics)
 
     def log(self, text: str) -> None:
         with writing(self.log_file, self.path), self.log_file.open("a", encoding="utf-8") as file:
@@ -162,22 +185,11 @@ class RunFolder:
         final, temporary = self.checkpoints / name, self.checkpoints / f"{name}.tmp"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            pairs = state.policy.lora()
-            save_pairs(pairs, temporary / "lora.safetensors")
-            torch.save(state.optimizer.state_dict(), temporary / "optimizer.pt")
-            rest: dict[str, Any] = {"update": state.done, "window": state.window.state_dict()}
-            if state.ema is not None:
-                with state.ema.in_place():
-                    pairs = state.policy.lora()
-                save_pairs(pairs, temporary / "average.safetensors")
-                rest["average_steps"] = state.ema.steps
-            if state.kl_weight is not None:
-                rest["kl_weight"] = state.kl_weight
-            (temporary / "state.json").write_text(json.dumps(rest), encoding="utf-8")
+            pairs = write_checkpoint(state, temporary)
             self.write_lora(folded(pairs, config.lora.scale), state.policy.family, config, state.done)
-            shutil.rmtree(final, ignore_errors=True)
+            discard(final)
             temporary.rename(final)
+            flush_folder(self.checkpoints)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
             shutil.rmtree(temporary, ignore_errors=True)
             raise NotSaved(
@@ -186,19 +198,33 @@ class RunFolder:
             ) from error
         return final
 
+    def prune(self, last: int, kept: int | None) -> None:
+        """Remove all checkpoints but the `last` ones, the best, the guard's and every LANDMARK-th; 0 keeps all."""
+        numbers = self.numbers()
+        if not last or len(numbers) <= last:
+            return
+        spared = {*numbers[-last:], self.best_number(numbers), kept}
+        for number in numbers:
+            if number not in spared and number % LANDMARK:
+                discard(self.checkpoints / f"{number:06d}")
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process left half written or half removed."""
+        for pattern in ("*.tmp", "*.gone"):
+            for folder in self.checkpoints.glob(pattern):
+                shutil.rmtree(folder, ignore_errors=True)
+
     def write_lora(self, pairs: LoraPairs, family: Family, config: Config, number: int) -> None:
-        """The LoRA of update `number` under ComfyUI's names, with the configuration in its metadata."""
+        """The LoRA of update `number` under ComfyUI's names; its metadata has the settings, but no prompt or path."""
         rank = config.lora.rank
         tensors = export_state(pairs, rank, rank, "comfyui", family)
         metadata = {
-            "pcpo.config": dump(config),
+            "pcpo.config": dump_shareable(config),
             "pcpo.updates": str(number),
             "pcpo.family": family,
             "format": "pt",
         }
-        temporary = self.lora_file.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
-        temporary.replace(self.lora_file)
+        write_durably(self.lora_file, *safetensors_parts(tensors, metadata))
 
     def family(self) -> Family:
         """The LoRA's family, which its file names; module names alone can be those of several."""
@@ -219,8 +245,7 @@ class RunFolder:
         if which == "latest":
             number = numbers[-1]
         elif which == "best":
-            means = {row["update"]: row["reward_mean"] for row in self.records()}
-            number = max(numbers, key=lambda n: means.get(n, -math.inf))
+            number = self.best_number(numbers)
         elif which == "kept":
             number = self.kept_number()
         elif which.isdigit() and int(which) in numbers:
@@ -228,6 +253,12 @@ class RunFolder:
         else:
             raise ConfigError(f"checkpoint {which} is not in {self.path}. There are {', '.join(map(str, numbers))}.")
         return self.checkpoints / f"{number:06d}"
+
+    def best_number(self, numbers: Collection[int]) -> int:
+        """The update with the highest mean reward among `numbers`."""
+        rows = read_rows(self.metrics_file)[0]
+        means = {row["update"]: row["reward_mean"] for row in rows if row.get("reward_mean") is not None}
+        return max(numbers, key=lambda n: means.get(n, -math.inf))
 
     def kept_number(self) -> int:
         """The update that the guard keeps. Raises ConfigError where there is none."""
@@ -241,52 +272,28 @@ class RunFolder:
 
     def lora(self, which: str = "latest") -> LoraPairs:
         """A checkpoint's factors, those of the EMA if the run keeps one, with alpha / rank folded into the second."""
-        average = self.checkpoint(which) / "average.safetensors"
-        file = average if average.is_file() else average.with_name("lora.safetensors")
-        return folded(load_pairs(file), self.config().lora.scale)
+        folder = self.checkpoint(which)
+        name = EMA if (folder / EMA).is_file() else LORA
+        verify(folder, name)
+        return folded(load_pairs(folder / name), self.config().lora.scale)
+
+    def intact(self, which: str = "latest") -> int:
+        """The number of a checkpoint, verified; of an older one, with a warning, if the latest is damaged."""
+        chosen = self.checkpoint(which)
+        older = [n for n in reversed(self.numbers()) if n < int(chosen.name)]
+        try:
+            verify(chosen)
+            return int(chosen.name)
+        except Damaged as error:
+            for number in older:
+                with contextlib.suppress(Damaged):
+                    verify(self.checkpoints / f"{number:06d}")
+                    if which != "latest":
+                        raise ConfigError(f"{error} Use --checkpoint {number}.") from None
+                    warnings.warn(f"{error} The run goes on from update {number} instead", stacklevel=2)
+                    return number
+            raise ConfigError(f"{error} No older one is intact. Start the run again under another name.") from None
 
     def load(self, state: TrainingState, which: str = "latest") -> None:
-        """Bring `state` to a checkpoint. Raises ConfigError that names a damaged file and an older checkpoint."""
-        folder = self.checkpoint(which)
-        try:
-            rest = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            if state.ema is not None and "average_steps" not in rest:
-                raise NoEma(
-                    f"checkpoint {folder} has no EMA, because optimizer.ema_decay was 0. Set it to 0 to resume, or "
-                    "start a new run from this one's LoRA with lora.start."
-                )
-            if state.ema is not None:
-                state.policy.load_lora(load_pairs(folder / "average.safetensors"))
-                state.ema.restart(rest["average_steps"])
-            state.policy.load_lora(load_pairs(folder / "lora.safetensors"))
-            state.load_moments(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-            state.window.load_state_dict(rest["window"])
-            state.done = rest["update"]
-            if state.kl_weight is not None:
-                state.kl_weight = rest.get("kl_weight", state.kl_weight)  # missing where the budget is new
-        except NoEma:
-            raise
-        except Exception as error:
-            older = [n for n in self.numbers() if n < int(folder.name)]
-            way = f"Use --checkpoint {older[-1]}" if older else "Start the run again under another name"
-            raise ConfigError(f"checkpoint {folder} is damaged ({type(error).__name__}: {error}). {way}.") from error
-
-
-def _line(row: dict[str, Any]) -> str:
-    """One JSON line; NaN and infinity become null, which every JSON reader takes."""
-    return json.dumps(finite(row)) + "\n"
-
-
-def finite(value: Any) -> Any:
-    """`value` as JSON has it: NaN and infinity become None."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+        """Bring `state` to a checkpoint, or to an older one as `intact` says. Raises ConfigError if it does not fit."""
+        read_checkpoint(self.checkpoint(str(self.intact(which)))).restore(state)

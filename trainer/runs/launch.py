@@ -2,36 +2,44 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..config.loading import with_options
 from ..config.schema import Config, ConfigError
+from ..files import require_writable
 from ..guard.guard import Guard, make_guard
 from ..guard.limits import replay
 from ..guard.probe import Probe
 from ..loop.align import Job, Update
 from ..loop.distributed import Processes, join
+from ..loop.interrupts import interrupts
 from ..loop.state import TrainingState, make_training_state
 from ..policy.loading import make_policy
 from .folder import NotSaved, RunFolder, writing
+from .identity import RunRecord, identity_of, require_accepted
 from .rewards import read_rewards
+from .rows import row_problems
 from .tensorboard import make_board, write_board
 
 
 class Run:
     """A run and its folder:  `with run: for update in align(run.state, run.job): run.keep(update)`
 
-    Entering locks the folder and begins or continues what it holds; whatever ends the run, finished updates are saved.
+    Entering locks the folder and begins or continues what it holds. Whatever ends the run, finished updates are saved:
+    from then on signals wait, except while an update is computed.
     """
 
     def __init__(self, folder: RunFolder, state: TrainingState, job: Job, checkpoint: str | None = None):
         self.folder, self.state, self.job = folder, state, job
         self.checkpoint = checkpoint  # to continue from; None begins a new run
+        self.accept_changes = False  # of what the run was made with
         self.guard: Guard | None = None
         self.saved = 0
         self.board: Any = None
+        self._unrecorded: Update | None = None
         self._open = ExitStack()
 
     @property
@@ -43,13 +51,30 @@ class Run:
         with ExitStack() as stack:
             if main:
                 stack.enter_context(self.folder.locked())
-            begin(self.folder, self.state, self.config, self.checkpoint, write=main)
+                stack.callback(self._remove_unstarted)
+            self._begin(main)
             self.saved = self.state.done
             self._set_guard()
             if main and self.config.run.tensorboard:
                 self.board = make_board(self.folder.path / "tensorboard")
+            stack.enter_context(interrupts.hold())
             self._open = stack.pop_all()
         return self
+
+    def _begin(self, write: bool) -> None:
+        """Begin or continue the folder's run, and record what it is made with."""
+        changes, identity = resume_changes(self.folder, self.job, self.checkpoint)
+        require_accepted(self.folder.path, changes, self.accept_changes)
+        begin(self.folder, self.state, self.config, self.checkpoint, write)
+        if write:
+            with writing(self.folder.record_file, self.folder.path):
+                RunRecord(self.folder.record_file).accept(identity, self.state.done, changes)
+            if changes:
+                self.folder.log(f"accepted after update {self.state.done}: {'; '.join(changes)}")
+
+    def _remove_unstarted(self) -> None:
+        if self.checkpoint is None and self.state.done == 0:
+            self.folder.remove_unstarted()
 
     def _set_guard(self) -> None:
         """Make the configured guard, as it was after the recorded updates. Raises ConfigError if it stopped the run."""
@@ -72,8 +97,8 @@ class Run:
         """Record a finished update; draw and save as often as the configuration says."""
         if not self.job.processes.main:
             return
-        r = self.config.run
-        self.folder.record(update)
+        r, self._unrecorded = self.config.run, update
+        self._record()
         if r.preview_every and (update.number % r.preview_every == 0 or update.number == 1):
             self.folder.draw(update, self.config.rollout.group_size)
             self.folder.draw_curves()
@@ -83,9 +108,15 @@ class Run:
         if kept or update.number % r.save_every == 0 or update.number == r.updates:
             self._save()
 
+    def _record(self) -> None:
+        if self._unrecorded is not None:
+            self.folder.record(self._unrecorded)
+            self._unrecorded = None
+
     def _save(self) -> None:
         self.folder.save(self.state, self.config)
         self.saved = self.state.done
+        self.folder.prune(self.config.run.keep, None if self.guard is None else self.guard.verdict.kept)
 
     def _write_kept(self) -> None:
         """Make lora.safetensors that of the update that the guard keeps."""
@@ -96,15 +127,28 @@ class Run:
                 self.folder.write_lora(pairs, self.state.policy.family, self.config, number)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        with self._open:
+        with self._open, interrupts.hold():
             if not self.job.processes.main:
                 return
+            self._record()  # without its row, no checkpoint of an update
             if self.state.done > self.saved and not isinstance(error, NotSaved):
                 self._save()
             self._write_kept()
             self.folder.draw_curves()
             if self.board is not None:
                 self.board.close()
+
+
+def resume_changes(folder: RunFolder, job: Job, checkpoint: str | None) -> tuple[list[str], dict[str, Any]]:
+    """What a resume would change of the folder's run, its damaged metrics included, and what the run is now."""
+    identity = identity_of(job.config, job.prompts)
+    if checkpoint is None:
+        return [], identity
+    done = int(folder.checkpoint(checkpoint).name) if folder.numbers() else 0
+    return [
+        *RunRecord(folder.record_file).changes(identity),
+        *row_problems(folder.metrics_file, done),
+    ], identity
 
 
 def begin(folder: RunFolder, state: TrainingState, config: Config, checkpoint: str | None, write: bool = True) -> None:
@@ -116,9 +160,11 @@ def begin(folder: RunFolder, state: TrainingState, config: Config, checkpoint: s
     if folder.numbers():
         folder.load(state, checkpoint)
     if write:
-        folder.rewrite_config(config)
-        folder.keep_records(state.done)
-        folder.keep_checkpoints(state.done)
+        with writing(folder.path, folder.path):
+            folder.rewrite_config(config)
+            folder.keep_records(state.done)
+            folder.keep_checkpoints(state.done)
+            folder.remove_leftovers()
 
 
 def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> Run:
@@ -127,27 +173,40 @@ def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> Run:
     if folder.path.exists():
         with folder.locked():  # names another process that is writing it
             folder.require_new()
-    return _assemble(folder, config, tick, None)
+    require_writable(folder.config_file, "run.folder:")
+    return Run(*_loaded(folder, config, tick))
 
 
-def resume_run(
-    path: Path, checkpoint: str = "latest", updates: int | None = None, tick: Callable[[], None] = lambda: None
-) -> Run:
-    """A run that continues from a checkpoint, to `updates` in all. Raises ConfigError when it is finished."""
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Where a run continues from, to how many updates in all, and whether changed settings are accepted."""
+
+    checkpoint: str = "latest"
+    updates: int | None = None
+    accept_changes: bool = False
+
+
+def resume_run(path: Path, options: ResumeOptions = ResumeOptions(), tick: Callable[[], None] = lambda: None) -> Run:
+    """A run that continues from a checkpoint. Raises ConfigError when it is finished, or is not as it began."""
     folder = RunFolder(path)
-    config = folder.config()
-    if updates is not None:
-        config = config.model_copy(update={"run": config.run.model_copy(update={"updates": updates})})
-    done = int(folder.checkpoint(checkpoint).name) if folder.numbers() or checkpoint != "latest" else 0
+    config = with_options(folder.config(), {"run": {"updates": options.updates}})
+    some = bool(folder.numbers()) or options.checkpoint != "latest"
+    done = folder.intact(options.checkpoint) if some else 0
     if done >= config.run.updates:
         raise ConfigError(
             f"{path} is finished: {done} of {config.run.updates} updates are done. Give --updates with a larger number."
         )
-    return _assemble(folder, config, tick, str(done) if done else "latest")
+    checkpoint = str(done) if done else "latest"
+    prompts = config.prompts.read()
+    changes, _ = resume_changes(folder, Job(config, prompts, {}), checkpoint)  # before minutes of loading
+    require_accepted(path, changes, options.accept_changes)
+    run = Run(*_loaded(folder, config, tick), checkpoint)
+    run.accept_changes = options.accept_changes
+    return run
 
 
-def _assemble(folder: RunFolder, config: Config, tick: Callable[[], None], checkpoint: str | None) -> Run:
+def _loaded(folder: RunFolder, config: Config, tick: Callable[[], None]) -> tuple[RunFolder, TrainingState, Job]:
     prompts, rewards = config.prompts.read(), read_rewards(config)
     join()
     job = Job(config, prompts, rewards, Processes(), tick)
-    return Run(folder, make_training_state(make_policy(config), config), job, checkpoint)
+    return folder, make_training_state(make_policy(config), config), job

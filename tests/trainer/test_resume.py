@@ -1,0 +1,195 @@
+"""Resume compares a run with its own record: what would change is refused by name, or accepted and recorded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from running import start_run
+
+from trainer.config.loading import with_options
+from trainer.config.schema import ConfigError
+from trainer.loop.align import align
+from trainer.runs.folder import RunFolder
+from trainer.runs.identity import differences, fingerprint, identity_of
+from trainer.runs.launch import ResumeOptions, resume_run
+from trainer.runs.rows import append_record, read_rows, row_problems
+
+_finished: dict[str, Path] = {}
+
+
+@pytest.fixture
+def folder(make_config, tmp_path) -> RunFolder:
+    """A copy of one run of two updates, whose prompts are in a file."""
+    if "run" not in _finished or not _finished["run"].exists():
+        (tmp_path / "prompts.txt").write_text("a fox\na red star\n")
+        run, updates = start_run(make_config(prompts={"lines": [], "file": str(tmp_path / "prompts.txt")}))
+        list(updates)
+        _finished["run"] = run.path
+    return RunFolder(Path(shutil.copytree(_finished["run"], tmp_path / "copy")))
+
+
+def edit(folder: RunFolder, before: str, after: str) -> None:
+    text = folder.config_file.read_text()
+    assert before in text
+    folder.config_file.write_text(text.replace(before, after))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ("group_size = 2", "group_size = 4", "rollout.group_size was 2 and is 4"),
+        ("seed = 0", "seed = 1", "run.seed was 0 and is 1"),
+        ('name = "emoji-flow"', 'name = "emoji-eps"', "model.name was 'emoji-flow' and is 'emoji-eps'"),
+        ("colorfulness = 1.0", "alignment = 1.0", "reward.weights was {'colorfulness': 1.0} and is {'alignment': 1.0}"),
+        ('name = "log_hinge"', 'name = "ppo"', "objective.name was 'log_hinge' and is 'ppo'"),
+        ("rank = 2", "rank = 3", "lora.rank was 2 and is 3"),
+        ("learning_rate = 0.001", "learning_rate = 0.1", "optimizer.learning_rate was 0.001 and is 0.1"),
+    ],
+)
+def test_a_setting_that_makes_another_run_is_refused_by_name(folder, before, after, named):
+    edit(folder, before, after)
+    with pytest.raises(ConfigError) as error:
+        resume_run(folder.path, ResumeOptions(updates=3))
+    assert named in str(error.value) and "--accept-changes" in str(error.value)
+    assert folder.numbers() == [1, 2]
+
+
+@pytest.mark.slow
+def test_prompts_that_were_edited_are_named(folder, tmp_path):
+    file = folder.config().prompts.file
+    assert file is not None
+    before = file.read_text()
+    file.write_text("a fox\na green star\n")
+    try:
+        with pytest.raises(ConfigError, match=r"2 prompts were added, removed or edited, such as 'a red star'"):
+            resume_run(folder.path, ResumeOptions(updates=3))
+    finally:
+        file.write_text(before)
+
+
+@pytest.mark.slow
+def test_accepted_changes_are_recorded_and_are_no_changes_afterwards(folder):
+    edit(folder, "learning_rate = 0.001", "learning_rate = 0.002")
+    with resume_run(folder.path, ResumeOptions(updates=3, accept_changes=True)) as run:
+        for update in align(run.state, run.job):
+            run.keep(update)
+    record = json.loads(folder.record_file.read_text())
+    change = "optimizer.learning_rate was 0.001 and is 0.002"
+    assert record["changes"] == [{"after_update": 2, "changed": [change]}]
+    assert change in folder.log_file.read_text()
+    assert folder.records()[-1]["learning_rate"] == 0.002
+    resume_run(folder.path, ResumeOptions(updates=4))
+
+
+@pytest.mark.slow
+def test_another_rank_is_refused_even_if_it_is_accepted(folder):
+    edit(folder, "rank = 2", "rank = 3")
+    with (
+        pytest.raises(ConfigError, match=r"is of another LoRA: .* Set model, lora.rank and lora.targets back"),
+        resume_run(folder.path, ResumeOptions(updates=3, accept_changes=True)),
+    ):
+        pytest.fail("the run does not begin")
+    assert folder.numbers() == [1, 2]
+
+
+@pytest.mark.slow
+def test_where_and_how_a_run_is_computed_may_change(folder):
+    edit(folder, "images_at_once = 16", "images_at_once = 1")
+    edit(folder, "save_every = 1", "save_every = 5")
+    resume_run(folder.path, ResumeOptions(updates=3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_config_that_was_cut_off_is_refused(folder, share):
+    lines = folder.config_file.read_text().splitlines(keepends=True)
+    sections = [n for n, line in enumerate(lines) if line.startswith("[")]
+    cut = sections[int(share * len(sections))]
+    folder.config_file.write_text("".join(lines[:cut]))
+    with pytest.raises(ConfigError, match=r"config.toml is cut off: its last line, `# end`, is missing"):
+        resume_run(folder.path, ResumeOptions(updates=3))
+
+
+@pytest.mark.slow
+def test_a_run_of_version_0_1_resumes_without_record_and_manifest(folder):
+    text = folder.config_file.read_text().splitlines()
+    folder.config_file.write_text("\n".join(line for line in text if not line.startswith(("#", "keep = "))))
+    folder.record_file.unlink()
+    for number in folder.numbers():
+        (folder.checkpoints / f"{number:06d}" / "manifest.json").unlink()
+    with resume_run(folder.path, ResumeOptions(updates=3)) as run:
+        assert run.state.done == 2
+    assert folder.record_file.is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda lines: lines[1:], "metrics.jsonl lacks the row of update 1"),
+        (lambda lines: [lines[0], *lines], "metrics.jsonl repeats the row of update 1"),
+        (lambda lines: [lines[0][:40] + "\n", lines[1]], "metrics.jsonl lacks the row of update 1"),
+    ],
+)
+def test_rows_of_the_metrics_that_are_not_there_once_are_named(folder, spoil, named):
+    lines = folder.metrics_file.read_text().splitlines(keepends=True)
+    folder.metrics_file.write_text("".join(spoil(lines)))
+    with pytest.raises(ConfigError, match=named):
+        resume_run(folder.path, ResumeOptions(updates=3))
+
+
+def test_a_damaged_record_is_named(tmp_path, make_config):
+    from trainer.runs.identity import RunRecord
+
+    file = tmp_path / "run.json"
+    file.write_text("{")
+    assert "run.json is damaged" in RunRecord(file).changes(identity_of(make_config(), ["a fox"]))[0]
+
+
+def test_equal_settings_have_no_differences_and_unknown_ones_are_left_out(make_config):
+    one = identity_of(make_config(), ["a fox"])
+    assert differences(json.loads(json.dumps(one)), one) == []
+    assert differences({"rollout.steps": 3}, one) == []
+    other = identity_of(with_options(make_config(), {"run": {"updates": 9, "name": "other"}}), ["a fox"])
+    assert differences(one, other) == []
+
+
+def test_a_models_fingerprint_changes_with_any_byte_that_is_sampled(tmp_path):
+    file = tmp_path / "model.safetensors"
+    content = bytearray(3 << 20)
+    file.write_bytes(content)
+    before = fingerprint(file)
+    content[-1] = 1
+    file.write_bytes(content)
+    assert fingerprint(file) != before == fingerprint_of(tmp_path, bytes(3 << 20))
+    assert fingerprint(Path("emoji-flow")) is None
+
+
+def fingerprint_of(folder: Path, content: bytes) -> str | None:
+    (folder / "model.safetensors").write_bytes(content)
+    return fingerprint(folder)
+
+
+def test_a_row_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(tmp_path):
+    resource = pytest.importorskip("resource")
+    file = tmp_path / "metrics.jsonl"
+    append_record(file, {"update": 1})
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 5, old[1]))
+    try:
+        with pytest.raises(OSError):
+            append_record(file, {"update": 2, "loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert file.read_text() == '{"update": 1}\n'
+
+
+def test_lines_that_are_no_rows_are_counted(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"update": 1}\n[1]\n\xff\xfe\n{"update": "2"}\n\n{"update": 3}\n{"upd')
+    rows, damaged = read_rows(file)
+    assert [row["update"] for row in rows] == [1, 3]
+    assert damaged == [2, 3, 4, 7]
+    assert row_problems(file, 3) == ["metrics.jsonl lacks the row of update 2"]

@@ -1,0 +1,104 @@
+"""What a run was made with (run.json), and what a resume would change: refused by name, or accepted and recorded."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config.schema import Config, ConfigError
+from ..files import sampled_digest, write_durably
+from ..program import program_name
+
+FREE = {
+    "model": {"device", "offload", "gradient_checkpointing", "compile", "shard"},
+    "prompts": {"lines", "file"},  # the prompts themselves are compared
+    "rollout": {"images_at_once", "batch_cfg"},
+    "reward": {"folder", "device", "images_at_once", "offload", "max_failed", "patience"},
+    "lora": {"start"},  # read once, when the run began
+    "guard": {"every", "prompts", "images", "tolerance", "patience", "action"},
+    "run": {"name", "folder", "updates", "preview_every", "save_every", "keep", "tensorboard"},
+}
+"""Settings that may change on resume: they decide where and how something is computed, or when to stop, not what."""
+MODEL_CONTENT = "content of model.name"
+
+
+def identity_of(config: Config, prompts: Sequence[str]) -> dict[str, Any]:
+    """Everything that makes this run what it is, by name."""
+    tree = config.model_dump(mode="json")
+    settings = {
+        f"{section}.{key}": value
+        for section, values in tree.items()
+        for key, value in values.items()
+        if key not in FREE.get(section, ())
+    }
+    return {**settings, "prompts": list(prompts), MODEL_CONTENT: fingerprint(Path(config.model.name))}
+
+
+def fingerprint(model: Path) -> str | None:
+    """A sampled digest of a local model's weights; None for an embedded model or one of the hub."""
+    files = [model] if model.is_file() else sorted(model.rglob("*.safetensors")) if model.is_dir() else []
+    return " ".join(sampled_digest(file)[:16] for file in files) or None
+
+
+def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A phrase for everything that is not as it was; settings that the record does not know are new, and left out."""
+    changed = [key for key, value in now.items() if key in recorded and recorded[key] != value]
+    return [describe(key, recorded[key], now[key]) for key in changed]
+
+
+def describe(key: str, before: Any, after: Any) -> str:
+    """One difference in words."""
+    if key == "prompts":
+        odd = [line for line in (*before, *after) if (line in before) != (line in after)]
+        if not odd:
+            return "the prompts are in another order, or repeated"
+        return f"{len(odd)} prompts were added, removed or edited, such as {odd[0]!r}"
+    if key == MODEL_CONTENT:
+        return "the model's files have other weights"
+    return f"{key} was {before!r} and is {after!r}"
+
+
+class RunRecord:
+    """run.json of one run."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def read(self) -> dict[str, Any] | None:
+        """The record; None where there is none, as in runs of version 0.1. Raises ConfigError for a damaged one."""
+        try:
+            tree = json.loads(self.file.read_text(encoding="utf-8"))
+            return {"identity": dict(tree["identity"]), "changes": list(tree["changes"])}
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self.file} is damaged ({error})") from None
+
+    def write(self, identity: dict[str, Any], changes: Sequence[dict[str, Any]] = ()) -> None:
+        write_durably(self.file, json.dumps({"identity": identity, "changes": list(changes)}, indent=1).encode())
+
+    def changes(self, identity: dict[str, Any]) -> list[str]:
+        """What is not as this run was made."""
+        try:
+            recorded = self.read()
+        except ConfigError as error:
+            return [str(error)]
+        return [] if recorded is None else differences(recorded["identity"], identity)
+
+    def accept(self, identity: dict[str, Any], done: int, changes: Sequence[str]) -> None:
+        """Make `identity` the run's from update `done` on, and keep what changed."""
+        try:
+            history = (self.read() or {"changes": []})["changes"]
+        except ConfigError:
+            history = []
+        entry = [{"after_update": done, "changed": list(changes)}] if changes else []
+        self.write(identity, [*history, *entry])
+
+
+def require_accepted(run: Path, changes: Sequence[str], accepted: bool) -> None:
+    """Raise ConfigError that names every change, unless they are accepted."""
+    if changes and not accepted:
+        raise ConfigError(
+            f"{run} would not go on as it began: {'; '.join(changes)}. Undo that, or continue with "
+            f"`{program_name()} resume {run} --accept-changes`, which records it."
+        )
