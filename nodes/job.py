@@ -13,6 +13,7 @@ from torch import Tensor
 from comfyui_pcpo.lora.formats import parse_state
 from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.plotting.run_curves import curves
+from comfyui_pcpo.reward.prompt import prompt_line
 
 from ..trainer.config.diagnostics import without_effect
 from ..trainer.config.loading import build
@@ -57,7 +58,10 @@ def make_config(inputs: TrainingInputs, tree: dict[str, dict[str, Any]]) -> Conf
     sections = {
         **tree,
         "model": {"name": name, "device": "auto", **tree["model"]},
-        "prompts": {"lines": inputs.prompts.lines, "negative": inputs.prompts.negative_text},
+        "prompts": {
+            "lines": [prompt_line(line) for line in inputs.prompts.lines],
+            "negative": inputs.prompts.negative_text,
+        },
         "rollout": {**tree["rollout"], "height": height, "width": width},
         "reward": {
             "weights": {name: weight for name, weight in weights.items() if name not in held_out},

@@ -50,7 +50,8 @@ class Prompts(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="Text encoder of the model to train."),
                 io.String.Input(
                     "text", multiline=True, default="a fox\na panda\na frog\na rocket",
-                    tooltip="One prompt per line; lines starting with # are ignored.",
+                    tooltip="One prompt per line; lines starting with # are ignored. A line may be a JSON object with "
+                    'metadata for rewards: {"prompt": "two foxes", "tag": "counting"}.',
                 ),
                 io.String.Input(
                     "negative", multiline=True, default="", **ADVANCED,
@@ -63,5 +64,7 @@ class Prompts(io.ComfyNode):
     @classmethod
     def execute(cls, clip, text: str, negative: str = "") -> io.NodeOutput:
         lines = PromptsConfig(lines=tuple(text.splitlines()), negative=negative).read()
-        *positive, unconditional = (clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in [*lines, negative])
+        *positive, unconditional = (
+            clip.encode_from_tokens_scheduled(clip.tokenize(str(t))) for t in [*lines, negative]
+        )
         return io.NodeOutput(EncodedPrompts(tuple(lines), tuple(positive), negative, unconditional))

@@ -8,6 +8,7 @@ from pathlib import Path
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardFile, RewardSettings, Scores
 from comfyui_pcpo.reward.combine import CombinedReward, CombinedScores
 from comfyui_pcpo.reward.group import GroupReward
+from comfyui_pcpo.reward.prompt import Prompt, metadata_of
 from comfyui_pcpo.reward.user import (
     classes_by_name,
     construct,
@@ -77,6 +78,7 @@ __all__ = [
     "CombinedReward",
     "CombinedScores",
     "GroupReward",
+    "Prompt",
     "Reward",
     "RewardError",
     "RewardFile",
@@ -87,5 +89,6 @@ __all__ = [
     "download",
     "import_reward",
     "load_reward",
+    "metadata_of",
     "offered",
 ]

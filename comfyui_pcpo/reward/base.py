@@ -14,6 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from comfyui_pcpo.reward.prompt import Prompt, metadata_of
+
 
 class RewardError(ValueError):
     """A reward that cannot be constructed or computed; the message has the value, the rule and the fix."""
@@ -85,7 +87,7 @@ class Reward:
         return None
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor | Scores:
-        """Scores of 8-bit images, uint8 (B, H, W, 3) -> (B,)."""
+        """Scores of 8-bit images, uint8 (B, H, W, 3) -> (B,). `metadata_of` gives what a prompt has beside its text."""
         raise NotImplementedError(
             f"{type(self).__name__} does not define score_batch. Define it to return one score per image."
         )
@@ -121,7 +123,7 @@ class Reward:
         """`score` with extras, such as the captions that a reward used."""
         check_batch(images, prompts)
         values, extras = [], {}
-        prompts = [self.settings.plain(prompt) for prompt in prompts]
+        prompts = [Prompt(self.settings.plain(prompt), metadata_of(prompt)) for prompt in prompts]
         if prompts:
             self.load()
         for part in self.parts(prompts, group_size):

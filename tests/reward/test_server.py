@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, load_reward
+from comfyui_pcpo.reward import Prompt, Reward, RewardError, RewardSettings, load_reward, metadata_of
 from comfyui_pcpo.reward.service.images import decode_png, encode_png
 from comfyui_pcpo.reward.service.remote import Remote, decode_scores
 from comfyui_pcpo.reward.service.server import RewardServer, ServerOptions
@@ -279,3 +279,25 @@ def test_addresses_and_tokens_come_from_the_environment(monkeypatch):
         Peer("file:///etc/passwd")
     with pytest.raises(ServerUnavailable, match="does not answer"):
         ask(Peer("https://127.0.0.1:1/v1", patience=0, timeout=1), "/info")
+
+
+class Counting(Reward):
+    """The count that the metadata asks for."""
+
+    name = "counting"
+
+    def score_batch(self, images, prompts):
+        return torch.tensor([float(metadata_of(prompt).get("count", -1)) for prompt in prompts])
+
+
+def test_metadata_of_prompts_reaches_the_server(serve):
+    prompts = [Prompt("two foxes", {"count": 2}), "a fox"]
+    assert client(serve(Counting()).url).score(images(2), prompts).tolist() == [2, -1]
+
+
+@pytest.mark.parametrize("metadata", [[{}], ["x", "y"], {}, 1])
+def test_metadata_that_is_not_an_object_per_prompt_is_refused(serve, metadata):
+    png = encode_png(np.zeros((8, 8, 3), np.uint8))
+    body = json.dumps({"prompts": ["", ""], "images": [png, png], "metadata": metadata})
+    status, reply = post(serve(Counting()), body)
+    assert status == 400 and "metadata must be a list of one object per prompt" in reply["error"]

@@ -13,7 +13,7 @@ from comfyui_pcpo.method.samplers import SAMPLERS
 from comfyui_pcpo.method.surrogate import FORMS
 
 from .errors import ConfigError
-from .text_files import read_text
+from .prompt_files import parse_lines, read_prompts
 
 if TYPE_CHECKING:
     MethodName = ObjectiveName = CreditName = FormName = LossWeightName = LikelihoodName = str
@@ -89,21 +89,24 @@ class ModelConfig(Section):
 
 
 class PromptsConfig(Section):
-    lines: Names = Field(default=(), description="Training prompts: a string or a list.")
+    lines: Names = Field(
+        default=(),
+        description="Training prompts: a string or a list; a JSON object in a string has metadata, as in a jsonl file.",
+    )
     file: Path | None = Field(
-        default=None, description="Text file with one prompt per line; lines starting with # are comments."
+        default=None,
+        description="Prompts, one per line: text (# starts a comment), jsonl with metadata for rewards "
+        '({"prompt": ..., "tag": ...}), or CSV with a column prompt.',
     )
     negative: str = Field(default="", description="Negative prompt for classifier-free guidance.")
 
     def collect(self) -> list[str]:
         """The prompts of `lines`, then of `file` if it exists, without blank lines and comments."""
-        prompts = list(self.lines)
-        if self.file is not None and self.file.is_file():
-            prompts += read_text(self.file).split("\n")
-        return [p.strip() for p in prompts if p.strip() and not p.strip().startswith("#")]
+        prompts = parse_lines(list(self.lines))
+        return prompts + read_prompts(self.file) if self.file is not None and self.file.is_file() else prompts
 
     def read(self) -> list[str]:
-        """As `collect`. Raises ConfigError if the file is missing or there are no prompts."""
+        """As `collect`. Raises ConfigError if the file is missing or broken, or there are no prompts."""
         if self.file is not None and not self.file.is_file():
             raise ConfigError(f"prompts.file {self.file} does not exist. Give a text file with one prompt per line.")
         prompts = self.collect()

@@ -65,7 +65,7 @@ class Comparison:
 def compare_with_base(config: Config, folder: RunFolder, seed: int, images: int) -> Comparison:
     """Sample `images` per prompt of the run from the base and from its latest checkpoint, and score them."""
     config = with_options(config, {"rollout": COMPARED_WITH})
-    prompts = list(config.prompts.lines)
+    prompts = config.prompts.read()
     settings = Draw(seed, config.rollout.steps, each=images)
     guide = Guide(folder.lora(), ImplicitReward(1.0))
     policy = sampling_policy(config, [guide.pairs])

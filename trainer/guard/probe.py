@@ -52,7 +52,7 @@ class Probe:
 
     @cached_property
     def condition(self) -> Condition:
-        return self.policy.encode(self.texts)
+        return self.policy.encode([str(text) for text in self.texts])
 
     @property
     def identity(self) -> str:

@@ -83,7 +83,7 @@ def align(state: TrainingState, job: Job) -> Iterator[Update]:
     An update is all or nothing: whatever interrupts it leaves the state as it was. A guard may end the run early.
     """
     with interrupts.allow():
-        condition = state.policy.encode(list(job.prompts))
+        condition = state.policy.encode([str(prompt) for prompt in job.prompts])
     for number in range(state.done + 1, job.config.run.updates + 1):
         with state.all_or_nothing(), interrupts.allow():
             seconds = Stopwatch()

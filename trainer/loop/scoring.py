@@ -86,7 +86,7 @@ def compare_scores(
     weights, a = config.reward.weights, config.advantage
     rule = AdvantageRule(a.kind, a.spread, config.reward.standardise, a.clip)
     stacked = torch.stack([scores[name].view(-1, plan.group_size) for name in weights])
-    groups = score_groups(stacked, list(weights.values()), rule, plan.prompts, window)
+    groups = score_groups(stacked, list(weights.values()), rule, [str(prompt) for prompt in plan.prompts], window)
     return ScoredRollout(scores, groups.combined, groups.advantage, seconds)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardSettings
+from comfyui_pcpo.reward.prompt import metadata_of
 from comfyui_pcpo.reward.service.images import encode_png
 from comfyui_pcpo.reward.service.wire import BadAnswer, Peer, ServerUnavailable, ask
 
@@ -69,7 +70,10 @@ class Remote(Reward):
 
     def request(self, peer: Peer, images: Tensor, prompts: list[str]) -> Tensor:
         """The server's scores of images, uint8 (B, H, W, 3) -> (B,)."""
-        payload = {"prompts": prompts, "images": [encode_png(image) for image in images.cpu().numpy()]}
+        payload: dict[str, Any] = {"prompts": prompts, "images": [encode_png(image) for image in images.cpu().numpy()]}
+        metadata = [metadata_of(prompt) for prompt in prompts]
+        if any(metadata):
+            payload["metadata"] = metadata
         scores = decode_scores(ask(peer, "/compute", payload, self.settings.tick), len(prompts))
         if scores.isnan().any():
             self.failure = f"{peer.url} sent null"

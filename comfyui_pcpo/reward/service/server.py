@@ -1,4 +1,4 @@
-"""An HTTP server for a reward: GET /health, GET /info, POST /compute {"prompts", "images"} -> {"rewards"}.
+"""An HTTP server for a reward: GET /health, GET /info, POST /compute {"prompts", "images", "metadata"} -> {"rewards"}.
 
 It listens on loopback by default, requires a bearer token, and rejects oversized requests before reading them.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardError
 from comfyui_pcpo.reward.group import GroupReward
+from comfyui_pcpo.reward.prompt import Prompt
 from comfyui_pcpo.reward.service.images import decode_png, png_size
 from comfyui_pcpo.reward.service.wire import is_plain
 
@@ -144,8 +145,8 @@ class RewardServer(ThreadingHTTPServer):
 
     def read(self, request: Any) -> tuple[list[str], list[str], list[Size]]:
         """Prompts, base64 PNGs and their sizes, after all checks of types and limits; no pixels are decoded yet."""
-        if not isinstance(request, dict) or set(request) != {"prompts", "images"}:
-            raise RequestRejected(400, "The body must be an object with prompts and images.")
+        if not isinstance(request, dict) or set(request) | {"metadata"} != {"prompts", "images", "metadata"}:
+            raise RequestRejected(400, "The body must be an object with prompts and images, and metadata if any.")
         prompts, images = request["prompts"], request["images"]
         for name, entries in (("prompts", prompts), ("images", images)):
             if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
@@ -170,7 +171,17 @@ class RewardServer(ThreadingHTTPServer):
                 f"{len(images)} images have {pixels} pixels, but at most {limit} are accepted per request. "
                 "Send fewer (the client's images_at_once) or smaller images.",
             )
-        return prompts, images, sizes
+        return with_metadata(prompts, request.get("metadata")), images, sizes
+
+
+def with_metadata(prompts: list[str], metadata: Any) -> list[str]:
+    """Prompts with the request's metadata, an object for each; None is a request without."""
+    if metadata is None:
+        return prompts
+    objects = isinstance(metadata, list) and all(isinstance(entry, dict) for entry in metadata)
+    if not objects or len(metadata) != len(prompts):
+        raise RequestRejected(400, "metadata must be a list of one object per prompt.")
+    return [Prompt(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)]
 
 
 class Strangers:
