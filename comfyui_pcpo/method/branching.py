@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.method.rollout import GroupNoise, Predict, Trajectory
+from comfyui_pcpo.method.rollout import GroupNoise, Predict, Trajectory, predict_rows
 from comfyui_pcpo.method.schedule import Grid
 from comfyui_pcpo.method.transition import Transition, step
 
@@ -94,9 +94,10 @@ def branch_rollout(
     path.representatives = plan.representatives(size, chunks)
     for i, t in enumerate(timesteps):
         noises[i] = noise.next()
-        for rows in _calls(path, i, chunks):
-            unique, places = path.unique_rows(i, rows)
-            outs[i, rows] = predict(latents[i, unique], t, unique).float().cpu()[places]
+        calls = [(rows, *path.unique_rows(i, rows)) for rows in _calls(path, i, chunks)]
+        found = predict_rows(predict, latents[i], t, [unique for _, unique, _ in calls])
+        for rows, unique, places in calls:
+            outs[i, rows] = found[unique[places]]
             path.evaluations += len(unique)
         drawn = step(latents[i], outs[i], noises[i], plan.stochastic[i])
         ode = step(latents[i], outs[i], noises[i], plan.deterministic[i])

@@ -81,6 +81,17 @@ class GroupNoise:
         return torch.cat([torch.randn(self.group_size, *self.shape, generator=g) for g in self.generators])
 
 
+def predict_rows(predict: Predict, x: Tensor, t: float, chunks: Sequence[Tensor]) -> Tensor:
+    """Outputs for the rows of all chunks, (B, C, H, W) -> (B, C, H, W) float32 on the CPU.
+
+    A GPU is waited for only once, after the last chunk.
+    """
+    outs = torch.cat([predict(x[rows], t, rows).float() for rows in chunks]).cpu()
+    result = torch.zeros_like(x)
+    result[torch.cat(list(chunks))] = outs
+    return result
+
+
 @torch.no_grad()
 def rollout(
     predict: Predict, grid: Grid, transitions: Sequence[Transition], noise: GroupNoise, chunks: Sequence[Tensor]
@@ -95,8 +106,7 @@ def rollout(
     latents[0] = x
     for i, (transition, t) in enumerate(zip(transitions, grid.timesteps.tolist(), strict=True)):
         noises[i] = noise.next()
-        for rows in chunks:
-            outs[i, rows] = predict(latents[i, rows], t, rows).float().cpu()
+        outs[i] = predict_rows(predict, latents[i], t, chunks)
         latents[i + 1] = step(latents[i], outs[i], noises[i], transition)
     if sum(len(rows) for rows in chunks) != count:
         raise ValueError(f"chunks hold {sum(map(len, chunks))} rows, but the noise has {count}. Cover each row once.")

@@ -103,9 +103,11 @@ def discard_output() -> int:
 
 def library_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is meant for the user; looked up only after something was raised, since it imports torch."""
+    import torch
+
     from comfyui_pcpo.metrics.errors import MetricError
     from comfyui_pcpo.reward.base import RewardError
 
     from ..loop.scoring import RunError
 
-    return RewardError, MetricError, RunError, FloatingPointError
+    return RewardError, MetricError, RunError, FloatingPointError, torch.OutOfMemoryError

@@ -49,8 +49,9 @@ def follow(run: "Run", bar: Bar, quiet: bool = False) -> None:
     """Do a run: print a line per update, and at the end its files, or how to continue."""
     from ..loop.align import align
     from ..loop.distributed import leave, together
+    from ..runs.failures import explained
 
-    with outcome(run.folder, bar, quiet), together(), run:
+    with outcome(run.folder, bar, quiet), explained(run.config, run.folder), together(), run:
         bar.begin(run.state.done, run.config.run.updates)
         for update in align(run.state, run.job):
             run.keep(update)

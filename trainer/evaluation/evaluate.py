@@ -14,14 +14,15 @@ from comfyui_pcpo.tiny.pipelines import EMBEDDED
 from ..config.loading import with_options
 from ..config.schema import Config, ConfigError
 from ..policy.diffusers_policy import DiffusersPolicy, module_names
+from ..policy.encoded import Encoded
 from ..policy.families import denoiser_of
-from ..policy.loading import load_pipeline
+from ..policy.loading import load_configured
 from ..runs.folder import RunFolder
 from ..runs.rewards import make_reward, reward_settings
 from .metrics import Meter, Tally, load_networks
 from .options import EvaluationOptions
 from .report import MOST_SHOWN, Metric, Report, Shown, save_images
-from .sampling import Draw, Guide, sample, sampling_policy
+from .sampling import Draw, Guide, decoded, sample_latents, sampling_policy
 from .source import Source, open_source, read_pairs
 
 IMAGES_AT_ONCE = 64  # images per call of `Tally.add`; rewards move to their GPU once per call
@@ -43,6 +44,7 @@ class EvalContext:
     policy: DiffusersPolicy
     guides: list[Guide]  # the LoRA; none for a model without one
     prompts: list[str]
+    encoded: Encoded  # the prompts
     meter: Meter
     images_folder: Path | None = None  # where to save every image
     tick: Callable[[int], object] = lambda count: None
@@ -100,7 +102,7 @@ def prepare(
     """Load everything before the first image is sampled, -> the context, and notes on what is not measured."""
     config = configured(opened.config, options)
     prompts = config.prompts.read()
-    pipeline = load_pipeline(config.model.name, config.model.config)
+    pipeline = load_configured(config.model)
     guides = []
     if opened.path is not None:
         if opened.path.is_dir():
@@ -110,7 +112,7 @@ def prepare(
         guides = [Guide(pairs, ImplicitReward(1.0))]
     meter, notes = make_meter(opened, config, options)
     policy = sampling_policy(config, [guide.pairs for guide in guides], pipeline)
-    return EvalContext(options, policy, guides, prompts, meter, images_folder, tick), notes
+    return EvalContext(options, policy, guides, prompts, policy.encode(prompts), meter, images_folder, tick), notes
 
 
 def make_meter(opened: Source, config: Config, options: EvaluationOptions) -> tuple[Meter, list[str]]:
@@ -154,21 +156,20 @@ def role(name: str, opened: Source) -> str:
 
 
 def run_side(context: EvalContext, side: str, seed: int, shown: Shown) -> Tally:
-    """One side's images of one seed, sampled prompt by prompt and measured IMAGES_AT_ONCE at a time."""
+    """One side's images of one seed, sampled prompt by prompt; decoded and measured IMAGES_AT_ONCE at a time."""
     options, group = context.options, context.options.images
-    tally, waiting, texts = Tally(context.meter, group), [], []
-    for place, prompt in enumerate(context.prompts):
+    tally, waiting, first = Tally(context.meter, group), [], 0
+    for place in range(len(context.prompts)):
         settings = Draw(derive_seed(seed, place), options.steps, each=group)
-        images = sample(context.policy, [prompt], context.sides[side], settings)
-        waiting.append(images)
-        texts += [prompt] * group
-        if seed == options.first_seed and place < MOST_SHOWN:
-            shown.images.append(images[:1])
-        if context.images_folder is not None:
-            save_images(images, context.images_folder / side / str(seed), place * group, group)
-        if len(texts) >= IMAGES_AT_ONCE or place == len(context.prompts) - 1:
-            tally.add(torch.cat(waiting), texts)
-            waiting, texts = [], []
+        waiting.append(sample_latents(context.policy, context.encoded.rows([place]), context.sides[side], settings))
+        if len(waiting) * group >= IMAGES_AT_ONCE or place == len(context.prompts) - 1:
+            images = torch.cat([decoded(context.policy, latents) for latents in waiting])
+            tally.add(images, [prompt for prompt in context.prompts[first : place + 1] for _ in range(group)])
+            if seed == options.first_seed:
+                shown.images += images[::group].split(1)[: MOST_SHOWN - len(shown.images)]
+            if context.images_folder is not None:
+                save_images(images, context.images_folder / side / str(seed), first * group, group)
+            waiting, first = [], place + 1
         context.tick(group)
     if seed == options.first_seed:
         scores = torch.cat(next(iter(tally.scores.values())))

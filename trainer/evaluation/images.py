@@ -17,7 +17,7 @@ from ..config.schema import ConfigError
 from ..loop.scoring import RunError
 from ..policy.diffusers_policy import module_names
 from ..policy.families import denoiser_of
-from ..policy.loading import load_pipeline
+from ..policy.loading import load_configured
 from ..runs.rewards import make_reward
 from .image_files import IMAGE_SUFFIXES, images_in, read_image
 from .sampling import Draw, Guide, sample, sampling_policy
@@ -41,7 +41,7 @@ def sample_images(source: str, request: SampleRequest, draw: Draw) -> Image.Imag
     changes = {"rollout": {"cfg": request.cfg}, "prompts": {"negative": request.negative}}
     config = with_options(opened.config, changes)
     weights = [parse_guide(text) for text in request.guides] or ([(opened.path, 1.0)] if opened.path else [])
-    pipeline = load_pipeline(config.model.name, config.model.config)
+    pipeline = load_configured(config.model)
     names = module_names(denoiser_of(pipeline))
     guides = [Guide(read_pairs(path, names), ImplicitReward(weight)) for path, weight in weights]
     policy = sampling_policy(config, [guide.pairs for guide in guides], pipeline)

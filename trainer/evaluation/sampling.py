@@ -16,9 +16,11 @@ from comfyui_pcpo.method.transition import Transition
 from ..config.schema import Config
 from ..loop.objectives import make_objective
 from ..loop.plan import training_transitions
+from ..memory.transfer import upload
 from ..policy.base import LoraPairs
-from ..policy.diffusers_policy import PRECISIONS, DiffusersPolicy, Encoded
-from ..policy.loading import load_pipeline
+from ..policy.diffusers_policy import DiffusersPolicy
+from ..policy.encoded import Encoded
+from ..policy.loading import load_configured
 from ..policy.lora_pairs import padded
 
 
@@ -35,8 +37,7 @@ def sampling_policy(config: Config, loras: Sequence[LoraPairs], pipeline: Any = 
     ranks = [len(down) for pairs in loras for down, _ in pairs.values()]
     lora = config.lora.model_copy(update={"rank": max(ranks, default=1), "alpha": None, "targets": "attention"})
     trained = {name for pairs in loras for name in pairs}
-    pipeline = pipeline or load_pipeline(config.model.name, config.model.config, PRECISIONS[config.model.precision])
-    return DiffusersPolicy(pipeline, config.model_copy(update={"lora": lora}), trained)
+    return DiffusersPolicy(pipeline or load_configured(config.model), config.model_copy(update={"lora": lora}), trained)
 
 
 def noisy(policy: DiffusersPolicy, grid: Grid, noise_level: float) -> list[Transition]:
@@ -55,7 +56,18 @@ class Draw:
 
 
 def sample(policy: DiffusersPolicy, prompts: Sequence[str], guides: Sequence[Guide], draw: Draw) -> Tensor:
-    """Images of all prompts, those of a prompt consecutive, -> (P * each, H, W, 3) in [0, 1].
+    """Images of all prompts, those of a prompt consecutive, -> (P * each, H, W, 3) in [0, 1]."""
+    condition = policy.encode(list(prompts)).rows(range(len(prompts)))
+    return decoded(policy, sample_latents(policy, condition, guides, draw))
+
+
+def decoded(policy: DiffusersPolicy, latents: Tensor) -> Tensor:
+    """Clean latents (B, C, H, W) -> images (B, H, W, 3) in [0, 1]."""
+    return torch.cat([policy.decode(x) for x in latents.split(policy.config.rollout.images_at_once)])
+
+
+def sample_latents(policy: DiffusersPolicy, condition: Encoded, guides: Sequence[Guide], draw: Draw) -> Tensor:
+    """Clean latents for every row of `condition`, those of a row consecutive, -> (P * each, C, H, W).
 
     RLG (arXiv 2508.21016):  out = out_base + sum_k lambda_k (out_k - out_base)
     """
@@ -65,10 +77,12 @@ def sample(policy: DiffusersPolicy, prompts: Sequence[str], guides: Sequence[Gui
         path = training_transitions(policy, config, make_objective(config), grid)
     else:
         path = noisy(policy, grid, level)
-    condition = policy.encode(list(prompts)).rows([p for p in range(len(prompts)) for _ in range(each)])
-    room = policy.lora()
-    loras = [padded(guide.pairs, room) for guide in guides]
-    noise = GroupNoise([derive_seed(draw.seed, n) for n in range(len(prompts))], each, policy.latent_shape)
+    room, count = policy.lora(), condition.count
+    loras = [
+        {name: (down.to(policy.device), up.to(policy.device)) for name, (down, up) in padded(guide.pairs, room).items()}
+        for guide in guides
+    ]
+    noise = GroupNoise([derive_seed(draw.seed, n) for n in range(count)], each, policy.latent_shape)
     times = grid.timesteps.tolist()
     if len(loras) == 1:
         policy.load_lora(loras[0])
@@ -79,7 +93,7 @@ def sample(policy: DiffusersPolicy, prompts: Sequence[str], guides: Sequence[Gui
         return policy.predict(x, t, batch)
 
     def predict(x: Tensor, t: float, rows: Tensor) -> Tensor:
-        x, batch = x.to(policy.device), condition.rows(rows.tolist())
+        x, batch = upload(x, policy.device), condition.rows([row // each for row in rows.tolist()])
         progress = times.index(t) / len(times)
         weights = [guide.reward.weight_at(progress) for guide in guides]
         active = [k for k, weight in enumerate(weights) if weight != 0]
@@ -89,6 +103,5 @@ def sample(policy: DiffusersPolicy, prompts: Sequence[str], guides: Sequence[Gui
             base = policy.predict(x, t, batch)
         return irg(base, [with_lora(k, x, t, batch) for k in active], [weights[k] for k in active])
 
-    chunks = torch.arange(len(prompts) * each).split(config.rollout.images_at_once)
-    final = rollout(predict, grid, path, noise, list(chunks)).final
-    return torch.cat([policy.decode(x) for x in final.split(config.rollout.images_at_once)])
+    chunks = torch.arange(count * each).split(config.rollout.images_at_once)
+    return rollout(predict, grid, path, noise, list(chunks)).final

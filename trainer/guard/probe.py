@@ -18,6 +18,7 @@ from comfyui_pcpo.tiny.pipelines import EMBEDDED
 from ..config.schema import Config
 from ..loop.distributed import Processes
 from ..loop.scoring import ImageGroups, score
+from ..memory.transfer import upload
 from ..policy.base import Condition, Policy
 
 SEED = 0x6A4D  # apart from the seeds of updates, whose second part counts from 1
@@ -79,7 +80,7 @@ class Probe:
 
         def predict(x: Tensor, t: float, rows: Tensor) -> Tensor:
             self.tick()
-            return self.policy.predict(x.to(self.policy.device), t, self.condition.rows(rows.tolist()))
+            return self.policy.predict(upload(x, self.policy.device), t, self.condition.rows(rows.tolist()))
 
         chunks = torch.arange(len(self.texts)).split(at_once)
         final = rollout(predict, grid, deterministic(grid), noise, chunks).final

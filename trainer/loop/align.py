@@ -15,6 +15,7 @@ from comfyui_pcpo.method.rollout import Predict, Trajectory, rollout
 from comfyui_pcpo.reward.base import Reward
 
 from ..config.schema import Config
+from ..memory.transfer import upload
 from ..policy.base import Condition
 from .distributed import Processes
 from .finite import check_rollout
@@ -105,12 +106,14 @@ def align(state: TrainingState, job: Job) -> Iterator[Update]:
 def roll_out(state: TrainingState, job: Job, plan: Plan, condition: Condition) -> Samples:
     """Roll out this process's groups and decode their images."""
     policy, r = state.policy, job.config.rollout
-    own = condition.rows([job.prompts.index(text) for text in plan.texts])
+    prompts = list(dict.fromkeys(plan.texts))
+    own = condition.rows([job.prompts.index(text) for text in prompts])
+    places = [prompts.index(text) for text in plan.texts]
 
     def predict(x: Tensor, t: float, rows: Tensor) -> Tensor:
         interrupts.check()
         job.tick()
-        return policy.predict(x.to(policy.device), t, own.rows(rows.tolist()))
+        return policy.predict(upload(x, policy.device), t, own.rows([places[i] for i in rows.tolist()]))
 
     noise = plan.noise(job.config.run.seed, policy.latent_shape, shared=r.shared_noise)
     with state.sampling(r.policy):

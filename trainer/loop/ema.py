@@ -19,7 +19,8 @@ class LoraEma:
         from diffusers.training_utils import EMAModel  # heavy, and few runs keep an EMA
 
         self.parameters, self.every, self.steps = list(parameters), every, 0
-        self.model: Any = EMAModel(self.parameters, decay=decay)
+        together = self.parameters[0].device.type == "cuda"  # one kernel for many factors
+        self.model: Any = EMAModel(self.parameters, decay=decay, foreach=together)
 
     @property
     def values(self) -> list[Tensor]:
@@ -36,12 +37,16 @@ class LoraEma:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, the parameters are the averaged ones."""
-        self.model.store(self.parameters)
-        self.model.copy_to(self.parameters)
+        latest = [p.detach().clone() for p in self.parameters]
+        self._overwrite(self.values)
         try:
             yield
         finally:
-            self.model.restore(self.parameters)
+            self._overwrite(latest)
+
+    @torch.no_grad()
+    def _overwrite(self, values: Sequence[Tensor]) -> None:
+        torch._foreach_copy_(self.parameters, list(values))
 
     @torch.no_grad()
     def restart(self, steps: int, values: Sequence[Tensor] | None = None) -> None:

@@ -23,7 +23,7 @@ from comfyui_pcpo.method.forward_process import (
     scales,
     target,
 )
-from comfyui_pcpo.method.rollout import GroupNoise, Predict, Trajectory
+from comfyui_pcpo.method.rollout import GroupNoise, Predict, Trajectory, predict_rows
 from comfyui_pcpo.method.samplers import Method, default_noise_level
 from comfyui_pcpo.method.schedule import Grid
 from comfyui_pcpo.method.surrogate import FORMS, OBJECTIVES, kl
@@ -31,6 +31,7 @@ from comfyui_pcpo.method.transition import Transition
 from comfyui_pcpo.method.trust_region import kl_mask, kl_masked
 
 from ..config.schema import AdvantageConfig, Config, ObjectiveConfig
+from ..memory.transfer import upload
 from .plan import Plan, StepRules
 
 
@@ -90,7 +91,7 @@ class OnTrajectory:
         return path
 
     def terms(self, path: Trajectory, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
-        o, old, noise = self.config, path.outs[i, rows].to(out.device), path.noises[i, rows].to(out.device)
+        o, old, noise = self.config, upload(path.outs[i, rows], out.device), upload(path.noises[i, rows], out.device)
         weight, native, surrogate = float(plan.steps.weights[i]), plan.transitions[i].weight, OBJECTIVES[o.name]
 
         log_ratio = FORMS[o.form](out - old, noise, weight, native)
@@ -133,15 +134,14 @@ class OnForwardProcess:
         for i in plan.trained:
             eps = noise.first() if self.config.shared_noise else noise.next()
             latents[i] = noised(x0, eps, levels[i])
-            for rows in plan.chunks:
-                outs[i, rows] = predict(latents[i, rows], path.timesteps[i], rows).float().cpu()
+            outs[i] = predict_rows(predict, latents[i], path.timesteps[i], plan.chunks)
             errors[i] = outs[i] - target(x0, eps, grid.kind)
         everywhere = torch.ones(grid.steps, len(x0), dtype=torch.bool)
         made = path.evaluations + len(x0) * len(plan.trained)
         return Trajectory(latents, errors, outs, path.transitions, path.timesteps, everywhere, evaluations=made)
 
     def terms(self, path: Trajectory, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
-        o, old, error = self.config, path.outs[i, rows].to(out.device), path.noises[i, rows].to(out.device)
+        o, old, error = self.config, upload(path.outs[i, rows], out.device), upload(path.noises[i, rows], out.device)
         settings = ForwardSettings(o.clip_range, self.advantage.clip, o.nft_beta, o.likelihood)
         scale, forward = image_scale(scales(plan.grid)[i], plan.grid.kind), FORWARD_OBJECTIVES[o.name]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from comfyui_pcpo.method.advantage import PromptWindow
 
 from ..config.schema import Config
+from ..memory.transfer import cloned
 from ..policy.base import Policy
 from .ema import LoraEma
 from .interrupts import interrupts
@@ -74,15 +74,6 @@ class TrainingState:
                 if self.ema is not None and ema is not None:
                     self.ema.restart(*ema)
             raise
-
-
-def cloned(tree: Any) -> Any:
-    """A state dict whose tensors are copies on the CPU, where they take none of a GPU's memory."""
-    if isinstance(tree, Tensor):
-        return tree.to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: cloned(value) for key, value in tree.items()}
-    return [cloned(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def make_training_state(policy: Policy, config: Config) -> TrainingState:

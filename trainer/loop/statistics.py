@@ -37,8 +37,8 @@ class StepStatistics:
         """Note one chunk of step `trained[column]`; `loss` is its share of the update's loss."""
         ratio = terms.log_ratio
         values = (
-            *(ratio.new_tensor(len(ratio)), ratio.sum(), ratio.abs().sum(), terms.clipped.sum()),
-            *(taylor_error(ratio).sum(), divergence.sum(), ratio.new_tensor(len(divergence))),
+            *(ratio.new_full((), len(ratio)), ratio.sum(), ratio.abs().sum(), terms.clipped.sum()),
+            *(taylor_error(ratio).sum(), divergence.sum(), ratio.new_full((), len(divergence))),
             *(loss, ratio.abs().max()),
         )
         self._waiting.append((column, first, torch.stack([value.float() for value in values])))

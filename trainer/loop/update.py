@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from comfyui_pcpo.method.rollout import Predict, Trajectory
 
 from ..config.schema import Config
+from ..memory.transfer import upload
 from ..policy.base import Policy
 from .distributed import Processes
 from .finite import check_gradient, check_parameters
@@ -78,8 +79,8 @@ def step_terms(policy: Policy, batch: UpdateBatch, i: int, rows: Tensor) -> tupl
     path, trains_kl = batch.path, batch.config.trains_kl
     unique, places = path.unique_rows(i, rows)  # images of a branch share their latent, and so one prediction
     out = batch.predict(path.latents[i, unique], path.timesteps[i], unique).float()
-    out = out if unique is rows else out[places.to(out.device)]
-    terms = batch.objective.terms(path, batch.plan, i, rows, out, batch.advantage[rows].to(out.device))
+    out = out if unique is rows else out.index_select(0, upload(places, out.device))
+    terms = batch.objective.terms(path, batch.plan, i, rows, out, upload(batch.advantage[rows], out.device))
     terms = replace(terms, loss=terms.loss * float(batch.plan.loss_weights[i]))
     chosen = torch.ones(len(rows), dtype=torch.bool) if trains_kl else is_watched(batch, rows)
     watched = rows[chosen]
@@ -87,7 +88,7 @@ def step_terms(policy: Policy, batch: UpdateBatch, i: int, rows: Tensor) -> tupl
         return terms, out.new_zeros(0)
     with torch.no_grad(), policy.reference():
         reference = batch.predict(path.latents[i, watched], path.timesteps[i], watched).float()
-    new = out if trains_kl else out.detach()[chosen.to(out.device)]
+    new = out if trains_kl else out.detach().index_select(0, upload(chosen.nonzero()[:, 0], out.device))
     return terms, batch.objective.divergence(new - reference, batch.plan, i)
 
 

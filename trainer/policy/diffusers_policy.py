@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,24 +16,25 @@ from ..config.schema import Config, ConfigError
 from ..memory.offload import Offloader, Parts
 from ..memory.quantize import store
 from ..memory.shard import compile_blocks, shard, sharded
+from ..memory.transfer import copies_on_cpu, upload
 from .base import LoraPairs
 from .device import pick_device
+from .encoded import Encoded, encode_prompts
 from .families import Inputs, make_adapter
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass
-class Encoded:
-    """Tensors of the denoiser's text inputs, one row per prompt, for the prompt and for the negative prompt."""
+class FrozenDenoiser:
+    """The denoiser as a part to be moved: its LoRA stays where the model computes, with its optimizer and its EMA."""
 
-    positive: Inputs
-    negative: Inputs | None
+    def __init__(self, denoiser: nn.Module, factors: Sequence[nn.Module], device: torch.device):
+        self.denoiser, self.factors, self.device = denoiser, factors, device
 
-    def rows(self, index: Sequence[int]) -> "Encoded":
-        pick = list(index)
-        negative = None if self.negative is None else {k: v[pick] for k, v in self.negative.items()}
-        return Encoded({k: v[pick] for k, v in self.positive.items()}, negative)
+    def to(self, device: torch.device) -> None:
+        self.denoiser.to(device)
+        for module in self.factors:
+            module.to(self.device)
 
 
 class DiffusersPolicy:
@@ -66,7 +66,11 @@ class DiffusersPolicy:
         if pipeline.vae.dtype != torch.float32:
             pipeline.vae.float()  # decoding in half precision is visible, and overflows in SDXL's
         text = [part for part in modules if part is not self.denoiser and part is not pipeline.vae]
-        parts: Parts = {"denoiser": [self.denoiser], "vae": [pipeline.vae], "text": [*text]}
+        factors = [m for layer in self._layers().values() for m in (layer.lora_A, layer.lora_B)]
+        for module in factors:
+            module.to(self.device)
+        denoiser = FrozenDenoiser(self.denoiser, factors, self.device)
+        parts: Parts = {"denoiser": [denoiser], "vae": [pipeline.vae], "text": [*text]}
         stays = m.quantize == "4bit" or sharded(m)  # cannot be moved once they are set up
         offloader = Offloader(parts, self.device, m.offload, ["denoiser"] if stays else [])
         if sharded(m):
@@ -88,6 +92,8 @@ class DiffusersPolicy:
         self._factors = [p for n, p in sorted(self.denoiser.named_parameters()) if ".pcpo." in n]
         for p in self._factors:
             p.data = p.data.float()
+        for layer in self._layers().values():
+            layer.cast_input_dtype_enabled = False  # autocast computes the LoRA in the model's precision: no wide copy
 
     def grid(self, steps: int) -> Grid:
         return self.adapter.grid(steps)
@@ -95,20 +101,19 @@ class DiffusersPolicy:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Encoded:
         self.offloader.only("text")
-        positive = self.adapter.embed(prompts, self.device)
-        negative = (
-            None if self.config.rollout.cfg == 1 else self.adapter.embed([self.config.prompts.negative], self.device)
-        )
-        self.offloader.only("denoiser")
-        if negative is None:
-            return Encoded(positive, None)
-        return Encoded(positive, {k: v.expand(len(prompts), *v.shape[1:]) for k, v in negative.items()})
+
+        def embed(some: Sequence[str]) -> Inputs:
+            return self.adapter.embed(some, self.device)
+
+        negative = None if self.config.rollout.cfg == 1 else encode_prompts(embed, [self.config.prompts.negative])
+        return Encoded(encode_prompts(embed, prompts), negative, self.device)
 
     def predict(self, x: Tensor, timestep: float, condition: Encoded) -> Tensor:
         self.offloader.only("denoiser")
         positive, negative = condition.positive, condition.negative
         if negative is None:
             return self._call(x, timestep, positive)
+        negative = {k: v.expand(len(x), *v.shape[1:]) for k, v in negative.items()}
         detach = self.config.rollout.detach_unconditional
         apart = detach or not self.config.rollout.batch_cfg
         if apart or any(v.shape != positive[k].shape for k, v in negative.items()):
@@ -128,8 +133,7 @@ class DiffusersPolicy:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         self.offloader.only("denoiser", "vae")
-        images = self.adapter.decode(latents.to(self.device))
-        self.offloader.only("denoiser")
+        images = self.adapter.decode(upload(latents, self.device))
         return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
 
     def trainable(self) -> list[nn.Parameter]:
@@ -153,10 +157,9 @@ class DiffusersPolicy:
         return module_names(self.denoiser)
 
     def lora(self) -> LoraPairs:
-        return {
-            name: (m.lora_A["pcpo"].weight.detach().cpu().clone(), m.lora_B["pcpo"].weight.detach().cpu().clone())
-            for name, m in self._layers().items()
-        }
+        layers = self._layers()
+        factors = copies_on_cpu([m["pcpo"].weight for layer in layers.values() for m in (layer.lora_A, layer.lora_B)])
+        return dict(zip(layers, zip(factors[::2], factors[1::2], strict=True), strict=True))
 
     @torch.no_grad()
     def load_lora(self, pairs: LoraPairs) -> None:

@@ -9,7 +9,7 @@ import torch
 from comfyui_pcpo.lora.formats import parse_state
 from comfyui_pcpo.tiny import pipelines
 
-from ..config.schema import Config, ConfigError
+from ..config.schema import Config, ConfigError, ModelConfig
 from .base import LoraPairs
 from .diffusers_policy import PRECISIONS, DiffusersPolicy, module_names
 from .families import FAMILIES, denoiser_of
@@ -65,10 +65,14 @@ def _not_loaded(name: str, base: str | None, error: Exception) -> str:
     )
 
 
+def load_configured(model: ModelConfig) -> Any:
+    """The configured pipeline on the CPU, in the configured precision."""
+    return load_pipeline(model.name, model.config, PRECISIONS[model.precision])
+
+
 def make_policy(config: Config) -> DiffusersPolicy:
     """The configured model with a fresh LoRA, or with that of `lora.start`."""
-    m = config.model
-    return _with_lora(load_pipeline(m.name, m.config, PRECISIONS[m.precision]), config)
+    return _with_lora(load_configured(config.model), config)
 
 
 def make_shapes(config: Config) -> DiffusersPolicy:

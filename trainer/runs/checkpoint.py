@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config.schema import ConfigError
 from ..files import Bytes, digest, digest_of, flush_folder, safetensors_parts, write_durably
 from ..loop.state import TrainingState
+from ..memory.transfer import cloned
 from ..policy.base import LoraPairs
 from ..policy.lora_pairs import flat_pairs, load_pairs
 
@@ -43,7 +44,7 @@ def write_checkpoint(state: TrainingState, folder: Path) -> LoraPairs:
     if state.kl_weight is not None:
         rest["kl_weight"] = state.kl_weight
     files = {name: safetensors_parts(content) for name, content in tensors.items()}
-    files[OPTIMIZER] = [torch_bytes(state.optimizer.state_dict())]
+    files[OPTIMIZER] = [torch_bytes(cloned(state.optimizer.state_dict()))]
     files[STATE] = [json.dumps(rest).encode()]
     shapes = {name: {key: list(t.shape) for key, t in content.items()} for name, content in tensors.items()}
     manifest = {"update": state.done, "files": {n: digest(parts) for n, parts in files.items()}, "tensors": shapes}

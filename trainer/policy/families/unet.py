@@ -10,6 +10,7 @@ from comfyui_pcpo.lora.formats import Family
 from comfyui_pcpo.method.schedule import Grid, Kind, ddim_grid
 
 from ...config.schema import ConfigError, RolloutConfig
+from ...memory.transfer import upload
 from .base import Inputs, PipelineAdapter
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -59,5 +60,5 @@ class Unet(PipelineAdapter):
         """
         if self.prediction == "epsilon":
             return out
-        ab = self.alphas.to(x.device)[t.long()].view(-1, 1, 1, 1)
+        ab = upload(self.alphas, x.device)[t.long()].view(-1, 1, 1, 1)
         return ab.sqrt() * out + (1 - ab).sqrt() * x
