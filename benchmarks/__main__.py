@@ -1,5 +1,6 @@
 """The command line of the benchmarks: `python -m benchmarks --help`."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Literal
@@ -95,6 +96,34 @@ def full_size(
     if only is not None and only not in FULL_SIZE:
         raise ConfigError(f"--only is {only}, but the models are {', '.join(FULL_SIZE)}. Use one of them.")
     run_full_size(FullSizeOptions(estimate, tiny, device, only), out, tqdm.write)
+
+
+@benchmark_app.command
+def pretend(*, only: str | None = None, out: Path = Path("pretended.jsonl")) -> None:
+    """Run the ready configurations at full size on a pretended GPU: memory by phase, transfers and waits.
+
+    Needs no GPU and no download; weights are shapes. Each model takes about a minute.
+
+    Parameters
+    ----------
+    only
+        One model: sd15-512, sdxl-1024, sd35m-512, sd35m-1024, flux-512, flux-1024 or qwen-512.
+    out
+        JSON lines; rows are appended.
+    """
+    from trainer.cli.libraries import quiet_libraries
+
+    from .pretend.full_size import CASES, memory_table, pretend_case
+
+    quiet_libraries()
+    if only is not None and only not in CASES:
+        raise ConfigError(f"--only is {only}, but the models are {', '.join(CASES)}. Use one of them.")
+    rows = []
+    for name in [only] if only else CASES:
+        rows.append(pretend_case(name))
+        with out.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(rows[-1]) + "\n")
+    tqdm.write(memory_table(rows))
 
 
 def run_command(tokens: list[str] | None = None) -> int:

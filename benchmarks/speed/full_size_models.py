@@ -20,6 +20,8 @@ from trainer.policy.skeletons import SDXL_UNET, UNET, VAE
 Sizes = dict[str, Any]
 NOTHING: Any = None  # accepted by the classes, but not declared
 CLIP_LENGTH, T5_LENGTH = 77, 512
+SHAPES = FakeTensorMode(allow_non_fake_inputs=True)
+"""Of all models without contents, so that they can be parts of one pipeline."""
 TINY_UNET: Sizes = {
     "block_out_channels": (32, 64),
     "layers_per_block": 1,
@@ -86,7 +88,7 @@ FLUX_SHIFT: Sizes = {
 def filled(make: Callable[[], nn.Module], empty: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A model in `dtype` with small random weights, or `empty` with shapes only, which takes no memory."""
     if empty:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with SHAPES:
             return _made(make, dtype)
     with torch.device("meta"):
         model = _made(make, dtype)

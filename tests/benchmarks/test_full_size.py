@@ -2,9 +2,13 @@
 
 import pytest
 
+from benchmarks.pretend.full_size import CASES, case_config
+from benchmarks.pretend.full_size import CONFIGS as READY
 from benchmarks.speed.full_size import FULL_SIZE, estimate_model, full_size_table, measure_model
+from trainer.config.loading import load
 
 pytestmark = pytest.mark.slow
+CONFIGS = {"sd15-ddpo", "sdxl", "sd35-flow-grpo", "flux-dance-24gb", "qwen-image"}
 
 
 @pytest.mark.parametrize("name", ["sd15-512", "sdxl-1024", "sd35m-512", "flux-512"])
@@ -28,3 +32,14 @@ def test_a_full_size_sd15_has_its_published_number_of_weights():
 
 def test_every_model_has_a_memory_target():
     assert {row[3] for row in FULL_SIZE.values()} == {8, 16, 24}
+
+
+def test_a_pretended_run_keeps_what_its_configuration_says_of_memory(tmp_path):
+    """Only counts and sizes of images change."""
+    for case in CASES.values():
+        given, used = load(READY / f"{case.config}.toml", {}), case_config(case, tmp_path)
+        assert used.model == given.model and used.lora == given.lora
+        assert used.rollout.images_at_once == given.rollout.images_at_once
+        assert used.optimizer.ema_decay == given.optimizer.ema_decay
+        assert (used.rollout.cfg, used.rollout.batch_cfg) == (given.rollout.cfg, given.rollout.batch_cfg)
+    assert {case.config for case in CASES.values()} == CONFIGS

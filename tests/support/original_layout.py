@@ -136,7 +136,7 @@ def write(pipeline, path: Path, **marks: torch.Tensor) -> Path:
         state = prefixed("model.diffusion_model.", sd3(pipeline.transformer))
     else:
         state = prefixed("model.diffusion_model.", unet(pipeline.unet)) | prefixed(
-            "first_stage_model.", vae(pipeline.vae)
+            "first_stage_model.", vae(pipeline.vae, len(pipeline.vae.config.block_out_channels))
         )
         if pipeline.text_encoder.config.hidden_act == "gelu":  # SD2's comes from open_clip
             width = pipeline.text_encoder.config.hidden_size

@@ -22,6 +22,7 @@ FAMILIES = {
     "qwen-image": "qwen-image",
     "sd35-flow-grpo": "sd35",
     "flux-dance": "flux",
+    "flux-dance-24gb": "flux",
 }
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import tiny_pipelines
 import torch
+from peft.tuners.lora import LoraLayer
 from running import resume_run, start_run
 from torch import nn
 
@@ -71,6 +72,20 @@ def test_weights_stored_in_bfloat16_give_the_same_bits_as_weights_rounded_at_eve
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradient, slope, strict=True))
     assert weight_bytes(stored) < 0.6 * weight_bytes(rounded)
     assert all(p.dtype == torch.float32 for p in stored.trainable())
+
+
+def test_the_lora_reads_what_its_layer_reads_without_a_wide_copy(policy):
+    """Its products are in the model's precision, its factors and their gradients in float32."""
+    bf16, read = policy(precision="bfloat16"), []
+    layers = [m for m in bf16.denoiser.modules() if isinstance(m, LoraLayer)]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].dtype))
+        layer.lora_A["pcpo"].register_forward_hook(lambda _, inputs, out: read.append((inputs[0].dtype, out.dtype)))
+    _, gradient = output_and_gradient(bf16)
+    given, used = read[::2], read[1::2]
+    assert torch.bfloat16 in given
+    assert used == [(dtype, torch.bfloat16) for dtype in given]
+    assert {g.dtype for g in gradient} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])

@@ -1,0 +1,150 @@
+"""Runs on a pretended GPU: everything is where it is needed, little is moved, and the CPU seldom waits.
+
+Tensors on "cuda" have no contents here, so devices, sizes and transfers are tested, and no results.
+"""
+
+import pytest
+import tiny_pipelines
+import torch
+from running import start_run
+
+from benchmarks.pretend.phases import pretend_run
+from trainer.cli.main import main
+from trainer.config.loading import dump
+from trainer.evaluation.evaluate import evaluate
+from trainer.evaluation.images import SampleRequest, sample_images
+from trainer.evaluation.options import EvaluationOptions
+from trainer.evaluation.sampling import Draw
+from trainer.loop.align import align
+from trainer.policy import loading
+from trainer.policy.encoded import PROMPTS_AT_ONCE
+from trainer.runs import launch
+
+pytestmark = pytest.mark.slow
+
+OFFLOADED = {"precision": "bfloat16", "gradient_checkpointing": True}
+RESIDENT = {"precision": "bfloat16", "quantize": "fp8", "offload": False}
+FLOAT32 = {"precision": "float32"}
+STEPS = 2
+
+
+@pytest.fixture
+def gpu_config(make_config, tmp_path):
+    """gpu_config(family, model, ...): a group of two images on the family's tiny model, with an EMA."""
+
+    def config(family, model, **sections):
+        folder = tmp_path / "models" / family
+        if not folder.is_dir():
+            tiny_pipelines.save(family, tmp_path / "models")
+        side = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
+        cfg = {"cfg": 1.0 if family == "flux" else 2.0}
+        return make_config(
+            str(folder),
+            model={"device": "cuda", **model},
+            rollout={"prompts_per_update": 1, "steps": STEPS, "images_at_once": 2, **side, **cfg},
+            optimizer={"ema_decay": 0.9, "ema_every": 1},
+            objective={"last_step": False, "kl_every": 1},
+            lora={"targets": "attention"},
+            prompts={"lines": ["a fox", "two frogs"]},
+            run={"updates": 1},
+            **sections,
+        )
+
+    return config
+
+
+def state_tensors(state):
+    """Everything that the optimizer steps change or read."""
+    moments = [t for values in state.optimizer.state.values() for t in values.values()]
+    return [*state.policy.trainable(), *state.ema.values, *moments]
+
+
+@pytest.mark.parametrize("model", [OFFLOADED, RESIDENT], ids=["offloaded", "fp8-resident"])
+@pytest.mark.parametrize("family", tiny_pipelines.PIPELINES)
+def test_a_run_and_its_continuation(family, model, gpu_config):
+    with pretend_run() as gpu:
+        run = launch.start_run(gpu_config(family, model))
+        assert {t.device.type for t in (*run.state.policy.trainable(), *run.state.ema.values)} == {"cuda"}
+        with run:
+            for update in align(run.state, run.job):
+                run.keep(update)
+        assert {t.device.type for t in state_tensors(run.state)} == {"cuda"}
+        update, rollout, decoding = (gpu.phases[name] for name in ("update", "rollout", "decoding"))
+        assert not update.blocking and update.uploads
+        assert sum(gpu.phases["step"].waits.values()) == 0
+        assert sum(update.waits.values()) <= 2  # the gradient's norm is checked, the statistics are fetched
+        assert sum(rollout.waits.values()) <= STEPS + decoding.calls
+        assert sum(gpu.phases["checkpoint"].waits.values()) <= 4  # LoRA, EMA, moments, each in one transfer
+        vae = sum(p.nbytes for p in run.state.policy.pipeline.vae.parameters())
+        assert decoding.calls == 1 and decoding.moved <= vae * 1.01
+    with pretend_run():
+        resumed = launch.resume_run(run.folder.path, updates=2)
+        with resumed:
+            assert {t.device.type for t in state_tensors(resumed.state)} == {"cuda"}
+            assert [update.number for update in align(resumed.state, resumed.job)] == [2]
+
+
+@pytest.mark.parametrize("family", tiny_pipelines.PIPELINES)
+def test_samples_and_an_evaluation_keep_the_precision(family, gpu_config, monkeypatch):
+    read, loaded = loading.load_pipeline, []
+
+    def load_pipeline(name, base, dtype):
+        loaded.append(dtype)
+        return read(name, base, dtype)
+
+    monkeypatch.setattr(loading, "load_pipeline", load_pipeline)
+    config = gpu_config(family, OFFLOADED)
+    folder, updates = start_run(config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})}))
+    list(updates)
+    folder.rewrite_config(config)
+    with pretend_run() as gpu:
+        request = SampleRequest(["a fox"], [f"{folder.path}=1.5", f"{folder.path}=-0.5"], compare=True)
+        sample_images(str(folder.path), request, Draw(0, STEPS, each=2))
+    assert gpu.phases["prompts"].calls == 2  # with and without the LoRAs
+    with pretend_run() as gpu:
+        evaluate(str(folder.path), EvaluationOptions(images=2, seeds=1, steps=STEPS))
+    assert gpu.phases["prompts"].calls == 1
+    assert gpu.phases["decoding"].moved > 0
+    assert set(loaded) == {torch.bfloat16}
+
+
+def test_prompts_are_encoded_some_at_a_time_and_leave_the_gpu(gpu_config):
+    peaks = []
+    for count in (PROMPTS_AT_ONCE, 5 * PROMPTS_AT_ONCE):
+        with pretend_run() as gpu:
+            policy = loading.make_policy(gpu_config("flux", FLOAT32))
+            encoded = policy.encode([f"fox {n}" for n in range(count)])
+            assert encoded.count == count
+            assert {v.device.type for v in encoded.positive.values()} == {"cpu"}
+            assert {v.device.type for v in encoded.rows([3, 1]).positive.values()} == {"cuda"}
+        peaks.append(gpu.phases["prompts"].peak)
+    assert peaks[0] == peaks[1]
+
+
+def test_out_of_memory_names_what_needs_less(gpu_config, tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text(dump(gpu_config("sd15", FLOAT32)))
+    weights = sum(p.nbytes for p in tiny_pipelines.build("sd15").unet.parameters())
+    with pretend_run(capacity=weights):
+        assert main(["train", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "out of memory with rollout.images_at_once = 2 at 16 x 16 pixels" in said
+    assert "rollout.images_at_once = 1, rollout.batch_cfg = false, model.gradient_checkpointing = true" in said
+    assert "model.offload" not in said and "Traceback" not in said
+    assert "config.toml, then `" in said and "resume" in said
+
+
+def test_an_operation_across_devices_fails_as_on_a_gpu():
+    with pretend_run(), pytest.raises(RuntimeError, match="same device"):
+        torch.ones(2, device="cuda") + torch.ones(2)
+
+
+def test_a_gpu_is_pretended_no_longer_than_it_is_asked_for():
+    before = torch.cuda.is_available(), torch.nn.functional.scaled_dot_product_attention, torch.nn.Module._apply
+    with pretend_run():
+        assert torch.cuda.is_available()
+    after = torch.cuda.is_available(), torch.nn.functional.scaled_dot_product_attention, torch.nn.Module._apply
+    assert before == after
+    w = torch.ones(2, requires_grad=True)
+    (w * 3).sum().backward()
+    assert w.grad is not None and w.grad.tolist() == [3, 3]
