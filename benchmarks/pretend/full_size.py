@@ -22,8 +22,8 @@ from .models import WHOLE_PIPELINES
 from .phases import pretend_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SHOWN_PHASES = ("prompts", "rollout", "update")
-"""Phases whose memory is shown; decoding is part of the rollout."""
+SHOWN_PHASES = ("prompts", "decoding", "update")
+"""Phases whose memory is shown and estimated."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,6 @@ def memory_table(rows: list[dict[str, Any]]) -> str:
     head = ["model", "configuration", *(f"{phase} / estimate" for phase in SHOWN_PHASES), "most", "target"]
     lines = []
     for row in rows:
-        estimates = {"prompts": row["estimate"]["prompts"], "rollout": row["estimate"]["decoding"],
-                     "update": row["estimate"]["update"]}  # fmt: skip
-        peaks = [f"{row['phases'][p]['peak'] / 1e9:.1f} / {estimates[p] / 1e9:.1f}" for p in SHOWN_PHASES]
+        peaks = [f"{row['phases'][p]['peak'] / 1e9:.1f} / {row['estimate'][p] / 1e9:.1f}" for p in SHOWN_PHASES]
         lines.append([row["name"], row["config"], *peaks, f"{row['peak'] / 1e9:.1f}", f"{row['gigabytes']} GB"])
     return markdown_table(head, lines)

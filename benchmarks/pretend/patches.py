@@ -71,7 +71,7 @@ def moved_with(gpu: PretendGpu) -> Callable[..., nn.Module]:
     return _apply
 
 
-def swap_contents(a: Tensor, b: Tensor) -> None:
+def swap_contents(a: Any, b: Any) -> None:
     """Exchange the contents of two tensors, whose classes may differ, as `a.data = b` does where they are equal."""
     slots = {*copyreg._slotnames(type(a)), *copyreg._slotnames(type(b))}  # pyright: ignore[reportAttributeAccessIssue]
     a.__class__, b.__class__ = b.__class__, a.__class__

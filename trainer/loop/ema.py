@@ -46,7 +46,7 @@ class LoraEma:
 
     @torch.no_grad()
     def _overwrite(self, values: Sequence[Tensor]) -> None:
-        torch._foreach_copy_(self.parameters, list(values))
+        torch._foreach_copy_([p.detach() for p in self.parameters], list(values))
 
     @torch.no_grad()
     def restart(self, steps: int, values: Sequence[Tensor] | None = None) -> None:
