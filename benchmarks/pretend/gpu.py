@@ -25,7 +25,7 @@ ROUNDING = 512  # PyTorch's allocator rounds up to it
 SCALARS = (aten._local_scalar_dense.default, aten.item.default)
 MASKS = (aten.nonzero.default, aten.masked_select.default)
 CASTS = (aten._to_copy.default, aten.to.dtype)
-FREE = ("detach", "alias", "device", "lift", "empty", "_unsafe_view", "_reshape_alias", "new_empty")  # launch no kernel
+NO_KERNEL = ("detach", "alias", "device", "lift", "empty", "_unsafe_view", "_reshape_alias", "new_empty")
 
 
 @dataclass
@@ -131,7 +131,7 @@ class PretendGpu(TorchDispatchMode):
                     self._upload(index, False)
                 elif index is not None and index.dtype == torch.bool:
                     self._wait("index by a mask")
-        if not func.is_view and not name.startswith(FREE):
+        if not func.is_view and not name.startswith(NO_KERNEL):
             for traffic in self.open:
                 traffic.launches += 1
                 traffic.casts += func in CASTS and not self.moving
