@@ -78,7 +78,7 @@ def test_a_run_and_its_continuation(family, model, gpu_config):
         vae = sum(p.nbytes for p in run.state.policy.pipeline.vae.parameters())
         assert decoding.calls == 1 and decoding.moved <= vae * 1.01
     with pretend_run():
-        resumed = launch.resume_run(run.folder.path, updates=2)
+        resumed = launch.resume_run(run.folder.path, launch.ResumeOptions(updates=2))
         with resumed:
             assert {t.device.type for t in state_tensors(resumed.state)} == {"cuda"}
             assert [update.number for update in align(resumed.state, resumed.job)] == [2]
