@@ -5,9 +5,10 @@ from torch import Tensor
 
 from comfyui_pcpo.plotting.grids import before_after
 
+from .host.checks import check_conditioning, check_training_latent, check_vae
 from .host.ksampler import ImageRequest, empty_latent, with_lora
 from .images import to_comfy_image
-from .inputs import cfg_input, seed_input, steps_input
+from .inputs import cfg_input, checked, seed_input, steps_input
 from .types import EncodedPrompts, PromptsType, RewardType, WeightedRewards
 
 
@@ -44,9 +45,15 @@ class Compare(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model, lora, vae, prompts, seed, steps, cfg, reward=None, latent_image=None) -> io.NodeOutput:
-        request = ImageRequest(vae, prompts, latent_image or empty_latent(model), seed, steps, cfg)
-        before, after = request.generate(model), request.generate(with_lora(model, lora))
+        latent_image = latent_image or empty_latent(model)
+        check_training_latent(model, latent_image)
+        check_conditioning(model, [*prompts.positive, prompts.negative], "prompts")
+        check_vae(model, vae)
+        request = ImageRequest(vae, prompts, latent_image, seed, steps, cfg)
+        aligned = with_lora(model, lora)
+        before, after = request.generate(model), request.generate(aligned)
         scores, report = score_sides(before, after, prompts, reward)
         grid = to_comfy_image(before_after(before, after, prompts.lines, scores))
         return io.NodeOutput(before, after, grid, report, ui=ui.PreviewImage(grid, cls=cls))

@@ -8,6 +8,8 @@ import folder_paths
 from ..trainer.config.schema import ConfigError
 
 NEWEST = "(newest)"
+STARTED: dict[str, str] = {}
+"""Name in Train LoRA (PCPO) -> the run that was started last under it, in this session."""
 
 
 def register_folders() -> None:
@@ -27,12 +29,17 @@ def runs_folder() -> Path:
 
 
 def run_names() -> list[str]:
-    """Existing runs, newest first."""
+    """Runs with at least one finished update, newest first."""
     folder = runs_folder()
     if not folder.is_dir():
         return []
-    runs = [p for p in folder.iterdir() if (p / "config.toml").is_file()]
+    runs = [p for p in folder.iterdir() if (p / "config.toml").is_file() and has_updates(p)]
     return [p.name for p in sorted(runs, key=lambda p: p.stat().st_mtime, reverse=True)]
+
+
+def has_updates(run: Path) -> bool:
+    metrics = run / "metrics.jsonl"
+    return metrics.is_file() and metrics.stat().st_size > 0
 
 
 def find_run(name: str) -> Path:
@@ -46,9 +53,41 @@ def find_run(name: str) -> Path:
 
 
 def free_run_name(name: str) -> str:
-    """`name` if no run has it, otherwise name-2, name-3, ..."""
-    taken = set(run_names())
-    if name not in taken:
+    """`name` if nothing has it, otherwise name-2, name-3, ...; a run that ended before its first update has no name."""
+    if is_free(runs_folder() / name):
         return name
-    numbers = [int(m[1]) for n in taken if (m := re.fullmatch(re.escape(name) + r"-(\d+)", n))]
-    return f"{name}-{max(numbers, default=1) + 1}"
+    numbers = [int(found[1]) for found in map(numbered(name).fullmatch, folder_names()) if found]
+    highest = max(numbers, default=1)
+    while not is_free(runs_folder() / f"{name}-{highest + 1}"):
+        highest += 1
+    return f"{name}-{highest + 1}"
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a run may begin here: no folder, an empty one, or the rest of a run that never finished an update."""
+    if not folder.exists():
+        return True
+    rest = {"config.toml", ".lock", "log.txt", "run.json", "guard.safetensors"}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= rest
+
+
+def folder_names() -> list[str]:
+    folder = runs_folder()
+    return [path.name for path in folder.iterdir() if not is_free(path)] if folder.is_dir() else []
+
+
+def numbered(name: str) -> re.Pattern[str]:
+    """Matches the names that `free_run_name` makes from a name."""
+    return re.compile(re.escape(name) + r"-(\d+)")
+
+
+def last_started(name: str) -> str | None:
+    """The run that was started last under a name, as `name` or `name`-N; None if there is none.
+
+    In one session that is remembered, so that a run that was cancelled before its first update is not taken for an
+    older one; after a restart it is the one that trained last.
+    """
+    if name in STARTED:
+        return STARTED[name]
+    runs = [run for run in run_names() if run == name or numbered(name).fullmatch(run)]
+    return max(runs, key=lambda run: (runs_folder() / run / "metrics.jsonl").stat().st_mtime, default=None)

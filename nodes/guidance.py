@@ -5,9 +5,10 @@ from comfy_api.latest import io
 
 from comfyui_pcpo.method.guidance import ImplicitReward
 
+from .host.checks import check_conditioning, check_latent, check_same_kind
 from .host.irg import IRGGuider
 from .host.ksampler import ksampler_sigmas, sample_latent
-from .inputs import cfg_input, conditioning_inputs, denoise_input, seed_input, steps_input
+from .inputs import cfg_input, checked, conditioning_inputs, denoise_input, seed_input, steps_input
 from .types import AlignedModel, ImplicitRewardType
 
 
@@ -16,6 +17,17 @@ def guidance_inputs() -> list[io.Input]:
         io.Model.Input("model", tooltip="The base model, without the aligned LoRAs."),
         ImplicitRewardType.Input("implicit_reward", tooltip="One or more aligned models, from Implicit Reward."),
     ]
+
+
+def make_guider(model, aligned, positive, negative, cfg: float) -> IRGGuider:
+    """An IRGGuider, after a check that models and conditionings belong together."""
+    for number, one in enumerate(aligned, 1):
+        check_same_kind(model, one.model, number)
+        check_conditioning(one.model, [positive, negative])
+    guider = IRGGuider(model, aligned)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    return guider
 
 
 def irg_cfg_input() -> io.Float.Input:
@@ -59,6 +71,7 @@ class ImplicitRewardNode(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model, weight, start, end, previous=()) -> io.NodeOutput:
         return io.NodeOutput((*(previous or ()), AlignedModel(model, ImplicitReward(weight, start, end))))
 
@@ -77,11 +90,9 @@ class IRGGuiderNode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, implicit_reward, positive, negative, cfg) -> io.NodeOutput:
-        guider = IRGGuider(model, implicit_reward)
-        guider.set_conds(positive, negative)
-        guider.set_cfg(cfg)
-        return io.NodeOutput(guider)
+        return io.NodeOutput(make_guider(model, implicit_reward, positive, negative, cfg))
 
 
 class IRGKSampler(io.ComfyNode):
@@ -114,13 +125,13 @@ class IRGKSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(
         cls, model, implicit_reward, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
         denoise,
     ) -> io.NodeOutput:  # fmt: skip
-        guider = IRGGuider(model, implicit_reward)
-        guider.set_conds(positive, negative)
-        guider.set_cfg(cfg)
+        check_latent(model, latent_image)
+        guider = make_guider(model, implicit_reward, positive, negative, cfg)
         sigmas = ksampler_sigmas(model, sampler_name, scheduler, steps, denoise)
         sampler = comfy.samplers.sampler_object(sampler_name)
         return io.NodeOutput(sample_latent(guider, seed, sampler, sigmas, latent_image))

@@ -1,13 +1,54 @@
-"""Inputs that several nodes share."""
+"""Inputs that several nodes share, and the check of all widgets, linked ones included."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
 
 import comfy.samplers
 from comfy_api.latest import io
 
+from ..trainer.config.schema import ConfigError
 from .host.ksampler import TRAINING_SCHEDULER
 from .host.samplers import METHOD_NAMES, PUBLISHED_LEVEL, SIGMA_NAMES
 
 ADVANCED = {"advanced": True, "optional": True}
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
+
+
+def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    """A node's `execute` that first checks its widgets: ComfyUI does not check the range of linked ones."""
+    names = list(inspect.signature(execute).parameters)[1:]
+
+    @functools.wraps(execute)
+    def checking(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        for item in cls.GET_SCHEMA().inputs:
+            if given.get(item.id) is not None:
+                check_widget(item, given[item.id])
+        return execute(cls, *args, **kwargs)
+
+    return checking
+
+
+def check_widget(item: io.Input, value: Any) -> None:
+    """Raise ConfigError if a value is not one that the widget could have."""
+    if isinstance(item, io.Combo.Input):
+        options = list(item.options or ())
+        if value not in options:
+            raise ConfigError(f"{item.id} is {value!r}, but must be one of {', '.join(map(str, options[:30]))}.")
+    elif isinstance(item, io.Int.Input | io.Float.Input):
+        whole = isinstance(item, io.Int.Input)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        low, high = (-math.inf if item.min is None else item.min), (math.inf if item.max is None else item.max)
+        if not number or (whole and value != int(value)) or not low <= value <= high:
+            kind = "a whole number" if whole else "a number"
+            raise ConfigError(f"{item.id} is {value!r}, but must be {kind} from {low:g} to {high:g}. Change its input.")
+    elif isinstance(item, io.String.Input | io.Boolean.Input):
+        kind = str if isinstance(item, io.String.Input) else bool
+        if not isinstance(value, kind):
+            raise ConfigError(f"{item.id} is {value!r}, but must be a {kind.__name__}. Change its input.")
 
 
 def seed_input(tooltip: str = "The same seed gives the same image.") -> io.Int.Input:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
@@ -13,16 +14,20 @@ from torch import Tensor
 from comfyui_pcpo.lora.formats import parse_state
 from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.plotting.run_curves import curves
+from comfyui_pcpo.reward import Reward
 from comfyui_pcpo.reward.prompt import prompt_line
 
 from ..trainer.config.diagnostics import without_effect
 from ..trainer.config.loading import build
 from ..trainer.config.schema import Config, ConfigError
 from ..trainer.loop.align import Job, Update, align
+from ..trainer.loop.objectives import make_objective
+from ..trainer.loop.plan import make_plan
+from ..trainer.loop.scoring import ImageGroups, score
 from ..trainer.loop.state import make_training_state
 from ..trainer.runs.folder import RunFolder
 from ..trainer.runs.launch import Run
-from .files import free_run_name, runs_folder
+from .files import STARTED, free_run_name, has_updates, last_started, runs_folder
 from .host.policy import ComfyPolicy, with_policy
 from .types import EncodedPrompts, WeightedRewards
 
@@ -53,13 +58,14 @@ def make_config(inputs: TrainingInputs, tree: dict[str, dict[str, Any]]) -> Conf
     scale = inputs.vae.spacial_compression_decode()
     height, width = (int(n) * scale for n in inputs.latent.shape[-2:])
     run = {"folder": str(runs_folder()), **tree["run"]}
-    if not inputs.resume:
-        run["name"] = free_run_name(str(run["name"]))
+    found = last_started(str(run["name"])) if inputs.resume else None
+    run["name"] = found or free_run_name(str(run["name"]))
     sections = {
         **tree,
         "model": {"name": name, "device": "auto", **tree["model"]},
         "prompts": {
             "lines": [prompt_line(line) for line in inputs.prompts.lines],
+            "file": None,
             "negative": inputs.prompts.negative_text,
         },
         "rollout": {**tree["rollout"], "height": height, "width": width},
@@ -70,13 +76,40 @@ def make_config(inputs: TrainingInputs, tree: dict[str, dict[str, Any]]) -> Conf
         },
         "run": run,
     }
-    config = build(sections, "Train LoRA (PCPO)")
+    known = run_settings(runs_folder() / found) if found else {}
+    config = build({key: {**known.get(key, {}), **values} for key, values in sections.items()}, "Train LoRA (PCPO)")
     for sentence in without_effect(config):
         logger.warning("PCPO: %s", sentence)
     return config
 
 
-def train_lora(inputs: TrainingInputs, config: Config) -> RunFolder:
+def run_settings(folder: Path) -> dict[str, Any]:
+    """The configuration of a run, for the options that have no widget; empty before its first update."""
+    return RunFolder(folder).config().model_dump() if has_updates(folder) else {}
+
+
+def try_once(policy: ComfyPolicy, rewards: dict[str, Reward], config: Config) -> None:
+    """A plan, a prediction, an image and its scores before the run begins, so that no rollout is in vain."""
+    make_plan(policy, config, make_objective(config), policy.lines, 1)
+    try:
+        with torch.no_grad():
+            noise = torch.zeros(1, *policy.latent_shape)
+            time = policy.grid(config.rollout.steps).timesteps.tolist()[0]
+            policy.predict(noise.to(policy.device), time, policy.encode(policy.lines[:1]))
+            images = policy.decode(noise)
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(
+            f"the model, prompts, vae and latent_image do not fit together ({cause}). Connect the CLIP and the VAE "
+            "of the model, and a latent of a size that it supports."
+        ) from error
+    pair = ImageGroups(images.repeat(2, 1, 1, 1), [policy.lines[0]] * 2, 2)
+    score(rewards, pair)
+
+
+def train_lora(inputs: TrainingInputs, config: Config, name: str) -> RunFolder:
     """Train, or finish a resumed run. If it is interrupted or fails, the finished updates are saved."""
     folder = RunFolder(config.run.folder / config.run.name)
     rewards = {reward.name: reward for reward in inputs.reward.rewards}
@@ -85,8 +118,10 @@ def train_lora(inputs: TrainingInputs, config: Config) -> RunFolder:
     def work(policy: ComfyPolicy) -> None:
         if inputs.lora is not None:
             policy.start_from(parse_state(inputs.lora, list(policy.layers)))
+        try_once(policy, rewards, config)
+        STARTED[name] = config.run.name
         state = make_training_state(policy, config)
-        checkpoint = "latest" if inputs.resume and folder.config_file.is_file() else None
+        checkpoint = "latest" if inputs.resume and has_updates(folder.path) else None
         with Run(folder, state, Job(config, inputs.prompts.lines, rewards, tick=tick), checkpoint) as run:
             bar.update_absolute(state.done, config.run.updates)
             for update in align(run.state, run.job):

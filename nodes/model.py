@@ -6,7 +6,7 @@ from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
 from ..trainer.config.schema import PromptsConfig
 from .host.tiny import load_embedded
-from .inputs import ADVANCED
+from .inputs import ADVANCED, checked
 from .types import EncodedPrompts, PromptsType
 
 
@@ -33,6 +33,7 @@ class LoadTinyModel(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model: str) -> io.NodeOutput:
         return io.NodeOutput(*load_embedded(model))
 
@@ -62,6 +63,7 @@ class Prompts(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, clip, text: str, negative: str = "") -> io.NodeOutput:
         lines = PromptsConfig(lines=tuple(text.splitlines()), negative=negative).read()
         *positive, unconditional = (

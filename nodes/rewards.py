@@ -12,8 +12,9 @@ from comfyui_pcpo.reward import REWARDS, RewardSettings, load_reward, offered
 from comfyui_pcpo.reward.weights.checkpoint import file_path
 
 from .files import reward_folder
+from .host.prompt_syntax import plain_prompt
 from .images import to_comfy_image
-from .inputs import ADVANCED
+from .inputs import ADVANCED, checked
 from .types import RewardType, WeightedRewards
 
 REWARD_DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -22,7 +23,10 @@ REWARD_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 def single_reward(name: str, dtype: str = "float32") -> WeightedRewards:
     """One reward on ComfyUI's device; its weights are read when it first scores images."""
     files = [str(file_path(Path(), file)) for file in REWARDS[name].files] if name in REWARDS else []
-    settings = RewardSettings(reward_folder(files), str(mm.get_torch_device()), REWARD_DTYPES[dtype])
+    settings = RewardSettings(
+        reward_folder(files), str(mm.get_torch_device()), REWARD_DTYPES[dtype],
+        tick=mm.throw_exception_if_processing_interrupted, plain=plain_prompt,
+    )  # fmt: skip
     return WeightedRewards((load_reward(name, settings),), (1.0,))
 
 
@@ -50,6 +54,7 @@ class LoadReward(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, reward: str, dtype: str = "float32") -> io.NodeOutput:
         return io.NodeOutput(single_reward(reward, dtype))
 
@@ -84,6 +89,7 @@ class CombineRewards(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, reward_a, weight_a, reward_b, weight_b, standardise=True) -> io.NodeOutput:
         weights = (*(weight_a * w for w in reward_a.weights), *(weight_b * w for w in reward_b.weights))
         combination = WeightedRewards((*reward_a.rewards, *reward_b.rewards), weights, standardise)
@@ -118,6 +124,7 @@ class ScoreImages(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, images: Tensor, reward: WeightedRewards, prompt: str, keep_best: int) -> io.NodeOutput:
         scores = reward.combined().score(images, [prompt] * len(images))
         order = scores.total.nan_to_num(-torch.inf).argsort(descending=True, stable=True)

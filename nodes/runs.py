@@ -10,6 +10,7 @@ from ..trainer.config.schema import ConfigError
 from ..trainer.runs.folder import RunFolder
 from .files import NEWEST, find_run, run_names
 from .images import to_comfy_image
+from .inputs import checked
 from .types import RunReference, RunType
 
 PANEL_CHOICES = {
@@ -44,6 +45,7 @@ class PlotRun(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, run: RunReference, smoothing: float, panels: str) -> io.NodeOutput:
         image = to_comfy_image(curves(RunFolder(run.path).records(), smoothing, PANEL_CHOICES[panels]))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
@@ -71,19 +73,24 @@ class LoadRun(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, run: str = NEWEST) -> bool | str:
+    def validate_inputs(cls, run: str | None = None) -> bool | str:
         try:
-            find_run(run)
+            if run is not None:  # None: linked, and checked when its value is known
+                find_run(run)
         except ConfigError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, run: str = NEWEST, checkpoint: str = "latest") -> str:
+    def fingerprint_inputs(cls, run: str | None = None, checkpoint: str | None = None) -> str | float:
+        if run is None or checkpoint is None:
+            return float("nan")  # a linked value is not known yet; NaN equals nothing, so the node runs
         folder = RunFolder(find_run(run))
-        return f"{folder.path} {folder.checkpoint(checkpoint)} {folder.metrics_file.stat().st_mtime}"
+        which = checkpoint.strip().lower()
+        return f"{folder.path} {folder.checkpoint(which)} {folder.metrics_file.stat().st_mtime}"
 
     @classmethod
+    @checked
     def execute(cls, run: str, checkpoint: str) -> io.NodeOutput:
         folder = RunFolder(find_run(run))
         return io.NodeOutput(RunReference(folder.path), lora_state(folder, checkpoint))

@@ -9,6 +9,7 @@ from comfyui_pcpo.method.transition import Transition
 from comfyui_pcpo.plotting.credit import credit_weights
 
 from ..trainer.config.schema import ConfigError
+from .host.checks import check_conditioning, check_latent
 from .host.ksampler import TRAINING_SCHEDULER, cfg_guider, noise_levels, sample_latent
 from .host.samplers import Recorder, StepChoice, StochasticSampler
 from .host.spaces import space_of, training_grid
@@ -16,6 +17,7 @@ from .images import to_comfy_image
 from .inputs import (
     ADVANCED,
     cfg_input,
+    checked,
     conditioning_inputs,
     denoise_input,
     method_input,
@@ -52,6 +54,7 @@ class PCPOSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, method, noise_level, sigma: Sigma = "native", s_noise=1.0, target_weight=0.0) -> io.NodeOutput:
         return io.NodeOutput(StochasticSampler(StepChoice(method, noise_level, sigma, target_weight, s_noise)))
 
@@ -88,6 +91,7 @@ class PCPOKSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model, seed, steps, cfg, scheduler, positive, negative, latent_image, denoise, method, noise_level,
         sigma: Sigma = "native", target_weight=0.0,
@@ -99,6 +103,8 @@ class PCPOKSampler(io.ComfyNode):
         sigmas, recorder = noise_levels(model, scheduler, steps, denoise), Recorder()
         if len(sigmas) < 2:
             return io.NodeOutput(latent_image, None)
+        check_latent(model, latent_image)
+        check_conditioning(model, [positive, negative])
         guider = cfg_guider(model, positive, negative, cfg)
         latent = sample_latent(guider, seed, StochasticSampler(choice, recorder), sigmas, latent_image)
         return io.NodeOutput(latent, recorder.trajectory())
@@ -131,6 +137,7 @@ class PlotCredit(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, model, steps, method, noise_level, credit) -> io.NodeOutput:
         choice, grid = StepChoice(method, noise_level), training_grid(space_of(model), steps)
         transitions, (name, level) = choice.transitions(grid), choice.resolve(grid.kind)

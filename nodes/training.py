@@ -21,10 +21,10 @@ from ..trainer.config.schema import (
     Section,
 )
 from ..trainer.policy.lora_pairs import read_lora
-from .host.ksampler import latent_samples
+from .host.checks import check_conditioning, check_training_latent, check_vae
 from .host.samplers import PUBLISHED_LEVEL
 from .images import to_comfy_image
-from .inputs import ADVANCED, method_input, noise_level_input
+from .inputs import ADVANCED, checked, method_input, noise_level_input
 from .types import PromptsType, RewardType, RunReference, RunType
 
 # widgets by the configuration section that they fill; `objective` is objective.name, `guard_every` is guard.every
@@ -97,29 +97,40 @@ class TrainLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name: str = "run", group_size: int = 8) -> bool | str:
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
         try:
-            build(config_sections({"name": name, "group_size": group_size}), "Train LoRA (PCPO)")
+            if name is not None:  # None: linked, and checked when its value is known
+                build(config_sections({"name": name}), "Train LoRA (PCPO)")
         except ConfigError as error:
             return str(error)
         return True
 
     @classmethod
+    @checked
     def execute(
         cls, model, vae, prompts, reward, latent_image, resume=False, lora=None, **widgets: str | float | bool
     ) -> io.NodeOutput:  # fmt: skip
         from .job import TrainingInputs, make_config, train_lora  # imports the trainer's loop when a run starts
 
-        latent = latent_samples(model, latent_image)
+        latent = check_training_latent(model, latent_image)
+        check_conditioning(model, [*prompts.positive, prompts.negative], "prompts")
+        check_vae(model, vae)
         inputs = TrainingInputs(model, vae, prompts, reward, latent, lora, resume)
-        folder = train_lora(inputs, make_config(inputs, config_sections(widgets)))
+        folder = train_lora(inputs, make_config(inputs, config_sections(widgets)), str(widgets["name"]))
         records = folder.records()
-        losses = {"loss": [row["loss"] for row in records]}
+        losses = {"loss": drawable([row["loss"] for row in records])}
         plot = to_comfy_image(curves(records, panels=("reward", "clip")))
         return io.NodeOutput(
             read_lora(folder.lora_file)[0], losses, len(records), RunReference(folder.path),
             ui=ui.PreviewImage(plot, cls=cls),
         )  # fmt: skip
+
+
+def drawable(losses: list[float]) -> list[float]:
+    """A series that Plot Loss Graph can draw: it divides by the series' range, which one update does not have."""
+    if not losses or min(losses) < max(losses):
+        return losses
+    return [0.0, *losses] if losses[0] else [*losses, 1e-9]
 
 
 def connections() -> list[io.Input]:
@@ -128,7 +139,7 @@ def connections() -> list[io.Input]:
         io.Vae.Input("vae", tooltip="The model's VAE; rewards score decoded images."),
         PromptsType.Input("prompts", tooltip="Training prompts, from Prompts."),
         RewardType.Input("reward", tooltip="The reward to maximize, from Load Reward or Combine Rewards."),
-        io.Latent.Input("latent_image", tooltip="Empty latent; sets the image size."),
+        io.Latent.Input("latent_image", tooltip="Empty latent; sets the image size. Its batch size has no effect."),
     ]
 
 
@@ -142,7 +153,7 @@ def basic_inputs() -> list[io.Input]:
             "prompts_per_update", default=4, min=1, max=1024, tooltip=tooltip(RolloutConfig, "prompts_per_update")
         ),
         io.Int.Input(
-            "group_size", default=8, min=1, max=256, tooltip=tooltip(RolloutConfig, "group_size") + ODD_GROUP
+            "group_size", default=8, min=2, max=256, tooltip=tooltip(RolloutConfig, "group_size") + ODD_GROUP
         ),
         io.Int.Input("steps", default=10, min=2, max=1000, tooltip=tooltip(RolloutConfig, "steps")),
         io.Float.Input(
@@ -157,7 +168,7 @@ def basic_inputs() -> list[io.Input]:
             "seed", default=0, min=0, max=2**53, control_after_generate=False, tooltip=tooltip(RunConfig, "seed")
         ),
         io.Boolean.Input(
-            "resume", default=False, tooltip="Continue the run of this name until it has this number of updates."
+            "resume", default=False, tooltip="Continue the run started last under this name until it has this number of updates."
         ),
     ]  # fmt: skip
 

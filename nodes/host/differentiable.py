@@ -100,12 +100,18 @@ def is_matrix(module: nn.Module) -> bool:
 
 def check_forwards(model: nn.Module) -> None:
     """Refuse a model with replaced forward methods: gradients through them would be wrong."""
-    replaced = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    replaced = [name for name, module in model.named_modules() if is_replaced(module)]
     if replaced:
         raise ConfigError(
             f"{len(replaced)} modules of the model have a replaced forward (first: {replaced[0]}), for example by a "
             "LoRA in bypass mode, so gradients would be wrong. Load that LoRA with bypass off."
         )
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a module has a forward other than its class's; its own again, as a bypass LoRA leaves it, is not."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _forward(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ...trainer.config.schema import ConfigError
 from ..types import EncodedPrompts
 from .samplers import StepChoice, StochasticSampler
 from .spaces import space_of, training_grid
@@ -99,8 +100,14 @@ def empty_latent(model: Any) -> dict[str, Any]:
 
 
 def with_lora(model: Any, lora: dict[str, Tensor]) -> Any:
-    """The MODEL with a LoRA at full strength."""
-    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
+    """The MODEL with a LoRA at full strength. Raises ConfigError if none of its keys belong to the model."""
+    loaded = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
+    if sum(map(len, loaded.patches.values())) == sum(map(len, model.patches.values())):
+        raise ConfigError(
+            f"none of the LoRA's {len(lora)} keys belong to this model, so before and after would be equal. Connect a "
+            "LoRA that was trained on this model."
+        )
+    return loaded
 
 
 def ksampler_sigmas(model: Any, sampler_name: str, scheduler: str, steps: int, denoise: float) -> Tensor:

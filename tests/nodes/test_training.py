@@ -291,15 +291,14 @@ class ImageSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_samp
 
 def test_refusals_before_any_work(flow):
     refuse = comfy_host.load_pack()["PCPOTrainLoRA"].validate_inputs
-    assert "group_size" in str(refuse(name="a", group_size=1))
-    assert "run.name" in str(refuse(name="../a", group_size=8))
-    assert refuse(name="a", group_size=8) is True
+    assert "run.name" in str(refuse(name="../a"))
+    assert refuse(name="a") is True and refuse(name=None) is True
     odd = flow.model.clone()
     odd.add_object_patch("model_sampling", ImageSampling(flow.model.model.model_config))
     with pytest.raises(ConfigError, match="supports epsilon prediction, v-prediction and flow matching"):
         flow.on(odd).train("refused", updates=1)
     module = flow.model.model.diffusion_model.x_embedder
-    object.__setattr__(module, "forward", module.forward)
+    object.__setattr__(module, "forward", lambda x: x)
     try:
         with pytest.raises(ConfigError, match="replaced forward"):
             flow.train("refused", updates=1)

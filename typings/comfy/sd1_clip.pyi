@@ -2,6 +2,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+def escape_important(text: str) -> str: ...
+def unescape_important(text: str) -> str: ...
+def token_weights(string: str, current_weight: float) -> list[tuple[str, float]]: ...
+
 class SDTokenizer:
     def __init__(
         self,

@@ -26,7 +26,7 @@ def locate(settings: RewardSettings, file: RewardFile) -> Path:
     if not path.is_file():
         raise RewardError(
             f"{path} does not exist, but this reward needs {source}. Put it there, "
-            "or fetch it with the command line's `download` command."
+            f"or fetch it with the command line: download REWARD --folder {settings.folder}"
         )
     return path
 

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 from typing import Any
 
 class Input:
+    id: str
     def __init__(
         self, id: str, *, optional: bool = False, tooltip: str | None = None, advanced: bool | None = None
     ) -> None: ...
@@ -50,6 +51,8 @@ class Int:
     class Output(_Output): ...
 
     class Input(_Input):
+        min: int | None
+        max: int | None
         def __init__(
             self,
             id: str,
@@ -67,6 +70,8 @@ class Float:
     class Output(_Output): ...
 
     class Input(_Input):
+        min: float | None
+        max: float | None
         def __init__(
             self,
             id: str,
@@ -100,6 +105,7 @@ class Combo:
     class Output(_Output): ...
 
     class Input(_Input):
+        options: Sequence[str]
         def __init__(
             self,
             id: str,
@@ -113,6 +119,7 @@ class Combo:
 
 class Schema:
     node_id: str
+    inputs: list[Input]
     def __init__(
         self,
         *,
@@ -126,7 +133,9 @@ class Schema:
         is_output_node: bool = False,
     ) -> None: ...
 
-class ComfyNode: ...
+class ComfyNode:
+    @classmethod
+    def GET_SCHEMA(cls) -> Schema: ...
 
 class NodeOutput:
     def __init__(self, *args: Any, ui: Any = None) -> None: ...
