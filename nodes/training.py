@@ -168,7 +168,8 @@ def basic_inputs() -> list[io.Input]:
             "seed", default=0, min=0, max=2**53, control_after_generate=False, tooltip=tooltip(RunConfig, "seed")
         ),
         io.Boolean.Input(
-            "resume", default=False, tooltip="Continue the run started last under this name until it has this number of updates."
+            "resume", default=False,
+            tooltip="Continue the run started last under this name until it has this number of updates.",
         ),
     ]  # fmt: skip
 

@@ -41,10 +41,7 @@ def check_training_latent(model: Any, latent: dict[str, Any]) -> Tensor:
         raise ConfigError("latent_image has a noise mask, which would be ignored here. Connect an empty latent.")
     if len(latent["samples"]) != 1:
         logger.warning("PCPO: latent_image sets the image size only; its batch_size has no effect.")
-    samples = check_latent(model, latent)
-    if samples.ndim != 4:
-        raise ConfigError("this is a video model, and only image models are supported. Use an image model.")
-    return samples
+    return check_latent(model, latent)
 
 
 def check_conditioning(model: Any, conds: Sequence[Any], name: str = "conditioning") -> None:

@@ -180,7 +180,7 @@ def serve_reward_command(
     served = make_reward(reward, make_settings(folder, device, precision, images_at_once)).load()
     try:
         server = RewardServer(served, options)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError, TypeError) as error:  # the last two: a name that no host can have
         raise ConfigError(f"Cannot listen on {host}:{port} ({error}). Choose another --host or --port.") from None
     with server:
         print(f"{reward} on {server.url}  (Ctrl-C stops it)", flush=True)

@@ -126,6 +126,9 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
         if not path.is_file():
             raise ConfigError(f"{path} does not exist. Give a TOML file, such as one of configs/.")
         tree = read_toml(path)
+        for key in Config.model_fields.keys() & tree.keys():
+            if not isinstance(tree[key], dict):
+                raise ConfigError(f"{path}: {key} is {shown(tree[key])}, but must be a section. Write [{key}].")
         _resolve(tree, path.parent)
     _resolve(overrides or {}, Path())
     sources = [str(path)] * (path is not None) + ["options"] * bool(overrides or path is None)

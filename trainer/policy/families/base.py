@@ -39,6 +39,10 @@ class PipelineAdapter:
         """Side of the model's own latent."""
         return self.denoiser.config.sample_size
 
+    def longest_side(self) -> int | None:
+        """Longest side of a latent that the denoiser has positions for; None without a limit."""
+        return None
+
     def _sides(self) -> tuple[int, int]:
         scale = self.pipeline.vae_scale_factor
         sides, multiple = [], scale * self.token
@@ -47,6 +51,11 @@ class PipelineAdapter:
             if pixels % multiple:
                 raise ConfigError(f"rollout.{name} {pixels} is not a multiple of {multiple}. Use one, such as "
                                   f"{max(multiple, pixels // multiple * multiple)}.")  # fmt: skip
+            most = self.longest_side()
+            if most is not None and pixels > most * scale:
+                raise ConfigError(
+                    f"rollout.{name} {pixels} is beyond the model's positions. Use at most {most * scale}."
+                )
             sides.append(pixels // scale)
         return sides[0], sides[1]
 

@@ -11,6 +11,9 @@ T5_LENGTH = 256
 
 
 class Sd3(PipelineAdapter):
+    def longest_side(self) -> int:
+        return self.denoiser.config.pos_embed_max_size * self.denoiser.config.patch_size
+
     def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:
         """Without T5 its tokens are left out, as ComfyUI does; diffusers would pad with 256 rows of zeros."""
         pipe = self.pipeline
