@@ -166,15 +166,19 @@ def out_of_memory(config: Config, error: Exception) -> ConfigError:
 
 
 def preview(update: Update, folder: RunFolder, config: Config) -> Image.Image:
-    """Images of the newest group, best first, above the reward curve."""
+    """Images of the newest group, best first, above the reward curve and, once it has measured, the guard's."""
     size = config.rollout.group_size
     scores = update.scores[-size:].nan_to_num(-torch.inf)
     order = scores.argsort(descending=True)
     captions = [f"{float(s):.2f}" for s in scores[order]]
     group = grid(update.images[-size:][order], captions, columns=min(size, 4), tile=120)
     records = [{**row, "rewards": {}} for row in folder.records()]  # the total only
-    curve = curves(records, panels=("reward",), size=(group.width, max(PREVIEW_CURVE, round(0.6 * group.width))))
-    image = Image.new("RGB", (group.width, group.height + curve.height), "white")
-    image.paste(group, (0, 0))
-    image.paste(curve, (0, group.height))
+    height = max(PREVIEW_CURVE, round(0.6 * group.width))
+    names = ["reward", *(["guard"] if any("guard" in row for row in records) else [])]
+    parts = [group, *(curves(records, panels=(name,), size=(group.width, height)) for name in names)]
+    image = Image.new("RGB", (group.width, sum(part.height for part in parts)), "white")
+    top = 0
+    for part in parts:
+        image.paste(part, (0, top))
+        top += part.height
     return image

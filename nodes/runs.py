@@ -19,8 +19,11 @@ PANEL_CHOICES = {
     "clip": ("clip",),
     "kl": ("kl",),
     "per step": ("per_step",),
+    "guard": ("guard",),
 }
-CHECKPOINT_TOOLTIP = "latest, best (highest mean reward), kept (by the guard) or an update number."
+CHECKPOINT_TOOLTIP = (
+    "latest, best (highest mean reward), kept (the best within the guard's limits) or an update number."
+)
 
 
 class PlotRun(io.ComfyNode):

@@ -30,7 +30,10 @@ from .types import PromptsType, RewardType, RunReference, RunType
 # widgets by the configuration section that they fill; `objective` is objective.name, `guard_every` is guard.every
 SECTIONS = {
     "model": ("gradient_checkpointing",),
-    "rollout": ("prompts_per_update", "group_size", "steps", "cfg", "method", "noise_level", "images_at_once"),
+    "rollout": (
+        *("prompts_per_update", "group_size", "steps", "cfg", "method", "noise_level", "images_at_once"),
+        *("branch", "branch_first", "branch_points"),
+    ),
     "objective": ("objective", "credit", "clip_range", "kl_weight", "train_steps"),
     "lora": ("rank",),
     "optimizer": ("learning_rate",),
@@ -119,7 +122,7 @@ class TrainLoRA(io.ComfyNode):
         folder = train_lora(inputs, make_config(inputs, config_sections(widgets)), str(widgets["name"]))
         records = folder.records()
         losses = {"loss": drawable([row["loss"] for row in records])}
-        plot = to_comfy_image(curves(records, panels=("reward", "clip")))
+        plot = to_comfy_image(curves(records, panels=("reward", "clip", "guard")))
         return io.NodeOutput(
             read_lora(folder.lora_file)[0], losses, len(records), RunReference(folder.path),
             ui=ui.PreviewImage(plot, cls=cls),
@@ -162,7 +165,8 @@ def basic_inputs() -> list[io.Input]:
         ),
         io.Int.Input("rank", default=8, min=1, max=1024, tooltip=tooltip(LoraConfig, "rank")),
         io.Combo.Input(
-            "credit", options=list(CREDITS), default="proportionate", tooltip=tooltip(ObjectiveConfig, "credit")
+            "credit", options=list(CREDITS), default="proportionate", advanced=True,
+            tooltip=tooltip(ObjectiveConfig, "credit"),
         ),
         io.Int.Input(
             "seed", default=0, min=0, max=2**53, control_after_generate=False, tooltip=tooltip(RunConfig, "seed")
@@ -209,6 +213,13 @@ def advanced_inputs() -> list[io.Input]:
         ),
         io.Int.Input("save_every", default=10, min=1, max=10000, tooltip=tooltip(RunConfig, "save_every"), **ADVANCED),
         io.Int.Input(
-            "guard_every", default=0, min=0, max=10000, tooltip=tooltip(GuardConfig, "every") + HELD_OUT, **ADVANCED
+            "guard_every", default=10, min=0, max=10000, tooltip=tooltip(GuardConfig, "every") + HELD_OUT, **ADVANCED
+        ),
+        io.Int.Input("branch", default=0, min=0, max=1000, tooltip=tooltip(RolloutConfig, "branch"), **ADVANCED),
+        io.Int.Input(
+            "branch_first", default=0, min=0, max=1000, tooltip=tooltip(RolloutConfig, "branch_first"), **ADVANCED
+        ),
+        io.Int.Input(
+            "branch_points", default=1, min=1, max=1000, tooltip=tooltip(RolloutConfig, "branch_points"), **ADVANCED
         ),
     ]  # fmt: skip

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the configuration reads this module's names without loading torch
     from torch import Tensor
 
-    from comfyui_pcpo.method.samplers import SamplerSettings
     from comfyui_pcpo.method.schedule import Grid
     from comfyui_pcpo.method.transition import Transition
 
@@ -70,7 +69,9 @@ def target_weights(
 ) -> Tensor:
     """Target weight w~ of every step, 0 where it is not trained, -> (T,) float64.
 
-    With w the native weights -B / s and S the trained steps; every `rescaled` credit keeps sum_S w~ = sum_S w:
+    With w the native weights -B / s and S the trained steps; every `rescaled` credit keeps sum_S w~ = sum_S w. A run
+    takes S as all steps that it may train, each of them stochastic: over the steps of one update (a window, a branch, a
+    random share), zeta would vary from update to update, and a window of one step would have its native weight.
 
         native         w
         proportionate  zeta dt,  zeta = sum_S w / sum_S dt      PCPO (arXiv 2509.25774)
@@ -86,16 +87,6 @@ def target_weights(
     weights = grid.dt.new_zeros(grid.steps)
     weights[chosen] = shape * (quantities.weight.sum() / shape.sum()) if rescaled else shape
     return weights
-
-
-def run_weights(grid: Grid, sampler: SamplerSettings, credit: Credit, trainable: Sequence[int]) -> Tensor:
-    """The run's constant target weight of every step, 0 where it cannot be trained, -> (T,) float64.
-
-    PCPO's zeta = sum_S w / sum_S dt with S = `trainable`, all steps that the run may train, each of them stochastic.
-    Taken over the steps of one update (a window, a branch, a random share), zeta would vary from update to update,
-    and a window of one step would have its native weight.
-    """
-    return target_weights(sampler.transitions(grid), grid, credit, trainable)
 
 
 def loss_weights(steps: Sequence[Transition], grid: Grid, kind: str, trainable: Sequence[int]) -> Tensor:

@@ -10,36 +10,33 @@ import numpy as np
 
 @dataclass(frozen=True)
 class StepSelection:
-    """Which of the trainable steps an update trains; the defaults train all of them."""
+    """Which steps a run may train, the ones over which zeta is taken; the defaults leave none out."""
 
-    share: float = 1.0  # random share of the steps left by the other two (DanceGRPO: 0.6)
-    first: int = 0  # only the first k; 0: no limit
-    skip_last: int = 0  # not the last k
+    first: int = 0  # only the first k trainable ones; 0: no limit
+    skip_last: int = 0  # not the last k of the grid
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1 or self.first < 0 or self.skip_last < 0:
+        if self.first < 0 or self.skip_last < 0:
+            raise ValueError(f"first is {self.first} and skip_last {self.skip_last}, but both are 0 or more.")
+
+    def of_run(self, trainable: Sequence[int], steps: int) -> list[int]:
+        """Those of the trainable steps of a grid of `steps` steps that some update may train."""
+        able = [i for i in sorted(trainable) if i < steps - self.skip_last]
+        able = able[: self.first] if self.first else able
+        if not able:
             raise ValueError(
-                f"share is {self.share}, first {self.first} and skip_last {self.skip_last}, but the share is in (0, 1] "
-                "and the others are 0 or more. Use share 1, first 0 and skip_last 0 to train every step."
+                f"none of the {steps} steps can be trained ({len(trainable)} have noise, the last {self.skip_last} are "
+                "left out). Use a noise_level above 0 and more steps."
             )
-
-    def of_run(self, trainable: Sequence[int]) -> list[int]:
-        """The steps that some update of the run may train: those over which zeta is taken."""
-        steps = sorted(trainable)[: max(0, len(trainable) - self.skip_last)]
-        steps = steps[: self.first] if self.first else steps
-        if not steps:
-            raise ValueError(
-                f"{len(trainable)} steps can be trained and skip_last is {self.skip_last}, which leaves none. "
-                "Lower skip_last or use more steps."
-            )
-        return steps
+        return able
 
 
-def choose_steps(rng: np.random.Generator, trainable: Sequence[int], selection: StepSelection) -> list[int]:
-    """The steps that one update trains, rising. A random share is drawn without replacement, at least one step."""
-    steps = selection.of_run(trainable)
-    count = max(1, round(len(steps) * selection.share))
-    return sorted(rng.choice(steps, count, replace=False).tolist())
+def choose_steps(rng: np.random.Generator, able: Sequence[int], share: float = 1.0) -> list[int]:
+    """The steps that one update trains, rising: a random share of those of the run, at least one (DanceGRPO: 0.6)."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}, but must be above 0 and at most 1. 1 trains every step.")
+    count = max(1, round(len(able) * share))
+    return sorted(rng.choice(able, count, replace=False).tolist())
 
 
 @dataclass(frozen=True)

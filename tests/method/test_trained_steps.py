@@ -11,7 +11,6 @@ from comfyui_pcpo.method.credit import (
     PUBLISHED,
     level_weights,
     loss_weights,
-    run_weights,
     target_weights,
 )
 from comfyui_pcpo.method.samplers import METHODS, SamplerSettings, default_noise_level, deterministic, transitions
@@ -28,6 +27,11 @@ def settings(method="flow_sde"):
     return SamplerSettings(method, default_noise_level(method))
 
 
+def run_weights(grid, sampler, trainable):
+    """PCPO's credit as a run takes it: over all trainable steps, each of them stochastic."""
+    return target_weights(sampler.transitions(grid), grid, "proportionate", trainable)
+
+
 @pytest.mark.parametrize(
     ("selection", "expected"),
     [
@@ -38,32 +42,39 @@ def settings(method="flow_sde"):
     ],
 )
 def test_a_selection_without_a_share_is_the_same_in_every_update(selection, expected):
+    steps = selection.of_run(range(6), 6)
     for seed in range(5):
-        assert choose_steps(np.random.default_rng(seed), range(6), selection) == expected
-    assert selection.of_run(range(6)) == expected
+        assert choose_steps(np.random.default_rng(seed), steps) == expected
+
+
+def test_the_last_steps_are_those_of_the_grid_even_if_they_cannot_be_trained():
+    """The last step of cps has no noise, so leaving out the last step costs no other one."""
+    assert StepSelection(skip_last=1).of_run(range(5), 6) == [0, 1, 2, 3, 4]
 
 
 def test_a_random_share_is_drawn_from_the_steps_of_the_run_and_visits_all():
-    selection = StepSelection(share=0.6, skip_last=1)
-    drawn = [choose_steps(np.random.default_rng(seed), range(6), selection) for seed in range(300)]
+    able = StepSelection(skip_last=1).of_run(range(6), 6)
+    drawn = [choose_steps(np.random.default_rng(seed), able, 0.6) for seed in range(300)]
     assert all(len(steps) == 3 and steps == sorted(set(steps)) for steps in drawn)
     counts = np.bincount(np.concatenate(drawn))
     assert len(counts) == 5
     assert np.abs(counts / 180 - 1).max() < 0.2  # 300 * 3 / 5
-    assert len(choose_steps(np.random.default_rng(0), range(6), StepSelection(share=0.01))) == 1
+    assert len(choose_steps(np.random.default_rng(0), able, 0.01)) == 1
 
 
 def test_selection_errors_name_the_rule():
     with pytest.raises(ValueError, match="share is 0"):
-        StepSelection(share=0)
-    with pytest.raises(ValueError, match="skip_last is 6, which leaves none"):
-        StepSelection(skip_last=6).of_run(range(6))
+        choose_steps(np.random.default_rng(0), range(6), 0)
+    with pytest.raises(ValueError, match="first is -1"):
+        StepSelection(first=-1)
+    with pytest.raises(ValueError, match="none of the 6 steps can be trained"):
+        StepSelection(skip_last=6).of_run(range(6), 6)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_runs_credit_does_not_change_with_the_steps_that_an_update_trains(method):
     grid = ddim_grid(8) if method == "ddim" else flow_grid(8)
-    weights = run_weights(grid, settings(method), "proportionate", range(7))
+    weights = run_weights(grid, settings(method), range(7))
     zeta = weights[:7] / grid.dt[:7]
     assert torch.allclose(zeta, zeta[0].expand(7), rtol=1e-13)
     native = torch.tensor([s.weight for s in settings(method).transitions(grid)[:7]], dtype=torch.float64)
@@ -81,16 +92,16 @@ def test_a_zeta_of_each_update_would_make_a_window_of_one_step_native_and_vary_b
         own = target_weights(window, grid, "proportionate", [i])
         assert own[i].item() == pytest.approx(stochastic[i].weight, rel=1e-13)
         zetas.append((own[i] / grid.dt[i]).item())
-    run = run_weights(grid, settings(), "proportionate", range(9))
+    run = run_weights(grid, settings(), range(9))
     assert (run[0] / grid.dt[0]).item() == pytest.approx(3.9702, abs=2e-4)
     assert max(zetas) / min(zetas) == pytest.approx(3.87, abs=0.01)
 
 
 def test_the_runs_weights_reproduce_the_papers_zetas():
     for steps, trainable, expected in ((16, 16, 13.3431909148), (12, 12, 11.4841574422)):
-        weights = run_weights(flow_grid(steps), settings("dance_sde"), "proportionate", range(trainable))
+        weights = run_weights(flow_grid(steps), settings("dance_sde"), range(trainable))
         assert weights.sum().item() == pytest.approx(expected, abs=5e-11)  # sum dt = 1
-    ddim = run_weights(ddim_grid(50), settings("ddim"), "proportionate", range(50))
+    ddim = run_weights(ddim_grid(50), settings("ddim"), range(50))
     assert ddim.tolist() == pytest.approx([0.5169001648] * 50, abs=5e-11)
 
 

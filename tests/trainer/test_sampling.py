@@ -9,7 +9,8 @@ from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed, rollout
 from comfyui_pcpo.method.samplers import deterministic, transitions
 from trainer.config.schema import ConfigError
-from trainer.evaluation.images import SampleRequest, sample_images
+from trainer.evaluation.images import sample_images
+from trainer.evaluation.options import SamplingOptions
 from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
 from trainer.evaluation.source import open_source, parse_guide, read_pairs
 from trainer.policy.diffusers_policy import module_names
@@ -126,7 +127,7 @@ def test_a_guide_of_weight_one_is_the_run_and_of_weight_zero_the_base(trained):
     file, run = trained.lora_file, str(trained.path)
 
     def picture(source, guides):
-        return sample_images(source, SampleRequest([PROMPT], guides), Draw(0, 2, each=2)).tobytes()
+        return sample_images(source, SamplingOptions([PROMPT], guide=guides, steps=2, images=2)).tobytes()
 
     own = picture(run, [])
     assert picture(run, [f"{file}=1.0"]) == own
@@ -200,6 +201,8 @@ def test_a_runs_negative_prompt_is_its_own_unless_another_is_given(make_config):
     list(updates)
 
     def picture(negative):
-        return sample_images(str(folder.path), SampleRequest([PROMPT], [], negative=negative), Draw(0, 2)).tobytes()
+        return sample_images(
+            str(folder.path), SamplingOptions([PROMPT], negative=negative, steps=2, images=1)
+        ).tobytes()
 
     assert picture(None) == picture("a red star") != picture("")

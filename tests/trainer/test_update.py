@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from comfyui_pcpo.method.rollout import GroupNoise, rollout
+from trainer.config.loading import with_options
+from trainer.evaluation.demo import demo_config
 from trainer.loop.align import Job, align
 from trainer.loop.distributed import Processes
 from trainer.loop.objectives import make_objective
@@ -132,18 +134,55 @@ def test_gradient_steps_of_the_update_sum_to_the_whole(make_config, learn, model
 
 
 def test_kl_is_measured_on_exactly_the_wanted_images(make_config, learn):
-    sections = {"rollout": {"group_size": 4, "images_at_once": 4}, "optimizer": {"minibatches": 2}}
+    """On images of the first minibatch: of each group's four images the first and the third."""
+    sections = {"rollout": {"prompts_per_update": 2, "group_size": 4, "images_at_once": 3}}
     found = {}
-    for count in (0, 1, 3):
-        config = make_config(objective={"kl_images": count, "kl_every": 1}, **sections)
+    for count in (0, 1, 3, 4):
+        config = make_config(objective={"kl_images": count, "kl_every": 2}, optimizer={"minibatches": 2}, **sections)
         policy_calls = []
-        _, updates = learn(config, tick=lambda calls=policy_calls: calls.append(1))
-        found[count] = (next(updates).metrics["kl"], len(policy_calls))
+        updates = list(learn(config, tick=lambda calls=policy_calls: calls.append(1))[1])
+        first, second = (update.metrics for update in updates)
+        assert math.isnan(first["kl"]) and first["model_evaluations"]["reference"] == 0
+        assert second["model_evaluations"]["reference"] == 3 * count  # steps
+        found[count] = (second["kl"], len(policy_calls))
     assert math.isnan(found[0][0])
-    assert found[1][0] < 1e-11  # image 0 is in the first minibatch, before which the LoRA changes nothing
-    assert found[3][0] > 1e-9  # image 1 is in the second
-    steps = 3  # one call more for each step and minibatch that has a watched image
-    assert [calls - found[0][1] for _, calls in found.values()] == [0, steps, 2 * steps]
+    assert found[1][0] > 1e-9
+    steps, chunks = 3, {0: 0, 1: 1, 3: 1, 4: 2}  # three images fit in a call
+    assert {count: calls - found[0][1] for count, (_, calls) in found.items()} == {
+        n: steps * c for n, c in chunks.items()
+    }
+
+
+def test_the_watched_kl_is_that_of_the_lora_that_sampled(make_config, learn):
+    """Before the first update the LoRA adds nothing, so whatever the gradient steps do, its KL is 0."""
+    config = make_config(
+        rollout={"group_size": 4},
+        objective={"kl_every": 1},
+        optimizer={"minibatches": 2, "epochs": 2, "learning_rate": 0.01},
+    )
+    first, second = (update.metrics["kl"] for update in learn(config)[1])
+    assert first < 1e-11
+    assert second > 1e-6
+
+
+@pytest.mark.parametrize("branch", [0, 1])
+def test_the_watched_kl_costs_at_most_two_percent_of_an_update(model, learn, tmp_path, branch):
+    """On the demo's settings, counted in the model itself, averaged over the updates between two measurements."""
+    demo = demo_config("run", tmp_path, updates=1, seed=0)
+    counts = {}
+    for images in (0, demo.objective.kl_images):
+        sections = {"objective": {"kl_images": images, "kl_every": 1}, "rollout": {"branch": branch}}
+        config = with_options(demo, {**sections, "model": {"name": model, "device": "cpu"}, "guard": {"every": 0}})
+        state, updates = learn(config)
+        rows = []
+        state.policy.denoiser.register_forward_pre_hook(
+            lambda _, args, inputs, rows=rows: rows.append(len((*args, *inputs.values())[0])), with_kwargs=True
+        )
+        recorded = next(updates).metrics["model_evaluations"]
+        assert sum(rows) == sum(recorded.values())
+        counts[images] = sum(rows)
+    extra = counts[demo.objective.kl_images] - counts[0]
+    assert 0 < extra <= 0.02 * demo.objective.kl_every * counts[0]
 
 
 def test_each_image_is_predicted_once_per_step_of_the_rollout_and_once_per_trained_step(make_config):

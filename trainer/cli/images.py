@@ -1,9 +1,12 @@
 """Commands that make files from runs: sample, plot, export."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from ..config.errors import ConfigError
+from ..evaluation.options import SamplingOptions
 from .files import free_name
 from .libraries import quiet_libraries
 
@@ -12,15 +15,7 @@ def sample_command(
     run: str,
     /,
     *,
-    prompt: list[str],
-    compare: bool = False,
-    guide: list[str] | None = None,
-    negative: str | None = None,
-    seed: int = 0,
-    steps: int = 20,
-    cfg: float | None = None,
-    noise_level: float = 0.0,
-    images: int = 4,
+    options: Annotated[SamplingOptions, Parameter(name="*")],
     out: Path | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -30,43 +25,18 @@ def sample_command(
     ----------
     run
         Folder of a run, a LoRA file of this trainer, or the name of an embedded model.
-    prompt
-        Prompt; may be given several times.
-    compare
-        Also sample the base model from the same noise.
-    guide
-        LORA=WEIGHT, may be given several times: implicit reward guidance on the base model. Weight 1 is the LoRA
-        itself, 2 extrapolates beyond it, -1 moves away from it.
-    negative
-        Negative prompt; default: the run's.
-    seed
-        Noise seed.
-    steps
-        Denoising steps.
-    cfg
-        Classifier-free guidance scale; default: the run's.
-    noise_level
-        Noise level of the sampler; 0 is deterministic, -1 samples as in training.
-    images
-        Images per prompt.
     out
         Image file to write; default: samples.png, samples-2.png, ...
     overwrite
         Replace the file if it exists.
     """
-    from ..evaluation.options import check_ranges
-
-    numbers = {"seed": seed, "steps": steps, "cfg": cfg, "noise_level": noise_level, "images": images}
-    check_ranges(numbers)
     from ..evaluation.image_files import check_image_path
 
     path = check_image_path(out or Path(free_name(Path(), "samples", ".png")), overwrite)
     quiet_libraries()
-    from ..evaluation.images import SampleRequest, sample_images
-    from ..evaluation.sampling import Draw
+    from ..evaluation.images import sample_images
 
-    request = SampleRequest(prompt, guide or [], compare, negative, cfg)
-    grid = sample_images(run, request, Draw(seed, steps, noise_level, images))
+    grid = sample_images(run, options)
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
     print(path.resolve())

@@ -154,6 +154,7 @@ def demo_command(
     print(f"time          {time.perf_counter() - start:.0f} s")
     print(f"before/after  {image.resolve()}")
     print(f"curves        {files.curves_file.resolve()}")
+    print(f"kept update   {comparison.update}")
     print(f"LoRA          {files.lora_file.resolve()}")
 
 

@@ -11,6 +11,7 @@ from comfyui_pcpo.plotting.grids import before_after
 
 from ..config.loading import build, with_options
 from ..config.schema import Config
+from ..guard.limits import final_checkpoint
 from ..runs.folder import RunFolder
 from ..runs.rewards import load_rewards
 from .sampling import Draw, Guide, sample, sampling_policy
@@ -40,6 +41,7 @@ def demo_config(name: str, folder: Path, updates: int, seed: int) -> Config:
         "objective": {"clip_range": 1e-3},
         "optimizer": {"learning_rate": 4e-3},
         "lora": {"rank": 8},
+        "guard": {"every": 5},
         "run": {"name": name, "folder": str(folder), "updates": updates, "seed": seed, "save_every": 10},
     }
     return build(tree, "demo")
@@ -53,6 +55,7 @@ class Comparison:
     after: Tensor
     scores: dict[str, tuple[Tensor, Tensor]]  # reward -> before (B,), after (B,)
     prompts: list[str]  # (B,)
+    update: int  # the one whose LoRA it is
 
     def gain(self, reward: str) -> tuple[float, float, float]:
         """Mean before, mean after, and the difference in standard deviations of before."""
@@ -63,18 +66,19 @@ class Comparison:
 
 
 def compare_with_base(config: Config, folder: RunFolder, seed: int, images: int) -> Comparison:
-    """Sample `images` per prompt of the run from the base and from its latest checkpoint, and score them."""
+    """Sample `images` per prompt of the run from the base and with the LoRA that it ended with, and score them."""
     config = with_options(config, {"rollout": COMPARED_WITH})
     prompts = config.prompts.read()
     settings = Draw(seed, config.rollout.steps, each=images)
-    guide = Guide(folder.lora(), ImplicitReward(1.0))
+    which = final_checkpoint(folder.records())
+    guide = Guide(folder.lora(which), ImplicitReward(1.0))
     policy = sampling_policy(config, [guide.pairs])
     before = sample(policy, prompts, [], settings)
     after = sample(policy, prompts, [guide], settings)
     texts = [prompt for prompt in prompts for _ in range(images)]
     rewards = load_rewards(config)
     scores = {name: (r.score(before, texts, images), r.score(after, texts, images)) for name, r in rewards.items()}
-    return Comparison(before, after, scores, texts)
+    return Comparison(before, after, scores, texts, int(folder.checkpoint(which).name))
 
 
 def save_comparison(comparison: Comparison, reward: str, path: Path, most: int = 8) -> None:

@@ -1,6 +1,5 @@
 """What the commands `sample` and `score` do with images: a grid from a model and its LoRAs, and scores of files."""
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +19,26 @@ from ..policy.families import denoiser_of
 from ..policy.loading import load_configured
 from ..runs.rewards import make_reward
 from .image_files import IMAGE_SUFFIXES, images_in, read_image
+from .options import SamplingOptions
 from .sampling import Draw, Guide, sample, sampling_policy
 from .source import open_source, parse_guide, read_pairs
 
 
-@dataclass(frozen=True)
-class SampleRequest:
-    """What `sample` shows; None is the run's own value."""
-
-    prompts: list[str]
-    guides: list[str]  # LORA=WEIGHT; the source's own LoRA if empty
-    compare: bool = False  # with the same noise without the LoRA
-    negative: str | None = None
-    cfg: float | None = None
-
-
-def sample_images(source: str, request: SampleRequest, draw: Draw) -> Image.Image:
+def sample_images(source: str, options: SamplingOptions) -> Image.Image:
     """One grid of images, a row per prompt (two with `compare`)."""
-    opened, prompts = open_source(source), request.prompts
-    changes = {"rollout": {"cfg": request.cfg}, "prompts": {"negative": request.negative}}
+    opened, prompts = open_source(source), options.prompt
+    changes = {"rollout": {"cfg": options.cfg}, "prompts": {"negative": options.negative}}
     config = with_options(opened.config, changes)
-    weights = [parse_guide(text) for text in request.guides] or ([(opened.path, 1.0)] if opened.path else [])
+    weights = [parse_guide(text) for text in options.guide or ()] or ([(opened.path, 1.0)] if opened.path else [])
     pipeline = load_configured(config.model)
     names = module_names(denoiser_of(pipeline))
     guides = [Guide(read_pairs(path, names), ImplicitReward(weight)) for path, weight in weights]
     policy = sampling_policy(config, [guide.pairs for guide in guides], pipeline)
     # noise that no update was trained on, even if both seeds are 0
-    draw = replace(draw, seed=derive_seed(draw.seed, 0, 0, 2))
+    draw = Draw(derive_seed(options.seed, 0, 0, 2), options.steps, options.noise_level, options.images)
     after = sample(policy, prompts, guides, draw)
     texts = [prompt for prompt in prompts for _ in range(draw.each)]
-    if not request.compare:
+    if not options.compare:
         return grid(after, texts, columns=draw.each)
     return before_after(sample(policy, prompts, [], draw), after, texts)
 

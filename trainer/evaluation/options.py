@@ -1,4 +1,4 @@
-"""What to evaluate on, and with what: the options of `evaluate`, without importing a heavy library."""
+"""The options of `sample` and `evaluate`, without importing a heavy library."""
 
 import math
 from dataclasses import dataclass
@@ -15,6 +15,47 @@ RANGES: dict[str, tuple[float, float]] = {
     "cfg": (0, 30),
     "noise_level": (-1, 2),
 }
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What to sample.
+
+    Parameters
+    ----------
+    prompt
+        Prompt; may be given several times.
+    compare
+        Also sample the base model from the same noise.
+    guide
+        LORA=WEIGHT, may be given several times: implicit reward guidance on the base model. Weight 1 is the LoRA
+        itself, 2 extrapolates beyond it, -1 moves away from it.
+    negative
+        Negative prompt; default: the run's.
+    seed
+        Noise seed.
+    steps
+        Denoising steps.
+    cfg
+        Classifier-free guidance scale; default: the run's.
+    noise_level
+        Noise level of the sampler; 0 is deterministic, -1 samples as in training.
+    images
+        Images per prompt.
+    """
+
+    prompt: list[str]
+    compare: bool = False
+    guide: list[str] | None = None
+    negative: str | None = None
+    seed: int = 0
+    steps: int = 20
+    cfg: float | None = None
+    noise_level: float = 0.0
+    images: int = 4
+
+    def __post_init__(self) -> None:
+        check_ranges(vars(self))
 
 
 @dataclass(frozen=True)
@@ -40,7 +81,7 @@ class EvaluationOptions:
     first_seed
         Seed of the first repetition.
     checkpoint
-        latest, best, or the number of an update.
+        latest, best, kept (by the guard), or the number of an update.
     inception
         Inception weights in torch-fidelity's format, for FID and Inception Score.
     dino

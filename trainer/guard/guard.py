@@ -37,15 +37,17 @@ class Guard:
     def check(self, state: TrainingState, number: int) -> dict[str, Any]:
         """The metrics that the guard adds to update `number`: none unless it measures this update.
 
-        It measures the LoRA that a run keeps, which is the EMA if there is one.
+        It measures the LoRA that a run keeps, which is the EMA if there is one, and always that of the last update,
+        which could not be kept otherwise.
         """
-        if number % self.probe.config.guard.every:
+        if number % self.probe.config.guard.every and number != self.probe.config.run.updates:
             return {}
         start = time.perf_counter()
         with state.sampling("ema"):
             row = guard_row(self.probe.measure(), self.base, self.probe.config)
         self.verdict = next_verdict(self.verdict, row, number, self.probe.config.guard)
         row |= {"kept": self.verdict.kept, "violations": self.verdict.violations, "message": self.message()}
+        row["model_evaluations"] = self.probe.evaluations
         return {"guard": row, "seconds_guard": round(time.perf_counter() - start, 4)}
 
     def message(self) -> str | None:

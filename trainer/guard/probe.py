@@ -51,6 +51,11 @@ class Probe:
         spaced = [self.prompts[k * len(self.prompts) // count] for k in range(count)]
         return [prompt for prompt in spaced for _ in range(self.config.guard.images)]
 
+    @property
+    def evaluations(self) -> int:
+        """Latents that the model predicts for a measurement, in each process."""
+        return len(self.texts) * self.config.rollout.steps
+
     @cached_property
     def condition(self) -> Condition:
         return self.policy.encode([str(text) for text in self.texts])

@@ -44,6 +44,15 @@ class Terms:
     clipped: Tensor  # bool: the term lies in its flat region
 
 
+@dataclass(frozen=True)
+class StepRows:
+    """Images of which one denoising step is predicted in one model call."""
+
+    i: int  # the step
+    rows: Tensor  # (b,) of this process's images
+    measured: Tensor  # (b,) bool: on which of them the KL is measured
+
+
 class Objective(StepRules, Protocol):
     """What the loop asks of an objective."""
 
@@ -59,8 +68,8 @@ class Objective(StepRules, Protocol):
         """
         ...
 
-    def terms(self, path: Trajectory, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
-        """Log-ratio and loss at step i from the new output (b, C, H, W) and the advantages (b,)."""
+    def terms(self, path: Trajectory, plan: Plan, step: StepRows, out: Tensor, advantage: Tensor) -> Terms:
+        """Log-ratio and loss of a step from the new output (b, C, H, W) and the advantages (b,)."""
         ...
 
     def divergence(self, d_ref: Tensor, plan: Plan, i: int) -> Tensor:
@@ -90,8 +99,8 @@ class OnTrajectory:
     def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> Trajectory:
         return path
 
-    def terms(self, path: Trajectory, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
-        o, old, noise = self.config, upload(path.outs[i, rows], out.device), upload(path.noises[i, rows], out.device)
+    def terms(self, path: Trajectory, plan: Plan, step: StepRows, out: Tensor, advantage: Tensor) -> Terms:
+        o, i, old, noise = self.config, step.i, *stored(path, step, out.device)
         weight, native, surrogate = float(plan.steps.weights[i]), plan.transitions[i].weight, OBJECTIVES[o.name]
 
         log_ratio = FORMS[o.form](out - old, noise, weight, native)
@@ -140,8 +149,8 @@ class OnForwardProcess:
         made = path.evaluations + len(x0) * len(plan.trained)
         return Trajectory(latents, errors, outs, path.transitions, path.timesteps, everywhere, evaluations=made)
 
-    def terms(self, path: Trajectory, plan: Plan, i: int, rows: Tensor, out: Tensor, advantage: Tensor) -> Terms:
-        o, old, error = self.config, upload(path.outs[i, rows], out.device), upload(path.noises[i, rows], out.device)
+    def terms(self, path: Trajectory, plan: Plan, step: StepRows, out: Tensor, advantage: Tensor) -> Terms:
+        o, i, old, error = self.config, step.i, *stored(path, step, out.device)
         settings = ForwardSettings(o.clip_range, self.advantage.clip, o.nft_beta, o.likelihood)
         scale, forward = image_scale(scales(plan.grid)[i], plan.grid.kind), FORWARD_OBJECTIVES[o.name]
 
@@ -152,6 +161,11 @@ class OnForwardProcess:
 
     def divergence(self, d_ref: Tensor, plan: Plan, i: int) -> Tensor:
         return output_distance(d_ref)
+
+
+def stored(path: Trajectory, step: StepRows, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The old outputs of a step and its noises (on the forward process: errors), each (b, C, H, W)."""
+    return upload(path.outs[step.i, step.rows], device), upload(path.noises[step.i, step.rows], device)
 
 
 def make_objective(config: Config) -> Objective:

@@ -143,14 +143,11 @@ def run_steps(policy: Policy, config: Config, rules: StepRules) -> RunSteps:
     """The steps of a run. Their credit is taken over all trainable steps, whichever of them an update trains."""
     o, grid = config.objective, policy.grid(config.rollout.steps)
     steps = training_transitions(policy, config, rules, grid)
-    skipped = (0 if o.last_step else 1) if o.skip_last is None else o.skip_last
-    able = [i for i in rules.trainable(steps) if i < grid.steps - skipped]
-    able = able[: o.first_steps] if o.first_steps else able
-    if not able:
-        raise ConfigError(
-            f"none of the {grid.steps} steps can be trained (noise_level {config.rollout.noise_level}, last "
-            f"{skipped} left out). Use a noise_level above 0 and more steps."
-        )
+    skipped = int(not o.last_step) if o.skip_last is None else o.skip_last
+    try:
+        able = StepSelection(o.first_steps, skipped).of_run(rules.trainable(steps), grid.steps)
+    except ValueError as error:
+        raise ConfigError(f"rollout: {error}") from None
     return RunSteps(grid, steps, able, rules.weights(steps, grid, able), rules.loss_weights(steps, grid, able))
 
 
@@ -163,7 +160,7 @@ def plan_steps(rng: np.random.Generator, steps: RunSteps, config: Config) -> tup
         pairs = zip(steps.stochastic, deterministic(steps.grid), strict=True)
         transitions = [noisy if i in window else ode for i, (noisy, ode) in enumerate(pairs)]
         able = [i for i in able if i in window]
-    return transitions, choose_steps(rng, able, StepSelection(config.objective.train_steps))
+    return transitions, choose_steps(rng, able, config.objective.train_steps)
 
 
 def stratified(rng: np.random.Generator, steps: RunSteps, config: Config) -> Levels:

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from comfyui_pcpo.method.rollout import Trajectory
 from comfyui_pcpo.method.surrogate import taylor_error
 
 from .distributed import Processes
-from .objectives import Terms
+from .objectives import StepRows, Terms
 
 SUMS = ("count", "log_ratio", "log_ratio_abs", "clipped", "taylor", "kl", "kl_count")
 
@@ -24,7 +25,8 @@ class StepStatistics:
     step_norms: list[Tensor] = field(default_factory=list)  # gradient norms, step after step of each minibatch
     norms: list[Tensor] = field(default_factory=list)  # of the whole gradient of each minibatch, before clipping
     loss: float = 0.0
-    evaluations: dict[str, int] = field(default_factory=dict)  # latents predicted by the model, over all processes
+    # latents predicted by the model: rollout; update, with gradient; reference, without the LoRA
+    evaluations: dict[str, int] = field(default_factory=lambda: {"rollout": 0, "update": 0, "reference": 0})
     _waiting: list[tuple[int, bool, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -42,6 +44,11 @@ class StepStatistics:
             *(loss, ratio.abs().max()),
         )
         self._waiting.append((column, first, torch.stack([value.float() for value in values])))
+
+    def count(self, path: Trajectory, step: StepRows) -> None:
+        """Count the latents that were predicted for a chunk."""
+        self.evaluations["update"] += len(path.unique_rows(step.i, step.rows)[0])
+        self.evaluations["reference"] += len(path.unique_rows(step.i, step.rows[step.measured])[0])
 
     def settle(self, processes: Processes) -> None:
         """Fetch everything from the model's device at once, since each wait idles a GPU, and sum over processes.
@@ -62,6 +69,8 @@ class StepStatistics:
         processes.max(self.largest)
         processes.max(self.first_largest)
         self.loss = float(processes.sum(torch.tensor(self.loss, dtype=torch.float64)))
+        counts = processes.sum(torch.tensor(list(self.evaluations.values())))
+        self.evaluations = dict(zip(self.evaluations, counts.tolist(), strict=True))
 
     def per_step(self) -> dict[str, list[float]]:
         """One number for each trained step."""

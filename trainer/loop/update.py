@@ -12,7 +12,7 @@ from ..memory.transfer import upload
 from ..policy.base import Policy
 from .distributed import Processes
 from .finite import check_gradient, check_parameters
-from .objectives import Objective, Terms
+from .objectives import Objective, StepRows, Terms
 from .plan import Plan
 from .state import TrainingState
 from .statistics import StepStatistics
@@ -35,16 +35,19 @@ def improve(state: TrainingState, batch: UpdateBatch, processes: Processes) -> S
     parameters, trained, o = state.policy.trainable(), batch.plan.trained, batch.config.optimizer
     kl_weight = batch.config.objective.kl_weight if state.kl_weight is None else state.kl_weight
     statistics = StepStatistics(trained)
+    statistics.evaluations["rollout"] = batch.path.evaluations
     minibatches = [chunks for _ in range(o.epochs) for chunks in batch.plan.minibatches]
     for number, chunks in enumerate(minibatches):
         share = 1 / (count_pairs(batch, chunks) * processes.size)
         gradient = [torch.zeros_like(p) for p in parameters]
         for column, i in enumerate(trained):
             for rows in drawn_chunks(batch, i, chunks):
-                terms, divergence = step_terms(state.policy, batch, i, rows)
+                step = StepRows(i, rows, measures_kl(batch, rows, first=number == 0))
+                terms, divergence = step_terms(state.policy, batch, step)
                 loss = (terms.loss.sum() + kl_weight * divergence.sum()) * share
                 loss.backward()
                 statistics.add(column, number == 0, terms, divergence, loss / len(minibatches))
+                statistics.count(batch.path, step)
             statistics.step_norms.append(take_gradients(parameters, gradient, processes))
         for p, total in zip(parameters, gradient, strict=True):
             p.grad = total
@@ -53,15 +56,7 @@ def improve(state: TrainingState, batch: UpdateBatch, processes: Processes) -> S
         state.step()
     check_parameters(parameters)
     statistics.settle(processes)
-    statistics.evaluations = evaluations(batch, processes)
     return statistics
-
-
-def evaluations(batch: UpdateBatch, processes: Processes) -> dict[str, int]:
-    """Latents that the model predicted in this update, without and with gradient; the watched KL is not counted."""
-    chunks = [(i, rows) for i in batch.plan.trained for rows in drawn_chunks(batch, i, batch.plan.chunks)]
-    update = sum(len(batch.path.unique_rows(i, rows)[0]) for i, rows in chunks) * batch.config.optimizer.epochs
-    return {"rollout": batch.path.evaluations * processes.size, "update": update * processes.size}
 
 
 def drawn_chunks(batch: UpdateBatch, i: int, chunks: list[Tensor]) -> list[Tensor]:
@@ -74,37 +69,45 @@ def count_pairs(batch: UpdateBatch, chunks: list[Tensor]) -> int:
     return sum(len(rows) for i in batch.plan.trained for rows in drawn_chunks(batch, i, chunks))
 
 
-def step_terms(policy: Policy, batch: UpdateBatch, i: int, rows: Tensor) -> tuple[Terms, Tensor]:
-    """The objective's terms at step i, and the divergence from the reference for the images on which it is measured."""
-    path, trains_kl = batch.path, batch.config.trains_kl
-    unique, places = path.unique_rows(i, rows)  # images of a branch share their latent, and so one prediction
-    out = batch.predict(path.latents[i, unique], path.timesteps[i], unique).float()
-    out = out if unique is rows else out.index_select(0, upload(places, out.device))
-    terms = batch.objective.terms(path, batch.plan, i, rows, out, upload(batch.advantage[rows], out.device))
-    terms = replace(terms, loss=terms.loss * float(batch.plan.loss_weights[i]))
-    chosen = torch.ones(len(rows), dtype=torch.bool) if trains_kl else is_watched(batch, rows)
-    watched = rows[chosen]
-    if len(watched) == 0:
+def step_terms(policy: Policy, batch: UpdateBatch, step: StepRows) -> tuple[Terms, Tensor]:
+    """The objective's terms, and the divergence from the reference of the images on which it is measured."""
+    out = predicted(batch, step.i, step.rows)
+    advantage = upload(batch.advantage[step.rows], out.device)
+    terms = batch.objective.terms(batch.path, batch.plan, step, out, advantage)
+    terms = replace(terms, loss=terms.loss * float(batch.plan.loss_weights[step.i]))
+    if not step.measured.any():
         return terms, out.new_zeros(0)
     with torch.no_grad(), policy.reference():
-        reference = batch.predict(path.latents[i, watched], path.timesteps[i], watched).float()
-    new = out if trains_kl else out.detach().index_select(0, upload(chosen.nonzero()[:, 0], out.device))
-    return terms, batch.objective.divergence(new - reference, batch.plan, i)
+        reference = predicted(batch, step.i, step.rows[step.measured])
+    new = out if batch.config.trains_kl else out.detach().index_select(0, upload(step.measured.nonzero()[:, 0], out.device))
+    return terms, batch.objective.divergence(new - reference, batch.plan, step.i)
 
 
-def is_watched(batch: UpdateBatch, rows: Tensor) -> Tensor:
-    """Of which images the KL is measured although it is not trained, (b,) -> (b,) bool.
+def predicted(batch: UpdateBatch, i: int, rows: Tensor) -> Tensor:
+    """The model's outputs at step i, (b,) -> (b, C, H, W); images of a branch share their latent, so one prediction."""
+    path = batch.path
+    unique, places = path.unique_rows(i, rows)
+    out = batch.predict(path.latents[i, unique], path.timesteps[i], unique).float()
+    return out if unique is rows else out.index_select(0, upload(places, out.device))
 
-    The first `kl_images` of the update, whichever process has them; with branches as many of every group, since groups
-    train different steps. None in most updates, since each costs model calls.
+
+def measures_kl(batch: UpdateBatch, rows: Tensor, first: bool) -> Tensor:
+    """On which images of a chunk the KL is measured, (b,) -> (b,) bool: on all if it is trained.
+
+    Otherwise in every `kl_every`-th update on the first `kl_images` images of the `first` minibatch, whichever process
+    has them; with branches on as many of every group, since groups train different steps. In one minibatch they share
+    model calls, and what is measured is the LoRA that sampled.
     """
     o, plan = batch.config.objective, batch.plan
-    if plan.number % o.kl_every:
+    if batch.config.trains_kl:
+        return torch.ones(len(rows), dtype=torch.bool)
+    if not first or plan.number % o.kl_every:
         return torch.zeros(len(rows), dtype=torch.bool)
-    group, image = torch.tensor(plan.groups)[rows // plan.group_size], rows % plan.group_size
+    parts = len(plan.minibatches)
+    group, image = torch.tensor(plan.groups)[rows // plan.group_size], rows % plan.group_size // parts
     if plan.branches is not None:
         return image < -(-o.kl_images // len(plan.prompts))
-    return group * plan.group_size + image < o.kl_images
+    return group * (plan.group_size // parts) + image < o.kl_images
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import Config
+from ..loop.calls import ModelCalls, count_model_calls
 from ..loop.objectives import make_objective
-from ..loop.plan import chunked, make_plan
+from ..loop.plan import make_plan
 from ..policy.diffusers_policy import DiffusersPolicy
 from .tracker import peak_bytes, pretended_mode
 
@@ -69,21 +70,20 @@ class Budget:
     trained_steps: int
     transitions: int  # images x trained steps, per update
     optimizer_steps: int  # whole run
-    rollout_calls: int  # model calls per update
-    update_calls: int  # forward and backward passes per update
-    reference_calls: int  # forward passes of the model without its LoRA, for the KL, per update
+    model_calls: ModelCalls
     trajectory_bytes: int  # in CPU memory
     memory: Memory
 
     def lines(self, config: Config) -> list[str]:
-        r = config.rollout
+        r, calls = config.rollout, self.model_calls
         often = "" if config.trains_kl else f" in every {config.objective.kl_every}th update"
+        guard = [f"{calls.guard.text()} for the guard, every {config.guard.every} updates and before the first one"]
         return [
             f"{self.images} images x {r.branch or self.trained_steps} trained of {self.steps} steps = "
             f"{self.transitions} transitions per update",
-            f"{self.rollout_calls} model calls for the rollout and {self.update_calls} forward and backward passes "
-            f"per update, {self.reference_calls} forward passes without the LoRA{often}, "
-            f"at most {r.images_at_once} images per call",
+            f"per update {calls.rollout.text()} for the rollout, {calls.update.text()} forward and backward, "
+            f"{calls.reference.text()} without the LoRA for the KL{often}",
+            *(guard if config.guard.every else []),
             *self.memory.lines(),
             f"trajectories in CPU memory: {_gib(self.trajectory_bytes)} GiB",
         ]
@@ -101,13 +101,8 @@ def arithmetic(config: Config) -> list[str]:
 
 def budget(policy: DiffusersPolicy, config: Config) -> Budget:
     r, o = config.rollout, config.optimizer
-    objective = make_objective(config)
-    trained = make_plan(policy, config, objective, [""], 1).trained
+    trained = make_plan(policy, config, make_objective(config), [""], 1).trained
     images = config.images_per_update
-    chunks = [rows for part in chunked(config, r.prompts_per_update) for rows in part]
-    some, every = config.objective.kl_images, config.trains_kl
-    watched = sum(every or bool((rows < some).any()) for rows in chunks)
-    again = objective.calls_per_step * len(trained)
     return Budget(
         prompts=r.prompts_per_update,
         images=images,
@@ -115,9 +110,7 @@ def budget(policy: DiffusersPolicy, config: Config) -> Budget:
         trained_steps=len(trained),
         transitions=images * (r.branch or len(trained)),  # a group trains its own steps
         optimizer_steps=config.run.updates * o.minibatches * o.epochs,
-        rollout_calls=(r.steps + again) * len(chunks),
-        update_calls=len(trained) * len(chunks) * o.epochs,
-        reference_calls=len(trained) * watched * o.epochs,
+        model_calls=count_model_calls(policy, config, len(config.prompts.collect()) or config.guard.prompts),
         trajectory_bytes=images * math.prod(policy.latent_shape) * 4 * (3 * r.steps + 1),
         memory=memory(policy, config, min(r.images_at_once, images // o.minibatches)),
     )
