@@ -23,7 +23,7 @@ benchmark_app = App(
 @benchmark_app.default
 def benchmark(
     *,
-    study: Literal["quick", "medium", "full"] = "quick",
+    study: Literal["quick", "evaluations", "medium", "full"] = "quick",
     out: Path = Path("output/benchmark"),
     part: Literal["all", "convergence", "guidance", "speed", "report"] = "all",
     docs: Path | None = None,
@@ -35,7 +35,8 @@ def benchmark(
     Parameters
     ----------
     study
-        quick takes minutes, medium hours, full days of one CPU core.
+        quick takes minutes, evaluations (reward gained per model evaluation) and medium hours, full days of one CPU
+        core.
     out
         Folder of the results.
     part
@@ -124,6 +125,41 @@ def pretend(*, only: str | None = None, out: Path = Path("pretended.jsonl")) -> 
         with out.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(rows[-1]) + "\n")
     tqdm.write(memory_table(rows))
+
+
+@benchmark_app.command
+def peers(
+    *,
+    ddpo: Path | None = None,
+    flow_grpo: Path | None = None,
+    updates: int = 10,
+    rounds: int = 3,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> None:
+    """Compare the speed of our loop with that of public training scripts, on the embedded models.
+
+    Parameters
+    ----------
+    ddpo
+        Folder of a clone of kvablack/ddpo-pytorch.
+    flow_grpo
+        Folder of a clone of yifan123/flow_grpo.
+    updates
+        Measured updates of each run.
+    rounds
+        Runs of each side; the table shows medians.
+    device
+        Where the models run.
+    """
+    from .speed.peer_scripts import PeerSettings
+    from .speed.peer_speed import compare_with_peers, peer_table
+
+    clones = {"ddpo-pytorch": ddpo, "flow_grpo": flow_grpo}
+    given = {name: clone.resolve() for name, clone in clones.items() if clone is not None}
+    if not given or updates < 1 or rounds < 1:
+        raise ConfigError("Give at least one clone (--ddpo, --flow-grpo), and --updates and --rounds of 1 or more.")
+    rows = compare_with_peers(given, PeerSettings(updates=updates, device=device), rounds, tqdm.write)
+    tqdm.write(peer_table(rows))
 
 
 def run_command(tokens: list[str] | None = None) -> int:

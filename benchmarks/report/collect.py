@@ -42,6 +42,12 @@ class CellRun:
     def records(self) -> list[dict[str, Any]]:
         return RunFolder(self.folder).records()
 
+    @cached_property
+    def model_evaluations(self) -> int:
+        """Latents that the model predicted in rollouts and gradient steps; 0 in records that do not count them."""
+        counts = [record.get("model_evaluations", {}) for record in self.records]
+        return sum(count.get("rollout", 0) + count.get("update", 0) for count in counts)
+
     def over_updates(self, key: str) -> list[float]:
         """A metric of the run, by update."""
         return column(self.records, key)

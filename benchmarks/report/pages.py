@@ -11,6 +11,7 @@ from ..study.statistics import t_interval, t_test
 from ..study.studies import Study
 from .collect import GOALS, TaskResults, by_seed, collect, collect_common, complete
 from .comparison import REFERENCES, comparison_table, corrected_p_values, updates_saved, wins
+from .evaluations_page import evaluations_page
 from .interval_plot import effects_figure, everywhere, summary_figure
 from .markdown import format_interval, format_list, format_p_value, markdown_table
 from .protocol_page import protocol_page
@@ -62,6 +63,7 @@ def write_report(study_name: str, study: Study, out: Path, folder: Path) -> Path
         "all-tasks": all_tasks_page(report),
         "common-setting": common_setting_page(report),
         **{page_name(task.task): task_page(task, study, images, IMAGES) for task in report.results},
+        "model-evaluations": evaluations_page(report.results),
         "tuning": tuning_page(report),
         "two-rewards": two_rewards_page(out, images, IMAGES),
         "speed": speed_page(out, images, IMAGES),

@@ -45,7 +45,7 @@ def cell_config(cell: Cell, study: Study, out: Path) -> Config:
         "advantage": recipe.advantage,
         "objective": {**method.objective, "clip_range": cell.clip_range},
         "lora": {"rank": 8, "targets": "all" if recipe.kind == "ddim" else "linear"},
-        "optimizer": {"learning_rate": cell.learning_rate, "minibatches": 2},
+        "optimizer": {**method.optimizer, "learning_rate": cell.learning_rate, "minibatches": 2},
         "run": {"name": folder.name, "folder": str(folder.parent), "seed": cell.seed},
     }
     length = {"updates": study.updates, "preview_every": 0, "save_every": study.evaluate_every}

@@ -50,6 +50,28 @@ STUDIES = {
         images_per_prompt=4,
         reference_images=64,
     ),
+    "evaluations": Study(  # reward gained per model evaluation, at one setting for all methods
+        tasks=(
+            ("flow-grpo", "colorfulness"),
+            ("flow-grpo", "alignment"),
+            ("dance-ddim", "colorfulness"),
+            ("dance-ddim", "alignment"),
+        ),
+        methods=(
+            *("ppo", "pcpo", "pcpo-branch-1", "pcpo-branch-2", "pcpo-branch-3"),
+            *("nft", "nft-options", "awm", "awm-options"),
+        ),
+        sweep={"flow": ((5e-3, 5e-3),), "ddim": ((2e-3, 5e-3),)},
+        tuning_seeds=(),
+        seeds=(20, 21, 22),
+        prompts_per_update=2,
+        group_size=8,
+        steps=8,
+        updates=20,
+        evaluate_every=5,
+        images_per_prompt=8,
+        reference_images=256,
+    ),
     "medium": Study(
         tasks=(
             ("flow-grpo", "colorfulness"),

@@ -45,10 +45,25 @@ def test_methods_differ_only_in_their_objective_and_rollout(tmp_path):
     base = cell_config(Cell(TASK, "ppo", 1e-3, 1e-3, 0), study, tmp_path)
     for name in task_methods(study, TASK):
         config = cell_config(Cell(TASK, name, 1e-3, 1e-3, 0), study, tmp_path)
-        for section in ("model", "prompts", "reward", "advantage", "lora", "optimizer"):
+        for section in ("model", "prompts", "reward", "advantage", "lora"):
             assert getattr(config, section) == getattr(base, section)
-        changed = {k for k, v in config.rollout if v != getattr(base.rollout, k)}
-        assert changed <= set(STUDY_METHODS[name].rollout)
+        for section in ("rollout", "optimizer"):
+            same = getattr(base, section)
+            changed = {k for k, v in getattr(config, section) if v != getattr(same, k)}
+            assert changed <= set(getattr(STUDY_METHODS[name], section))
+
+
+def test_published_methods_run_as_published(tmp_path):
+    study = small(methods=tuple(STUDY_METHODS))
+    objectives = {
+        name: cell_config(Cell(TASK, name, 1e-3, 1e-3, 0), study, tmp_path).objective
+        for name in ("pcpo", "tempflow-grpo", "grpo-guard")
+    }
+    assert (objectives["pcpo"].credit, objectives["pcpo"].form) == ("proportionate", "exact")
+    tempflow = objectives["tempflow-grpo"]
+    assert (tempflow.credit, tempflow.loss_weight) == ("native", "tempflow")  # outside the clip
+    guard = objectives["grpo-guard"]
+    assert (guard.credit, guard.form, guard.rescale_credit) == ("guard_dt", "linear", False)
 
 
 def test_methods_without_noise_never_share_the_first_latent_of_a_group():

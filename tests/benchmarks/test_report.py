@@ -1,6 +1,7 @@
 """The report of a study shows what was measured, against hand-computed values."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -104,3 +105,23 @@ def test_differences_are_averaged_over_tasks_before_seeds_are_compared(tmp_path)
     assert p["ppo", "pcpo"] == p["pcpo", "ppo"]
     text, _ = comparison.comparison_table(results, "ppo")
     assert f"| 0.30 [-0.07, 0.67] | {p['pcpo', 'ppo']:.3f} | 6/6 |" in text
+
+
+def test_gain_per_1000_model_evaluations_counts_rollouts_and_gradient_steps(tmp_path):
+    study = small(seeds=(0, 1, 2), methods=("ppo", "pcpo-branch-1"))
+    fill(study, tmp_path, lambda cell: {"ppo": 0.6, "pcpo-branch-1": 0.5}[cell.method])
+    assert "model-evaluations" not in written_pages(study, tmp_path)  # these records do not count them
+    for file in tmp_path.rglob("metrics.jsonl"):
+        rollout = 20 if "branch" in str(file) else 120
+        counted = {"model_evaluations": {"rollout": rollout, "update": 80, "reference": 999}}
+        lines = [json.dumps(json.loads(line) | counted) for line in file.read_text().splitlines()]
+        file.write_text("\n".join(lines) + "\n")
+    page = written_pages(study, tmp_path)["model-evaluations"]
+    assert "| native PPO | 0.30 [0.30, 0.30] |" in page  # 0.6 in 10 updates of 200
+    assert "| PCPO, branch of 1 | 0.50 [0.50, 0.50] |" in page
+    assert "| PCPO, branch of 1 | 3 | 100 | 2.00 | 0.50 | 0.50 | 100 | 1.00 |" in page
+
+
+def written_pages(study, out):
+    write_report("quick", study, out, out)
+    return {file.stem: file.read_text() for file in (out / "results").iterdir()}

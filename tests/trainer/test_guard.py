@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from comfyui_pcpo.plotting.run_curves import curve_panels
 from trainer.cli.progress import update_line
 from trainer.config.diagnostics import without_effect
 from trainer.config.guard_section import GuardConfig
-from trainer.config.loading import build, merge
+from trainer.config.loading import build, load, merge
 from trainer.config.schema import ConfigError
+from trainer.evaluation.demo import demo_config
 from trainer.guard.guard import read_measures
-from trainer.guard.limits import GuardVerdict, lost_deviations, next_verdict, replay, violation
+from trainer.guard.limits import GuardVerdict, final_checkpoint, lost_deviations, next_verdict, replay, violation
 from trainer.policy.lora_pairs import read_lora
 from trainer.runs.folder import RunFolder
 from trainer.runs.launch import ResumeOptions, resume_run
@@ -28,6 +30,7 @@ from trainer.runs.launch import start_run as launch_run
 
 pytestmark = pytest.mark.slow
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 WARN = {"guard": {"every": 1, "prompts": 2, "images": 2, "tolerance": 1e6, "action": "warn"}}
 HELD_OUT = {"reward": {"held_out": ["alignment"]}}
 HACKED = {
@@ -111,9 +114,39 @@ def test_an_untrained_lora_is_the_base_model(make_config):
         assert row["guard"]["kept"] == 1  # ties go to the earliest
 
 
-def test_the_guard_measures_every_few_updates(make_config):
+def test_the_guard_measures_every_few_updates_and_the_last_one(make_config):
     folder = train(make_config(**merge(WARN, {"guard": {"every": 2}, "run": {"updates": 3}})))
-    assert [row["update"] for row in folder.records() if "guard" in row] == [2]
+    assert [row["update"] for row in folder.records() if "guard" in row] == [2, 3]
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.stem)
+def test_the_guard_is_on_with_loose_limits_in_every_ready_configuration(file):
+    config = load(file)
+    assert 0 < config.guard.every <= 10 <= config.run.updates
+    assert config.guard.tolerance == GuardConfig().tolerance >= 0.8
+
+
+def test_the_guard_is_on_in_the_demo_and_off_by_default(tmp_path):
+    assert 0 < demo_config("demo", tmp_path, updates=30, seed=0).guard.every <= 10
+    assert GuardConfig().every == 0
+
+
+def test_the_lora_of_a_run_is_the_kept_one_or_the_latest():
+    assert final_checkpoint([]) == final_checkpoint([{"update": 1}]) == "latest"
+    assert final_checkpoint([{"guard": {"kept": None}}]) == "latest"
+    assert final_checkpoint([{"guard": {"kept": 1}}, {"update": 2}]) == "kept"
+
+
+def test_a_guard_that_is_off_calls_neither_the_model_nor_a_reward(make_config, monkeypatch):
+    """As many model calls as an update needs, and one scoring of each reward."""
+    scored = []
+    monkeypatch.setattr("trainer.guard.probe.score", lambda *_, **__: scored.append(1))
+    calls = []
+    config = make_config(**merge(HELD_OUT, {"objective": {"kl_images": 0}}))
+    run = launch_run(config, lambda: calls.append(1))
+    list(updates_of(run))
+    assert run.guard is None and not scored
+    assert len(calls) == config.run.updates * (config.rollout.steps + config.rollout.steps)
 
 
 def test_adaptive_kl_weight_by_hand():

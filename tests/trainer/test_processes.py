@@ -94,6 +94,33 @@ def test_two_processes_give_the_update_of_one(make_config, script, tmp_path):
     assert len(two.log_file.read_text().splitlines()) == 2
 
 
+def test_two_processes_have_the_guard_of_one(make_config, script, tmp_path):
+    """It measures the same, keeps the same update, adapts the KL weight alike, and stops both processes."""
+    sections = {
+        "rollout": {"branch": 1},
+        "reward": {"held_out": ["alignment"]},
+        "optimizer": {"learning_rate": 0.01},
+        "guard": {"every": 1, "prompts": 2, "images": 2, "tolerance": 1e-6, "patience": 2, "kl_budget": 1e-5},
+        "run": {"updates": 8},
+    }
+    config, _ = config_file(make_config, tmp_path, "one", more=sections)
+    one, updates = start_run(config)
+    list(updates)
+    assert len(one.records()) < 8
+    config, file = config_file(make_config, tmp_path, "two", more=sections)
+    for status, _, errors in launch(script, file):
+        assert status == 0, errors
+    two = RunFolder(config.run.folder / "two")
+    assert_same(one, two, 1e-3, 1e-5)
+    for mine, other in zip(one.records(), two.records(), strict=True):
+        assert mine["kl_weight"] == other["kl_weight"]
+        assert mine["model_evaluations"] == other["model_evaluations"]
+        for key in ("reward", "diversity", "distance"):
+            assert mine["guard"][key] == pytest.approx(other["guard"][key], rel=1e-3)
+        for key in ("kept", "violations"):
+            assert mine["guard"][key] == other["guard"][key]
+
+
 @pytest.mark.parametrize(("family", "precision"), [("sd15", "float32"), ("flux", "bfloat16")])
 def test_a_model_spread_over_two_processes_trains_as_a_whole_one(make_config, script, tmp_path, family, precision):
     folder = str(tiny_pipelines.save(family, tmp_path / "models"))

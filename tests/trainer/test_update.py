@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from comfyui_pcpo.method.branching import branch_rollout
 from comfyui_pcpo.method.rollout import GroupNoise, rollout
 from trainer.config.loading import with_options
 from trainer.evaluation.demo import demo_config
@@ -65,8 +66,11 @@ class Problem:
         self.plan = make_plan(self.policy, config, self.objective, ["a fox"], 1)
         condition = self.policy.encode(["a fox", "a fox"])
         self.predict = lambda x, t, rows: self.policy.predict(x, t, condition.rows(rows.tolist()))
-        noise = GroupNoise([1], 2, self.policy.latent_shape)
-        path = rollout(self.predict, self.plan.grid, self.plan.transitions, noise, self.plan.minibatches[0])
+        noise = GroupNoise([1], 2, self.policy.latent_shape, shared_first=self.plan.branches is not None)
+        if self.plan.branches is None:
+            path = rollout(self.predict, self.plan.grid, self.plan.transitions, noise, self.plan.minibatches[0])
+        else:
+            path = branch_rollout(self.predict, self.plan.grid, self.plan.branches, noise, self.plan.minibatches[0])
         self.path = self.objective.prepare(path, self.plan, noise, self.predict)
         self.move([0.02 * d for d in self.direction()])
 
@@ -105,12 +109,15 @@ class Problem:
         return total / (12 * h)
 
 
-@pytest.mark.parametrize(("objective", "kl_weight"), [("matching", 0.0), ("ppo", 0.0), ("matching", 0.3)])
-def test_gradient_of_the_update_is_the_slope_of_its_loss(make_config, model, objective, kl_weight):
+@pytest.mark.parametrize(
+    ("objective", "kl_weight", "branch"),
+    [("matching", 0.0, 0), ("ppo", 0.0, 0), ("matching", 0.3, 0), ("matching", 0.3, 2)],
+)
+def test_gradient_of_the_update_is_the_slope_of_its_loss(make_config, model, objective, kl_weight, branch):
     """float32 models: outputs are right to 1e-6 of their size and moved by 1e-2 of it, so slopes are to about 1e-3."""
     config = make_config(
         model,
-        rollout={"cfg": 1.5, "images_at_once": 1},
+        rollout={"cfg": 1.5, "images_at_once": 2 if branch else 1, "branch": branch},
         objective={"name": objective, "clip_range": 0.9, "kl_weight": kl_weight},
         optimizer={"max_grad_norm": 1e9},
     )

@@ -1,0 +1,129 @@
+"""Images and model evaluations per second of our loop and of the peers' own, on the same model and sizes."""
+
+import contextlib
+import json
+import multiprocessing
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.cli.libraries import quiet_libraries
+from trainer.config.loading import build
+from trainer.config.schema import Config, ConfigError
+from trainer.loop.align import Job, align
+from trainer.loop.state import make_training_state
+from trainer.policy.loading import make_policy
+from trainer.runs.rewards import load_rewards
+
+from ..report.markdown import format_number, markdown_table
+from ..study.cells import Say
+from ..study.files import write_json
+from ..study.recipes import STUDY_PROMPTS
+from .peer_scripts import PEERS, Finished, Meter, PeerSettings
+
+RECIPES: dict[str, dict[str, Any]] = {  # our side of each peer's settings
+    "ddpo-pytorch": {
+        "model": {"name": "emoji-eps"},
+        "objective": {"last_step": True},
+        "lora": {"rank": 4, "targets": "attention"},
+    },
+    "flow_grpo": {
+        "model": {"name": "emoji-flow"},
+        "objective": {"last_step": False},
+        "lora": {"rank": 32, "alpha": 64, "targets": "attention"},
+    },
+}
+
+
+def peer_config(name: str, settings: PeerSettings) -> Config:
+    """Our configuration at a peer's settings; what the peer does not set is our default, the measured KL included."""
+    s, recipe = settings, RECIPES[name]
+    tree = {
+        **recipe,
+        "model": {**recipe["model"], "device": s.device},
+        "prompts": {"lines": list(STUDY_PROMPTS)},
+        "rollout": {"prompts_per_update": s.batches, "group_size": s.images, "steps": s.steps},
+        "reward": {"weights": {"jpeg_compressibility": 1.0}},
+        "optimizer": {"minibatches": s.batches},
+        "run": {"updates": s.updates + 2},
+    }
+    return build(tree, "peers")
+
+
+def run_ours(name: str, settings: PeerSettings) -> Meter:
+    """Our loop at a peer's settings, measured as the peer is: from the start of one rollout to that of another."""
+    config = peer_config(name, settings)
+    policy, meter = make_policy(config), Meter(settings)
+    meter.watch(policy.denoiser)
+    updates = align(make_training_state(policy, config), Job(config, config.prompts.read(), load_rewards(config)))
+    with contextlib.suppress(Finished):
+        while True:
+            for _ in range(settings.batches):
+                meter.mark()
+            next(updates)
+    return meter
+
+
+def measure(name: str, clone: Path | None, settings: PeerSettings, file: Path) -> None:
+    """Entry point of a child process: the peer's script from its clone, or our loop."""
+    quiet_libraries()
+    torch.set_num_threads(1)
+    try:
+        if clone is None:
+            meter = run_ours(name, settings)
+        else:
+            with tempfile.TemporaryDirectory() as work:
+                meter = PEERS[name](clone, settings, Path(work))
+    except ConfigError as error:
+        write_json(file, {"error": str(error)})
+        return
+    write_json(file, meter.result())
+
+
+def spawn(name: str, clone: Path | None, settings: PeerSettings) -> dict[str, float]:
+    """Measure in a new process. Raises ConfigError if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        process = multiprocessing.get_context("spawn").Process(target=measure, args=(name, clone, settings, file))
+        process.start()
+        process.join()
+        result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "images_per_second" not in result:
+        why = result.get("error", f"it exited with status {process.exitcode}")
+        raise ConfigError(f"{name} could not be measured: {why}")
+    return result
+
+
+def compare_with_peers(clones: dict[str, Path], settings: PeerSettings, rounds: int, say: Say) -> list[dict[str, Any]]:
+    """Alternate between our loop and each peer's, -> one row per peer, medians over the rounds."""
+    rows = []
+    for name, clone in clones.items():
+        sides: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
+        for number in range(rounds):
+            sides["ours"].append(spawn(name, None, settings))
+            sides["theirs"].append(spawn(name, clone, settings))
+            say(f"{name}: round {number + 1} of {rounds}")
+        row: dict[str, Any] = {"peer": name}
+        for side, results in sides.items():
+            row[side] = {key: statistics.median(result[key] for result in results) for key in results[0]}
+        row["ratio"] = statistics.median(
+            ours["images_per_second"] / theirs["images_per_second"]
+            for ours, theirs in zip(sides["ours"], sides["theirs"], strict=True)
+        )
+        rows.append(row)
+    return rows
+
+
+def peer_table(rows: list[dict[str, Any]]) -> str:
+    """The measurements as a markdown table."""
+    keys = ("images_per_second", "evaluations_per_second", "images_per_cpu_second", "evaluations_per_image")
+    lines = [
+        [row["peer"] if side == "theirs" else "ours", *(format_number(row[side][key], 2) for key in keys), ratio]
+        for row in rows
+        for side, ratio in (("theirs", "1.00"), ("ours", format_number(row["ratio"], 2)))
+    ]
+    head = ["", *(key.replace("_", " ") for key in keys), "images per second, relative"]
+    return markdown_table(head, lines)
