@@ -56,6 +56,12 @@ def test_schemas_equal_the_golden_file():
     assert json.loads(json.dumps(comfy_host.schemas())) == golden
 
 
+def test_train_lora_shows_at_most_nine_widgets():
+    widgets = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+    inputs = comfy_host.load_pack()["PCPOTrainLoRA"].GET_SCHEMA().inputs
+    assert len([i.id for i in inputs if i.get_io_type() in widgets and not i.advanced]) <= 9
+
+
 def test_english_texts_equal_the_schemas():
     texts = json.loads((comfy_host.PACK / "locales/en/nodeDefs.json").read_text(encoding="utf-8"))
     assert json.loads(json.dumps(comfy_host.texts())) == texts

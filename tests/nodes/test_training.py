@@ -85,11 +85,14 @@ def on_call(model, number, action):
     return wrapped, calls
 
 
-@pytest.mark.parametrize("objective", ["log_hinge", "awm", "nft"])
-def test_one_update_equals_the_trainers(tiny, objective):
+@pytest.mark.parametrize(
+    "changes",
+    [{"objective": {"name": name}} for name in ("log_hinge", "awm", "nft")] + [{"rollout": {"branch": 2}}],
+    ids=["log_hinge", "awm", "nft", "branch"],
+)
+def test_one_update_equals_the_trainers(tiny, changes):
     """With the same LoRA, noise and prompts, the loop gives the same record on both policies."""
-    c = config(tiny.name, updates=1)
-    c = c.model_copy(update={"objective": c.objective.model_copy(update={"name": objective})})
+    c = options.with_options(config(tiny.name, updates=1), changes)
     reference = loading.make_policy(c)
     pairs, rewards = reference.lora(), {r.name: r for r in tiny.reward.rewards}
 
@@ -102,6 +105,7 @@ def test_one_update_equals_the_trainers(tiny, objective):
     expected = next(align.align(learning.make_training_state(reference, c), align.Job(c, LINES, rewards)))
     assert (result.images - expected.images).abs().max() < 2e-3
     assert result.metrics["first_log_ratio_abs_max"] < 1e-5
+    assert result.metrics["model_evaluations"] == expected.metrics["model_evaluations"]
     for key in ("reward_mean", "loss", "grad_norm"):
         assert result.metrics[key] == pytest.approx(expected.metrics[key], rel=2e-2), key
 
@@ -217,6 +221,47 @@ def test_every_update_sends_a_preview(flow):
     assert previews[0].tobytes() != previews[2].tobytes()
 
 
+def test_the_preview_has_the_guards_line_once_it_has_measured(flow):
+    seen = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: seen.append((total, preview)))
+    try:
+        flow.train("watched-by-the-guard", updates=3, guard_every=2)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    heights = [preview[1].size[1] for total, preview in seen if preview is not None and total == 3]
+    assert heights[0] < heights[1] == heights[2]
+
+
+def test_a_branching_run_of_the_node_trains_few_evaluations_and_resumes(flow):
+    branch = {"branch": 1, "branch_first": 2, "branch_points": 2, "updates": 2}
+    whole, _, _, run = flow.train("branching", **branch)
+    folder = run_module.RunFolder(run.path)
+    r = folder.config().rollout
+    assert (r.branch, r.branch_first, r.branch_points) == (1, 2, 2)
+    for row in folder.records():
+        assert row["model_evaluations"]["rollout"] < 2 * 4 * 4
+        assert set(row["per_step"]["steps"]) <= {0, 1}
+    flow.train("branching-parts", **{**branch, "updates": 1})
+    resumed = flow.train("branching-parts", resume=True, **branch)[0]
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    with pytest.raises(ConfigError, match=r"rollout.branch 1 cannot be combined with objective.name = nft"):
+        flow.train("refused-branch", branch=1, objective="nft", updates=1)
+    assert not (job.runs_folder() / "refused-branch").exists()
+
+
+def test_the_guard_is_on_where_nothing_is_set_and_off_at_0():
+    schema = comfy_host.load_pack()["PCPOTrainLoRA"].GET_SCHEMA()
+    defaults = {i.id: vars(i)["default"] for i in schema.inputs if "default" in vars(i)}
+    assert 0 < defaults["guard_every"] <= defaults["updates"]
+    assert settings.GuardConfig().tolerance >= 0.8  # loose; the node has no widget for it
+
+
+def test_a_run_without_a_guard_measures_nothing(flow):
+    run = flow.train("without-a-guard", updates=1, guard_every=0)[3]
+    folder = run_module.RunFolder(run.path)
+    assert "guard" not in folder.records()[0] and not folder.guard_file.exists()
+
+
 def test_a_guarded_run_holds_rewards_of_weight_0_out_and_outputs_the_kept_lora(flow):
     setup, alignment = copy.copy(flow), call("PCPOLoadReward", "alignment")[0]
     setup.reward = call("PCPOCombineRewards", flow.reward, 1.0, alignment, 0.0)[0]
@@ -226,6 +271,7 @@ def test_a_guarded_run_holds_rewards_of_weight_0_out_and_outputs_the_kept_lora(f
     assert [list(row["held_out"]) for row in measured] == [["alignment"]] * 2
     assert folder.config().guard.every == 1
     kept = call("PCPOLoadRun", run="guarded", checkpoint="kept")[1]
+    assert call("PCPOPlotRun", run, 0.6, "guard")[0].shape[0] == 1
     assert kept.keys() == lora.keys() and all(torch.equal(kept[k], lora[k]) for k in kept)
 
 

@@ -1,10 +1,12 @@
 """Branching runs: what is trained, what it costs, that it resumes; and credit that is one constant of a run."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from running import resume_run, start_run
 
-from trainer.config.loading import build
+from trainer.config.loading import build, load
 from trainer.config.schema import ConfigError
 from trainer.loop.objectives import make_objective
 from trainer.loop.plan import make_plan
@@ -135,6 +137,19 @@ def test_every_option_of_an_objective_trains(make_config, learn, model, objectiv
     assert any(not torch.equal(p, b) for p, b in zip(state.policy.trainable(), before, strict=True))
 
 
+def test_the_kl_mask_keeps_several_epochs_near_the_policy_that_sampled(make_config, learn):
+    """Eight passes over one rollout at a high learning rate, with the mask and with one that drops nothing."""
+
+    def trained(bound):
+        objective = {"kl_mask": bound, "kl_images": 0}
+        optimizer = {"epochs": 8, "learning_rate": 0.02}
+        return next(learn(make_config(rollout={"group_size": 4}, objective=objective, optimizer=optimizer))[1]).metrics
+
+    masked, free = trained(1e-5), trained(1e9)
+    assert masked["clip_fraction"] > 0 == free["clip_fraction"]
+    assert masked["log_ratio_abs_max"] < 0.5 * free["log_ratio_abs_max"]
+
+
 def test_nft_samples_from_the_slow_average(make_config, learn):
     """With a decay near 1 the sampling LoRA stays fresh, so the second rollout is that of an untrained model."""
     section = {"rollout": {"policy": "ema"}, "objective": {"name": "nft"}}
@@ -144,6 +159,11 @@ def test_nft_samples_from_the_slow_average(make_config, learn):
     idle = [u.images for u in learn(make_config(optimizer={"learning_rate": 1e-12}, objective={"name": "nft"}))[1]]
     assert torch.equal(slow[1], idle[1])
     assert not torch.equal(slow[1], latest[1])
+
+
+def test_dancegrpos_configuration_decodes_the_prediction():
+    configs = Path(__file__).resolve().parents[2] / "configs"
+    assert {f.stem for f in configs.glob("*.toml") if load(f).rollout.decode == "predicted"} == {"flux-dance"}
 
 
 def test_decoding_the_prediction_leaves_out_the_noise_of_the_last_step(make_config, learn):
