@@ -9,8 +9,10 @@ from benchmark_grids import FOUR, TASK, fill, small, write
 
 from benchmarks.report import comparison
 from benchmarks.report.collect import by_seed, collect, collect_common
+from benchmarks.report.figures import LOOKS
 from benchmarks.report.pages import BEGIN, END, write_report
 from benchmarks.study.grid import common_settings, fresh_cells, reported_cells
+from benchmarks.study.methods import STUDY_METHODS
 from benchmarks.study.statistics import holm, t_test
 
 
@@ -109,7 +111,7 @@ def test_differences_are_averaged_over_tasks_before_seeds_are_compared(tmp_path)
 
 def test_gain_per_1000_model_evaluations_counts_rollouts_and_gradient_steps(tmp_path):
     study = small(seeds=(0, 1, 2), methods=("ppo", "pcpo-branch-1"))
-    fill(study, tmp_path, lambda cell: {"ppo": 0.6, "pcpo-branch-1": 0.5}[cell.method])
+    fill(study, tmp_path, lambda cell: {"ppo": 0.6, "pcpo-branch-1": 0.5}[cell.method] + 0.001 * cell.seed)
     assert "model-evaluations" not in written_pages(study, tmp_path)  # these records do not count them
     for file in tmp_path.rglob("metrics.jsonl"):
         rollout = 20 if "branch" in str(file) else 120
@@ -119,6 +121,7 @@ def test_gain_per_1000_model_evaluations_counts_rollouts_and_gradient_steps(tmp_
     page = written_pages(study, tmp_path)["model-evaluations"]
     assert "| native PPO | 0.30 [0.30, 0.30] |" in page  # 0.6 in 10 updates of 200
     assert "| PCPO, branch of 1 | 0.50 [0.50, 0.50] |" in page
+    assert set(STUDY_METHODS) == set(LOOKS)  # every method has its line in the figures
     assert "| PCPO, branch of 1 | 3 | 100 | 2.00 | 0.50 | 0.50 | 100 | 1.00 |" in page
 
 
