@@ -161,9 +161,10 @@ def test_nft_samples_from_the_slow_average(make_config, learn):
     assert not torch.equal(slow[1], latest[1])
 
 
-def test_dancegrpos_configuration_decodes_the_prediction():
-    configs = Path(__file__).resolve().parents[2] / "configs"
-    assert {f.stem for f in configs.glob("*.toml") if load(f).rollout.decode == "predicted"} == {"flux-dance"}
+def test_dancegrpos_configurations_decode_the_prediction():
+    configs = (Path(__file__).resolve().parents[2] / "configs").glob("*.toml")
+    predicted = {file.stem for file in configs if load(file).rollout.decode == "predicted"}
+    assert predicted == {"flux-dance", "flux-dance-24gb"}
 
 
 def test_decoding_the_prediction_leaves_out_the_noise_of_the_last_step(make_config, learn):

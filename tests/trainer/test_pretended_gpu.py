@@ -12,9 +12,8 @@ from benchmarks.pretend.phases import pretend_run
 from trainer.cli.main import main
 from trainer.config.loading import dump
 from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.images import SampleRequest, sample_images
-from trainer.evaluation.options import EvaluationOptions
-from trainer.evaluation.sampling import Draw
+from trainer.evaluation.images import sample_images
+from trainer.evaluation.options import EvaluationOptions, SamplingOptions
 from trainer.loop.align import align
 from trainer.policy import loading
 from trainer.policy.encoded import PROMPTS_AT_ONCE
@@ -98,8 +97,9 @@ def test_samples_and_an_evaluation_keep_the_precision(family, gpu_config, monkey
     list(updates)
     folder.rewrite_config(config)
     with pretend_run() as gpu:
-        request = SampleRequest(["a fox"], [f"{folder.path}=1.5", f"{folder.path}=-0.5"], compare=True)
-        sample_images(str(folder.path), request, Draw(0, STEPS, each=2))
+        guide = [f"{folder.path}=1.5", f"{folder.path}=-0.5"]
+        options = SamplingOptions(["a fox"], compare=True, guide=guide, steps=STEPS, images=2)
+        sample_images(str(folder.path), options)
     assert gpu.phases["prompts"].calls == 2  # with and without the LoRAs
     with pretend_run() as gpu:
         evaluate(str(folder.path), EvaluationOptions(images=2, seeds=1, steps=STEPS))

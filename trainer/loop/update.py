@@ -79,8 +79,9 @@ def step_terms(policy: Policy, batch: UpdateBatch, step: StepRows) -> tuple[Term
         return terms, out.new_zeros(0)
     with torch.no_grad(), policy.reference():
         reference = predicted(batch, step.i, step.rows[step.measured])
-    new = out if batch.config.trains_kl else out.detach().index_select(0, upload(step.measured.nonzero()[:, 0], out.device))
-    return terms, batch.objective.divergence(new - reference, batch.plan, step.i)
+    if not batch.config.trains_kl:
+        out = out.detach().index_select(0, upload(step.measured.nonzero()[:, 0], out.device))
+    return terms, batch.objective.divergence(out - reference, batch.plan, step.i)
 
 
 def predicted(batch: UpdateBatch, i: int, rows: Tensor) -> Tensor:
