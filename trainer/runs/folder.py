@@ -122,6 +122,8 @@ class RunFolder:
             tree = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{self.config_file} is damaged: {error}. Restore it, or start a new run.") from None
+        if not tree:
+            raise ConfigError(f"{self.config_file} is empty. Restore it, or start a new run.")
         if text.startswith(CONFIG_HEAD[:20]) and not text.rstrip().endswith(CONFIG_END):
             raise ConfigError(
                 f"{self.config_file} is cut off: its last line, `{CONFIG_END}`, is missing, so settings may be lost. "
