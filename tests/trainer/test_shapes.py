@@ -1,0 +1,72 @@
+"""`check` needs shapes only: its budget is that of the weights, and no weight is read."""
+
+import original_layout
+import pytest
+import tiny_pipelines
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from trainer.config.schema import ConfigError
+from trainer.memory.estimate import budget
+from trainer.policy import loading
+from trainer.policy.loading import make_policy, make_shapes
+from trainer.runs.check import check_run
+
+pytestmark = pytest.mark.slow
+
+SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("sd15", {}),
+        ("sdxl", {"precision": "bfloat16"}),
+        ("sd3", {}),
+        ("flux", {"precision": "bfloat16", "quantize": "fp8"}),
+    ],
+)
+def test_the_budget_of_shapes_is_that_of_the_weights(make_config, tmp_path, family, settings):
+    folder = tiny_pipelines.save(family, tmp_path)
+    config = make_config(str(folder), model=settings, rollout={**SIZE, "cfg": 2.0})
+    policy = make_shapes(config)
+    parts = [part for part in policy.pipeline.components.values() if isinstance(part, nn.Module)]
+    own = {id(p) for p in policy.trainable()}
+    assert all(isinstance(p, FakeTensor) for part in parts for p in part.parameters() if id(p) not in own)
+    assert budget(policy, config) == budget(make_policy(config), config)
+
+
+def test_a_checkpoint_file_is_checked_by_its_header(make_config, tmp_path):
+    folder = tiny_pipelines.save("sd15", tmp_path)
+    file = original_layout.write(tiny_pipelines.build("sd15"), tmp_path / "model.safetensors")
+    config = make_config(str(file), model={"config": str(folder)}, rollout=SIZE)
+    assert budget(make_shapes(config), config) == budget(make_policy(config), config)
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "is not an intact safetensors file" in check_run(config).problems[0]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "another shape"])
+def test_weight_files_that_cannot_be_loaded_are_named(make_config, tmp_path, damage):
+    folder = tiny_pipelines.save("sd15", tmp_path)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        file.write_bytes((folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes())
+    message = {
+        "missing": "has no weights",
+        "truncated": "is not an intact",
+        "another shape": r"lacks \d+ of \d+ weights",
+    }
+    with pytest.raises(ConfigError, match=message[damage]):
+        make_shapes(make_config(str(folder), rollout=SIZE))
+
+
+def test_qwen_image_whose_sizes_need_computing_is_read(make_config, tmp_path, monkeypatch):
+    folder = tiny_pipelines.save("qwen-image", tmp_path)
+    read, load = [], loading.load_pipeline
+    monkeypatch.setattr(loading, "load_pipeline", lambda *given: read.append(given) or load(*given))
+    assert check_run(make_config(str(folder), rollout=SIZE)).problems == []
+    assert len(read) == 1
