@@ -1,10 +1,11 @@
 """Files that survive a crash: written beside their place, flushed to disk, then renamed. Equal content, equal bytes."""
 
-import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,9 @@ def require_writable(path: Path, option: str, replace: bool = True) -> Path:
         raise ConfigError(f"{option} {path} cannot be written: {nearest} is a file, not a folder. Give another path.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        trial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        trial.open("xb").close()
-        trial.unlink()
+        with suppress(FileNotFoundError):
+            path.stat()  # fails for a name that is too long
+        tempfile.TemporaryFile(dir=path.parent).close()
         if os.path.exists(path):
             path.open("ab").close()
     except OSError as error:
@@ -108,7 +109,7 @@ def require_writable(path: Path, option: str, replace: bool = True) -> Path:
             f"{option} {path} cannot be written: {error.strerror or error}. Give another path, or free this one."
         ) from None
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             for folder in missing:
                 folder.rmdir()
     return path

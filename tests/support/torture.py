@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-UPDATES = 6
+UPDATES = 4
 TINY_RUN = {
     "model.device": "cpu",
     "prompts.lines": '["a fox", "a red star"]',
@@ -38,7 +38,7 @@ TINY_RUN = {
     "lora.rank": 2,
     "run.updates": UPDATES,
     "run.save-every": 2,
-    "run.preview-every": 4,
+    "run.preview-every": 3,
 }
 POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOST_PER_RUN = 5  # then the run may finish

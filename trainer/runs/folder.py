@@ -212,9 +212,10 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Remove what a killed process left half written or half removed."""
-        for pattern in ("*.tmp", "*.gone"):
-            for folder in self.checkpoints.glob(pattern):
-                shutil.rmtree(folder, ignore_errors=True)
+        for folder in (*self.checkpoints.glob("*.tmp"), *self.checkpoints.glob("*.gone")):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in self.path.glob("*.tmp"):
+            file.unlink()
 
     def write_lora(self, pairs: LoraPairs, family: Family, config: Config, number: int) -> None:
         """The LoRA of update `number` under ComfyUI's names; its metadata has the settings, but no prompt or path."""

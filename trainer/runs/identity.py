@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from comfyui_pcpo.reward.prompt import prompt_line
+
 from ..config.schema import Config, ConfigError
 from ..files import sampled_digest, write_durably
 from ..program import program_name
@@ -31,7 +33,11 @@ def identity_of(config: Config, prompts: Sequence[str]) -> dict[str, Any]:
         for key, value in values.items()
         if key not in FREE.get(section, ())
     }
-    return {**settings, "prompts": list(prompts), MODEL_CONTENT: fingerprint(Path(config.model.name))}
+    return {
+        **settings,
+        "prompts": [prompt_line(p) for p in prompts],
+        MODEL_CONTENT: fingerprint(Path(config.model.name)),
+    }
 
 
 def fingerprint(model: Path) -> str | None:
@@ -49,7 +55,8 @@ def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def describe(key: str, before: Any, after: Any) -> str:
     """One difference in words."""
     if key == "prompts":
-        odd = [line for line in (*before, *after) if (line in before) != (line in after)]
+        changed = set(before) ^ set(after)
+        odd = [line for line in dict.fromkeys([*before, *after]) if line in changed]
         if not odd:
             return "the prompts are in another order, or repeated"
         return f"{len(odd)} prompts were added, removed or edited, such as {odd[0]!r}"
