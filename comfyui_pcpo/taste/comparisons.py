@@ -1,0 +1,74 @@
+"""Comparisons: which of two images was preferred, from rankings, from liked and disliked images, or from pairs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEAST_VOTES = 5  # a taste is only learned from as many votes
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """M comparisons between N images.
+
+    `better` and `worse` (M,) are rows of the images' features. `vote` (M,) numbers the votes that they come from, which
+    stay together in cross-validation. `weight` (M,): a vote on G images counts as G - 1 comparisons, however many pairs
+    it orders, since they depend on each other.
+    """
+
+    better: Tensor
+    worse: Tensor
+    vote: Tensor
+    weight: Tensor
+
+    @property
+    def votes(self) -> int:
+        """Number of votes that order at least one pair."""
+        return len(self.vote.unique())
+
+    def select(self, chosen: Tensor) -> "Comparisons":
+        """Only the comparisons marked by a mask (M,)."""
+        return Comparisons(self.better[chosen], self.worse[chosen], self.vote[chosen], self.weight[chosen])
+
+
+def ranked_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """All (better, worse) that a ranking orders; ties order nothing."""
+    return [(a, b) for a, above in enumerate(ranks) for b, below in enumerate(ranks) if above < below]
+
+
+def from_rankings(rankings: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Comparisons:
+    """Votes as (rows of the images, their ranks)."""
+    rows = []
+    for number, (images, ranks) in enumerate(rankings):
+        pairs = ranked_pairs(ranks)
+        rows += [(images[a], images[b], number, (len(images) - 1) / len(pairs)) for a, b in pairs]
+    return _stack(rows)
+
+
+def from_pairs(pairs: Sequence[tuple[int, int]]) -> Comparisons:
+    """Independent comparisons as (row of the better image, row of the worse one)."""
+    return _stack([(better, worse, number, 1.0) for number, (better, worse) in enumerate(pairs)])
+
+
+def from_liked(liked: Sequence[int], disliked: Sequence[int], each: int = 4) -> Comparisons:
+    """Every liked image against up to `each` disliked ones and the reverse, taken in turn; each image is one vote.
+
+    An image then counts once, whichever of the two sets is larger.
+    """
+    rows, pairs = [], min(each, len(disliked))
+    for number, image in enumerate(liked):
+        others = [disliked[(number * pairs + k) % len(disliked)] for k in range(pairs)]
+        rows += [(image, other, number, 1 / pairs) for other in others]
+    pairs = min(each, len(liked))
+    for number, image in enumerate(disliked, len(liked)):
+        others = [liked[(number * pairs + k) % len(liked)] for k in range(pairs)]
+        rows += [(other, image, number, 1 / pairs) for other in others]
+    return _stack(rows)
+
+
+def _stack(rows: list[tuple[int, int, int, float]]) -> Comparisons:
+    better, worse, vote, weight = zip(*rows, strict=True) if rows else ((), (), (), ())
+    index = [torch.tensor(part, dtype=torch.long) for part in (better, worse, vote)]
+    return Comparisons(*index, torch.tensor(weight, dtype=torch.float64))

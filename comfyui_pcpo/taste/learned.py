@@ -1,0 +1,225 @@
+"""A learned taste: fitted to comparisons, measured by cross-validation, stored in a file, used as a reward."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from comfyui_pcpo.reward.base import Reward, RewardError, RewardSettings
+from comfyui_pcpo.taste.bradley_terry import Utility, fit_utility, fit_weight
+from comfyui_pcpo.taste.comparisons import LEAST_VOTES, Comparisons
+from comfyui_pcpo.taste.encoders import COLOR_STATISTICS, Encoder, load_encoder
+from comfyui_pcpo.taste.votes import VoteError
+
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+FOLDS = 5
+SAME_PROBE = 0.98  # least cosine of two probes of the same encoder in different precisions
+FORMAT = "pcpo-taste-1"
+
+
+@dataclass(frozen=True)
+class TasteReport:
+    """What cross-validation over votes found."""
+
+    votes: int
+    comparisons: int
+    agreement: float  # share of held-out comparisons that the taste orders as the votes do
+    error: float  # its standard error over votes
+    agreement_doubled: float  # expected with twice the votes
+    ridge: float
+
+    def sentence(self) -> str:
+        found = f"{self.votes} votes: agrees with {100 * self.agreement:.0f} +- {100 * self.error:.0f} % of held-out votes."
+        if self.agreement_doubled - self.agreement < 0.01:
+            return f"{found} More votes are not expected to raise this."
+        return f"{found} {self.votes} more are expected to raise this to {100 * self.agreement_doubled:.0f} %."
+
+
+@dataclass(frozen=True)
+class Taste:
+    """r(x) = <weight, x> + bias on an encoder's features, mean 0 and standard deviation 1 on the images compared."""
+
+    encoder: str
+    weight: Tensor  # (D,)
+    bias: float
+    probe: Tensor  # (D,) see Encoder.probe
+    report: TasteReport
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Utility of features, (B, D) -> (B,)."""
+        return features.float() @ self.weight + self.bias
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": FORMAT, "encoder": self.encoder, "report": json.dumps(asdict(self.report))}
+        tensors = {"weight": self.weight.contiguous(), "bias": torch.tensor(self.bias), "probe": self.probe.contiguous()}
+        save_file(tensors, path, metadata)
+
+
+def load_taste(path: Path) -> Taste:
+    """Read a taste's file. Raises VoteError for any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise VoteError(f"{path} is not a taste. Give a file that `taste train` or Train Taste has written.")
+            weight, bias, probe = (file.get_tensor(name) for name in ("weight", "bias", "probe"))
+            report = TasteReport(**json.loads(metadata["report"]))
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise VoteError(f"{path} cannot be read as a taste ({error}). Train it again with `taste train`.") from None
+    return Taste(metadata["encoder"], weight, float(bias), probe, report)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Features with mean 0 and equal spread, (N, D) float64, and how they were scaled.
+
+    The network's features count together as much as the colour statistics do together.
+    """
+
+    values: Tensor
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Scaled":
+        wide = features.double()
+        mean, std = wide.mean(0), wide.std(0, correction=0)
+        std = std.masked_fill(std < 1e-6, 1.0)
+        network = wide.shape[1] - COLOR_STATISTICS
+        std[:network] *= math.sqrt(max(network, 1))
+        std[network:] *= math.sqrt(COLOR_STATISTICS)
+        return cls((wide - mean) / std, mean, std)
+
+    def apply(self, features: Tensor) -> Tensor:
+        return (features.double() - self.mean) / self.std
+
+    def differences(self, pairs: Comparisons) -> Tensor:
+        return self.values[pairs.better] - self.values[pairs.worse]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A fit that still knows its uncertainty; `taste` is what is kept of it."""
+
+    taste: Taste
+    scaled: Scaled
+    utility: Utility
+
+    def information(self, features: Tensor) -> float:
+        """Expected information of a vote on a group, (G, D)."""
+        return self.utility.information(self.scaled.apply(features))
+
+    def expected_scores(self, features: Tensor) -> Tensor:
+        """Expected score of each image of a group, (G, D) -> (G,)."""
+        return self.utility.expected_scores(self.scaled.apply(features))
+
+
+def learn(features: Tensor, pairs: Comparisons, encoder: Encoder) -> Learned:
+    """Fit a taste to comparisons of N images with features (N, D). Raises VoteError for too few votes."""
+    if pairs.votes < LEAST_VOTES:
+        raise VoteError(
+            f"Got {pairs.votes} votes that prefer one image to another, but a taste needs at least {LEAST_VOTES} "
+            "(about 40 are a good start). Add votes."
+        )
+    if not features.isfinite().all():
+        raise VoteError("The image features contain NaN or infinity. Use another image encoder, or float32.")
+    scaled = Scaled.of(features)
+    report = cross_validate(scaled, pairs)
+    utility = fit_utility(scaled.differences(pairs), pairs.weight, report.ridge)
+    values = utility(scaled.values)
+    mean, std = values.mean(), values.std(correction=0).clamp(min=1e-12)
+    weight = utility.weight / scaled.std / std
+    bias = -float(weight @ scaled.mean + mean / std)
+    return Learned(Taste(encoder.name, weight.float(), bias, encoder.probe(), report), scaled, utility)
+
+
+def cross_validate(scaled: Scaled, pairs: Comparisons) -> TasteReport:
+    """The ridge that predicts held-out votes best, and how well; votes are held out whole.
+
+    Halving the votes tells what doubling them would do: errors are taken to fall by the same factor again.
+    """
+    folds = vote_folds(pairs)
+    found = {ridge: held_out_agreement(scaled, pairs, folds, ridge) for ridge in RIDGES}
+    ridge = max(found, key=lambda r: float(found[r].mean()))
+    agreement = float(found[ridge].mean())
+    error = float(found[ridge].std(correction=0)) / math.sqrt(len(found[ridge]))
+    halved = float(held_out_agreement(scaled, pairs, folds, ridge, share=0.5).mean())
+    shrinks = min(1.0, (1 - agreement) / max(1 - halved, 1e-9))
+    return TasteReport(pairs.votes, len(pairs.better), agreement, error, 1 - (1 - agreement) * shrinks, ridge)
+
+
+def vote_folds(pairs: Comparisons) -> Tensor:
+    """The fold of each comparison (M,): votes are dealt out in random order with a fixed seed."""
+    numbers, index = pairs.vote.unique(return_inverse=True)
+    dealt = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))
+    return (dealt % FOLDS)[index]
+
+
+def held_out_agreement(
+    scaled: Scaled, pairs: Comparisons, folds: Tensor, ridge: float, share: float = 1.0
+) -> Tensor:
+    """Agreement with each vote when it is held out, (votes,); ties of the fit count half.
+
+    `share` of the other votes is learned from.
+    """
+    difference = scaled.differences(pairs)
+    found: dict[int, list[float]] = {}
+    for fold in range(FOLDS):
+        inside = folds != fold
+        learned = inside if share == 1 else inside & (pairs.vote % 2 == 0)
+        if not learned.any():
+            continue
+        margin = difference[~inside] @ fit_weight(difference[learned], pairs.weight[learned], ridge)
+        for vote, right in zip(pairs.vote[~inside].tolist(), (margin.sign() / 2 + 0.5).tolist(), strict=True):
+            found.setdefault(vote, []).append(right)
+    return torch.tensor([sum(rights) / len(rights) for rights in found.values()], dtype=torch.float64)
+
+
+class TasteReward(Reward):
+    """The utility of a learned taste; named after its file."""
+
+    name = "taste"
+    needs_prompt = False
+    typical_range = (-3.0, 3.0)
+
+    def __init__(self, taste: Taste, settings: RewardSettings | None = None, encoder: Encoder | None = None):
+        super().__init__(settings)
+        self.taste, self.encoder = taste, encoder
+
+    def load(self) -> "TasteReward":
+        if self.encoder is None:
+            self.encoder = load_encoder(self.taste.encoder, self.settings)
+            check_encoder(self.taste, self.encoder)
+        return self
+
+    def unload(self) -> None:
+        self.encoder = None
+
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
+        self.load()
+        assert self.encoder is not None
+        return self.taste(self.encoder(images))
+
+
+def check_encoder(taste: Taste, encoder: Encoder) -> None:
+    """Raise RewardError unless the encoder is the one that the taste was learned on."""
+    probe = encoder.probe()
+    same = probe.shape == taste.probe.shape and torch.cosine_similarity(probe, taste.probe, 0) > SAME_PROBE
+    if not same:
+        raise RewardError(
+            f"The taste was learned on the image features of {taste.encoder}, and {encoder.name} has others. "
+            f"Use {taste.encoder}, or train the taste again on {encoder.name}."
+        )
+
+
+def taste_reward(path: Path, settings: RewardSettings | None = None) -> TasteReward:
+    """The reward in a taste's file, under the file's name."""
+    reward = TasteReward(load_taste(path), settings)
+    reward.name = path.stem  # type: ignore[misc]  several tastes can be combined
+    return reward
