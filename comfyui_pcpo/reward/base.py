@@ -105,6 +105,10 @@ class Reward:
         """Drop the weights; the next `score` loads them again. `to("cpu")` only frees GPU memory."""
         self.model = None
 
+    def unattended(self) -> "Reward":
+        """What scores images beside the training, such as those of the guard; a reward that asks a person has another."""
+        return self
+
     def to(self, device: str | torch.device) -> "Reward":
         self.device = torch.device(device)
         if self.model is not None:

@@ -67,17 +67,29 @@ def newton(difference: Tensor, weight: Tensor, ridge: float) -> Tensor:
     return w
 
 
-def fit_weight(difference: Tensor, weight: Tensor, ridge: float) -> Tensor:
-    """`newton` in the space that the differences span, where its solution lies, (M, D), (M,) -> (D,)."""
-    u, s, v = torch.linalg.svd(difference, full_matrices=False)
-    kept = s > s[0] * 1e-10
-    return v[kept].T @ newton(u[:, kept] * s[kept], weight, ridge)
+@dataclass(frozen=True)
+class Span:
+    """The space that M differences span, where every fit to them lies: coordinates (M, K) and a basis (K, D)."""
+
+    coordinates: Tensor
+    basis: Tensor
+
+    @classmethod
+    def of(cls, difference: Tensor) -> "Span":
+        """difference (M, D), float64."""
+        u, s, v = torch.linalg.svd(difference, full_matrices=False)
+        kept = s > s[0] * 1e-10
+        return cls(u[:, kept] * s[kept], v[kept])
+
+    def fit(self, weight: Tensor, ridge: float) -> Tensor:
+        """`newton` with all features, weight (M,) -> (D,)."""
+        return self.basis.T @ newton(self.coordinates, weight, ridge)
 
 
 def fit_utility(difference: Tensor, weight: Tensor, ridge: float) -> Utility:
     """The fit with its covariance, the inverse Hessian, difference (M, D), weight (M,)."""
     difference = difference.double()
-    w = fit_weight(difference, weight, ridge)
+    w = Span.of(difference).fit(weight, ridge)
     p = torch.sigmoid(difference @ w)
     hessian = difference.T @ (difference * (weight * p * (1 - p))[:, None])
     hessian.diagonal().add_(ridge)

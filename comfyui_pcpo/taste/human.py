@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardSettings, Scores, check_batch, eight_bit
+from comfyui_pcpo.reward.group import GroupReward
 from comfyui_pcpo.taste.comparisons import LEAST_VOTES, from_rankings
 from comfyui_pcpo.taste.encoders import Encoder
 from comfyui_pcpo.taste.learned import Learned, learn
 from comfyui_pcpo.taste.votes import Vote, VoteFolder, group_key, rank_scores
 
 Choose = Literal["best", "best and worst", "ranking"]
+REFIT_EVERY = 5  # votes; between two questions, a slightly older fit is used
+AT_ONCE = 32  # images per forward pass of the encoder
 CHOICES: tuple[Choose, ...] = ("best", "best and worst", "ranking")
 
 
@@ -66,11 +69,11 @@ class Group:
     vote: Vote | None = None
 
 
-class HumanVote(Reward):
+class HumanVote(GroupReward):
     """Ranks of a person's votes, in [-1, 1] within each group; a skipped group scores 0 and trains nothing.
 
     Groups that were voted on before keep their votes, so an interrupted update goes on where it stopped. The groups of
-    which the learned taste is least sure are asked first.
+    which the learned taste is least sure are asked first. With enough votes it scores all groups, by its utility.
     """
 
     name = "human_vote"
@@ -83,17 +86,29 @@ class HumanVote(Reward):
         self.ask, self.vote, self.make_encoder = ask, vote, encoder
         self.encoder: Encoder | None = None
         self.seen: dict[str, Tensor] = {}  # features (D,) by file name
+        self.last: tuple[int, Learned] | None = None  # a fit, and how many votes it is of
+
+    def score_group(self, images: Tensor, prompt: str) -> Tensor:
+        """What the learned taste finds, or zeros while there is none; `measure` asks."""
+        learned = self.learn()
+        return torch.zeros(len(images)) if learned is None else learned.taste(self.features(images))
+
+    def unattended(self) -> Reward:
+        """The learned taste, for measurements beside the training."""
+        return Unattended(self)
 
     @torch.no_grad()
-    def measure(self, images: Tensor, prompts: list[str]) -> Scores:
-        """Scores of whole groups; consecutive images of one prompt are a group."""
+    def measure(self, images: Tensor, prompts: list[str], group_size: int | None = None) -> Scores:
+        """Scores of whole groups, by votes or by the learned taste; see GroupReward."""
         check_batch(images, prompts)
         pixels = eight_bit(images).cpu()
-        groups = [Group(rows, prompts[rows.start], pixels[rows]) for rows in group_rows(prompts)]
+        groups = [Group(rows, prompts[rows.start], pixels[rows]) for rows in self.parts(prompts, group_size)]
         known = {vote.group: vote for vote in self.vote.folder.votes()}
         for group in groups:
             group.vote = known.get(group_key(group.images, group.prompt))
-        learned = self.ask_all(groups)
+        learned = self.ask_all([group for group in groups if len(group.images) > 1])
+        if all(group.vote is None for group in groups):
+            return Scores(torch.zeros(len(prompts)) if learned is None else learned.taste(self.features(pixels)))
         scores = torch.zeros(len(prompts))
         for group in groups:
             if group.vote is not None:
@@ -110,11 +125,11 @@ class HumanVote(Reward):
             count = sum(bool(vote.ranks) for vote in self.vote.folder.votes())
             enough = 0 < self.vote.votes <= count and learned is not None
             if not open_groups or enough:
-                return learned
+                return self.learn()
             group = self.most_informative(open_groups, learned)
             reply = self.ask(self.question(group, count + 1, bool(asked), learned is not None))
             if reply.action == "finish" and learned is not None:
-                return learned
+                return self.learn()
             if reply.action == "undo" and asked:
                 last = asked.pop()
                 self.vote.folder.undo(last.vote)
@@ -122,7 +137,7 @@ class HumanVote(Reward):
             elif reply.action == "vote":
                 group.vote = self.vote.folder.add(group.images, group.prompt, reply.ranks, reply.seconds)
                 asked.append(group)
-            learned = self.learn()
+            learned = self.learn(REFIT_EVERY)
 
     def question(self, group: Group, number: int, can_undo: bool, can_finish: bool) -> Question:
         v = self.vote
@@ -133,15 +148,19 @@ class HumanVote(Reward):
             return groups[0]
         return max(groups, key=lambda group: learned.information(self.features(group.images)))
 
-    def learn(self) -> Learned | None:
-        """The taste of all votes in the folder; None while there are too few."""
+    def learn(self, refit_every: int = 1) -> Learned | None:
+        """The taste of all votes in the folder, or a fit of fewer than `refit_every` votes less; None if too few."""
         votes = self.vote.folder.ranked()
         if len(votes) < LEAST_VOTES:
             return None
+        if self.last is not None and 0 <= len(votes) - self.last[0] < refit_every:
+            return self.last[1]
         names = list(dict.fromkeys(name for vote in votes for name in vote.images))
         row = {name: n for n, name in enumerate(names)}
         pairs = from_rankings([([row[name] for name in vote.images], vote.ranks) for vote in votes])
-        return learn(torch.stack([self.file_features(name) for name in names]), pairs, self.loaded_encoder())
+        learned = learn(self.file_features(names), pairs, self.loaded_encoder())
+        self.last = len(votes), learned
+        return learned
 
     def loaded_encoder(self) -> Encoder:
         self.encoder = self.encoder or self.make_encoder()
@@ -151,13 +170,26 @@ class HumanVote(Reward):
         """uint8 (G, H, W, 3) -> (G, D)."""
         return self.loaded_encoder()(images)
 
-    def file_features(self, name: str) -> Tensor:
-        if name not in self.seen:
-            self.seen[name] = self.features(self.vote.folder.pixels([name])[0][None])[0]
-        return self.seen[name]
+    def file_features(self, names: list[str]) -> Tensor:
+        """Features of images in the folder, (N, D); each is computed once."""
+        new = [name for name in names if name not in self.seen]
+        for part in (new[start : start + AT_ONCE] for start in range(0, len(new), AT_ONCE)):
+            images = self.vote.folder.pixels(part)
+            same = all(image.shape == images[0].shape for image in images)
+            found = self.features(torch.stack(images)) if same else torch.cat([self.features(x[None]) for x in images])
+            self.seen.update(zip(part, found, strict=True))
+        return torch.stack([self.seen[name] for name in names])
 
 
-def group_rows(prompts: list[str]) -> list[slice]:
-    """Consecutive equal prompts as slices of the batch."""
-    starts = [n for n, prompt in enumerate(prompts) if n == 0 or prompt != prompts[n - 1]]
-    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(prompts)], strict=True)]
+class Unattended(GroupReward):
+    """Scores by the taste that HumanVote has learned so far; asks nobody."""
+
+    name = HumanVote.name
+    typical_range = (-3.0, 3.0)
+
+    def __init__(self, human: HumanVote):
+        super().__init__(human.settings)
+        self.human = human
+
+    def score_group(self, images: Tensor, prompt: str) -> Tensor:
+        return self.human.score_group(images.cpu(), prompt)

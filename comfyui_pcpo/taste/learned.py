@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardSettings
-from comfyui_pcpo.taste.bradley_terry import Utility, fit_utility, fit_weight
+from comfyui_pcpo.taste.bradley_terry import Span, Utility, fit_utility
 from comfyui_pcpo.taste.comparisons import LEAST_VOTES, Comparisons
 from comfyui_pcpo.taste.encoders import COLOR_STATISTICS, Encoder, load_encoder
 from comfyui_pcpo.taste.votes import VoteError
@@ -34,7 +34,9 @@ class TasteReport:
     ridge: float
 
     def sentence(self) -> str:
-        found = f"{self.votes} votes: agrees with {100 * self.agreement:.0f} +- {100 * self.error:.0f} % of held-out votes."
+        found = (
+            f"{self.votes} votes: agrees with {100 * self.agreement:.0f} +- {100 * self.error:.0f} % of held-out votes."
+        )
         if self.agreement_doubled - self.agreement < 0.01:
             return f"{found} More votes are not expected to raise this."
         return f"{found} {self.votes} more are expected to raise this to {100 * self.agreement_doubled:.0f} %."
@@ -57,7 +59,11 @@ class Taste:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"format": FORMAT, "encoder": self.encoder, "report": json.dumps(asdict(self.report))}
-        tensors = {"weight": self.weight.contiguous(), "bias": torch.tensor(self.bias), "probe": self.probe.contiguous()}
+        tensors = {
+            "weight": self.weight.contiguous(),
+            "bias": torch.tensor(self.bias),
+            "probe": self.probe.contiguous(),
+        }
         save_file(tensors, path, metadata)
 
 
@@ -144,12 +150,11 @@ def cross_validate(scaled: Scaled, pairs: Comparisons) -> TasteReport:
 
     Halving the votes tells what doubling them would do: errors are taken to fall by the same factor again.
     """
-    folds = vote_folds(pairs)
-    found = {ridge: held_out_agreement(scaled, pairs, folds, ridge) for ridge in RIDGES}
+    found = held_out_agreement(scaled, pairs)
     ridge = max(found, key=lambda r: float(found[r].mean()))
     agreement = float(found[ridge].mean())
     error = float(found[ridge].std(correction=0)) / math.sqrt(len(found[ridge]))
-    halved = float(held_out_agreement(scaled, pairs, folds, ridge, share=0.5).mean())
+    halved = float(held_out_agreement(scaled, pairs, (ridge,), every=2)[ridge].mean())
     shrinks = min(1.0, (1 - agreement) / max(1 - halved, 1e-9))
     return TasteReport(pairs.votes, len(pairs.better), agreement, error, 1 - (1 - agreement) * shrinks, ridge)
 
@@ -162,23 +167,25 @@ def vote_folds(pairs: Comparisons) -> Tensor:
 
 
 def held_out_agreement(
-    scaled: Scaled, pairs: Comparisons, folds: Tensor, ridge: float, share: float = 1.0
-) -> Tensor:
-    """Agreement with each vote when it is held out, (votes,); ties of the fit count half.
+    scaled: Scaled, pairs: Comparisons, ridges: tuple[float, ...] = RIDGES, every: int = 1
+) -> dict[float, Tensor]:
+    """For each ridge the agreement with every vote when it is held out, (votes,); ties of the fit count half.
 
-    `share` of the other votes is learned from.
+    `every` second, third, ... of the other votes is learned from.
     """
-    difference = scaled.differences(pairs)
-    found: dict[int, list[float]] = {}
+    difference, folds = scaled.differences(pairs), vote_folds(pairs)
+    found: dict[float, list[float]] = {ridge: [] for ridge in ridges}
     for fold in range(FOLDS):
-        inside = folds != fold
-        learned = inside if share == 1 else inside & (pairs.vote % 2 == 0)
+        out = folds == fold
+        learned = ~out & (pairs.vote % every == 0)
         if not learned.any():
             continue
-        margin = difference[~inside] @ fit_weight(difference[learned], pairs.weight[learned], ridge)
-        for vote, right in zip(pairs.vote[~inside].tolist(), (margin.sign() / 2 + 0.5).tolist(), strict=True):
-            found.setdefault(vote, []).append(right)
-    return torch.tensor([sum(rights) / len(rights) for rights in found.values()], dtype=torch.float64)
+        span = Span.of(difference[learned])
+        _, row, sizes = pairs.vote[out].unique(return_inverse=True, return_counts=True)
+        for ridge in ridges:
+            right = (difference[out] @ span.fit(pairs.weight[learned], ridge)).sign() / 2 + 0.5
+            found[ridge] += (torch.zeros(len(sizes), dtype=right.dtype).index_add(0, row, right) / sizes).tolist()
+    return {ridge: torch.tensor(rights, dtype=torch.float64) for ridge, rights in found.items()}
 
 
 class TasteReward(Reward):

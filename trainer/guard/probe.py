@@ -71,7 +71,8 @@ class Probe:
         """The policy as it is. Every process measures all images; the results are those of the main one."""
         images = self.images()
         groups = ImageGroups(images, self.texts, self.config.guard.images)
-        scores = score(self.rewards, groups, offload=self.config.reward.offload)
+        rewards = {name: reward.unattended() for name, reward in self.rewards.items()}
+        scores = score(rewards, groups, offload=self.config.reward.offload)
         return ImageMeasures(
             {name: self._shared(values) for name, values in scores.items()}, self._shared(self.features(images))
         )
