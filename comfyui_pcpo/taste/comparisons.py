@@ -70,5 +70,5 @@ def from_liked(liked: Sequence[int], disliked: Sequence[int], each: int = 4) -> 
 
 def _stack(rows: list[tuple[int, int, int, float]]) -> Comparisons:
     better, worse, vote, weight = zip(*rows, strict=True) if rows else ((), (), (), ())
-    index = [torch.tensor(part, dtype=torch.long) for part in (better, worse, vote)]
-    return Comparisons(*index, torch.tensor(weight, dtype=torch.float64))
+    first, second, votes = (torch.tensor(part, dtype=torch.long) for part in (better, worse, vote))
+    return Comparisons(first, second, votes, torch.tensor(weight, dtype=torch.float64))

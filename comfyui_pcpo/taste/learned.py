@@ -34,9 +34,8 @@ class TasteReport:
     ridge: float
 
     def sentence(self) -> str:
-        found = (
-            f"{self.votes} votes: agrees with {100 * self.agreement:.0f} +- {100 * self.error:.0f} % of held-out votes."
-        )
+        agreement, error = 100 * self.agreement, 100 * self.error
+        found = f"{self.votes} votes: agrees with {agreement:.0f} +- {error:.0f} % of held-out votes."
         if self.agreement_doubled - self.agreement < 0.01:
             return f"{found} More votes are not expected to raise this."
         return f"{found} {self.votes} more are expected to raise this to {100 * self.agreement_doubled:.0f} %."

@@ -112,7 +112,7 @@ class VoteFolder:
                 return torch.from_numpy(np.array(image.convert("RGB")))
         except OSError as error:
             raise VoteError(
-                f"{path}, an image of a vote, cannot be read ({error}). Restore the file, or start a new folder of votes."
+                f"{path}, an image of a vote, cannot be read ({error}). Restore the file, or vote in a new folder."
             ) from None
 
     def _store(self, image: Tensor) -> str:

@@ -1,6 +1,5 @@
-"""A taste learned from simulated people: agreement with the true preference, uncertainty, files, and use as a reward."""
+"""A taste learned from simulated people: agreement with the true preference, files, and use as a reward."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,7 +95,7 @@ def test_no_gain_from_more_votes_is_said_plainly():
 
 def test_fewer_than_five_votes_are_refused(encoder, drawings):
     pairs = from_rankings([((0, 1), (0, 1))] * 4)
-    with pytest.raises(VoteError, match="Got 4 votes .* a taste needs at least 5"):
+    with pytest.raises(VoteError, match=r"Got 4 votes .* a taste needs at least 5"):
         learn(encoder(drawings[:2]), pairs, encoder)
 
 
@@ -129,7 +128,7 @@ def test_another_encoder_is_refused(drawings, encoder, tmp_path):
 
 
 def test_an_unknown_encoder_and_a_file_that_is_no_taste_are_refused(tmp_path):
-    with pytest.raises(VoteError, match="'dino' is not a known image encoder. Use one of emoji-align, clip-vit-l-14"):
+    with pytest.raises(VoteError, match=r"'dino' is not a known image encoder. Use one of emoji-align, clip-vit-l-14"):
         load_encoder("dino", RewardSettings())
     for content in (b"", b"x" * 200):
         (tmp_path / "bad.safetensors").write_bytes(content)

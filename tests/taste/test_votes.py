@@ -29,7 +29,7 @@ def test_an_image_scores_the_share_it_beats_minus_the_share_that_beats_it(ranks,
 
 @pytest.mark.parametrize("ranks", [(0, 1), (0, 1, 3), (-1, 0, 1), (0.5, 0, 1), (True, 0, 1)])
 def test_ranks_that_do_not_fit_the_group_are_refused(ranks):
-    with pytest.raises(VoteError, match="a group of 3 images needs 3 whole numbers from 0 .best. to 2"):
+    with pytest.raises(VoteError, match=r"a group of 3 images needs 3 whole numbers from 0 .best. to 2"):
         check_ranks(ranks, 3)
 
 
