@@ -8,6 +8,7 @@ from .model import LoadTinyModel, Prompts
 from .rewards import CombineRewards, LoadReward, ScoreImages
 from .runs import LoadRun, PlotRun
 from .sampling import PCPOKSampler, PCPOSampler, PlotCredit
+from .taste import CompareBlind, HumanVoteNode, LoadTaste, TrainTaste
 from .training import TrainLoRA
 
 NODES: list[type[io.ComfyNode]] = [
@@ -26,14 +27,20 @@ NODES: list[type[io.ComfyNode]] = [
     ImplicitRewardNode,
     IRGGuiderNode,
     IRGKSampler,
+    HumanVoteNode,
+    TrainTaste,
+    LoadTaste,
+    CompareBlind,
 ]
 
 
 class PCPOExtension(ComfyExtension):
     async def on_load(self) -> None:
         from .files import register_folders
+        from .host.booth import register_routes
 
         register_folders()
+        register_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

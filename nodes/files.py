@@ -28,6 +28,16 @@ def runs_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "pcpo"
 
 
+def tastes_folder() -> Path:
+    """Folders of votes and the tastes learned from them."""
+    return Path(folder_paths.get_output_directory()) / "pcpo_votes"
+
+
+def vote_names() -> list[str]:
+    """Folders of votes with a trained taste, sorted by name."""
+    return sorted(path.parent.name for path in tastes_folder().glob("*/taste.safetensors"))
+
+
 def run_names() -> list[str]:
     """Runs with at least one finished update, newest first."""
     folder = runs_folder()

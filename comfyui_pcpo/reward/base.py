@@ -106,7 +106,7 @@ class Reward:
         self.model = None
 
     def unattended(self) -> "Reward":
-        """What scores images beside the training, such as those of the guard; a reward that asks a person has another."""
+        """What scores images beside the training, such as the guard's; differs for a reward that asks a person."""
         return self
 
     def to(self, device: str | torch.device) -> "Reward":

@@ -68,6 +68,22 @@ def from_liked(liked: Sequence[int], disliked: Sequence[int], each: int = 4) -> 
     return _stack(rows)
 
 
+def joined(parts: Sequence[Comparisons]) -> Comparisons:
+    """Comparisons of several sources, whose votes stay apart."""
+    votes, start = [], 0
+    for part in parts:
+        votes.append(part.vote + start)
+        start += int(part.vote.max()) + 1 if len(part.vote) else 0
+    better, worse, weight = (torch.cat([getattr(part, n) for part in parts]) for n in ("better", "worse", "weight"))
+    return Comparisons(better, worse, torch.cat(votes), weight)
+
+
+def mean_per_vote(values: Tensor, pairs: Comparisons) -> Tensor:
+    """Mean over each vote's comparisons, (M,) -> (votes,)."""
+    _, row, sizes = pairs.vote.unique(return_inverse=True, return_counts=True)
+    return torch.zeros(len(sizes), dtype=values.dtype).index_add(0, row, values) / sizes
+
+
 def _stack(rows: list[tuple[int, int, int, float]]) -> Comparisons:
     better, worse, vote, weight = zip(*rows, strict=True) if rows else ((), (), (), ())
     first, second, votes = (torch.tensor(part, dtype=torch.long) for part in (better, worse, vote))

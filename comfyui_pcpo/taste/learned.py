@@ -12,7 +12,7 @@ from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardSettings
 from comfyui_pcpo.taste.bradley_terry import Span, Utility, fit_utility
-from comfyui_pcpo.taste.comparisons import LEAST_VOTES, Comparisons
+from comfyui_pcpo.taste.comparisons import LEAST_VOTES, Comparisons, mean_per_vote
 from comfyui_pcpo.taste.encoders import COLOR_STATISTICS, Encoder, load_encoder
 from comfyui_pcpo.taste.votes import VoteError
 
@@ -180,10 +180,10 @@ def held_out_agreement(
         if not learned.any():
             continue
         span = Span.of(difference[learned])
-        _, row, sizes = pairs.vote[out].unique(return_inverse=True, return_counts=True)
+        held_out = pairs.select(out)
         for ridge in ridges:
             right = (difference[out] @ span.fit(pairs.weight[learned], ridge)).sign() / 2 + 0.5
-            found[ridge] += (torch.zeros(len(sizes), dtype=right.dtype).index_add(0, row, right) / sizes).tolist()
+            found[ridge] += mean_per_vote(right, held_out).tolist()
     return {ridge: torch.tensor(rights, dtype=torch.float64) for ridge, rights in found.items()}
 
 

@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from comfyui_pcpo.reward.base import RewardError
 
-class VoteError(ValueError):
+
+class VoteError(RewardError):
     """A vote, or a file of votes, that cannot be used; the message has the value, the rule and the fix."""
 
 

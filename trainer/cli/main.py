@@ -14,7 +14,7 @@ from ..config.errors import ConfigError
 from ..config.loading import tomllib
 from ..loop.interrupts import Interrupted, interrupts
 from ..program import program_name
-from . import images, rewards, runs
+from . import images, rewards, runs, taste
 from .libraries import filter_warnings
 from .progress import Stopped
 
@@ -29,6 +29,8 @@ COMMANDS = {
     "export": images.export_command,
     "evaluate": rewards.evaluate_command,
     "score": rewards.score_command,
+    "taste": taste.TASTE,
+    "ab": taste.ab_command,
     "download": rewards.download_command,
     "serve-reward": rewards.serve_reward_command,
 }
@@ -54,7 +56,11 @@ def make_app() -> App:
         help="Align text-to-image models to a reward with proportionate credit (PCPO).",
     )
     for position, (name, command) in enumerate(COMMANDS.items()):
-        app.command(command, name=name, sort_key=position)
+        if isinstance(command, App):
+            command.sort_key = position
+            app.command(command)
+        else:
+            app.command(command, name=name, sort_key=position)
     return app
 
 

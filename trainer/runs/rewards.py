@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, construct, import_reward, load_reward
+from comfyui_pcpo.taste.learned import taste_reward
 
 from ..config.schema import Config, ConfigError
 from ..policy.device import pick_device
@@ -22,8 +23,10 @@ def reward_settings(config: Config) -> RewardSettings:
 
 
 def make_reward(name: str, settings: RewardSettings) -> Reward:
-    """A reward by its name, or the user's own by module:Class. Raises ConfigError for an unknown name."""
+    """A reward by its name, a taste by its file, or the user's own by module:Class. Raises ConfigError for others."""
     try:
+        if name.endswith(".safetensors"):
+            return taste_reward(Path(name), settings)
         return construct(import_reward(name), settings) if ":" in name else load_reward(name, settings)
     except RewardError as error:
         raise ConfigError(f"reward: {error}") from None

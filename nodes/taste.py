@@ -1,0 +1,229 @@
+"""A person's taste as the reward: votes in the page, a reward learned from them, and blind comparisons."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from comfyui_pcpo.plotting.grids import before_after
+from comfyui_pcpo.reward import RewardSettings
+from comfyui_pcpo.taste.blind import blind_pairs, pair_question, sentence, win_rate
+from comfyui_pcpo.taste.encoders import Encoder, tiny_encoder
+from comfyui_pcpo.taste.human import CHOICES, HumanVote, Question, Reply, VoteSettings
+from comfyui_pcpo.taste.learned import TasteReward, check_encoder, load_taste
+from comfyui_pcpo.taste.votes import VoteFolder
+
+from ..trainer.config.loading import build
+from ..trainer.config.schema import ConfigError
+from ..trainer.evaluation.taste import TasteSources, train_taste
+from .files import tastes_folder, vote_names
+from .images import to_comfy_image
+from .inputs import ADVANCED, seed_input
+from .types import RewardType, RunType, WeightedRewards
+
+CLIP_TOOLTIP = (
+    "Image features to learn on, from Load CLIP Vision. Needed for real images; without it, the features of the "
+    "embedded models."
+)
+NAME_TOOLTIP = "Folder of the votes under output/pcpo_votes; the same name continues them."
+
+
+def name_input(tooltip: str = NAME_TOOLTIP) -> io.String.Input:
+    return io.String.Input("name", default="my-taste", tooltip=tooltip)
+
+
+def check_name(name: str) -> bool | str:
+    """Whether a folder can have that name, or what is wrong with it."""
+    try:
+        build({"run": {"name": name}}, "name")
+    except ConfigError as error:
+        return str(error)
+    return True
+
+
+def clip_vision_encoder(model: Any) -> Encoder:
+    """ComfyUI's CLIP Vision model as an encoder."""
+
+    def encode(images: Tensor) -> Tensor:
+        return model.encode_image(images.float() / 255)["image_embeds"].float().flatten(1)
+
+    return Encoder("ComfyUI's CLIP Vision", encode)
+
+
+def make_encoder(clip_vision: Any) -> Encoder:
+    return tiny_encoder(RewardSettings()) if clip_vision is None else clip_vision_encoder(clip_vision)
+
+
+class HumanVoteNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PCPOHumanVote",
+            display_name="Human Vote",
+            category="PCPO/taste",
+            description="Asks you which images of a group are best while it trains, then learns to answer itself.",
+            search_aliases=["human feedback", "rlhf", "preference", "rate images", "my taste"],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                name_input(),
+                io.String.Input(
+                    "question", default="Which image do you like best?", tooltip="The question that you are asked."
+                ),
+                io.Combo.Input(
+                    "choose", options=list(CHOICES), default="best and worst",
+                    tooltip="What you click in each group: the best image, the best and the worst, or all in order.",
+                ),
+                io.Int.Input(
+                    "votes", default=40, min=0, max=100000,
+                    tooltip="Number of votes; after them the reward learned from them scores the images. 0 always "
+                    "asks.",
+                ),
+                io.ClipVision.Input("clip_vision", optional=True, tooltip=CLIP_TOOLTIP),
+            ],
+            outputs=[RewardType.Output(display_name="reward", tooltip="For Train LoRA and Score Images.")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, name: str = "my-taste") -> bool | str:
+        return check_name(name)
+
+    @classmethod
+    def execute(cls, name: str, question: str, choose: str, votes: int, clip_vision=None) -> io.NodeOutput:
+        from .host.booth import BOOTH  # imports the server
+
+        node = str(cls.hidden.unique_id)
+
+        def ask(asked: Question, /) -> Reply:
+            return BOOTH.ask(node, asked)
+
+        settings = VoteSettings(VoteFolder(tastes_folder() / name), question, choose, votes)
+        reward = HumanVote(ask, settings, lambda: make_encoder(clip_vision))
+        return io.NodeOutput(WeightedRewards((reward,), (1.0,)))
+
+
+class TrainTaste(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PCPOTrainTaste",
+            display_name="Train Taste",
+            category="PCPO/taste",
+            description="Learns a reward from votes, from liked and disliked images, or from a file of pairs.",
+            search_aliases=["preference model", "bradley terry", "reward model", "learn my taste"],
+            is_output_node=True,
+            inputs=[
+                name_input("Folder of the votes under output/pcpo_votes; the taste is saved in it."),
+                io.String.Input("liked", default="", tooltip="Folder of images that you like.", **ADVANCED),
+                io.String.Input("disliked", default="", tooltip="Folder of images that you do not like.", **ADVANCED),
+                io.String.Input(
+                    "pairs", default="", **ADVANCED,
+                    tooltip="CSV or jsonl file with the columns better and worse: paths of images.",
+                ),
+                io.ClipVision.Input("clip_vision", optional=True, tooltip=CLIP_TOOLTIP),
+                RunType.Input("after", optional=True, tooltip="Connect a run to wait for the votes of its training."),
+            ],
+            outputs=[
+                RewardType.Output(display_name="reward", tooltip="The learned taste, for Train LoRA and Score Images."),
+                io.String.Output(display_name="report", tooltip="Agreement with held-out votes, for Preview as Text."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, name: str = "my-taste") -> bool | str:
+        return check_name(name)
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str = "my-taste", liked: str = "", disliked: str = "", pairs: str = "") -> str:
+        files = [VoteFolder(tastes_folder() / name).file, *(Path(path) for path in (liked, disliked, pairs) if path)]
+        times = [path.stat().st_mtime_ns for path in files if path.exists()]
+        return hashlib.sha256(f"{files}{times}".encode()).hexdigest()
+
+    @classmethod
+    def execute(cls, name, liked="", disliked="", pairs="", clip_vision=None, after=None) -> io.NodeOutput:
+        folder, encoder = tastes_folder() / name, make_encoder(clip_vision)
+        liked, disliked, pairs = (Path(path) if path.strip() else None for path in (liked, disliked, pairs))
+        taste = train_taste(TasteSources((folder,), liked, disliked, pairs), encoder)
+        taste.save(folder / "taste.safetensors")
+        reward = TasteReward(taste, RewardSettings(), encoder)
+        reward.name = name
+        report = taste.report.sentence()
+        return io.NodeOutput(WeightedRewards((reward,), (1.0,)), report, ui=ui.PreviewText(report))
+
+
+class LoadTaste(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PCPOLoadTaste",
+            display_name="Load Taste",
+            category="PCPO/taste",
+            description="Loads a taste that Train Taste has saved.",
+            search_aliases=["preference model", "load reward model"],
+            inputs=[
+                io.Combo.Input("taste", options=vote_names(), tooltip="Folder under output/pcpo_votes."),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="The CLIP Vision model that the taste was trained with."
+                ),
+            ],
+            outputs=[RewardType.Output(display_name="reward", tooltip="The taste, for Train LoRA and Score Images.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, taste: str = "") -> bool | str:
+        file = tastes_folder() / taste / "taste.safetensors"
+        return file.is_file() or f"{taste!r} has no taste in {tastes_folder()}. Train one with Train Taste."
+
+    @classmethod
+    def execute(cls, taste: str, clip_vision=None) -> io.NodeOutput:
+        loaded, encoder = load_taste(tastes_folder() / taste / "taste.safetensors"), make_encoder(clip_vision)
+        check_encoder(loaded, encoder)
+        reward = TasteReward(loaded, RewardSettings(), encoder)
+        reward.name = taste
+        return io.NodeOutput(WeightedRewards((reward,), (1.0,)))
+
+
+class CompareBlind(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PCPOCompareBlind",
+            display_name="Compare Blind",
+            category="PCPO/taste",
+            description="Shows pairs of images in random order and side, asks which is better, and counts.",
+            search_aliases=["ab test", "blind test", "human study", "win rate"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Image.Input("images_a", tooltip="Images of side A, for example Compare's before."),
+                io.Image.Input("images_b", tooltip="Images of side B, as many, for example Compare's after."),
+                io.String.Input(
+                    "question", default="Which image is better?", tooltip="The question that you are asked."
+                ),
+                io.Int.Input("votes", default=0, min=0, max=4096, tooltip="Number of pairs to ask about; 0 is all."),
+                seed_input("Seed of the order and the sides."),
+            ],
+            outputs=[
+                io.Float.Output(display_name="win_rate", tooltip="Share of votes for side B; ties count half."),
+                io.String.Output(display_name="report", tooltip="Win rate with its 95 % interval."),
+                io.Image.Output(display_name="grid", tooltip="The pairs, A left and B right."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, images_a: Tensor, images_b: Tensor, question: str, votes: int, seed: int) -> io.NodeOutput:
+        from .host.booth import BOOTH  # imports the server
+
+        pairs, node, wins = blind_pairs(images_a, images_b, votes, seed), str(cls.hidden.unique_id), []
+        while len(wins) < len(pairs):
+            reply = BOOTH.ask(node, pair_question(pairs, len(wins), question))
+            if reply.action == "undo":
+                wins.pop()
+            else:
+                wins.append(pairs[len(wins)].win_of_b(reply.ranks))
+        rate = win_rate(wins)
+        shown = [pair.row for pair in pairs]
+        captions = [{1.0: "B won", 0.0: "A won"}.get(win, "tie") for win in wins]
+        grid = to_comfy_image(before_after(images_a[shown][..., :3], images_b[shown][..., :3], captions))
+        return io.NodeOutput(rate.rate, sentence(rate), grid, ui=ui.PreviewImage(grid, cls=cls))

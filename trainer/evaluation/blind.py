@@ -1,0 +1,67 @@
+"""Blind comparison of two sides, each a folder of images or a model that is sampled from the same noise."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comfyui_pcpo.method.guidance import ImplicitReward
+from comfyui_pcpo.taste.blind import blind_pairs, pair_question, win_rate
+from comfyui_pcpo.taste.human import Question, Reply
+
+from ..config.errors import ConfigError
+from ..policy.diffusers_policy import module_names
+from ..policy.families import denoiser_of
+from ..policy.loading import load_pipeline
+from .image_files import IMAGE_SUFFIXES, images_in, read_image
+from .sampling import Draw, Guide, sample, sampling_policy
+from .source import open_source, read_pairs
+
+
+@dataclass(frozen=True)
+class BlindTest:
+    """What is compared, and how: prompts for sides that are sampled, and the number of pairs (0 = all)."""
+
+    prompts: Sequence[str]
+    draw: Draw
+    question: str
+    pairs: int
+    seed: int
+
+
+def is_image_folder(path: Path) -> bool:
+    return path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
+
+
+def side_images(side: str, test: BlindTest) -> Tensor:
+    """The images of a side, (N, H, W, 3): of a folder in the order of their names, or sampled."""
+    if is_image_folder(Path(side)):
+        images = [read_image(file) for file in images_in(Path(side))]
+        if any(image.shape != images[0].shape for image in images):
+            raise ConfigError(f"The images in {side} differ in size, but are shown in pairs. Give images of one size.")
+        return torch.cat(images)
+    if not test.prompts:
+        raise ConfigError(f"{side} is no folder of images, so it is sampled, but there are no prompts. Give --prompt.")
+    opened = open_source(side)
+    pipeline = load_pipeline(opened.config.model.name, opened.config.model.config)
+    pairs = [] if opened.path is None else [read_pairs(opened.path, module_names(denoiser_of(pipeline)))]
+    policy = sampling_policy(opened.config, pairs, pipeline)
+    return sample(policy, list(test.prompts), [Guide(pair, ImplicitReward(1.0)) for pair in pairs], test.draw)
+
+
+def compare_blind(sides: tuple[Tensor, Tensor], test: BlindTest, ask: Callable[[Question], Reply]) -> dict[str, Any]:
+    """Ask about each pair; the win rate of the second side, with every vote. The last vote can be taken back."""
+    pairs = blind_pairs(*sides, test.pairs, test.seed)
+    wins: list[float] = []
+    while len(wins) < len(pairs):
+        number = len(wins)
+        reply = ask(pair_question(pairs, number, test.question))
+        if reply.action == "undo":
+            wins.pop()
+        else:
+            wins.append(pairs[number].win_of_b(reply.ranks))
+    votes = [{"pair": pair.row, "b_wins": win} for pair, win in zip(pairs, wins, strict=True)]
+    return {**asdict(win_rate(wins)), "pairs": votes}
