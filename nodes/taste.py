@@ -11,7 +11,7 @@ from comfyui_pcpo.plotting.grids import before_after
 from comfyui_pcpo.reward import RewardSettings
 from comfyui_pcpo.taste.blind import blind_pairs, pair_question, sentence, win_rate
 from comfyui_pcpo.taste.encoders import Encoder, tiny_encoder
-from comfyui_pcpo.taste.human import CHOICES, HumanVote, Question, Reply, VoteSettings
+from comfyui_pcpo.taste.human import CHOICES, Choose, HumanVote, Question, Reply, VoteSettings
 from comfyui_pcpo.taste.learned import TasteReward, check_encoder, load_taste
 from comfyui_pcpo.taste.votes import VoteFolder
 
@@ -90,7 +90,7 @@ class HumanVoteNode(io.ComfyNode):
         return check_name(name)
 
     @classmethod
-    def execute(cls, name: str, question: str, choose: str, votes: int, clip_vision=None) -> io.NodeOutput:
+    def execute(cls, name: str, question: str, choose: Choose, votes: int, clip_vision=None) -> io.NodeOutput:
         from .host.booth import BOOTH  # imports the server
 
         node = str(cls.hidden.unique_id)
@@ -146,8 +146,7 @@ class TrainTaste(io.ComfyNode):
         liked, disliked, pairs = (Path(path) if path.strip() else None for path in (liked, disliked, pairs))
         taste = train_taste(TasteSources((folder,), liked, disliked, pairs), encoder)
         taste.save(folder / "taste.safetensors")
-        reward = TasteReward(taste, RewardSettings(), encoder)
-        reward.name = name
+        reward = TasteReward(taste, RewardSettings(), encoder, name)
         report = taste.report.sentence()
         return io.NodeOutput(WeightedRewards((reward,), (1.0,)), report, ui=ui.PreviewText(report))
 
@@ -179,8 +178,7 @@ class LoadTaste(io.ComfyNode):
     def execute(cls, taste: str, clip_vision=None) -> io.NodeOutput:
         loaded, encoder = load_taste(tastes_folder() / taste / "taste.safetensors"), make_encoder(clip_vision)
         check_encoder(loaded, encoder)
-        reward = TasteReward(loaded, RewardSettings(), encoder)
-        reward.name = taste
+        reward = TasteReward(loaded, RewardSettings(), encoder, taste)
         return io.NodeOutput(WeightedRewards((reward,), (1.0,)))
 
 

@@ -194,9 +194,16 @@ class TasteReward(Reward):
     needs_prompt = False
     typical_range = (-3.0, 3.0)
 
-    def __init__(self, taste: Taste, settings: RewardSettings | None = None, encoder: Encoder | None = None):
+    def __init__(
+        self,
+        taste: Taste,
+        settings: RewardSettings | None = None,
+        encoder: Encoder | None = None,
+        name: str = "taste",
+    ):
         super().__init__(settings)
         self.taste, self.encoder = taste, encoder
+        self.name = name  # type: ignore[misc]  several tastes can be combined
 
     def load(self) -> "TasteReward":
         if self.encoder is None:
@@ -226,6 +233,4 @@ def check_encoder(taste: Taste, encoder: Encoder) -> None:
 
 def taste_reward(path: Path, settings: RewardSettings | None = None) -> TasteReward:
     """The reward in a taste's file, under the file's name."""
-    reward = TasteReward(load_taste(path), settings)
-    reward.name = path.stem  # type: ignore[misc]  several tastes can be combined
-    return reward
+    return TasteReward(load_taste(path), settings, name=path.stem)

@@ -47,7 +47,10 @@ def script() -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: "BallotServer"
+    @property
+    def booth(self) -> Booth:
+        assert isinstance(self.server, BallotServer)
+        return self.server.booth
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the terminal belongs to the command."""
@@ -60,9 +63,9 @@ class Handler(BaseHTTPRequestHandler):
             elif self.path == "/ballot.js":
                 self.reply(200, script(), "text/javascript")
             elif self.path == ADDRESS:
-                self.reply_json(200, self.server.booth.tree(ADDRESS))
+                self.reply_json(200, self.booth.tree(ADDRESS))
             elif image:
-                self.reply(200, self.server.booth.image(image[1], int(image[2])), "image/png")
+                self.reply(200, self.booth.image(image[1], int(image[2])), "image/png")
             else:
                 self.reply_json(404, {"error": f"There is nothing at {self.path}. Open /."})
         except NotOpen as error:
@@ -75,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply_json(403, {"error": "Answers come from this server's own page and are short."})
             return
         try:
-            self.server.booth.answer(self.path.rpartition("/")[2], json.loads(self.rfile.read(length)))
+            self.booth.answer(self.path.rpartition("/")[2], json.loads(self.rfile.read(length)))
         except NotOpen as error:
             self.reply_json(409, {"error": str(error)})
         except ValueError as error:  # VoteError, or no JSON

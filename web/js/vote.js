@@ -4,7 +4,7 @@ import { api } from "../../../scripts/api.js";
 import { Ballot, addStyle, element } from "./ballot.js";
 
 const NODES = ["PCPOHumanVote", "PCPOCompareBlind"];
-const [WIDTH, HEIGHT] = [560, 600]; // of a node that asks
+const [WIDTH, HEIGHT] = [480, 560]; // of a node that asks
 const DIALOG = `
 dialog.pcpo-vote-page { width: min(1100px, 94vw); height: min(860px, 92vh); padding: 0; border: 1px solid var(--border-color, #555);
   border-radius: 10px; background: var(--comfy-menu-bg, #222); overflow: hidden; }

@@ -1,0 +1,1 @@
+from . import web as web
