@@ -22,6 +22,7 @@ import comfy_server  # noqa: E402
 pytestmark = pytest.mark.slow
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+VOTES = 9
 MODULES = os.environ.get("PLAYWRIGHT_MODULES", "")
 if not (CHROMIUM and shutil.which("node") and (Path(MODULES) / "node_modules" / "playwright-core").is_dir()):
     pytest.skip(
@@ -30,7 +31,7 @@ if not (CHROMIUM and shutil.which("node") and (Path(MODULES) / "node_modules" / 
     )
 
 
-@pytest.mark.parametrize("path", comfy_server.WORKFLOWS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", comfy_server.UNATTENDED, ids=lambda p: p.stem)
 def test_workflow_opens_and_runs_in_the_page(comfyui, path, tmp_path):
     shots = Path(os.environ.get("PCPO_SHOTS", tmp_path)) / path.stem.split()[0]
     shots.mkdir(parents=True, exist_ok=True)
@@ -51,3 +52,27 @@ def test_workflow_opens_and_runs_in_the_page(comfyui, path, tmp_path):
         assert queued[node]["class_type"] == entry["class_type"]
         for name, value in entry["inputs"].items():
             assert queued[node]["inputs"][name] == value, (path.name, entry["class_type"], name)
+
+
+def test_a_person_votes_in_the_page_closes_it_comes_back_and_the_run_finishes(comfyui, tmp_path):
+    workflow = next(path for path in comfy_server.WORKFLOWS if path.stem.startswith("7"))
+    graph = json.loads(workflow.read_text(encoding="utf-8"))
+    nodes = {node["type"]: node for node in graph["nodes"]}
+    nodes["PCPOHumanVote"]["widgets_values"][3] = VOTES
+    nodes["PCPOTrainLoRA"]["widgets_values"][1] = 4  # updates
+    short, shots = tmp_path / "7.json", Path(os.environ.get("PCPO_SHOTS", tmp_path)) / "vote"
+    short.write_text(json.dumps(graph), encoding="utf-8")
+    shots.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        ["node", str(Path(__file__).parents[1] / "support" / "vote.mjs"), comfyui.url, str(short), str(shots),
+         str(VOTES), "500"],
+        env={**os.environ, "CHROMIUM": str(CHROMIUM), "PLAYWRIGHT_MODULES": MODULES},
+        capture_output=True, text=True, timeout=700,
+    )  # fmt: skip
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["status"] == "success" and report["errors"] == [], report
+    assert report["undone"] == 1 and report["reopened"] and report["enlarged"] == 6 and report["panel"] == 0
+    rows = (comfyui.base / "output" / "pcpo_votes" / "my-taste" / "votes.jsonl").read_text().splitlines()
+    votes = {row["group"]: row for row in map(json.loads, rows)}
+    assert sum(not vote["undone"] for vote in votes.values()) == VOTES
+    assert all(vote["seconds"] > 0 for vote in votes.values())

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def test_the_page_finds_help_templates_and_texts(comfyui, info):
     assert "PCPOTrainLoRA" in comfyui.get("/i18n")["en"]["nodeDefs"]
 
 
-@pytest.mark.parametrize("path", comfy_server.WORKFLOWS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", comfy_server.UNATTENDED, ids=lambda p: p.stem)
 def test_workflow_runs(comfyui, info, path):
     workflow = json.loads(path.read_text())
     entry = comfyui.run(comfy_server.api_graph(workflow, info))
@@ -131,3 +132,48 @@ def test_an_error_reaches_its_node_in_two_sentences(comfyui):
     (error,) = [m[1] for m in entry["status"]["messages"] if m[0] == "execution_error"]
     assert error["node_type"] == "PCPOLoadRun"
     assert "checkpoint 77 is not in" in error["exception_message"] and "There are 1." in error["exception_message"]
+
+
+def test_a_program_votes_over_the_routes_and_the_learned_taste_trains_the_rest(comfyui):
+    workflow = next(path for path in comfy_server.WORKFLOWS if path.stem == "7 your taste")
+    graph = comfy_server.api_graph(json.loads(workflow.read_text()), comfyui.get("/object_info"))
+    nodes = {entry["class_type"]: entry["inputs"] for entry in graph.values()}
+    nodes["PCPOHumanVote"] |= {"name": "by-program", "votes": 8}
+    nodes["PCPOTrainTaste"] |= {"name": "by-program"}
+    nodes["PCPOTrainLoRA"] |= {"updates": 3, "name": "by-program"}
+    asked = {}
+
+    def vote():
+        question = comfyui.get("/pcpo/vote")
+        if question["open"] and question["id"] not in asked:
+            asked[question["id"]] = question
+            bad, _ = comfyui.post(f"/pcpo/vote/{question['id']}", {"ranks": [0, 1]})
+            good, _ = comfyui.post(f"/pcpo/vote/{question['id']}", {"ranks": [0, 1, 1, 1, 1, 2], "seconds": 1})
+            late, _ = comfyui.post(f"/pcpo/vote/{question['id']}", {"ranks": [0, 1, 1, 1, 1, 2]})
+            assert (bad, good, late) == (400, 200, 409)
+
+    entry = comfyui.run(graph, while_running=vote)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    assert len(asked) == 8 and {q["total"] for q in asked.values()} == {8}
+    assert comfyui.get("/pcpo/vote") == {"open": False}
+    report = next(out["text"][0] for out in entry["outputs"].values() if "text" in out)
+    assert report.startswith("8 votes: agrees with")
+
+
+def test_cancel_while_a_question_is_open_ends_the_run_at_once(comfyui):
+    workflow = next(path for path in comfy_server.WORKFLOWS if path.stem == "7 your taste")
+    graph = comfy_server.api_graph(json.loads(workflow.read_text()), comfyui.get("/object_info"))
+    for entry in graph.values():
+        if entry["class_type"] in ("PCPOHumanVote", "PCPOTrainTaste"):
+            entry["inputs"]["name"] = "cancelled"
+    since = []
+
+    def cancel():
+        if comfyui.get("/pcpo/vote")["open"] and not since:
+            since.append(time.time())
+            comfyui.post("/interrupt", {})
+
+    entry = comfyui.run(graph, while_running=cancel)
+    assert time.time() - since[0] < 15
+    assert any(message[0] == "execution_interrupted" for message in entry["status"]["messages"])
+    assert comfyui.get("/pcpo/vote") == {"open": False}

@@ -14,6 +14,7 @@ from pathlib import Path
 import comfy_host
 
 WORKFLOWS = sorted((comfy_host.PACK / "workflows").glob("*.json"))
+UNATTENDED = [path for path in WORKFLOWS if path.stem != "7 your taste"]  # without questions to a person
 
 
 class Server:

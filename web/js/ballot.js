@@ -21,7 +21,8 @@ const STYLE = `
 .pcpo-vote .bar { height: 5px; border-radius: 3px; background: #0004; overflow: hidden; }
 .pcpo-vote .bar div { height: 100%; background: #3aa86a; transition: width .2s; }
 .pcpo-vote footer { display: flex; gap: 6px; align-items: center; }
-.pcpo-vote footer span { flex: 1; font-size: 12px; opacity: .75; }
+.pcpo-vote .status { font-size: 12px; opacity: .75; }
+.pcpo-vote footer { justify-content: flex-end; }
 .pcpo-vote footer button, .pcpo-vote header button { padding: 4px 10px; border: 1px solid var(--border-color, #555); border-radius: 6px;
   background: var(--comfy-input-bg, #333); color: inherit; font: inherit; cursor: pointer; }
 .pcpo-vote footer button:disabled { opacity: .4; cursor: default; }
@@ -101,7 +102,8 @@ export class Ballot {
       element("div", { className: "prompt", textContent: q.prompt, title: q.prompt }),
       images,
       element("div", { className: "bar" }, done),
-      element("footer", {}, element("span", { textContent: this.status() }),
+      element("div", { className: "status", textContent: this.status() }),
+      element("footer", {},
         (this.undoButton = button("Undo", "Take back the last choice (U)", q.can_undo, () => this.undo())),
         button("No preference", "Skip this group (S)", true, () => this.send({ action: "skip" })),
         ...(q.images.length === 2 && !q.can_finish ? [] : [button("Finish for me", q.can_finish ? "The taste learned from your votes scores the rest (F)" : "Possible after five votes", q.can_finish, () => this.send({ action: "finish" }))]),

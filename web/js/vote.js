@@ -12,12 +12,12 @@ dialog.pcpo-vote-page::backdrop { background: #000a; }
 `;
 
 let ballot, dialog;
+let enlarged = false; // by the user
 let centred = null; // the node that the view was moved to
 
-function enlarge() {
-  if (dialog.open) dialog.close();
-  else dialog.showModal();
-  place();
+function setEnlarged(value) {
+  enlarged = value;
+  if (ballot.question) place();
 }
 
 /** Fetch the open question and show it, or close the panel. */
@@ -29,12 +29,13 @@ async function refresh() {
 /** Put the panel on the asking node, or over the page if the node is elsewhere or the panel is enlarged. */
 function place() {
   const asking = ballot.question && app.graph.getNodeById(ballot.question.node);
-  for (const node of app.graph.nodes) if (node.pcpoHost) host(node, node === asking && !dialog.open ? ballot.root : null);
-  if (!ballot.question) return dialog.close();
-  if (!asking || dialog.open) {
-    dialog.replaceChildren(ballot.root);
-    if (!dialog.open) dialog.showModal();
-  } else if (centred !== asking) {
+  const over = Boolean(ballot.question) && (enlarged || !asking);
+  for (const node of app.graph.nodes) if (node.pcpoHost) host(node, node === asking && !over ? ballot.root : null);
+  if (over) dialog.replaceChildren(ballot.root);
+  if (over && !dialog.open) dialog.showModal();
+  if (!over && dialog.open) dialog.close();
+  if (!ballot.question) return ballot.root.remove();
+  if (asking && !over && centred !== asking) {
     centred = asking;
     app.canvas.centerOnNode(asking);
   }
@@ -62,11 +63,14 @@ app.registerExtension({
     addStyle();
     document.head.append(element("style", { textContent: DIALOG }));
     dialog = element("dialog", { className: "pcpo-vote-page" });
-    dialog.addEventListener("close", () => ballot.question && place());
+    dialog.addEventListener("cancel", (event) => { // Escape
+      event.preventDefault();
+      setEnlarged(false);
+    });
     document.body.append(dialog);
     ballot = new Ballot({
       request: (path, options) => api.fetchApi(path, options), url: (path) => api.apiURL(path), base: "/pcpo/vote",
-      enlarge, isLarge: () => dialog.open,
+      enlarge: () => setEnlarged(!enlarged), isLarge: () => enlarged,
     });
     api.addEventListener("pcpo.vote", refresh);
     api.addEventListener("reconnected", refresh);

@@ -1,0 +1,93 @@
+// Vote in ComfyUI's page: open a workflow, queue it, click through the questions, undo once, close the page and come back.
+//   node vote.mjs URL WORKFLOW.json OUT_FOLDER VOTES TIMEOUT_SECONDS
+// Needs PLAYWRIGHT_MODULES and CHROMIUM as browser.mjs does. Prints one line of JSON.
+import { createRequire } from 'node:module';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+
+const [url, file, out, wanted, seconds] = process.argv.slice(2);
+const { chromium } = createRequire(path.join(process.env.PLAYWRIGHT_MODULES, 'x.js'))('playwright-core');
+const profile = fs.mkdtempSync(path.join(os.tmpdir(), 'pcpo-browser-'));
+const context = await chromium.launchPersistentContext(profile, {
+  executablePath: process.env.CHROMIUM, headless: true, viewport: { width: 1440, height: 900 },
+  args: ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking'],
+});
+const result = { errors: [], votes: 0, undone: 0, reopened: false, status: 'not queued' };
+const workflow = JSON.parse(fs.readFileSync(file, 'utf8'));
+
+async function open() {
+  const page = await context.newPage();
+  page.on('pageerror', e => result.errors.push(e.message));
+  await page.goto(url, { waitUntil: 'domcontentloaded' });
+  await page.waitForFunction(() => window.app?.graph && window.LiteGraph?.registered_node_types?.PCPOHumanVote, null, { timeout: 120000 });
+  await page.waitForTimeout(1500);
+  await page.evaluate(w => window.app.loadGraphData(w, true, true, 'workflow'), workflow);
+  await page.waitForTimeout(1500);
+  return page;
+}
+const question = async () => (await fetch(`${url}/pcpo/vote`)).json();
+const history = async () => Object.values(await (await fetch(`${url}/history`)).json());
+
+try {
+  await context.route(u => u.hostname !== '127.0.0.1', route => route.abort());
+  const settings = { 'Comfy.TutorialCompleted': true, 'Comfy.Release.Status': 'skipped', 'Comfy.Workflow.Persist': false, 'Comfy.Minimap.Visible': false };
+  for (const [key, value] of Object.entries(settings))
+    await fetch(`${url}/api/settings/${key}`, { method: 'POST', body: JSON.stringify(value), headers: { 'content-type': 'application/json' } });
+  let page = await open();
+  await page.screenshot({ path: path.join(out, 'loaded.png') });
+  await page.evaluate(() => window.app.queuePrompt(0, 1));
+  const end = Date.now() + 1000 * seconds;
+  let last = null;
+  while (Date.now() < end) {
+    const asked = await question();
+    if (asked.open && asked.id !== last) {
+      const images = page.locator('.pcpo-vote .images button');
+      await page.waitForFunction(() => [...document.querySelectorAll('.pcpo-vote .images img')].every(i => i.complete && i.naturalWidth) && document.querySelectorAll('.pcpo-vote .images img').length > 1, null, { timeout: 60000 });
+      last = asked.id;
+      if (asked.number === 2 && !result.undone) {
+        await page.locator('.pcpo-vote footer button', { hasText: 'Undo' }).click();
+        result.undone++;
+        continue;
+      }
+      if (asked.number === 4 && !result.reopened) { // close the page in the middle of a question and come back
+        await page.screenshot({ path: path.join(out, 'voting.png') });
+        await page.close();
+        page = await open();
+        await page.waitForSelector('.pcpo-vote .images img', { timeout: 60000 });
+        await page.waitForTimeout(800);
+        await page.screenshot({ path: path.join(out, 'reopened.png') });
+        await page.locator('.pcpo-vote header button').click();
+        await page.waitForTimeout(400);
+        await page.screenshot({ path: path.join(out, 'enlarged.png') });
+        result.enlarged = await page.locator('dialog.pcpo-vote-page[open] .images img').count();
+        await page.locator('.pcpo-vote header button').click();
+        result.reopened = true;
+      }
+      if (asked.number % 2) { // by mouse, then by keyboard
+        await page.locator('.pcpo-vote .images button').nth(0).click();
+        await page.locator('.pcpo-vote .images button').nth(1).click();
+      } else {
+        await page.locator('.pcpo-vote').focus();
+        await page.keyboard.press('2');
+        await page.keyboard.press('1');
+      }
+      result.votes++;
+    }
+    const done = (await history()).find(entry => entry.status?.completed !== undefined);
+    if (done) {
+      Object.assign(result, { status: done.status.status_str, messages: done.status.messages.filter(m => m[0] === 'execution_error') });
+      break;
+    }
+    await page.waitForTimeout(100);
+  }
+  await page.waitForTimeout(2500);
+  result.panel = await page.locator('.pcpo-vote .images img').count();
+  await page.screenshot({ path: path.join(out, 'done.png') });
+} catch (error) {
+  result.status = `failed: ${error.message}`;
+} finally {
+  await context.close();
+  fs.rmSync(profile, { recursive: true, force: true });
+}
+console.log(JSON.stringify(result));
