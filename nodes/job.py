@@ -14,8 +14,8 @@ from torch import Tensor
 from comfyui_pcpo.lora.formats import parse_state
 from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.plotting.run_curves import curves
+from comfyui_pcpo.prompt import prompt_line
 from comfyui_pcpo.reward import Reward
-from comfyui_pcpo.reward.prompt import prompt_line
 
 from ..trainer.config.diagnostics import without_effect
 from ..trainer.config.loading import build

@@ -20,7 +20,7 @@ from ..trainer.config.schema import ConfigError
 from ..trainer.evaluation.taste import TasteSources, train_taste
 from .files import tastes_folder, vote_names
 from .images import to_comfy_image
-from .inputs import ADVANCED, seed_input
+from .inputs import ADVANCED, checked, seed_input
 from .types import RewardType, RunType, WeightedRewards
 
 CLIP_TOOLTIP = (
@@ -37,10 +37,24 @@ def name_input(tooltip: str = NAME_TOOLTIP) -> io.String.Input:
 def check_name(name: str) -> bool | str:
     """Whether a folder can have that name, or what is wrong with it."""
     try:
-        build({"run": {"name": name}}, "name")
+        votes_folder(name)
     except ConfigError as error:
         return str(error)
     return True
+
+
+def votes_folder(name: str) -> Path:
+    """Where votes of that name are stored. Raises ConfigError for a name that no folder can have."""
+    build({"run": {"name": name}}, "name")
+    return tastes_folder() / name
+
+
+def taste_file(name: str) -> Path:
+    """The file of a trained taste. Raises ConfigError for a missing one."""
+    file = votes_folder(name) / "taste.safetensors"
+    if not file.is_file():
+        raise ConfigError(f"{tastes_folder()} has no taste named {name!r}. Train it with Train Taste.")
+    return file
 
 
 def clip_vision_encoder(model: Any) -> Encoder:
@@ -86,10 +100,11 @@ class HumanVoteNode(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, name: str = "my-taste") -> bool | str:
-        return check_name(name)
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        return name is None or check_name(name)  # None: linked, and checked when its value is known
 
     @classmethod
+    @checked
     def execute(cls, name: str, question: str, choose: Choose, votes: int, clip_vision=None) -> io.NodeOutput:
         from .host.booth import BOOTH  # imports the server
 
@@ -98,7 +113,7 @@ class HumanVoteNode(io.ComfyNode):
         def ask(asked: Question, /) -> Reply:
             return BOOTH.ask(node, asked)
 
-        settings = VoteSettings(VoteFolder(tastes_folder() / name), question, choose, votes)
+        settings = VoteSettings(VoteFolder(votes_folder(name)), question, choose, votes)
         reward = HumanVote(ask, settings, lambda: make_encoder(clip_vision))
         return io.NodeOutput(WeightedRewards((reward,), (1.0,)))
 
@@ -131,8 +146,8 @@ class TrainTaste(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, name: str = "my-taste") -> bool | str:
-        return check_name(name)
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        return name is None or check_name(name)  # None: linked, and checked when its value is known
 
     @classmethod
     def fingerprint_inputs(cls, name: str = "my-taste", liked: str = "", disliked: str = "", pairs: str = "") -> str:
@@ -141,8 +156,9 @@ class TrainTaste(io.ComfyNode):
         return hashlib.sha256(f"{files}{times}".encode()).hexdigest()
 
     @classmethod
+    @checked
     def execute(cls, name, liked="", disliked="", pairs="", clip_vision=None, after=None) -> io.NodeOutput:
-        folder, encoder = tastes_folder() / name, make_encoder(clip_vision)
+        folder, encoder = votes_folder(name), make_encoder(clip_vision)
         liked, disliked, pairs = (Path(path) if path.strip() else None for path in (liked, disliked, pairs))
         taste = train_taste(TasteSources((folder,), liked, disliked, pairs), encoder)
         taste.save(folder / "taste.safetensors")
@@ -170,13 +186,18 @@ class LoadTaste(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, taste: str = "") -> bool | str:
-        file = tastes_folder() / taste / "taste.safetensors"
-        return file.is_file() or f"{taste!r} has no taste in {tastes_folder()}. Train one with Train Taste."
+    def validate_inputs(cls, taste: str | None = None) -> bool | str:
+        try:
+            if taste is not None:  # None: linked, and checked when its value is known
+                taste_file(taste)
+        except ConfigError as error:
+            return str(error)
+        return True
 
     @classmethod
+    @checked
     def execute(cls, taste: str, clip_vision=None) -> io.NodeOutput:
-        loaded, encoder = load_taste(tastes_folder() / taste / "taste.safetensors"), make_encoder(clip_vision)
+        loaded, encoder = load_taste(taste_file(taste)), make_encoder(clip_vision)
         check_encoder(loaded, encoder)
         reward = TasteReward(loaded, RewardSettings(), encoder, taste)
         return io.NodeOutput(WeightedRewards((reward,), (1.0,)))
@@ -210,6 +231,7 @@ class CompareBlind(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked
     def execute(cls, images_a: Tensor, images_b: Tensor, question: str, votes: int, seed: int) -> io.NodeOutput:
         from .host.booth import BOOTH  # imports the server
 

@@ -5,10 +5,10 @@ Constructing a reward is cheap: weights are read by `load` or by the first `scor
 import difflib
 from pathlib import Path
 
+from comfyui_pcpo.prompt import Prompt, metadata_of
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardFile, RewardSettings, Scores
 from comfyui_pcpo.reward.combine import CombinedReward, CombinedScores
 from comfyui_pcpo.reward.group import GroupReward
-from comfyui_pcpo.reward.prompt import Prompt, metadata_of
 from comfyui_pcpo.reward.user import (
     classes_by_name,
     construct,

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from comfyui_pcpo.reward.prompt import Prompt, metadata_of
+from comfyui_pcpo.prompt import Prompt, metadata_of
 
 
 class RewardError(ValueError):

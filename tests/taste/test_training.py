@@ -53,10 +53,7 @@ def test_forty_votes_raise_the_true_preference_by_a_standard_deviation(tmp_path)
 
     policy, draw = state.policy, Draw(seed=5, steps=8, each=8)
     assert isinstance(policy, DiffusersPolicy)
-    before, after = (
-        truth.score(images, [""] * len(images)).view(len(PROMPTS), -1)
-        for images in (
-            sample(policy, PROMPTS, guides, draw) for guides in ([], [Guide(policy.lora(), ImplicitReward(1.0))])
-        )
-    )
+    trained = [Guide(policy.lora(), ImplicitReward(1.0))]
+    images = [sample(policy, PROMPTS, guides, draw) for guides in ([], trained)]
+    before, after = (truth.score(x, [""] * len(x)).view(len(PROMPTS), -1) for x in images)
     assert after.mean() - before.mean() >= before.std(1).mean()

@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
+from comfyui_pcpo.prompt import parse_line, prompt_line
 from comfyui_pcpo.reward import Prompt, Reward, RewardSettings, metadata_of
-from comfyui_pcpo.reward.prompt import parse_line, prompt_line
 from trainer.config.loading import dump, load
 from trainer.config.schema import ConfigError, PromptsConfig
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from comfyui_pcpo.reward.prompt import Prompt, from_object, parse_line
+from comfyui_pcpo.prompt import Prompt, from_object, parse_line
 
 from .errors import ConfigError
 from .text_files import read_text

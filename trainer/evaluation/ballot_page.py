@@ -46,7 +46,7 @@ def script() -> bytes:
     return next(file for file in files if file.is_file()).read_bytes()
 
 
-class Handler(BaseHTTPRequestHandler):
+class PageHandler(BaseHTTPRequestHandler):
     @property
     def booth(self) -> Booth:
         assert isinstance(self.server, BallotServer)
@@ -104,7 +104,7 @@ class BallotServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, port: int = 0, tick: Callable[[], None] = lambda: None):
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__(("127.0.0.1", port), PageHandler)
         self.booth = Booth(lambda is_open: None, tick)
 
     @property

@@ -19,7 +19,7 @@ from ..config.errors import ConfigError
 from ..config.text_files import read_text
 from .image_files import IMAGE_SUFFIXES, images_in, read_image
 
-COLUMNS = ("better", "worse")
+PAIR_COLUMNS = ("better", "worse")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def read_pairs_file(path: Path) -> list[tuple[Path, Path]]:
         rows = list(csv.DictReader(text.splitlines()))
     pairs = []
     for number, row in enumerate(rows, 1):
-        if not (isinstance(row, dict) and all(isinstance(row.get(column), str) for column in COLUMNS)):
+        if not (isinstance(row, dict) and all(isinstance(row.get(column), str) for column in PAIR_COLUMNS)):
             raise ConfigError(
                 f"{path}, pair {number} does not name two images. Give the columns better and worse, each the path of "
                 "an image."

@@ -27,9 +27,6 @@ const STYLE = `
   background: var(--comfy-input-bg, #333); color: inherit; font: inherit; cursor: pointer; }
 .pcpo-vote footer button:disabled { opacity: .4; cursor: default; }
 .pcpo-vote .error { color: #ff9c8a; font-size: 12px; }
-dialog.pcpo-vote-page { width: min(1100px, 94vw); height: min(860px, 92vh); padding: 0; border: 1px solid var(--border-color, #555);
-  border-radius: 10px; background: var(--comfy-menu-bg, #222); }
-dialog.pcpo-vote-page::backdrop { background: #000a; }
 `;
 const HINTS = {
   best: "Click the best image.",

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comfyui_pcpo.prompt import metadata_of
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardSettings
-from comfyui_pcpo.reward.prompt import metadata_of
 from comfyui_pcpo.reward.service.images import encode_png
 from comfyui_pcpo.reward.service.wire import BadAnswer, Peer, ServerUnavailable, ask
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from comfyui_pcpo.prompt import Prompt
 from comfyui_pcpo.reward.base import Reward, RewardError
 from comfyui_pcpo.reward.group import GroupReward
-from comfyui_pcpo.reward.prompt import Prompt
 from comfyui_pcpo.reward.service.images import decode_png, png_size
 from comfyui_pcpo.reward.service.wire import is_plain
 
