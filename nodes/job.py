@@ -19,6 +19,7 @@ from comfyui_pcpo.reward import Reward
 
 from ..trainer.config.diagnostics import without_effect
 from ..trainer.config.loading import build
+from ..trainer.config.presets import AUTO, PRESETS, described, resolved
 from ..trainer.config.schema import Config, ConfigError
 from ..trainer.loop.align import Job, Update, align
 from ..trainer.loop.objectives import make_objective
@@ -29,6 +30,7 @@ from ..trainer.runs.folder import RunFolder
 from ..trainer.runs.launch import Run
 from .files import STARTED, free_run_name, has_updates, last_started, runs_folder
 from .host.policy import ComfyPolicy, with_policy
+from .host.presets import host_preset, training_room
 from .types import EncodedPrompts, WeightedRewards
 
 logger = logging.getLogger("pcpo")
@@ -62,13 +64,14 @@ def make_config(inputs: TrainingInputs, tree: dict[str, dict[str, Any]]) -> Conf
     run["name"] = found or free_run_name(str(run["name"]))
     sections = {
         **tree,
+        "lora": {"targets": AUTO, **tree["lora"]},
         "model": {"name": name, "device": "auto", **tree["model"]},
         "prompts": {
             "lines": [prompt_line(line) for line in inputs.prompts.lines],
             "file": None,
             "negative": inputs.prompts.negative_text,
         },
-        "rollout": {**tree["rollout"], "height": height, "width": width},
+        "rollout": {"sde_window": AUTO, **tree["rollout"], "height": height, "width": width},
         "reward": {
             "weights": {name: weight for name, weight in weights.items() if name not in held_out},
             "held_out": held_out,
@@ -77,7 +80,14 @@ def make_config(inputs: TrainingInputs, tree: dict[str, dict[str, Any]]) -> Conf
         "run": run,
     }
     known = run_settings(runs_folder() / found) if found else {}
-    config = build({key: {**known.get(key, {}), **values} for key, values in sections.items()}, "Train LoRA (PCPO)")
+    sections = {
+        key: {**known.get(key, {}), **chosen_again(values, known.get(key, {}))} for key, values in sections.items()
+    }
+    preset = host_preset(inputs.model)
+    sections, chosen = resolved(sections, preset, training_room(inputs.model))
+    config = build(sections, "Train LoRA (PCPO)")
+    logger.info("PCPO: %s", described(preset, chosen))
+    suggest_size(config, preset)
     for sentence in without_effect(config):
         logger.warning("PCPO: %s", sentence)
     return config
@@ -107,6 +117,21 @@ def try_once(policy: ComfyPolicy, rewards: dict[str, Reward], config: Config) ->
         ) from error
     pair = ImageGroups(images.repeat(2, 1, 1, 1), [policy.lines[0]] * 2, 2)
     score(rewards, pair)
+
+
+def chosen_again(widgets: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """The widgets of a section, without those at `auto` that a resumed run has already resolved."""
+    return {key: value for key, value in widgets.items() if value != AUTO or key not in known}
+
+
+def suggest_size(config: Config, preset: str) -> None:
+    """Log the size of the published recipe where the latent is larger: training there costs much less."""
+    r, side = config.rollout, PRESETS[preset].side
+    if side is not None and r.height and r.width and r.height * r.width > 1.5 * side**2:
+        logger.info(
+            "PCPO: training at %d x %d pixels; the recipe trains at %d x %d, several times faster, and the LoRA works "
+            "at larger sizes. A smaller Empty Latent Image does that.", r.width, r.height, side, side,
+        )  # fmt: skip
 
 
 def train_lora(inputs: TrainingInputs, config: Config, name: str) -> RunFolder:

@@ -9,6 +9,7 @@ from comfyui_pcpo.method.forward_process import ALL_OBJECTIVES
 from comfyui_pcpo.plotting.run_curves import curves
 
 from ..trainer.config.loading import build
+from ..trainer.config.presets import AUTO
 from ..trainer.config.schema import (
     ConfigError,
     GuardConfig,
@@ -42,26 +43,24 @@ SECTIONS = {
 }
 ODD_GROUP = " An odd number means one optimizer step per update instead of two."
 HELD_OUT = " Rewards of weight 0 are held out."
-TINY_RATE = " The tiny models train well at 0.003."
+ZERO_IS_AUTO = " 0 takes the value of the published recipe for this kind of model."
+AUTOMATIC = {"steps": 0, "cfg": 0, "noise_level": PUBLISHED_LEVEL, "clip_range": 0, "rank": 0, "learning_rate": 0,
+             "images_at_once": 0, "gradient_checkpointing": False}  # fmt: skip
+"""The value of each widget that stands for `auto`, since a number widget cannot hold a word."""
 
 
 def config_sections(widgets: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The trainer's configuration from the widgets' values; options without a widget keep their default."""
     tree = {section: {key: widgets[key] for key in keys if key in widgets} for section, keys in SECTIONS.items()}
+    for section in tree.values():
+        section |= {key: AUTO for key, value in section.items() if AUTOMATIC.get(key) == value}
     if "objective" in widgets:
         tree["objective"]["name"] = tree["objective"].pop("objective")
     if "guard_every" in widgets:
         tree["guard"]["every"] = tree["guard"].pop("guard_every")
-    if "noise_level" in widgets:
-        tree["rollout"]["noise_level"] = noise_level_option(widgets["noise_level"])
     if "group_size" in widgets:
         tree["optimizer"]["minibatches"] = minibatches_for(widgets["group_size"])
     return tree
-
-
-def noise_level_option(widget: float) -> float | None:
-    """The option rollout.noise_level; a number widget cannot be left empty, so PUBLISHED_LEVEL stands for None."""
-    return None if widget <= PUBLISHED_LEVEL else widget
 
 
 def minibatches_for(group_size: int) -> int:
@@ -158,12 +157,12 @@ def basic_inputs() -> list[io.Input]:
         io.Int.Input(
             "group_size", default=8, min=2, max=256, tooltip=tooltip(RolloutConfig, "group_size") + ODD_GROUP
         ),
-        io.Int.Input("steps", default=10, min=2, max=1000, tooltip=tooltip(RolloutConfig, "steps")),
+        io.Int.Input("steps", default=0, min=0, max=1000, tooltip=tooltip(RolloutConfig, "steps") + ZERO_IS_AUTO),
         io.Float.Input(
-            "learning_rate", default=3e-4, min=1e-7, max=1.0, step=1e-7, round=1e-9,
-            tooltip=tooltip(OptimizerConfig, "learning_rate") + TINY_RATE,
+            "learning_rate", default=0.0, min=0.0, max=1.0, step=1e-7, round=1e-9,
+            tooltip=tooltip(OptimizerConfig, "learning_rate") + ZERO_IS_AUTO,
         ),
-        io.Int.Input("rank", default=8, min=1, max=1024, tooltip=tooltip(LoraConfig, "rank")),
+        io.Int.Input("rank", default=0, min=0, max=1024, tooltip=tooltip(LoraConfig, "rank") + ZERO_IS_AUTO),
         io.Combo.Input(
             "credit", options=list(CREDITS), default="proportionate", advanced=True,
             tooltip=tooltip(ObjectiveConfig, "credit"),
@@ -182,17 +181,18 @@ def advanced_inputs() -> list[io.Input]:
     """Options that are rarely changed; the new node renderer collapses them."""
     return [
         io.Float.Input(
-            "cfg", default=1.0, min=0.0, max=30.0, step=0.1, tooltip=tooltip(RolloutConfig, "cfg"), **ADVANCED
+            "cfg", default=0.0, min=0.0, max=30.0, step=0.1, tooltip=tooltip(RolloutConfig, "cfg") + ZERO_IS_AUTO,
+            **ADVANCED,
         ),
         method_input(**ADVANCED),
-        noise_level_input("the method's published value, or 0 for the objectives awm and nft", **ADVANCED),
+        noise_level_input("the recipe's value, or 0 for the objectives awm and nft", **ADVANCED),
         io.Combo.Input(
             "objective", options=list(ALL_OBJECTIVES), default="log_hinge",
             tooltip=tooltip(ObjectiveConfig, "name"), **ADVANCED,
         ),
         io.Float.Input(
-            "clip_range", default=1e-3, min=1e-7, max=0.99, step=1e-5, round=1e-8,
-            tooltip=tooltip(ObjectiveConfig, "clip_range"), **ADVANCED,
+            "clip_range", default=0.0, min=0.0, max=0.99, step=1e-5, round=1e-8,
+            tooltip=tooltip(ObjectiveConfig, "clip_range") + ZERO_IS_AUTO, **ADVANCED,
         ),
         io.Float.Input(
             "kl_weight", default=0.0, min=0.0, max=100.0, step=0.01, tooltip=tooltip(ObjectiveConfig, "kl_weight"),
@@ -203,10 +203,13 @@ def advanced_inputs() -> list[io.Input]:
             **ADVANCED,
         ),
         io.Int.Input(
-            "images_at_once", default=16, min=1, max=256, tooltip=tooltip(RolloutConfig, "images_at_once"), **ADVANCED
+            "images_at_once", default=0, min=0, max=256,
+            tooltip=tooltip(RolloutConfig, "images_at_once") + " 0 chooses by the device's memory.", **ADVANCED,
         ),
         io.Boolean.Input(
-            "gradient_checkpointing", default=False, tooltip=tooltip(ModelConfig, "gradient_checkpointing"), **ADVANCED
+            "gradient_checkpointing", default=False,
+            tooltip=tooltip(ModelConfig, "gradient_checkpointing") + " Off uses it only where memory requires it.",
+            **ADVANCED,
         ),
         io.Int.Input(
             "preview_every", default=5, min=0, max=10000, tooltip=tooltip(RunConfig, "preview_every"), **ADVANCED

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from ..config.diagnostics import unknown_words, without_effect
 from ..config.errors import ConfigError
-from ..config.loading import dump, load, parse_overrides
+from ..config.loading import dump, load_described, parse_overrides
 from ..config.options import option_lines
 from ..config.schema import Config
 from .files import free_name
@@ -169,7 +169,9 @@ def print_gains(comparison: "Comparison", config: Config) -> None:
 def read_config(tokens: list[str]) -> Config:
     """The configuration of `[FILE] --section.field value ...`, with notes on it on stderr."""
     path = Path(tokens.pop(0)) if tokens and not tokens[0].startswith("--") else None
-    config = load(path, parse_overrides(tokens))
+    config, resolved = load_described(path, parse_overrides(tokens))
+    if resolved:
+        print(resolved, file=sys.stderr)
     for note in (*without_effect(config), *unknown_words(config)):
         print(f"note: {note}", file=sys.stderr)
     return config

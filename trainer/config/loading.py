@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from .options import known_keys, nearest
-from .schema import Config, ConfigError
+from .presets import described, has_auto, resolved
+from .schema import Config, ConfigError, ModelConfig
 from .text_files import read_text
 
 if sys.version_info >= (3, 11):
@@ -121,6 +122,11 @@ def with_options(config: Config, tree: dict[str, Any]) -> Config:
 
 def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
     """A Config from a TOML file (or the defaults) and overrides; paths in the file are relative to it."""
+    return load_described(path, overrides)[0]
+
+
+def load_described(path: Path | None, overrides: dict[str, Any] | None = None) -> tuple[Config, str]:
+    """As `load`, and a line that names what every `auto` was resolved to, empty without any."""
     tree: dict[str, Any] = {}
     if path is not None:
         if not path.is_file():
@@ -132,7 +138,20 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
         _resolve(tree, path.parent)
     _resolve(overrides or {}, Path())
     sources = [str(path)] * (path is not None) + ["options"] * bool(overrides or path is None)
-    return build(merge(tree, overrides or {}), " and ".join(sources))
+    tree, line = with_preset(merge(tree, overrides or {}))
+    return build(tree, " and ".join(sources)), line
+
+
+def with_preset(tree: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """`tree` with the values that `auto` stands for with this model, and the line that names them."""
+    if not has_auto(tree):
+        return tree, ""
+    from ..policy.model_family import device_room, model_preset  # imports torch
+
+    model = {**ModelConfig().model_dump(), **tree.get("model", {})}
+    name = model_preset(str(model["name"]))
+    filled, chosen = resolved(tree, name, device_room(str(model["device"])))
+    return filled, described(name, chosen)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

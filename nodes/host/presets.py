@@ -1,0 +1,43 @@
+"""The preset of a MODEL, and the memory that its training can use."""
+
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+
+from ...trainer.config.presets import Room, preset_name
+from .spaces import space_of
+
+HOST_FAMILIES = {  # ComfyUI's configuration class -> the family in trainer/config/presets.py
+    "SD15": "sd15", "SD20": "sd2", "SDXL": "sdxl", "SSD1B": "sdxl", "SD3": "sd3", "Flux": "flux",
+    "FluxSchnell": "flux-distilled", "Chroma": "chroma", "Flux2": "flux2", "QwenImage": "qwen-image",
+    "ZImage": "z-image", "Lumina2": "lumina2", "HiDream": "hidream", "Krea2": "krea2", "ErnieImage": "ernie-image",
+    "Ideogram4": "ideogram4", "Anima": "anima", "CosmosT2IPredict2": "cosmos", "WAN21_T2V": "wan", "WAN22_T2V": "wan",
+}  # fmt: skip
+KLEIN_BELOW = 6144
+"""FLUX.2 dev's hidden size; klein's is smaller."""
+
+
+def host_preset(model: Any) -> str:
+    """The name of the preset of a MODEL; whether it is distilled shows in the name of its file only."""
+    if "pcpo_model" in model.attachments:
+        return "embedded"
+    config = model.model.model_config
+    family = HOST_FAMILIES.get(type(config).__name__) or ("flow" if space_of(model).kind == "flow" else "epsilon")
+    name = file_name(model)
+    if family == "flux2" and config.unet_config.get("hidden_size", KLEIN_BELOW) < KLEIN_BELOW:
+        name += " klein"
+    return preset_name(family, name)
+
+
+def file_name(model: Any) -> str:
+    """Name of the file that a MODEL was loaded from, empty if its loader did not keep it."""
+    arguments = (model.cached_patcher_init or (None, ()))[1]
+    return next((Path(text).name for text in arguments if isinstance(text, str)), "")
+
+
+def training_room(model: Any) -> Room:
+    """The device's memory without the model's weights, at least a quarter: weights that do not fit stay on the CPU."""
+    device = model.load_device
+    total = float(mm.get_total_memory(device))
+    return Room(max(total / 4, 0.9 * total - model.model_size()), gpu=not mm.is_device_cpu(device))

@@ -1,0 +1,111 @@
+"""`auto` stands for the values of the model's family, a given value wins, and what was chosen is shown."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from trainer.cli.main import main
+from trainer.config import presets
+from trainer.config.loading import build, load, merge
+from trainer.config.presets import AUTO, PRESET_OPTIONS, PRESETS, Room, preset_name, resolved
+from trainer.policy.model_family import PIPELINE_FAMILIES, model_preset
+
+GIB = 2**30
+ALL = (*PRESET_OPTIONS, ("rollout", "images_at_once"), ("model", "gradient_checkpointing"))
+
+
+def automatic(**given):
+    tree = {}
+    for section, key in ALL:
+        tree.setdefault(section, {})[key] = AUTO
+    return merge(tree, given)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("objective", ["log_hinge", "nft"])
+def test_every_preset_makes_a_valid_configuration(name, objective):
+    tree, chosen = resolved(automatic(objective={"name": objective}), name, Room(16 * GIB, gpu=True))
+    config, preset = build(tree, name), PRESETS[name]
+    assert (config.rollout.steps, config.lora.rank) == (preset.steps, preset.rank)
+    assert chosen["optimizer.learning_rate"] == config.optimizer.learning_rate == preset.learning_rate
+    assert config.rollout.noise_level == (preset.noise_level if objective == "log_hinge" else None)
+    assert AUTO not in (v for v in chosen.values())
+
+
+def test_a_given_value_wins():
+    given = automatic(rollout={"steps": 7}, lora={"rank": 3})
+    tree, chosen = resolved(given, "sdxl", Room(1e12, gpu=True))
+    assert (tree["rollout"]["steps"], tree["lora"]["rank"]) == (7, 3)
+    assert "rollout.steps" not in chosen and chosen["rollout.cfg"] == 5.0
+
+
+def test_sdxl_trains_with_guidance_and_flux_without():
+    assert PRESETS["sdxl"].cfg == 5.0 and PRESETS["flux"].cfg == 1.0
+
+
+@pytest.mark.parametrize(
+    ("free", "images", "checkpointing"), [(400, 16, False), (24, 10, True), (3, 1, True), (0.1, 1, True)]
+)
+def test_less_free_memory_means_fewer_images_at_once(free, images, checkpointing):
+    chosen = resolved(automatic(), "sdxl", Room(free * GIB, gpu=True))[1]
+    assert chosen["rollout.images_at_once"] == images
+    assert chosen["model.gradient_checkpointing"] == checkpointing
+
+
+def test_a_quarter_of_the_pixels_allows_four_times_the_images():
+    def images(side):
+        tree = automatic(rollout={"height": side, "width": side}, model={"gradient_checkpointing": True})
+        return resolved(tree, "sdxl", Room(6 * GIB, gpu=True))[1]["rollout.images_at_once"]
+
+    assert (images(1024), images(512)) == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("emoji-flow", "embedded"),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "sdxl"),
+        ("black-forest-labs/FLUX.1-schnell", "flux-distilled"),
+        ("black-forest-labs/FLUX.2-klein-4B", "flux2-klein"),
+        ("black-forest-labs/FLUX.2-klein-base-4B", "flux2-klein-base"),
+        ("Tongyi-MAI/Z-Image-Turbo", "z-image-distilled"),
+        ("Tongyi-MAI/Z-Image", "z-image"),
+        ("Qwen/Qwen-Image-2512", "qwen-image"),
+        ("someone/else", "flow"),
+    ],
+)
+def test_names_tell_the_preset(name, preset):
+    assert model_preset(name) == preset
+
+
+@pytest.mark.parametrize("kind", PIPELINE_FAMILIES)
+def test_a_folder_tells_its_preset(kind, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    assert model_preset(str(tmp_path / "model")) == PIPELINE_FAMILIES[kind]
+    assert PIPELINE_FAMILIES[kind] in PRESETS
+
+
+def test_distilled_models_of_a_family_without_such_a_preset_take_the_familys():
+    assert preset_name("chroma", "chroma-flash-distilled") == "chroma"
+
+
+def test_auto_in_a_file_is_resolved_and_shown_by_check(tmp_path, capsys):
+    file = tmp_path / "auto.toml"
+    file.write_text('[rollout]\nsteps = "auto"\ncfg = "auto"\n[lora]\nrank = 5\ntargets = "auto"\n')
+    config = load(file)
+    assert (config.rollout.steps, config.lora.rank, config.lora.targets) == (10, 5, "linear")
+    assert main(["check", str(file), "--optimizer.learning-rate", "auto", "--prompts.lines", "a fox"]) == 0
+    shown = capsys.readouterr()
+    assert "auto for embedded: rollout.steps 10, rollout.cfg 1, lora.targets linear" in shown.err
+    assert "optimizer.learning_rate 0.003" in shown.err and "learning_rate = 0.003" in shown.out
+
+
+def test_every_preset_has_its_source_in_a_comment():
+    text = Path(presets.__file__).read_text(encoding="utf-8")
+    body = text[text.index("PRESETS: ") : text.index("PRESET_OPTIONS: ")]
+    entries = [m.start() for m in re.finditer(r'^    "', body, re.MULTILINE)]
+    commented = [start for start in entries if body[:start].rstrip().splitlines()[-1].strip().startswith("#")]
+    assert len(PRESETS) == len(entries) >= 20 and len(commented) >= 17
