@@ -129,7 +129,7 @@ def suggest_size(config: Config, preset: str) -> None:
     r, side = config.rollout, PRESETS[preset].side
     if side is not None and r.height and r.width and r.height * r.width > 1.5 * side**2:
         logger.info(
-            "PCPO: training at %d x %d pixels; the recipe trains at %d x %d, several times faster, and the LoRA works "
+            "PCPO: training at %d x %d pixels; the recipe trains at %d x %d, several times faster, and samples "
             "at larger sizes. A smaller Empty Latent Image does that.", r.width, r.height, side, side,
         )  # fmt: skip
 

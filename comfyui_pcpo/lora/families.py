@@ -68,7 +68,7 @@ KREA2 = {
     r"\.attn\.to_": ".attn.w",
     r"\.ff\.": ".mlp.",
 }
-NEVER = r"(?!)"  # a mark that matches no name
+NO_MARK = r"(?!)"  # a mark that matches no name
 
 
 def krea2_names(modules: Sequence[str]) -> OriginalNames:
@@ -183,8 +183,8 @@ LORA_FAMILIES: dict[Family, LoraFamily] = {  # in the order in which `detect_fam
             )
         ),
     ),
-    "core": LoraFamily(mark=NEVER, original=same_names, prefix="diffusion_model.", diffusers=False),
-    "plain": LoraFamily(mark=NEVER),
+    "core": LoraFamily(mark=NO_MARK, original=same_names, prefix="diffusion_model.", diffusers=False),
+    "plain": LoraFamily(mark=NO_MARK),
 }  # fmt: skip
 
 
