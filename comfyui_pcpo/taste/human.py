@@ -16,7 +16,7 @@ from comfyui_pcpo.taste.votes import Vote, VoteFolder, group_key, rank_scores
 
 Choose = Literal["best", "best and worst", "ranking"]
 REFIT_EVERY = 5  # votes; between two questions, a slightly older fit is used
-AT_ONCE = 32  # images per forward pass of the encoder
+FILES_AT_ONCE = 32  # images per forward pass of the encoder
 CHOICES: tuple[Choose, ...] = ("best", "best and worst", "ranking")
 
 
@@ -173,7 +173,7 @@ class HumanVote(GroupReward):
     def file_features(self, names: list[str]) -> Tensor:
         """Features of images in the folder, (N, D); each is computed once."""
         new = [name for name in names if name not in self.seen]
-        for part in (new[start : start + AT_ONCE] for start in range(0, len(new), AT_ONCE)):
+        for part in (new[start : start + FILES_AT_ONCE] for start in range(0, len(new), FILES_AT_ONCE)):
             images = self.vote.folder.pixels(part)
             same = all(image.shape == images[0].shape for image in images)
             found = self.features(torch.stack(images)) if same else torch.cat([self.features(x[None]) for x in images])
