@@ -24,7 +24,7 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
     @functools.wraps(execute)
     def checking(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
         given = dict(zip(names, args, strict=False)) | kwargs
-        for item in cls.GET_SCHEMA().inputs:
+        for item in cls.define_schema().inputs:  # GET_SCHEMA would set an attribute of a class that ComfyUI has locked
             if given.get(item.id) is not None:
                 check_widget(item, given[item.id])
         return execute(cls, *args, **kwargs)

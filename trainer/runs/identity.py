@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from comfyui_pcpo.reward.prompt import prompt_line
+from comfyui_pcpo.prompt import prompt_line
 
 from ..config.schema import Config, ConfigError
 from ..files import sampled_digest, write_durably

@@ -140,8 +140,8 @@ class Hidden:
 
 class ComfyNode:
     hidden: Any
-    @staticmethod
-    def GET_SCHEMA() -> Schema: ...
+    @classmethod
+    def define_schema(cls) -> Schema: ...
 
 class NodeOutput:
     def __init__(self, *args: Any, ui: Any = None) -> None: ...
