@@ -5,6 +5,7 @@ versions of diffusers no longer have.
 """
 
 import importlib.util
+import multiprocessing
 import os
 import sys
 import time
@@ -102,6 +103,22 @@ class LowRankAttention(nn.Module):
         return attn.to_out[1](project("out", attn.to_out[0], mixed)) / attn.rescale_output_factor
 
 
+class NoEncoder(nn.Module):
+    """Takes the place of the T5 that emoji-flow lacks; the script moves it, and diffusers asks for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("place", torch.zeros(0))
+
+    @property
+    def device(self) -> torch.device:
+        return self.get_buffer("place").device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.get_buffer("place").dtype
+
+
 def run_ddpo(clone: Path, settings: PeerSettings, work: Path) -> Meter:
     """scripts/train.py of ddpo-pytorch on emoji-eps."""
     import diffusers.utils
@@ -125,6 +142,7 @@ def run_ddpo(clone: Path, settings: PeerSettings, work: Path) -> Meter:
 
 def run_flow_grpo(clone: Path, settings: PeerSettings, work: Path) -> Meter:
     """scripts/train_sd3.py of flow_grpo on emoji-flow."""
+    multiprocessing.set_start_method("fork", force=True)  # for its data loader, as in a process of its own
     script, config = load_script(clone, "scripts/train_sd3.py", settings)
     pipeline, meter = load_tiny("emoji-flow"), Meter(settings)
     meter.watch(pipeline.transformer)
@@ -136,8 +154,9 @@ def run_flow_grpo(clone: Path, settings: PeerSettings, work: Path) -> Meter:
     config.sample.train_batch_size = config.sample.num_image_per_prompt = settings.images
     config.train.timestep_fraction = 0.99  # all steps but the last
     config.reward_fn = {"jpeg_compressibility": 1.0}
-    pipeline.text_encoder_3, pipeline.tokenizer_3 = nn.Identity(), pipeline.tokenizer  # this model has no T5
-    script.compute_text_embeddings = lambda prompt, *_, **__: embed(pipeline, list(prompt))
+    pipeline.text_encoder_3, pipeline.tokenizer_3 = NoEncoder(), pipeline.tokenizer
+    text = load_tiny("emoji-flow").to(settings.device)  # as above, but without a T5
+    script.compute_text_embeddings = lambda prompt, *_, **__: embed(text, list(prompt))
     script.eval = lambda *_, **__: None
     script.StableDiffusion3Pipeline = loader_of(pipeline)
     return execute(script, meter)
