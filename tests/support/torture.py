@@ -198,7 +198,7 @@ def torture(kills: int, seed: int, place: Path) -> int:
         while not finished:
             moment = None if len(struck) == MOST_PER_RUN or sum(done.values()) == kills else choose(rng, most)
             status = spawn(folder, command(folder), moment, log)
-            finished = status == 0
+            finished = status == 0 or (status == 2 and "is finished: " in log.read_text())  # killed after its last save
             if moment is None and not finished:
                 wrong.append(f"after {struck}: {log.read_text()[-600:]}")
                 break

@@ -269,3 +269,13 @@ def test_a_full_disk_stops_the_run_and_earlier_checkpoints_are_whole(make_config
     assert folder.numbers() == [1]
     assert not list(folder.checkpoints.glob("*.tmp"))
     assert_same_run(whole, resume(folder))
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_is_completed_by_resume(make_config, tmp_path):
+    folder = finished(make_config, tmp_path)
+    folder.curves_file.unlink()
+    (folder.checkpoints / "000001.gone").mkdir()
+    with pytest.raises(ConfigError, match="finished: 2 of 2"):
+        resume_run(folder.path)
+    assert folder.curves_file.is_file()
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["000001", "000002"]

@@ -167,6 +167,17 @@ def begin(folder: RunFolder, state: TrainingState, config: Config, checkpoint: s
             folder.remove_leftovers()
 
 
+def close(folder: RunFolder, config: Config) -> None:
+    """Do what the end of a finished run does, for one that was killed before it could."""
+    with folder.locked():
+        kept = replay(folder.records(), config.guard).kept if config.guard.every else None
+        folder.remove_leftovers()
+        folder.prune(config.run.keep, kept)
+        if kept in folder.numbers():
+            folder.write_lora(folder.lora(str(kept)), folder.family(), config, kept)
+        folder.draw_curves()
+
+
 def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> Run:
     """A new run; everything is loaded and checked before its folder is made."""
     folder = RunFolder(config.run.folder / config.run.name)
@@ -193,6 +204,7 @@ def resume_run(path: Path, options: ResumeOptions = ResumeOptions(), tick: Calla
     some = bool(folder.numbers()) or options.checkpoint != "latest"
     done = folder.intact(options.checkpoint) if some else 0
     if done >= config.run.updates:
+        close(folder, config)
         raise ConfigError(
             f"{path} is finished: {done} of {config.run.updates} updates are done. Give --updates with a larger number."
         )
