@@ -1,6 +1,6 @@
 """Trajectories: images sampled from a policy, with everything the update needs to recompute each step exactly."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,3 +111,22 @@ def rollout(
     if sum(len(rows) for rows in chunks) != count:
         raise ValueError(f"chunks hold {sum(map(len, chunks))} rows, but the noise has {count}. Cover each row once.")
     return Trajectory(latents, noises, outs, transitions, grid.timesteps.tolist(), evaluations=steps * count)
+
+
+@torch.no_grad()
+def rollout_chunks(
+    predict: Predict, grid: Grid, transitions: Sequence[Transition], noise: GroupNoise, chunks: Sequence[Tensor]
+) -> Iterator[tuple[Trajectory, Tensor]]:
+    """`rollout` to the bit, but chunk after chunk: the trajectory so far and the rows just sampled; later rows are 0."""
+    x = noise.first()
+    latents, noises, outs = (x.new_zeros((n, *x.shape)) for n in (len(transitions) + 1, *[len(transitions)] * 2))
+    latents[0] = x
+    for i in range(len(transitions)):
+        noises[i] = noise.next()
+    path = Trajectory(latents, noises, outs, transitions, grid.timesteps.tolist())
+    for rows in chunks:
+        for i, (transition, t) in enumerate(zip(transitions, path.timesteps, strict=True)):
+            outs[i, rows] = predict(latents[i, rows], t, rows).float().cpu()
+            latents[i + 1, rows] = step(latents[i, rows], outs[i, rows], noises[i, rows], transition)
+        path.evaluations += len(transitions) * len(rows)
+        yield path, rows

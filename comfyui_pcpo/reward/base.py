@@ -75,6 +75,7 @@ class Reward:
     typical_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     files: ClassVar[tuple[RewardFile, ...]] = ()
     memory: ClassVar[int] = 0  # bytes of the network in half precision
+    elsewhere: ClassVar[bool] = False  # computed by a server or a person: a thread may wait for it
 
     def __init__(self, settings: RewardSettings | None = None):
         self.settings = settings or RewardSettings()

@@ -50,6 +50,7 @@ class BertScore(EndpointReward):
         RewardFile(HUB_ID, "merges.txt", 456_000, "MIT"),
     )
     memory = 1_500_000_000
+    elsewhere = False  # its DeBERTa takes the GPU that samples
     layer = LAYER
 
     def __init__(self, settings: RewardSettings | None = None, vlm: Vlm | None = None):

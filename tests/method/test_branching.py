@@ -6,7 +6,7 @@ import torch
 
 from comfyui_pcpo.method.branching import Branch, BranchPlan, branch_rollout, choose_branches
 from comfyui_pcpo.method.ddim_variance import smallest_target
-from comfyui_pcpo.method.rollout import GroupNoise, rollout
+from comfyui_pcpo.method.rollout import GroupNoise, rollout, rollout_chunks
 from comfyui_pcpo.method.samplers import METHODS, default_noise_level, deterministic, transitions
 from comfyui_pcpo.method.schedule import ddim_grid, flow_grid
 
@@ -165,3 +165,13 @@ def test_solved_ddim_sigmas_branch_too():
     plan = BranchPlan([Branch(2, 1, 0), Branch(3, 1, 1)], stochastic, deterministic(grid))
     path = branch_rollout(Model(), grid, plan, noise(), chunks(8))
     assert path.final.isfinite().all()
+
+
+def test_sampling_chunk_after_chunk_is_the_same_to_the_bit():
+    grid, stochastic, _ = setting()
+    path = rollout(Model(), grid, stochastic, noise(False), chunks(3))
+    *parts, (last, _) = rollout_chunks(Model(), grid, stochastic, noise(False), chunks(3))
+    assert len(parts) + 1 == len(chunks(3))
+    for one, two in ((path.latents, last.latents), (path.noises, last.noises), (path.outs, last.outs)):
+        assert torch.equal(one, two)
+    assert path.evaluations == last.evaluations

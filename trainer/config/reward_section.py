@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from comfyui_pcpo.method.constraint import scheduled_weight
+
 from .sections import Names, Section
 
 
@@ -13,6 +15,22 @@ class RewardConfig(Section):
         default={"alignment": 1.0},
         description="Training rewards and their weights, or a single name; module:Class is a custom reward.",
     )
+    schedule: dict[str, tuple[tuple[int, float], ...]] = Field(
+        default={},
+        description="Weights that change over a run: a trained reward's points [update, weight], linear in between."
+        " They replace its weight.",
+    )
+    constraints: Names = Field(
+        default=(),
+        description="Rewards whose mean must not fall below that of the first update; their weight grows if it does.",
+    )
+    constraint_rate: float = Field(
+        default=0.2,
+        gt=0,
+        le=100,
+        description="Growth of a constraint's weight per update and standard deviation below the start.",
+    )
+    constraint_limit: float = Field(default=5.0, gt=0, le=1000, description="Largest weight of a constraint.")
     standardise: bool = Field(
         default=True,
         description="Standardise several rewards over the population of the advantage before summing them.",
@@ -36,6 +54,11 @@ class RewardConfig(Section):
         ge=0,
         le=86400,
         description="Seconds to wait for a reward server or endpoint that does not answer before the run ends.",
+    )
+    overlap: bool = Field(
+        default=True,
+        description="Let rewards of servers and endpoints score finished images while the next ones are sampled; the "
+        "scores are the same.",
     )
     offload: bool = Field(
         default=True, description="Move reward models to the CPU between rollouts; disable for speed."
@@ -66,4 +89,34 @@ class RewardConfig(Section):
             )
         if twice:
             raise ValueError(f"held_out names {twice[0]} twice. Name each reward once")
+        others = (*self.weights, *self.held_out)
+        double = [name for n, name in enumerate(self.constraints) if name in (*others, *self.constraints[:n])]
+        if double:
+            raise ValueError(
+                f"constraints names {double[0]}, which is named elsewhere in reward too. A constraint has its own "
+                "weight: name the reward once"
+            )
         return self
+
+    @model_validator(mode="after")
+    def schedules_rise(self) -> "RewardConfig":
+        for name, points in self.schedule.items():
+            if name not in self.weights:
+                raise ValueError(f"schedule names {name}, which reward.weights does not. Add it there, with any weight")
+            updates = [update for update, _ in points]
+            if not points or updates != sorted(set(updates)) or updates[0] < 1:
+                raise ValueError(
+                    f"schedule of {name} has the updates {updates}, but needs one or more, rising, from 1. "
+                    "Try [[1, 1.0], [50, 0.2]]"
+                )
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All rewards: trained, constraints, held out."""
+        return (*self.weights, *self.constraints, *self.held_out)
+
+    def weights_at(self, number: int) -> dict[str, float]:
+        """The weights of the trained rewards in an update, without those of constraints."""
+        scheduled = {name: scheduled_weight(list(points), number) for name, points in self.schedule.items()}
+        return self.weights | scheduled

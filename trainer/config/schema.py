@@ -58,6 +58,12 @@ class Config(Section):
                 f"rollout.sigma = {self.rollout.sigma} needs rollout.target_weight (the paper uses 4.5 for 50 steps). "
                 "Set it, or use sigma = native."
             )
+        changing = "constraints" if self.reward.constraints else "schedule" if self.reward.schedule else ""
+        if changing and self.advantage.kind == "window":
+            raise ValueError(
+                f"reward.{changing} changes weights during the run, but advantage.kind = window compares with earlier "
+                "updates. Use kind = group."
+            )
         if self.guard.kl_budget and self.objective.kl_weight:
             raise ValueError(
                 f"guard.kl_budget {self.guard.kl_budget:g} adapts the KL weight, but objective.kl_weight "

@@ -137,7 +137,7 @@ def make_meter(opened: Source, config: Config, options: EvaluationOptions) -> tu
 def reward_names(opened: Source, options: EvaluationOptions) -> list[str]:
     """The rewards of the options, else those of the run; code that only a LoRA file names is never imported."""
     r = opened.config.reward
-    names = list(dict.fromkeys(options.rewards or (*r.weights, *r.held_out)))
+    names = list(dict.fromkeys(options.rewards or r.names))
     from_file = opened.path is not None and opened.path.is_file() and not options.rewards
     code = [name for name in names if ":" in name]
     if from_file and code:
@@ -152,7 +152,7 @@ def role(name: str, opened: Source) -> str:
     """What a metric stands for: trained or held out for the rewards of a LoRA, else its kind."""
     if opened.path is None or name in ROLES:
         return ROLES.get(name, "reward")
-    return "trained" if name in opened.config.reward.weights else "held out"
+    return "held out" if name in opened.config.reward.held_out else "trained"
 
 
 def run_side(context: EvalContext, side: str, seed: int, shown: Shown) -> Tally:

@@ -11,7 +11,7 @@ from torch import Tensor
 from comfyui_pcpo.method.adaptive_kl import adapted_kl_weight
 from comfyui_pcpo.method.branching import branch_rollout
 from comfyui_pcpo.method.forward_process import predicted_x0, scales
-from comfyui_pcpo.method.rollout import Predict, Trajectory, rollout
+from comfyui_pcpo.method.rollout import GroupNoise, Predict, Trajectory, rollout, rollout_chunks
 from comfyui_pcpo.reward.base import Reward
 
 from ..config.schema import Config
@@ -21,6 +21,7 @@ from .distributed import Processes
 from .finite import check_rollout
 from .interrupts import interrupts
 from .objectives import Objective, make_objective
+from .overlap import Overlap, overlapping
 from .plan import Plan, make_plan
 from .records import Measured, record
 from .scoring import ImageGroups, ScoredRollout, Stopwatch, check_failures, compare_scores, score
@@ -56,6 +57,11 @@ class Job:
     def objective(self) -> Objective:
         return make_objective(self.config)
 
+    def overlap(self, plan: Plan) -> Overlap:
+        """The rewards that score while the policy samples."""
+        elsewhere = {name: reward for name, reward in self.rewards.items() if reward.elsewhere}
+        return Overlap(elsewhere, plan, self.config.reward.overlap, self.tick)
+
 
 @dataclass
 class Update:
@@ -89,23 +95,26 @@ def align(state: TrainingState, job: Job) -> Iterator[Update]:
         with state.all_or_nothing(), interrupts.allow():
             seconds = Stopwatch()
             plan = make_plan(state.policy, job.config, job.objective, job.prompts, number)
-            with seconds("rollout"):
-                samples = roll_out(state, job, plan, condition)
-            with seconds("reward"):
-                scored = score_rollout(state, job, plan, samples.images)
+            with overlapping(job.overlap(plan)) as overlap:
+                with seconds("rollout"):
+                    samples = roll_out(state, job, overlap, condition)
+                with seconds("reward"):
+                    scored = score_rollout(state, job, overlap, samples.images)
             with seconds("update"):
                 statistics = improve(state, update_batch(state, job, plan, samples, scored), job.processes)
             state.done = number
             metrics = record(Measured(plan, scored, statistics, seconds, state.learning_rate), job.config)
+            if overlap.rewards:
+                metrics["seconds_saved"] = round(overlap.saved, 4)
             metrics |= guarded(state, job, metrics["kl"])
         yield Update(number, metrics, samples.images, plan.texts, own_rows(scored.combined, job))
         if job.guard is not None and job.guard.stopped:
             return
 
 
-def roll_out(state: TrainingState, job: Job, plan: Plan, condition: Condition) -> Samples:
+def roll_out(state: TrainingState, job: Job, overlap: Overlap, condition: Condition) -> Samples:
     """Roll out this process's groups and decode their images."""
-    policy, r = state.policy, job.config.rollout
+    policy, plan, r = state.policy, overlap.plan, job.config.rollout
     prompts = list(dict.fromkeys(plan.texts))
     own = condition.rows([job.prompts.index(text) for text in prompts])
     places = [prompts.index(text) for text in plan.texts]
@@ -113,32 +122,54 @@ def roll_out(state: TrainingState, job: Job, plan: Plan, condition: Condition) -
     def predict(x: Tensor, t: float, rows: Tensor) -> Tensor:
         interrupts.check()
         job.tick()
+        overlap.check()
         return policy.predict(upload(x, policy.device), t, own.rows([places[i] for i in rows.tolist()]))
 
     noise = plan.noise(job.config.run.seed, policy.latent_shape, shared=r.shared_noise)
+    path: Trajectory | None = None
     with state.sampling(r.policy):
-        if plan.branches is None:
-            path = rollout(predict, plan.grid, plan.transitions, noise, plan.chunks)
-        else:
-            path = branch_rollout(predict, plan.grid, plan.branches, noise, plan.chunks)
-    check_rollout(path, predict, policy, plan.number)
-    final = path.final if r.decode == "final" else last_prediction(path, plan)
-    images = torch.cat([policy.decode(x) for x in final.split(len(plan.chunks[0]))])
-    return Samples(path, images, predict)
+        for path, rows in sampled_parts(predict, plan, noise, by_chunk=bool(overlap.rewards)):
+            check_rollout(path, predict, policy, plan.number)
+            if overlap.rewards:
+                for part in rows.split(r.images_at_once):
+                    overlap.add(part, policy.decode(clean_latents(path, plan, r.decode)[part]))
+    assert path is not None  # there is at least one chunk
+    if overlap.rewards:
+        return Samples(path, overlap.images, predict)
+    final = clean_latents(path, plan, r.decode)
+    return Samples(path, torch.cat([policy.decode(x) for x in final.split(len(plan.chunks[0]))]), predict)
 
 
-def last_prediction(path: Trajectory, plan: Plan) -> Tensor:
-    """The clean latents that the last step predicts, without its noise, (B, C, H, W)."""
+def sampled_parts(
+    predict: Predict, plan: Plan, noise: GroupNoise, by_chunk: bool
+) -> Iterator[tuple[Trajectory, Tensor]]:
+    """The trajectory and the rows that it has newly sampled: chunk after chunk, or all at once, as branches are."""
+    if plan.branches is not None:
+        yield branch_rollout(predict, plan.grid, plan.branches, noise, plan.chunks), torch.cat(plan.chunks)
+    elif by_chunk:
+        yield from rollout_chunks(predict, plan.grid, plan.transitions, noise, plan.chunks)
+    else:
+        yield rollout(predict, plan.grid, plan.transitions, noise, plan.chunks), torch.cat(plan.chunks)
+
+
+def clean_latents(path: Trajectory, plan: Plan, decode: str) -> Tensor:
+    """What is decoded, (B, C, H, W): the final latents, or those that the last step predicts, without its noise."""
+    if decode == "final":
+        return path.final
     return predicted_x0(path.latents[-2], path.outs[-1], scales(plan.grid)[-1], plan.grid.kind)
 
 
-def score_rollout(state: TrainingState, job: Job, plan: Plan, images: Tensor) -> ScoredRollout:
+def score_rollout(state: TrainingState, job: Job, overlap: Overlap, images: Tensor) -> ScoredRollout:
     """The scores of every process's images and their advantages."""
-    seconds = Stopwatch()
-    own = score(job.rewards, ImageGroups(images, plan.texts, plan.group_size), seconds, job.config.reward.offload)
+    seconds, plan = Stopwatch(), overlap.plan
+    here = {name: reward for name, reward in job.rewards.items() if name not in overlap.rewards}
+    own = score(here, ImageGroups(images, plan.texts, plan.group_size), seconds, job.config.reward.offload)
+    own |= overlap.finish()
+    own = {name: own[name] for name in job.rewards}
+    seconds.seconds |= overlap.seconds
     scores = {name: job.processes.gather(values) for name, values in own.items()}
     check_failures(scores, job.rewards, job.config, plan.number)
-    return compare_scores(scores, plan, state.window, job.config, seconds)
+    return compare_scores(scores, plan, state, job.config, seconds)
 
 
 def update_batch(state: TrainingState, job: Job, plan: Plan, samples: Samples, scored: ScoredRollout) -> UpdateBatch:

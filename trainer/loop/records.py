@@ -27,13 +27,14 @@ def record(measured: Measured, config: Config) -> dict[str, Any]:
     """An update's metrics."""
     plan, scored, statistics = measured.plan, measured.scored, measured.statistics
     scores, combined = scored.scores, scored.combined
-    weighted = torch.stack([w * scores[name] for name, w in config.reward.weights.items()]).sum(0)
+    weighted = torch.stack([scored.weights[name] * scores[name] for name in config.reward.weights]).sum(0)
     return {
         "update": plan.number,
         "reward_mean": finite_mean(weighted),
         "reward_std": float(weighted[weighted.isfinite()].std(correction=0)),
         "reward_groups": [finite_mean(group) for group in weighted.view(combined.shape)],
-        "rewards": {name: finite_mean(scores[name]) for name in config.reward.weights},
+        "rewards": {name: finite_mean(scores[name]) for name in (*config.reward.weights, *config.reward.constraints)},
+        **({"weights": scored.weights} if config.reward.schedule or config.reward.constraints else {}),
         "held_out": {name: finite_mean(scores[name]) for name in config.reward.held_out},
         "failed": int((~combined.isfinite()).sum()),
         "advantage_mean": finite_mean(scored.advantage),

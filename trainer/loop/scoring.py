@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.method.advantage import AdvantageRule, PromptWindow, failed_share, score_groups
+from comfyui_pcpo.method.advantage import AdvantageRule, failed_share, score_groups
 from comfyui_pcpo.reward.base import Reward
 
 from ..config.schema import Config
 from .plan import Plan
+from .state import TrainingState
 
 
 class RunError(RuntimeError):
@@ -77,22 +78,26 @@ class ScoredRollout:
     combined: Tensor  # (P, G) what is trained on
     advantage: Tensor  # (P, G)
     seconds: Stopwatch  # of each reward
+    weights: dict[str, float]  # of the trained rewards and the constraints
 
 
 def compare_scores(
-    scores: dict[str, Tensor], plan: Plan, window: PromptWindow, config: Config, seconds: Stopwatch
+    scores: dict[str, Tensor], plan: Plan, state: TrainingState, config: Config, seconds: Stopwatch
 ) -> ScoredRollout:
-    """Scores of all groups, name -> (P * G,) -> ScoredRollout."""
-    weights, a = config.reward.weights, config.advantage
+    """Scores of all groups, name -> (P * G,) -> ScoredRollout; the state's window and constraints take them in."""
+    constraints, a = state.constraints, config.advantage
+    weights = config.reward.weights_at(plan.number) | {name: c.weight for name, c in constraints.items()}
     rule = AdvantageRule(a.kind, a.spread, config.reward.standardise, a.clip)
     stacked = torch.stack([scores[name].view(-1, plan.group_size) for name in weights])
-    groups = score_groups(stacked, list(weights.values()), rule, [str(prompt) for prompt in plan.prompts], window)
-    return ScoredRollout(scores, groups.combined, groups.advantage, seconds)
+    groups = score_groups(stacked, list(weights.values()), rule, [str(prompt) for prompt in plan.prompts], state.window)
+    for name, constraint in constraints.items():
+        constraint.observe(scores[name])
+    return ScoredRollout(scores, groups.combined, groups.advantage, seconds, weights)
 
 
 def check_failures(scores: dict[str, Tensor], rewards: dict[str, Reward], config: Config, number: int) -> None:
     """Raise RunError when more scores of a trained reward failed than the run allows, or all of them."""
-    for name in config.reward.weights:
+    for name in (*config.reward.weights, *config.reward.constraints):
         share = failed_share(scores[name])
         if share > config.reward.max_failed or share == 1:
             reason = rewards[name].failure or "NaN or infinite"

@@ -3,12 +3,13 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from comfyui_pcpo.method.advantage import PromptWindow
+from comfyui_pcpo.method.constraint import Constraint
 
 from ..config.schema import Config
 from ..memory.transfer import cloned
@@ -28,6 +29,7 @@ class TrainingState:
     ema: LoraEma | None = None
     done: int = 0
     kl_weight: float | None = None  # the adaptive one; None where objective.kl_weight is fixed
+    constraints: dict[str, Constraint] = field(default_factory=dict)  # by the reward's name
 
     @property
     def learning_rate(self) -> float:
@@ -57,6 +59,7 @@ class TrainingState:
     def all_or_nothing(self) -> Iterator[None]:
         """Whatever ends the body early leaves LoRA, EMA, optimizer, window and count as they were before it."""
         parameters, done, kl_weight = self.policy.trainable(), self.done, self.kl_weight
+        constraints = {name: constraint.state_dict() for name, constraint in self.constraints.items()}
         values = cloned([p.detach() for p in parameters])
         optimizer_state, window_state = cloned(self.optimizer.state_dict()), copy.deepcopy(self.window.state_dict())
         ema = None if self.ema is None else (self.ema.steps, cloned(self.ema.values))
@@ -71,6 +74,8 @@ class TrainingState:
                 self.optimizer.load_state_dict(optimizer_state)
                 self.window.load_state_dict(window_state)
                 self.done, self.kl_weight = done, kl_weight
+            for name, constraint in self.constraints.items():
+                constraint.load_state_dict(constraints[name])
                 if self.ema is not None and ema is not None:
                     self.ema.restart(*ema)
             raise
@@ -82,4 +87,6 @@ def make_training_state(policy: Policy, config: Config) -> TrainingState:
     ema = LoraEma(policy.trainable(), o.ema_decay, o.ema_every) if o.ema_decay else None
     kl_weight = config.guard.kl_start if config.guard.kl_budget else None
     optimizer, window = make_optimizer(policy.trainable(), o), PromptWindow(a.window, a.min_count)
-    return TrainingState(policy, optimizer, window, ema, kl_weight=kl_weight)
+    r = config.reward
+    constraints = {name: Constraint(r.constraint_rate, r.constraint_limit) for name in r.constraints}
+    return TrainingState(policy, optimizer, window, ema, kl_weight=kl_weight, constraints=constraints)

@@ -45,7 +45,7 @@ def check_rewards(config: Config) -> list[str]:
     except ConfigError as error:
         problems.append(str(error))
         settings = RewardSettings(config.reward.folder or WEIGHTS)
-    for name in (*config.reward.weights, *config.reward.held_out):
+    for name in config.reward.names:
         try:
             make_reward(name, settings).to("cpu").load()
         except (ConfigError, RewardError) as error:

@@ -35,6 +35,7 @@ def write_checkpoint(state: TrainingState, folder: Path) -> LoraPairs:
     """Write into a new folder and flush it, -> the LoRA to use: the EMA if there is one."""
     folder.mkdir(parents=True)
     pairs, rest = state.policy.lora(), {"update": state.done, "window": state.window.state_dict()}
+    rest["constraints"] = {name: constraint.state_dict() for name, constraint in state.constraints.items()}
     tensors = {LORA: flat_pairs(pairs)}
     if state.ema is not None:
         with state.ema.in_place():
@@ -101,6 +102,9 @@ class Checkpoint:
         state.policy.load_lora(self.lora)
         state.load_moments(self.optimizer)
         state.window.load_state_dict(self.rest["window"])
+        for name, saved in self.rest.get("constraints", {}).items():
+            if name in state.constraints:  # a constraint that was added later starts anew
+                state.constraints[name].load_state_dict(saved)
         state.done = self.rest["update"]
         if state.kl_weight is not None:
             state.kl_weight = self.rest.get("kl_weight", state.kl_weight)  # missing where the budget is new

@@ -35,7 +35,7 @@ def make_reward(name: str, settings: RewardSettings) -> Reward:
 def load_rewards(config: Config) -> dict[str, Reward]:
     """The trained and the held-out rewards, by name, their weights not read yet."""
     settings = reward_settings(config)
-    return {name: make_reward(name, settings) for name in (*config.reward.weights, *config.reward.held_out)}
+    return {name: make_reward(name, settings) for name in config.reward.names}
 
 
 def read_rewards(config: Config) -> dict[str, Reward]:

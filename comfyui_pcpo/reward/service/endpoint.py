@@ -88,6 +88,8 @@ def first_number(text: str, maximum: float) -> float:
 class EndpointReward(Reward):
     """Scores one image per request; an image whose answer cannot be read gets NaN."""
 
+    elsewhere = True
+
     def __init__(self, settings: RewardSettings | None = None, vlm: Vlm | None = None):
         super().__init__(settings)
         self.vlm = vlm or vlm_from_environment(settings)

@@ -43,6 +43,7 @@ class Remote(Reward):
 
     name = "remote"
     typical_range = (float("-inf"), float("inf"))
+    elsewhere = True
 
     def __init__(self, settings: RewardSettings | None = None, peer: Peer | None = None):
         super().__init__(settings)

@@ -1,0 +1,127 @@
+"""Maximise one reward subject to another not below its start, and weights that follow a schedule."""
+
+import pytest
+import torch
+from running import resume_run, start_run
+
+from comfyui_pcpo.method.constraint import Constraint, scheduled_weight
+from comfyui_pcpo.reward.color import Colorfulness
+from trainer.config.loading import dump, load
+from trainer.config.schema import ConfigError
+
+CONSTRAINED = {"weights": {"colorfulness": 1.0}, "constraints": ["jpeg_compressibility"], "constraint_rate": 0.5}
+
+
+def test_the_weight_of_a_constraint_by_hand():
+    constraint = Constraint(rate=0.5, limit=1.0)
+    weights = []
+    for scores in (
+        [1.0, 3.0],
+        [0.0, 2.0],
+        [1.0, 1.0],
+        [4.0, 4.0],
+        [-9.0, -9.0],
+        [torch.nan, torch.nan],
+        [torch.nan, 4.0],
+    ):
+        constraint.observe(torch.tensor(scores))
+        weights.append(constraint.weight)
+    assert (constraint.floor, constraint.unit) == (2.0, 1.0)
+    assert weights == [0.0, 0.5, 1.0, 0.0, 1.0, 1.0, 0.0]
+
+
+def test_a_reward_without_spread_in_the_first_update_constrains_nothing():
+    constraint = Constraint()
+    for value in (1.0, 0.0):
+        constraint.observe(torch.full((4,), value))
+    assert constraint.weight == 0
+
+
+def test_a_scheduled_weight_by_hand():
+    points = [(3, 1.0), (5, 0.0), (9, 2.0)]
+    weights = [scheduled_weight(points, n) for n in (1, 3, 4, 5, 6, 9, 100)]
+    assert weights == [1.0, 1.0, 0.5, 0.0, 0.5, 2.0, 2.0]
+
+
+@pytest.mark.slow
+def test_the_recorded_weights_follow_from_the_recorded_means(make_config):
+    _, updates = start_run(make_config(reward=CONSTRAINED, rollout={"group_size": 4}, run={"updates": 4}))
+    done = list(updates)
+    means = [update.metrics["rewards"]["jpeg_compressibility"] for update in done]
+    weights = [update.metrics["weights"]["jpeg_compressibility"] for update in done]
+    assert weights[0] == 0 and any(weights)
+    steps = [(b - a, means[0] - mean) for a, b, mean in zip(weights, weights[1:], means, strict=False)]
+    assert all(step * below >= 0 for step, below in steps)  # grows below the floor, shrinks above it
+    assert all(update.metrics["reward_mean"] == update.metrics["rewards"]["colorfulness"] for update in done)
+
+
+@pytest.mark.slow
+def test_a_constrained_run_resumes_to_the_same_bits(make_config):
+    reward = CONSTRAINED | {"schedule": {"colorfulness": [[1, 1.0], [4, 0.25]]}}
+    rollout = {"group_size": 4}
+    whole, updates = start_run(make_config(reward=reward, rollout=rollout, run={"updates": 4, "name": "whole"}))
+    list(updates)
+    half, updates = start_run(make_config(reward=reward, rollout=rollout, run={"updates": 2, "name": "half"}))
+    list(updates)
+    list(resume_run(half.path, updates=4)[2])
+    assert [row["weights"] for row in whole.records()] == [row["weights"] for row in half.records()]
+    assert [row["weights"]["colorfulness"] for row in half.records()] == [1.0, 0.75, 0.5, 0.25]
+    pairs = whole.lora(), half.lora()
+    for name in pairs[0]:
+        assert all(torch.equal(a, b) for a, b in zip(pairs[0][name], pairs[1][name], strict=True))
+
+
+class Fails(Colorfulness):
+    """Fails from the second call on."""
+
+    calls = 0
+
+    def score_batch(self, images, prompts):
+        self.calls += 1
+        return super().score_batch(images, prompts) * (1 if self.calls == 1 else torch.nan)
+
+
+@pytest.mark.slow
+def test_an_undone_update_leaves_the_constraint_as_it_was(make_config, learn):
+    config = make_config(reward=CONSTRAINED, rollout={"group_size": 4}, run={"updates": 3})
+    state, updates = learn(config)
+    next(updates)
+    before = state.constraints["jpeg_compressibility"].state_dict()
+    state.optimizer.step = None  # the next update fails after its scores were taken in
+    with pytest.raises(TypeError):
+        next(updates)
+    assert state.constraints["jpeg_compressibility"].state_dict() == before and before["floor"] is not None
+
+
+@pytest.mark.slow
+def test_failures_of_a_constraint_stop_the_run_as_those_of_a_trained_reward(make_config, learn):
+    config = make_config(reward=CONSTRAINED, rollout={"group_size": 4}, run={"updates": 2})
+    _, updates = learn(config, rewards={"colorfulness": Colorfulness(), "jpeg_compressibility": Fails()})
+    next(updates)
+    with pytest.raises(RuntimeError, match=r"100 % of the jpeg_compressibility scores failed"):
+        next(updates)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"reward": {"constraints": ["colorfulness"]}}, "constraints names colorfulness, which is named elsewhere"),
+        ({"reward": {"constraints": ["redness", "redness"]}}, "constraints names redness"),
+        ({"reward": {"schedule": {"redness": [[1, 1.0]]}}}, "schedule names redness, which reward.weights does not"),
+        ({"reward": {"schedule": {"colorfulness": [[5, 1.0], [5, 2.0]]}}}, r"has the updates \[5, 5\]"),
+        ({"reward": {"schedule": {"colorfulness": []}}}, r"has the updates \[\]"),
+        (
+            {"reward": {"constraints": ["redness"]}, "advantage": {"kind": "window"}},
+            "reward.constraints changes weights",
+        ),
+    ],
+)
+def test_constraints_and_schedules_that_do_not_fit_are_refused(make_config, sections, said):
+    with pytest.raises(ConfigError, match=said):
+        make_config(**sections)
+
+
+def test_a_schedule_survives_its_file(make_config, tmp_path):
+    config = make_config(reward=CONSTRAINED | {"schedule": {"colorfulness": [[1, 1.0], [4, 0.25]]}})
+    (tmp_path / "c.toml").write_text(dump(config), encoding="utf-8")
+    assert load(tmp_path / "c.toml").reward == config.reward
