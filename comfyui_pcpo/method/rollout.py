@@ -117,7 +117,7 @@ def rollout(
 def rollout_chunks(
     predict: Predict, grid: Grid, transitions: Sequence[Transition], noise: GroupNoise, chunks: Sequence[Tensor]
 ) -> Iterator[tuple[Trajectory, Tensor]]:
-    """`rollout` to the bit, but chunk after chunk: the trajectory so far and the rows just sampled; later rows are 0."""
+    """`rollout` to the bit, but chunk after chunk: the trajectory so far and the rows just sampled."""
     x = noise.first()
     latents, noises, outs = (x.new_zeros((n, *x.shape)) for n in (len(transitions) + 1, *[len(transitions)] * 2))
     latents[0] = x

@@ -16,7 +16,7 @@ from comfyui_pcpo.reward.group import GroupReward
 
 from .plan import Plan
 
-POLL = 0.1  # seconds between two calls of `tick` while waiting
+TICK_SECONDS = 0.1  # seconds between two calls of `tick` while waiting
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Overlap:
         self._tasks.put(None)
         if self.rewards and self.threaded:
             while self._thread.is_alive():
-                self._thread.join(POLL)
+                self._thread.join(TICK_SECONDS)
                 self.tick()
         else:
             self._work()
