@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # the configuration is read without torch
+    from torch import Tensor
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Constraint:
     floor: float | None = None
     unit: float = 0.0
 
-    def observe(self, scores: Tensor) -> None:
+    def observe(self, scores: "Tensor") -> None:
         """Take in an update's scores, any shape; failed ones (NaN) do not count, nor does an update without others."""
         valid = scores[scores.isfinite()].double()
         if not valid.numel():

@@ -15,7 +15,7 @@ FREE = {
     "model": {"device", "offload", "gradient_checkpointing", "compile", "shard"},
     "prompts": {"lines", "file"},  # the prompts themselves are compared
     "rollout": {"images_at_once", "batch_cfg"},
-    "reward": {"folder", "device", "images_at_once", "offload", "max_failed", "patience"},
+    "reward": {"folder", "device", "images_at_once", "offload", "overlap", "max_failed", "patience"},
     "lora": {"start"},  # read once, when the run began
     "guard": {"every", "prompts", "images", "tolerance", "patience", "action"},
     "run": {"name", "folder", "updates", "preview_every", "save_every", "keep", "tensorboard"},
