@@ -275,6 +275,18 @@ def test_a_guarded_run_holds_rewards_of_weight_0_out_and_outputs_the_kept_lora(f
     assert kept.keys() == lora.keys() and all(torch.equal(kept[k], lora[k]) for k in kept)
 
 
+def test_a_group_reward_and_prompts_with_metadata_train_in_the_node(flow, monkeypatch):
+    """Scores are distances within the group; the run's configuration keeps the metadata."""
+    line = '{"prompt": "a red fox", "tag": "color"}'
+    monkeypatch.setattr(flow, "prompts", call("PCPOPrompts", flow.clip, line, "")[0])
+    monkeypatch.setattr(flow, "reward", call("PCPOLoadReward", "tiny_diversity")[0])
+    folder = run_module.RunFolder(flow.train("diverse", updates=1, save_every=1)[3].path)
+    (row,) = folder.records()
+    assert set(row["rewards"]) == {"tiny_diversity"} and row["failed"] == 0 and row["reward_std"] > 0
+    (prompt,) = folder.config().prompts.read()
+    assert (prompt, prompt.metadata) == ("a red fox", {"tag": "color"})
+
+
 def test_interrupt_stops_at_the_next_step_and_saves_finished_updates(flow):
     before = flow.stock()
     model, calls = on_call(flow.model, 30, mm.interrupt_current_processing)

@@ -84,9 +84,7 @@ def test_a_thread_changes_no_bit_and_saves_the_time_of_requests(make_config, lea
     for left, right in zip(before, after, strict=True):
         assert torch.equal(left.scores, right.scores) and torch.equal(left.images, right.images)
         assert left.metrics["seconds_saved"] == 0
-        assert (
-            DELAY / 2 < right.metrics["seconds_saved"] <= 4 * DELAY + 0.5
-        )  # of 4 requests, the last one is waited for
+        assert right.metrics["seconds_saved"] > DELAY / 2  # of 4 requests, at most the last ones are waited for
         assert right.metrics["seconds_reward"] < left.metrics["seconds_reward"]
         assert right.metrics["seconds_rewards"]["colorfulness"] >= 4 * DELAY
 
