@@ -1,5 +1,7 @@
 """ComfyUI nodes of PCPO: a schema and a short execute() each; host/ holds what depends on ComfyUI's internals."""
 
+import sys
+
 from comfy_api.latest import ComfyExtension, io
 
 from .compare import Compare
@@ -37,10 +39,12 @@ NODES: list[type[io.ComfyNode]] = [
 class PCPOExtension(ComfyExtension):
     async def on_load(self) -> None:
         from .files import register_folders
-        from .host.booth import register_routes
 
         register_folders()
-        register_routes()
+        if "server" in sys.modules:  # ComfyUI runs as a server, and has a page in which a person can be asked
+            from .host.booth import register_routes
+
+            register_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

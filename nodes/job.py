@@ -24,7 +24,7 @@ from ..trainer.config.schema import Config, ConfigError
 from ..trainer.loop.align import Job, Update, align
 from ..trainer.loop.objectives import make_objective
 from ..trainer.loop.plan import make_plan
-from ..trainer.loop.scoring import ImageGroups, score
+from ..trainer.loop.scoring import ImageGroups, score, unattended
 from ..trainer.loop.state import make_training_state
 from ..trainer.runs.folder import RunFolder
 from ..trainer.runs.launch import Run
@@ -116,7 +116,7 @@ def try_once(policy: ComfyPolicy, rewards: dict[str, Reward], config: Config) ->
             "of the model, and a latent of a size that it supports."
         ) from error
     pair = ImageGroups(images.repeat(2, 1, 1, 1), [policy.lines[0]] * 2, 2)
-    score(rewards, pair)
+    score(unattended(rewards), pair)
 
 
 def chosen_again(widgets: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:

@@ -150,7 +150,11 @@ class TrainTaste(io.ComfyNode):
         return name is None or check_name(name)  # None: linked, and checked when its value is known
 
     @classmethod
-    def fingerprint_inputs(cls, name: str = "my-taste", liked: str = "", disliked: str = "", pairs: str = "") -> str:
+    def fingerprint_inputs(
+        cls, name=None, liked="", disliked="", pairs="", clip_vision=None, after=None
+    ) -> str | float:  # fmt: skip
+        if name is None or after is not None:
+            return float("nan")  # not known yet; NaN equals nothing, so the node runs
         files = [VoteFolder(tastes_folder() / name).file, *(Path(path) for path in (liked, disliked, pairs) if path)]
         times = [path.stat().st_mtime_ns for path in files if path.exists()]
         return hashlib.sha256(f"{files}{times}".encode()).hexdigest()

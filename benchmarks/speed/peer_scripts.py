@@ -24,7 +24,7 @@ from trainer.config.schema import ConfigError
 
 from ..study.recipes import STUDY_PROMPTS
 
-NEVER = 10**9
+NO_EPOCH_LIMIT = 10**9
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Finished(BaseException):
 
 
 @dataclass
-class Meter:
+class SpeedMeter:
     """Notes the time at the beginning of each sampled batch, and counts latents that the model predicts."""
 
     settings: PeerSettings
@@ -119,18 +119,18 @@ class NoEncoder(nn.Module):
         return self.get_buffer("place").dtype
 
 
-def run_ddpo(clone: Path, settings: PeerSettings, work: Path) -> Meter:
+def run_ddpo(clone: Path, settings: PeerSettings, work: Path) -> SpeedMeter:
     """scripts/train.py of ddpo-pytorch on emoji-eps."""
     import diffusers.utils
     from diffusers.utils.torch_utils import randn_tensor
 
     diffusers.utils.randn_tensor = randn_tensor  # pyright: ignore[reportAttributeAccessIssue]  where it was
     script, config = load_script(clone, "scripts/train.py", settings)
-    pipeline, meter = load_tiny("emoji-eps"), Meter(settings)
+    pipeline, meter = load_tiny("emoji-eps"), SpeedMeter(settings)
     pipeline._encode_prompt = lambda *_, prompt_embeds, **__: prompt_embeds  # newer ones double it without guidance
     meter.watch(pipeline.unet)
-    common_settings(config, settings, work)
-    config.num_epochs, config.prompt_fn = NEVER, "simple_animals"
+    peer_settings(config, settings, work)
+    config.num_epochs, config.prompt_fn = NO_EPOCH_LIMIT, "simple_animals"
     config.sample.batch_size = settings.images
     config.reward_fn = "jpeg_compressibility"
     script.StableDiffusionPipeline = loader_of(pipeline)
@@ -140,13 +140,13 @@ def run_ddpo(clone: Path, settings: PeerSettings, work: Path) -> Meter:
     return execute(script, meter)
 
 
-def run_flow_grpo(clone: Path, settings: PeerSettings, work: Path) -> Meter:
+def run_flow_grpo(clone: Path, settings: PeerSettings, work: Path) -> SpeedMeter:
     """scripts/train_sd3.py of flow_grpo on emoji-flow."""
     multiprocessing.set_start_method("fork", force=True)  # for its data loader, as in a process of its own
     script, config = load_script(clone, "scripts/train_sd3.py", settings)
-    pipeline, meter = load_tiny("emoji-flow"), Meter(settings)
+    pipeline, meter = load_tiny("emoji-flow"), SpeedMeter(settings)
     meter.watch(pipeline.transformer)
-    common_settings(config, settings, work)
+    peer_settings(config, settings, work)
     for part in ("train", "test"):
         (work / f"{part}.txt").write_text("\n".join(STUDY_PROMPTS), encoding="utf-8")
     config.dataset, config.prompt_fn, config.save_dir = str(work), "general_ocr", str(work)
@@ -162,7 +162,10 @@ def run_flow_grpo(clone: Path, settings: PeerSettings, work: Path) -> Meter:
     return execute(script, meter)
 
 
-PEERS: dict[str, Callable[[Path, PeerSettings, Path], Meter]] = {"ddpo-pytorch": run_ddpo, "flow_grpo": run_flow_grpo}
+PEERS: dict[str, Callable[[Path, PeerSettings, Path], SpeedMeter]] = {
+    "ddpo-pytorch": run_ddpo,
+    "flow_grpo": run_flow_grpo,
+}
 
 
 def load_script(clone: Path, path: str, settings: PeerSettings) -> tuple[Any, Any]:
@@ -216,9 +219,9 @@ def module_of(name: str, **content: Any) -> types.ModuleType:
     return module
 
 
-def common_settings(config: Any, settings: PeerSettings, work: Path) -> None:
+def peer_settings(config: Any, settings: PeerSettings, work: Path) -> None:
     """Equal sizes; no guidance, mixed precision, evaluations or checkpoints."""
-    config.logdir, config.mixed_precision, config.save_freq = str(work), "no", NEVER
+    config.logdir, config.mixed_precision, config.save_freq = str(work), "no", NO_EPOCH_LIMIT
     config.sample.num_steps, config.sample.guidance_scale = settings.steps, 1.0
     config.sample.num_batches_per_epoch = settings.batches
     config.train.batch_size, config.train.cfg = settings.images, False
@@ -238,7 +241,7 @@ def embed(pipeline: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
     return prompt, pooled
 
 
-def execute(script: Any, meter: Meter) -> Meter:
+def execute(script: Any, meter: SpeedMeter) -> SpeedMeter:
     """Run the script's main until the meter ends it."""
     sample = script.pipeline_with_logprob
 

@@ -24,7 +24,7 @@ from ..study.files import write_json
 from ..study.recipes import STUDY_PROMPTS
 from .peer_scripts import PEERS, Finished, Meter, PeerSettings
 
-RECIPES: dict[str, dict[str, Any]] = {  # our side of each peer's settings
+PEER_RECIPES: dict[str, dict[str, Any]] = {  # our side of each peer's settings
     "ddpo-pytorch": {
         "model": {"name": "emoji-eps"},
         "objective": {"last_step": True},
@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # our side of each peer's settings
 
 def peer_config(name: str, settings: PeerSettings) -> Config:
     """Our configuration at a peer's settings; what the peer does not set is our default, the measured KL included."""
-    s, recipe = settings, RECIPES[name]
+    s, recipe = settings, PEER_RECIPES[name]
     tree = {
         **recipe,
         "model": {**recipe["model"], "device": s.device},

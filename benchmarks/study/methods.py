@@ -29,7 +29,7 @@ def published(name: str, objective: str = "ppo") -> Tree:
 
 
 NO_NOISE: Tree = {"noise_level": 0.0, "shared_noise": False}
-SHARED: Tree = {"shared_noise": True, "levels": 4}  # V-GRPO: noise shared in a group, stratified levels
+SHARED_OPTIONS: Tree = {"shared_noise": True, "levels": 4}  # V-GRPO: noise shared in a group, stratified levels
 SLOW: Tree = {"ema_decay": 0.5, "ema_every": 2}  # DiffusionNFT's old policy, an average over updates
 
 # tempflow and guard are the same credit (w s = |B|, see docs/paper.md), so only one of them is run. Guard divided by dt
@@ -64,10 +64,12 @@ STUDY_METHODS = {
     "tempflow-grpo": StudyMethod("TempFlow-GRPO", published("tempflow_grpo"), model_kind="flow"),
     "grpo-guard": StudyMethod("GRPO-Guard", published("grpo_guard"), model_kind="flow"),
     "awm": StudyMethod("AWM", {"name": "awm"}, NO_NOISE),
-    "awm-options": StudyMethod("AWM, new options", {"name": "awm", **SHARED, "likelihood": "adaptive"}, NO_NOISE),
+    "awm-options": StudyMethod(
+        "AWM, new options", {"name": "awm", **SHARED_OPTIONS, "likelihood": "adaptive"}, NO_NOISE
+    ),
     "nft": StudyMethod("DiffusionNFT", {"name": "nft"}, NO_NOISE, clips=False),
     "nft-options": StudyMethod(
-        "DiffusionNFT, new options", {"name": "nft", **SHARED}, {**NO_NOISE, "policy": "ema"}, SLOW, clips=False
+        "DiffusionNFT, new options", {"name": "nft", **SHARED_OPTIONS}, {**NO_NOISE, "policy": "ema"}, SLOW, clips=False
     ),
     "window": StudyMethod(
         "native PPO, SDE window", {"name": "ppo", "credit": "native"}, {"sde_window": 3}, model_kind="flow"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.speed.peer_scripts import PEERS, Finished, Meter, PeerSettings
+from benchmarks.speed.peer_scripts import PEERS, Finished, SpeedMeter, PeerSettings
 from benchmarks.speed.peer_speed import RECIPES, peer_table, run_ours, spawn
 from trainer.config.schema import ConfigError
 
@@ -20,7 +20,7 @@ def test_our_side_makes_the_model_calls_of_the_script(name, trained):
 
 
 def test_a_meter_measures_whole_updates_after_the_first():
-    meter = Meter(SMALL)
+    meter = SpeedMeter(SMALL)
     with pytest.raises(Finished):
         for _ in range(100):
             meter.mark()

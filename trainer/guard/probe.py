@@ -17,7 +17,7 @@ from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
 from ..config.schema import Config
 from ..loop.distributed import Processes
-from ..loop.scoring import ImageGroups, score
+from ..loop.scoring import ImageGroups, score, unattended
 from ..memory.transfer import upload
 from ..policy.base import Condition, Policy
 
@@ -71,8 +71,7 @@ class Probe:
         """The policy as it is. Every process measures all images; the results are those of the main one."""
         images = self.images()
         groups = ImageGroups(images, self.texts, self.config.guard.images)
-        rewards = {name: reward.unattended() for name, reward in self.rewards.items()}
-        scores = score(rewards, groups, offload=self.config.reward.offload)
+        scores = score(unattended(self.rewards), groups, offload=self.config.reward.offload)
         return ImageMeasures(
             {name: self._shared(values) for name, values in scores.items()}, self._shared(self.features(images))
         )

@@ -70,6 +70,11 @@ def score(
     return scores
 
 
+def unattended(rewards: dict[str, Reward]) -> dict[str, Reward]:
+    """The rewards for measurements beside the training, when nobody is to be asked."""
+    return {name: reward.unattended() for name, reward in rewards.items()}
+
+
 @dataclass
 class ScoredRollout:
     """The rewards of one update's images, those of every process."""
