@@ -22,7 +22,7 @@ from ..report.markdown import format_number, markdown_table
 from ..study.cells import Say
 from ..study.files import write_json
 from ..study.recipes import STUDY_PROMPTS
-from .peer_scripts import PEERS, Finished, Meter, PeerSettings
+from .peer_scripts import PEERS, Finished, PeerSettings, SpeedMeter
 
 PEER_RECIPES: dict[str, dict[str, Any]] = {  # our side of each peer's settings
     "ddpo-pytorch": {
@@ -53,10 +53,10 @@ def peer_config(name: str, settings: PeerSettings) -> Config:
     return build(tree, "peers")
 
 
-def run_ours(name: str, settings: PeerSettings) -> Meter:
+def run_ours(name: str, settings: PeerSettings) -> SpeedMeter:
     """Our loop at a peer's settings, measured as the peer is: from the start of one rollout to that of another."""
     config = peer_config(name, settings)
-    policy, meter = make_policy(config), Meter(settings)
+    policy, meter = make_policy(config), SpeedMeter(settings)
     meter.watch(policy.denoiser)
     updates = align(make_training_state(policy, config), Job(config, config.prompts.read(), load_rewards(config)))
     with contextlib.suppress(Finished):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.speed.peer_scripts import PEERS, Finished, SpeedMeter, PeerSettings
+from benchmarks.speed.peer_scripts import PEERS, Finished, PeerSettings, SpeedMeter
 from benchmarks.speed.peer_speed import RECIPES, peer_table, run_ours, spawn
 from trainer.config.schema import ConfigError
 
