@@ -18,7 +18,8 @@ from comfyui_pcpo.taste.votes import VoteFolder  # noqa: E402
 pytestmark = pytest.mark.slow
 TINY_CLIP = {
     "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "hidden_act": "quick_gelu", "image_size": 56, "patch_size": 14, "num_channels": 3, "projection_dim": 24, "layer_norm_eps": 1e-5,
+    "num_attention_heads": 2, "hidden_act": "quick_gelu", "image_size": 56,
+    "patch_size": 14, "num_channels": 3, "projection_dim": 24, "layer_norm_eps": 1e-5,
 }  # fmt: skip
 
 
