@@ -160,7 +160,13 @@ def check_polite_end(folder: Path, log: Path, status: int, moment: Moment) -> li
     last = log.read_text().rstrip().splitlines()[-1]
     if last == f"stopped by {moment.number.name}" or not folder.exists():  # while it was loading, or in update 1
         return [] if last.startswith("stopped by") else [f"last line: {last}"]
-    saved = sorted(p.name for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+    saved = sorted(p.name for p in folder.glob("checkpoints/*") if p.name.isdigit())
+    if not saved:  # killed before its first checkpoint, and interrupted when it began again
+        return (
+            []
+            if "none is saved" in last and f"resume {folder}" in last and not rows(folder)
+            else [f"last line: {last}"]
+        )
     numbers = [row["update"] for row in rows(folder)]
     wrong = []
     if numbers != list(range(1, int(saved[-1]) + 1)):
