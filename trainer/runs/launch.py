@@ -49,15 +49,16 @@ class Run:
     def __enter__(self) -> "Run":
         main = self.job.processes.main
         with ExitStack() as stack:
+            stack.enter_context(interrupts.hold())
             if main:
                 stack.enter_context(self.folder.locked())
                 stack.callback(self._remove_unstarted)
             self._begin(main)
             self.saved = self.state.done
-            self._set_guard()
+            with interrupts.allow():
+                self._set_guard()
             if main and self.config.run.tensorboard:
                 self.board = make_board(self.folder.path / "tensorboard")
-            stack.enter_context(interrupts.hold())
             self._open = stack.pop_all()
         return self
 
