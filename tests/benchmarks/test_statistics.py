@@ -114,7 +114,10 @@ def test_mixed_model_uses_blocks_that_lack_a_method():
 def test_metrics_by_step_join_runs_whose_windows_fell_on_other_steps(tmp_path):
     def run(name, steps, values):
         (tmp_path / name).mkdir()
-        records = [{"per_step": {"steps": [s], "grad_norm": [v]}} for s, v in zip(steps, values, strict=True)]
+        records = [
+            {"update": n, "per_step": {"steps": [s], "grad_norm": [v]}}
+            for n, (s, v) in enumerate(zip(steps, values, strict=True), 1)
+        ]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
         return CellRun("window", 0, {}, tmp_path / name)
 

@@ -3,6 +3,10 @@
 Tensors on "cuda" have no contents here, so devices, sizes and transfers are tested, and no results.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import tiny_pipelines
 import torch
@@ -25,6 +29,8 @@ OFFLOADED = {"precision": "bfloat16", "gradient_checkpointing": True}
 RESIDENT = {"precision": "bfloat16", "quantize": "fp8", "offload": False}
 FLOAT32 = {"precision": "float32"}
 STEPS = 2
+FRESH = "PCPO_FRESH_PROCESS"  # set in a process that has computed no gradient before
+fresh = pytest.mark.skipif(FRESH not in os.environ, reason="run by test_gradients_in_a_process_of_their_own")
 
 
 @pytest.fixture
@@ -58,6 +64,15 @@ def state_tensors(state):
     return [*state.policy.trainable(), *state.ema.values, *moments]
 
 
+@pytest.mark.skipif(FRESH in os.environ, reason="is that process")
+def test_gradients_in_a_process_of_their_own():
+    """PyTorch counts the devices once, at the first gradient of a process, which has to see the pretended one."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", __file__, "-k", "continuation"]
+    done = subprocess.run(command, env={**os.environ, FRESH: "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@fresh
 @pytest.mark.parametrize("model", [OFFLOADED, RESIDENT], ids=["offloaded", "fp8-resident"])
 @pytest.mark.parametrize("family", tiny_pipelines.PIPELINES)
 def test_a_run_and_its_continuation(family, model, gpu_config):

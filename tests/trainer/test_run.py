@@ -75,7 +75,7 @@ def assert_same_run(one: RunFolder, other: RunFolder):
 def test_a_resumed_run_equals_an_uninterrupted_one(make_config, model, sections):
     """Interrupted between two optimizer steps of update 3, with a checkpoint after every update."""
     common = merge({"optimizer": {"minibatches": 2}, "objective": {"kl_every": 1}}, sections)
-    whole = train(make_config(model, run={"name": "whole", "updates": 4}, **common))
+    whole = train(make_config(model, run={"name": "whole", "updates": 4, "save_every": 100}, **common))
     calls = []
 
     def stop():

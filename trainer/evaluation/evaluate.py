@@ -152,7 +152,7 @@ def role(name: str, opened: Source) -> str:
     """What a metric stands for: trained or held out for the rewards of a LoRA, else its kind."""
     if opened.path is None or name in ROLES:
         return ROLES.get(name, "reward")
-    return "held out" if name in opened.config.reward.held_out else "trained"
+    return "trained" if name in opened.config.reward.weights else "held out"
 
 
 def run_side(context: EvalContext, side: str, seed: int, shown: Shown) -> Tally:

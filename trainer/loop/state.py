@@ -74,8 +74,8 @@ class TrainingState:
                 self.optimizer.load_state_dict(optimizer_state)
                 self.window.load_state_dict(window_state)
                 self.done, self.kl_weight = done, kl_weight
-            for name, constraint in self.constraints.items():
-                constraint.load_state_dict(constraints[name])
+                for name, constraint in self.constraints.items():
+                    constraint.load_state_dict(constraints[name])
                 if self.ema is not None and ema is not None:
                     self.ema.restart(*ema)
             raise
