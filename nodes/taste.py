@@ -2,26 +2,25 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from comfyui_pcpo.plotting.grids import before_after
 from comfyui_pcpo.reward import RewardSettings
-from comfyui_pcpo.taste.blind import blind_pairs, pair_question, sentence, win_rate
-from comfyui_pcpo.taste.encoders import Encoder, tiny_encoder
-from comfyui_pcpo.taste.human import CHOICES, Choose, HumanVote, Question, Reply, VoteSettings
-from comfyui_pcpo.taste.learned import TasteReward, check_encoder, load_taste
-from comfyui_pcpo.taste.votes import VoteFolder
+from comfyui_pcpo.taste.votes import CHOICES, Choose, VoteFolder
 
 from ..trainer.config.loading import build
 from ..trainer.config.schema import ConfigError
-from ..trainer.evaluation.taste import TasteSources, train_taste
 from .files import tastes_folder, vote_names
 from .images import to_comfy_image
 from .inputs import ADVANCED, checked, seed_input
 from .types import RewardType, RunType, WeightedRewards
+
+if TYPE_CHECKING:
+    from comfyui_pcpo.taste.encoders import Encoder
+    from comfyui_pcpo.taste.human import Question, Reply
 
 CLIP_TOOLTIP = (
     "Image features to learn on, from Load CLIP Vision. Needed for real images; without it, the features of the "
@@ -57,8 +56,9 @@ def taste_file(name: str) -> Path:
     return file
 
 
-def clip_vision_encoder(model: Any) -> Encoder:
+def clip_vision_encoder(model: Any) -> "Encoder":
     """ComfyUI's CLIP Vision model as an encoder."""
+    from comfyui_pcpo.taste.encoders import Encoder
 
     def encode(images: Tensor) -> Tensor:
         return model.encode_image(images.float() / 255)["image_embeds"].float().flatten(1)
@@ -66,7 +66,9 @@ def clip_vision_encoder(model: Any) -> Encoder:
     return Encoder("ComfyUI's CLIP Vision", encode)
 
 
-def make_encoder(clip_vision: Any) -> Encoder:
+def make_encoder(clip_vision: Any) -> "Encoder":
+    from comfyui_pcpo.taste.encoders import tiny_encoder
+
     return tiny_encoder(RewardSettings()) if clip_vision is None else clip_vision_encoder(clip_vision)
 
 
@@ -106,11 +108,13 @@ class HumanVoteNode(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, name: str, question: str, choose: Choose, votes: int, clip_vision=None) -> io.NodeOutput:
+        from comfyui_pcpo.taste.human import HumanVote, VoteSettings
+
         from .host.booth import BOOTH  # imports the server
 
         node = str(cls.hidden.unique_id)
 
-        def ask(asked: Question, /) -> Reply:
+        def ask(asked: "Question", /) -> "Reply":
             return BOOTH.ask(node, asked)
 
         settings = VoteSettings(VoteFolder(votes_folder(name)), question, choose, votes)
@@ -162,6 +166,10 @@ class TrainTaste(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, name, liked="", disliked="", pairs="", clip_vision=None, after=None) -> io.NodeOutput:
+        from comfyui_pcpo.taste.learned import TasteReward
+
+        from ..trainer.evaluation.taste import TasteSources, train_taste
+
         folder, encoder = votes_folder(name), make_encoder(clip_vision)
         liked, disliked, pairs = (Path(path) if path.strip() else None for path in (liked, disliked, pairs))
         taste = train_taste(TasteSources((folder,), liked, disliked, pairs), encoder)
@@ -201,6 +209,8 @@ class LoadTaste(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, taste: str, clip_vision=None) -> io.NodeOutput:
+        from comfyui_pcpo.taste.learned import TasteReward, check_encoder, load_taste
+
         loaded, encoder = load_taste(taste_file(taste)), make_encoder(clip_vision)
         check_encoder(loaded, encoder)
         reward = TasteReward(loaded, RewardSettings(), encoder, taste)
@@ -237,6 +247,8 @@ class CompareBlind(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, images_a: Tensor, images_b: Tensor, question: str, votes: int, seed: int) -> io.NodeOutput:
+        from comfyui_pcpo.taste.blind import blind_pairs, pair_question, sentence, win_rate
+
         from .host.booth import BOOTH  # imports the server
 
         pairs, node, wins = blind_pairs(images_a, images_b, votes, seed), str(cls.hidden.unique_id), []

@@ -12,12 +12,10 @@ from comfyui_pcpo.reward.group import GroupReward
 from comfyui_pcpo.taste.comparisons import LEAST_VOTES, from_rankings
 from comfyui_pcpo.taste.encoders import Encoder
 from comfyui_pcpo.taste.learned import Learned, learn
-from comfyui_pcpo.taste.votes import Vote, VoteFolder, group_key, rank_scores
+from comfyui_pcpo.taste.votes import Choose, Vote, VoteFolder, group_key, rank_scores
 
-Choose = Literal["best", "best and worst", "ranking"]
 REFIT_EVERY = 5  # votes; between two questions, a slightly older fit is used
 FILES_AT_ONCE = 32  # images per forward pass of the encoder
-CHOICES: tuple[Choose, ...] = ("best", "best and worst", "ranking")
 
 
 @dataclass(frozen=True)

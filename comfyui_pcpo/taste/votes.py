@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from comfyui_pcpo.reward.base import RewardError
+
+Choose = Literal["best", "best and worst", "ranking"]
+CHOICES: tuple[Choose, ...] = ("best", "best and worst", "ranking")
 
 
 class VoteError(RewardError):

@@ -44,7 +44,7 @@ def missing_parameters(stub: ast.FunctionDef | ast.AsyncFunctionDef, real, where
     parameters = inspect.signature(real).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return []
-    names = {p.name for p in parameters}
+    names = {p.name for p in parameters} | {"cls"}  # a bound class method shows none
     return [f"{where}({a.arg})" for a in (*stub.args.args, *stub.args.kwonlyargs) if a.arg not in names]
 
 

@@ -192,7 +192,7 @@ def test_the_run_folder_is_the_command_lines(flow, tmp_path):
 
 def test_the_command_line_continues_the_nodes_run_and_the_node_the_command_lines(flow):
     run = flow.train("there-and-back", updates=1)[3].path
-    assert finish(launch.resume_run(run, updates=2)) == [2]
+    assert finish(launch.resume_run(run, launch.ResumeOptions(updates=2))) == [2]
     assert flow.train("there-and-back", updates=3, resume=True)[2] == 3
 
 
