@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.speed.peer_scripts import PEERS, Finished, PeerSettings, SpeedMeter
-from benchmarks.speed.peer_speed import RECIPES, peer_table, run_ours, spawn
+from benchmarks.speed.peer_speed import PEER_RECIPES, peer_table, run_ours, spawn
 from trainer.config.schema import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ def test_a_meter_measures_whole_updates_after_the_first():
 
 
 def test_a_folder_without_the_script_is_refused(tmp_path):
-    assert PEERS.keys() == RECIPES.keys()
+    assert PEERS.keys() == PEER_RECIPES.keys()
     with pytest.raises(ConfigError, match=r"flow_grpo could not be measured: .* has no scripts/train_sd3.py"):
         spawn("flow_grpo", tmp_path, SMALL)
 
