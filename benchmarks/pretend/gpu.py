@@ -205,9 +205,10 @@ def caller() -> str:
     frame, library = sys._getframe(1), ""
     while frame is not None:
         file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(ROOT) and not file.is_relative_to(Path(__file__).parent):
+        installed = "site-packages" in file.parts  # also where the environment lies in the project's folder
+        if not installed and file.is_relative_to(ROOT) and not file.is_relative_to(Path(__file__).parent):
             return f"{file.relative_to(ROOT).as_posix()}:{frame.f_lineno}{library}"
-        if not library and "site-packages" in file.parts and "torch" not in file.parts:
+        if not library and installed and "torch" not in file.parts:
             library = f" (in {file.parts[file.parts.index('site-packages') + 1]}, {file.name}:{frame.f_lineno})"
         frame = frame.f_back
     return "outside the project"

@@ -30,8 +30,8 @@ class MemoryTracker(TorchDispatchMode):
                 self._enter(tensor.untyped_storage(), counts=False)
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                self._enter(tensor.untyped_storage())
+            if isinstance(tensor, Tensor):  # a view of a real tensor has a storage of its own here
+                self._enter(tensor.untyped_storage(), counts=not func.is_view)
         return out
 
     def _enter(self, storage: Any, counts: bool = True) -> None:
