@@ -22,7 +22,7 @@ PANEL_CHOICES = {
     "guard": ("guard",),
 }
 CHECKPOINT_TOOLTIP = (
-    "latest, best (highest mean reward), kept (the best within the guard's limits) or an update number."
+    "final (kept by the guard, or the latest), latest, best (highest mean reward), kept or an update number."
 )
 
 
@@ -67,7 +67,7 @@ class LoadRun(io.ComfyNode):
                 io.Combo.Input(
                     "run", options=[NEWEST, *run_names()], default=NEWEST, tooltip="Folder under output/pcpo."
                 ),
-                io.String.Input("checkpoint", default="latest", tooltip=CHECKPOINT_TOOLTIP),
+                io.String.Input("checkpoint", default="final", tooltip=CHECKPOINT_TOOLTIP),
             ],
             outputs=[
                 RunType.Output(display_name="run", tooltip="For Plot Run."),
@@ -99,7 +99,7 @@ class LoadRun(io.ComfyNode):
         return io.NodeOutput(RunReference(folder.path), lora_state(folder, checkpoint))
 
 
-def lora_state(folder: RunFolder, checkpoint: str = "latest") -> dict[str, Tensor]:
+def lora_state(folder: RunFolder, checkpoint: str = "final") -> dict[str, Tensor]:
     """A checkpoint's LoRA under the key names that ComfyUI loads."""
     pairs, rank = folder.lora(checkpoint.strip().lower()), folder.config().lora.rank
     return export_state(pairs, rank, rank, "comfyui", folder.family())

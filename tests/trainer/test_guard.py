@@ -24,6 +24,7 @@ from trainer.evaluation.demo import demo_config
 from trainer.guard.guard import read_measures
 from trainer.guard.limits import GuardVerdict, final_checkpoint, lost_deviations, next_verdict, replay, violation
 from trainer.policy.lora_pairs import read_lora
+from trainer.runs.export import ExportOptions, export_lora
 from trainer.runs.folder import RunFolder
 from trainer.runs.launch import ResumeOptions, resume_run
 from trainer.runs.launch import start_run as launch_run
@@ -247,6 +248,8 @@ def test_the_lora_of_a_guarded_run_is_the_kept_one(hacked, tmp_path):
     assert read_lora(folder.lora_file)[1]["pcpo.updates"] == str(number)
     latest = folder.lora()
     assert any(not torch.equal(latest[name][1], pair[1]) for name, pair in folder.lora("kept").items())
+    assert folder.checkpoint("final") == folder.checkpoint("kept")
+    same_tensors(export_lora(folder.path, ExportOptions(out=tmp_path / "exported.safetensors")), folder.lora_file)
 
 
 def test_a_stopped_run_is_resumed_only_from_before_the_violation_or_with_other_limits(hacked, tmp_path):

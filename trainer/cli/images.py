@@ -82,7 +82,7 @@ def export_command(
     /,
     *,
     format: str = "comfyui",
-    checkpoint: str = "latest",
+    checkpoint: str = "final",
     out: Path | None = None,
     metadata: Literal["settings", "full"] = "settings",
     overwrite: bool = False,
@@ -96,7 +96,7 @@ def export_command(
     format
         comfyui, diffusers or kohya.
     checkpoint
-        latest, best, kept (by the guard), or the number of an update.
+        final (kept by the guard, or the latest), latest, best, kept, or the number of an update.
     out
         .safetensors file to write; default: RUN/lora-FORMAT.safetensors, which is replaced.
     metadata

@@ -69,7 +69,7 @@ def resume_command(
     run
         Folder of the run.
     checkpoint
-        latest, best, kept (by the guard), or the number of an update.
+        latest, best, kept (by the guard), or the number of an update; final is kept, or latest without a guard.
     updates
         New total number of updates, to extend a finished run.
     accept_changes

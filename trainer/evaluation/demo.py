@@ -11,7 +11,6 @@ from comfyui_pcpo.plotting.grids import before_after
 
 from ..config.loading import build, with_options
 from ..config.schema import Config
-from ..guard.limits import final_checkpoint
 from ..runs.folder import RunFolder
 from ..runs.rewards import load_rewards
 from .sampling import Draw, Guide, sample, sampling_policy
@@ -70,15 +69,14 @@ def compare_with_base(config: Config, folder: RunFolder, seed: int, images: int)
     config = with_options(config, {"rollout": COMPARED_WITH})
     prompts = config.prompts.read()
     settings = Draw(seed, config.rollout.steps, each=images)
-    which = final_checkpoint(folder.records())
-    guide = Guide(folder.lora(which), ImplicitReward(1.0))
+    guide = Guide(folder.lora("final"), ImplicitReward(1.0))
     policy = sampling_policy(config, [guide.pairs])
     before = sample(policy, prompts, [], settings)
     after = sample(policy, prompts, [guide], settings)
     texts = [prompt for prompt in prompts for _ in range(images)]
     rewards = load_rewards(config)
     scores = {name: (r.score(before, texts, images), r.score(after, texts, images)) for name, r in rewards.items()}
-    return Comparison(before, after, scores, texts, int(folder.checkpoint(which).name))
+    return Comparison(before, after, scores, texts, int(folder.checkpoint("final").name))
 
 
 def save_comparison(comparison: Comparison, reward: str, path: Path, most: int = 8) -> None:

@@ -81,7 +81,7 @@ class EvaluationOptions:
     first_seed
         Seed of the first repetition.
     checkpoint
-        latest, best, kept (by the guard), or the number of an update.
+        final (kept by the guard, or the latest), latest, best, kept, or the number of an update.
     inception
         Inception weights in torch-fidelity's format, for FID and Inception Score.
     dino
@@ -100,7 +100,7 @@ class EvaluationOptions:
     steps: int = 20
     cfg: float | None = None
     first_seed: int = 0
-    checkpoint: str = "latest"
+    checkpoint: str = "final"
     inception: Path | None = None
     dino: Path | None = None
     lpips: Path | None = None

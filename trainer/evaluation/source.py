@@ -50,9 +50,9 @@ def config_of(path: Path, recorded: str) -> Config:
 
 
 def read_pairs(path: Path, module_names: list[str]) -> LoraPairs:
-    """The LoRA of a run's latest checkpoint, or of a LoRA file for a model with these modules."""
+    """The LoRA that a run ended with, or of a LoRA file for a model with these modules."""
     if path.is_dir():
-        return RunFolder(path).lora()
+        return RunFolder(path).lora("final")
     try:
         return parse_state(read_lora(path)[0], module_names)
     except ValueError as error:

@@ -18,7 +18,7 @@ class ExportOptions:
     """What is exported, and where to."""
 
     layout: str = "comfyui"  # one of FORMATS
-    checkpoint: str = "latest"
+    checkpoint: str = "final"
     out: Path | None = None
     everything: bool = False  # also prompts and paths in the metadata
     overwrite: bool = False

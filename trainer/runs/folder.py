@@ -27,6 +27,7 @@ from ..config.loading import build, dump, dump_shareable, tomllib
 from ..config.schema import Config, ConfigError
 from ..config.text_files import read_text
 from ..files import flush_folder, safetensors_parts, write_durably
+from ..guard.limits import final_checkpoint
 from ..loop.align import Update
 from ..loop.state import TrainingState
 from ..policy.base import LoraPairs
@@ -241,10 +242,15 @@ class RunFolder:
         return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and p.name.isdigit())
 
     def checkpoint(self, which: str = "latest") -> Path:
-        """Folder of the latest, best (highest mean reward), kept (by the guard) or numbered checkpoint."""
+        """Folder of the latest, best (highest mean reward), kept (by the guard) or numbered checkpoint.
+
+        `final` is that of lora.safetensors: the kept one, or the latest where nothing was kept.
+        """
         numbers = self.numbers()
         if not numbers:
             raise ConfigError(f"{self.path} has no checkpoints yet. Resume it to continue training.")
+        if which == "final":
+            which = final_checkpoint(self.records())
         if which == "latest":
             number = numbers[-1]
         elif which == "best":
@@ -270,7 +276,7 @@ class RunFolder:
             return kept[0]
         raise ConfigError(
             f"{self.path} has no kept checkpoint: the guard was off (guard.every = 0), or no measured update was "
-            "within its limits. Use latest, best or a number."
+            "within its limits. Use final, latest, best or a number."
         )
 
     def lora(self, which: str = "latest") -> LoraPairs:
