@@ -103,7 +103,8 @@ def full_size(
 def pretend(*, only: str | None = None, out: Path = Path("pretended.jsonl")) -> None:
     """Run the ready configurations at full size on a pretended GPU: memory by phase, transfers and waits.
 
-    Needs no GPU and no download; weights are shapes. Each model takes about a minute.
+    Needs no GPU and no download; weights are shapes. Each model takes about a minute. Fails if one needs more memory
+    than the GPU that it should fit.
 
     Parameters
     ----------
@@ -114,7 +115,7 @@ def pretend(*, only: str | None = None, out: Path = Path("pretended.jsonl")) -> 
     """
     from trainer.cli.libraries import quiet_libraries
 
-    from .pretend.full_size import CASES, memory_table, pretend_case
+    from .pretend.full_size import CASES, beyond_target, memory_table, pretend_case
 
     quiet_libraries()
     if only is not None and only not in CASES:
@@ -125,6 +126,8 @@ def pretend(*, only: str | None = None, out: Path = Path("pretended.jsonl")) -> 
         with out.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(rows[-1]) + "\n")
     tqdm.write(memory_table(rows))
+    if beyond := beyond_target(rows):
+        raise ConfigError(f"{beyond}. Use fewer images_at_once, a smaller rank, or quantize the model.")
 
 
 @benchmark_app.command

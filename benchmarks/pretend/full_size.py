@@ -113,3 +113,12 @@ def memory_table(rows: list[dict[str, Any]]) -> str:
         peaks = [f"{row['phases'][p]['peak'] / 1e9:.1f} / {row['estimate'][p] / 1e9:.1f}" for p in SHOWN_PHASES]
         lines.append([row["name"], row["config"], *peaks, f"{row['peak'] / 1e9:.1f}", f"{row['gigabytes']} GB"])
     return markdown_table(head, lines)
+
+
+def beyond_target(rows: list[dict[str, Any]]) -> str:
+    """Which models need more memory than they should; empty if none does."""
+    return ", ".join(
+        f"{row['name']} needs {row['peak'] / 1e9:.1f} GB of {row['gigabytes']} GB"
+        for row in rows
+        if row["peak"] > 1e9 * row["gigabytes"]
+    )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.pretend.full_size import CASES, case_config
+from benchmarks.pretend.full_size import CASES, SHOWN_PHASES, beyond_target, case_config, memory_table
 from benchmarks.pretend.full_size import CONFIGS as READY
 from benchmarks.speed.full_size import FULL_SIZE, estimate_model, full_size_table, measure_model
 from trainer.config.loading import load
@@ -32,6 +32,14 @@ def test_a_full_size_sd15_has_its_published_number_of_weights():
 
 def test_every_model_has_a_memory_target():
     assert {row[3] for row in FULL_SIZE.values()} == {8, 16, 24}
+
+
+def test_a_model_that_exceeds_its_gpu_is_named():
+    phase = {"peak": 7.9e9}
+    row = {"name": "sd15-512", "config": "sd15-ddpo", "gigabytes": 8, "peak": 7.9e9,
+           "phases": dict.fromkeys(SHOWN_PHASES, phase), "estimate": dict.fromkeys(SHOWN_PHASES, 7e9)}  # fmt: skip
+    assert beyond_target([row]) == "" and "7.9 / 7.0" in memory_table([row])
+    assert beyond_target([row, {**row, "peak": 8.1e9}]) == "sd15-512 needs 8.1 GB of 8 GB"
 
 
 def test_a_pretended_run_keeps_what_its_configuration_says_of_memory(tmp_path):
