@@ -15,6 +15,7 @@ import comfy.model_management as mm  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models as kinds  # noqa: E402
 import comfy.utils  # noqa: E402
+from comfy.model_detection import convert_diffusers_mmdit  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 
 from comfyui_pcpo.lora.families import detect_family  # noqa: E402
@@ -33,30 +34,40 @@ LINEAR = {**UNET, "use_linear_in_transformer": True}
 SDXL = {
     **LINEAR, "context_dim": 40, "adm_in_channels": 72, "num_classes": "sequential", "transformer_depth_middle": 2,
 }  # fmt: skip
+QWEN = {
+    "image_model": "qwen_image", "num_layers": 2, "num_attention_heads": 1, "in_channels": 16, "out_channels": 4,
+    "joint_attention_dim": 32,
+}  # fmt: skip
+Z_IMAGE = {
+    "image_model": "lumina2", "patch_size": 2, "in_channels": 4, "dim": 32, "cap_feat_dim": 16, "n_layers": 1,
+    "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "qk_norm": True, "axes_dims": [4, 6, 6],
+    "axes_lens": [256, 32, 32], "multiple_of": 1, "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True,
+    "time_scale": 1000.0, "pad_tokens_multiple": 32,
+}  # fmt: skip
+TRANSFORMERS = {"qwen-image": (kinds.QwenImage, QWEN), "z-image": (kinds.ZImage, Z_IMAGE)}
 UNETS = {"sd15": (kinds.SD15, UNET), "sd21": (kinds.SD20, LINEAR), "sdxl": (kinds.SDXL, SDXL)}
 
 
 def load(family, core):
     """ComfyUI's model of a diffusers denoiser."""
     state = {k: v.clone() for k, v in core.state_dict().items()}
-    if family not in UNETS and family != "qwen-image":
+    if family not in UNETS and family not in TRANSFORMERS:
         return comfy.sd.load_diffusion_model_state_dict(state, {"dtype": torch.float32})
-    if family == "qwen-image":
-        config = {
-            "image_model": "qwen_image", "num_layers": 2, "num_attention_heads": 1, "in_channels": 16,
-            "out_channels": 4, "joint_attention_dim": 32,
-        }  # fmt: skip
-        kind = kinds.QwenImage
-    else:
-        kind, config = UNETS[family]
+    kind, config = {**UNETS, **TRANSFORMERS}[family]
+    if family in UNETS:
         names = comfy.utils.unet_to_diffusers(config)
         state = {names[k]: v for k, v in state.items()}
+    elif family != "qwen-image":
+        state = convert_diffusers_mmdit(state)
     supported = kind(config)
     if family in UNETS:  # full-size models have 64 channels per head
         supported.unet_config |= {"num_heads": 2, "num_head_channels": -1}
     supported.set_inference_dtype(torch.float32, None)
     model = supported.get_model(state, "")
-    model.load_model_weights(state, "")
+    if family == "z-image":  # its time embedding has another width in the host below full size
+        own = model.diffusion_model.state_dict()
+        state |= {k: torch.zeros_like(v) for k, v in own.items() if k.startswith("t_embedder.")}
+    model.diffusion_model.load_state_dict(state)
     return ModelPatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
 
 

@@ -156,6 +156,31 @@ def qwen_tokenizer() -> Any:
     return transformers.Qwen2Tokenizer(vocab=vocab, merges=[])
 
 
+def z_image() -> Any:
+    core = diffusers.ZImageTransformer2DModel(
+        in_channels=LATENT_CHANNELS, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 6, 6], axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(0.1), text_encoder=qwen3(3),
+        tokenizer=chat_tokenizer(), transformer=core,
+    )  # fmt: skip
+
+
+def qwen3(layers: int) -> Any:
+    config = transformers.Qwen3Config(
+        vocab_size=260, hidden_size=16, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=1024,
+    )  # fmt: skip
+    return transformers.Qwen3Model(config)
+
+
+def chat_tokenizer() -> Any:
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
 PIPELINES = {
     "sd15": sd15,
     "sd21": sd21,
@@ -164,6 +189,7 @@ PIPELINES = {
     "sd35": sd35,
     "flux": flux,
     "qwen-image": qwen_image,
+    "z-image": z_image,
 }
 
 

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 PROMPTS = ["a fox", "two red stars"]
 SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
 PACKED = ("flux", "qwen-image")
+RAGGED = ("z-image",)  # each text keeps its own length
 UNETS = ("sd15", "sd21", "sdxl")
 DEAD_ENDS = ("add_q_proj", "to_add_out", "txt_mlp")  # what the last block computes for text alone
 
@@ -50,10 +51,12 @@ def policy_of(pipeline, make_config, **sections):
 def plain(name, pipeline, latents, cfg, output):
     """What the pipeline itself makes of the same start in 3 steps."""
     guided = {"true_cfg_scale" if name in PACKED else "guidance_scale": cfg, "negative_prompt": ["dark"] * 2}
+    if name == "z-image":
+        guided["guidance_scale"] = cfg - 1  # its pipeline adds to the conditional branch
     length = {"max_sequence_length": tiny_pipelines.T5_LENGTH}
     more = {"flux": {"guidance_scale": 3.5, **length}, "sd3": length, "sd35": {"max_sequence_length": 0}}.get(name, {})
     start = pack(latents) if name in PACKED else latents.clone()
-    result = pipeline(PROMPTS, num_inference_steps=3, latents=start, output_type=output, **SIZE, **guided, **more)
+    result = pipeline([*PROMPTS], num_inference_steps=3, latents=start, output_type=output, **SIZE, **guided, **more)
     return unpack(result.images, 4, 4) if name in PACKED and output == "latent" else result.images
 
 
@@ -69,6 +72,20 @@ def test_a_deterministic_sample_is_the_plain_pipelines(pipelines, make_config, f
     torch.testing.assert_close(path.final, latents, rtol=1e-4, atol=1e-4)
     pictures = plain(family, pipelines[family], path.latents[0], cfg, "pt").permute(0, 2, 3, 1)
     torch.testing.assert_close(policy.decode(path.final), pictures, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_texts_of_different_lengths_share_a_call(pipelines, make_config, name):
+    """Each image as it would be alone, with its own text and that of the negative prompt."""
+    policy = policy_of(pipelines[name], make_config, rollout={"cfg": 4.0}, prompts={"negative": "dark " * 12})
+    prompts = ["a fox", "red stars " * 8, "a cat"]
+    condition = policy.encode(prompts)
+    lengths = [len(text) for text in next(iter(condition.positive.values()))]
+    assert lengths[0] == lengths[2] < 32 < lengths[1]
+    x = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    together = policy.predict(x, 500, condition.rows([0, 1, 2]))
+    alone = [policy.predict(x[i : i + 1], 500, condition.rows([i])) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
@@ -240,9 +257,9 @@ def test_every_family_has_its_layers_among_the_targets(pipelines, family):
     """Attention and feed-forward of every block, and not the layers around the blocks."""
     core = getattr(pipelines[family], "unet", None) or pipelines[family].transformer
     names = [name for name, module in core.named_modules() if isinstance(module, torch.nn.Linear)]
-    ends = (".to_q", ".to_out.0", ".net.0.proj", ".net.2", ".proj_mlp")
+    ends = (".to_q", ".to_out.0", ".net.0.proj", ".net.2", ".proj_mlp", ".feed_forward.w1")
     assert all(is_target(name, "linear") for name in names if name.endswith(ends))
-    assert not any(is_target(name, "all") for name in names if "embed" in name or name == "proj_out")
+    assert not any(is_target(name, "all") for name in names if "embed" in name or name == "proj_out" or "adaLN" in name)
     single = [name for name in names if name.startswith("single_transformer_blocks.") and name.endswith("proj_out")]
     assert all(is_target(name, "linear") and not is_target(name, "attention") for name in single)
     assert bool(single) == (family == "flux")

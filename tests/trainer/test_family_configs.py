@@ -20,6 +20,8 @@ FAMILIES = {
     "sd21": "sd21",
     "sdxl": "sdxl",
     "qwen-image": "qwen-image",
+    "z-image": "z-image",
+    "z-image-turbo": "z-image",
     "sd35-flow-grpo": "sd35",
     "flux-dance": "flux",
     "flux-dance-24gb": "flux",

@@ -24,6 +24,7 @@ SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
         ("sdxl", {"precision": "bfloat16"}),
         ("sd3", {}),
         ("flux", {"precision": "bfloat16", "quantize": "fp8"}),
+        ("z-image", {"precision": "bfloat16"}),
     ],
 )
 def test_the_budget_of_shapes_is_that_of_the_weights(make_config, tmp_path, family, settings):

@@ -56,16 +56,17 @@ PRESETS: dict[str, Preset] = {
     "flux2": Preset(steps=8, guidance=4.0, noise_level=1.0, sde_window=1, rank=64, gib_per_image=2.0),
     # Flow-Factory grpo/lora/flux2_klein: 4 steps without guidance, noise 0.5 in one step, rank 64, 384 pixels
     "flux2-klein": Preset(steps=4, noise_level=0.5, sde_window=1, rank=64, side=384),
-    # Flow-Factory awm/lora/flux2_klein_base: 8 steps, guidance 4, 384 pixels; noise as FLUX.2 dev
-    "flux2-klein-base": Preset(steps=8, cfg=4.0, noise_level=1.0, sde_window=1, rank=64, side=384),
+    # Flow-Factory grpo/lora/flux2_klein_base: 8 steps, guidance 4, noise 0.7 in one step, rank 64, 384 pixels
+    "flux2-klein-base": Preset(steps=8, cfg=4.0, noise_level=0.7, sde_window=1, rank=64, side=384),
     # Flow-GRPO's settings for SD3.5, the guidance of QwenImagePipeline
     "qwen-image": Preset(cfg=4.0, noise_level=0.7, gib_per_image=1.5),
     # Flow-Factory grpo/lora/qwen_image_2_1: 10 steps without guidance, noise 1.0 in one step, rank 64, 384 pixels
     "qwen-image-2.1": Preset(noise_level=1.0, sde_window=1, rank=64, side=384, gib_per_image=1.5),
-    # Flow-Factory grpo/full/z_image: 10 steps, guidance 4, noise 0.7 in one step, 512 pixels; ten times its rate
-    "z-image": Preset(cfg=4.0, noise_level=0.7, sde_window=1, learning_rate=1e-4),
-    # Flow-Factory grpo/full/z_image_turbo: 6 steps without guidance, noise 0.7 in one step; ten times its rate
-    "z-image-distilled": Preset(steps=6, noise_level=0.7, sde_window=1, learning_rate=1e-4),
+    # Flow-Factory grpo/lora/z_image: 10 steps, noise 0.7 in one step, rank 64; its guidance 4, added to the conditional
+    # branch as in ZImagePipeline, is cfg 5
+    "z-image": Preset(cfg=5.0, noise_level=0.7, sde_window=1, rank=64),
+    # Flow-Factory grpo/lora/z_image_turbo: 6 steps without guidance, noise 0.7 in one step, rank 64
+    "z-image-distilled": Preset(steps=6, noise_level=0.7, sde_window=1, rank=64),
     # Flow-GRPO's settings for SD3.5 and the guidance of the model's pipeline, from here on
     "lumina2": Preset(cfg=4.0, noise_level=0.7),
     "hidream": Preset(cfg=5.0, noise_level=0.7, gib_per_image=1.5),

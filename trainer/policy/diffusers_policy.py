@@ -19,7 +19,7 @@ from ..memory.shard import compile_blocks, shard, sharded
 from ..memory.transfer import copies_on_cpu, upload
 from .base import LoraPairs
 from .device import pick_device
-from .encoded import Encoded, encode_prompts
+from .encoded import Encoded, encode_prompts, joined, repeated
 from .families import Inputs, make_adapter
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -113,15 +113,14 @@ class DiffusersPolicy:
         positive, negative = condition.positive, condition.negative
         if negative is None:
             return self._call(x, timestep, positive)
-        negative = {k: v.expand(len(x), *v.shape[1:]) for k, v in negative.items()}
+        negative = repeated(negative, len(x))
         detach = self.config.rollout.detach_unconditional
-        apart = detach or not self.config.rollout.batch_cfg
-        if apart or any(v.shape != positive[k].shape for k, v in negative.items()):
+        both = None if detach or not self.config.rollout.batch_cfg else joined(negative, positive)
+        if both is None:
             cond = self._call(x, timestep, positive)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
                 uncond = self._call(x, timestep, negative)
         else:
-            both = {k: torch.cat([v, positive[k]]) for k, v in negative.items()}
             uncond, cond = self._call(torch.cat([x, x]), timestep, both).chunk(2)
         return self.adapter.guide(uncond, cond, self.config.rollout.cfg)
 

@@ -3,12 +3,13 @@
 from typing import Any
 
 from ...config.schema import ConfigError, RolloutConfig
-from .base import Inputs, PipelineAdapter, denoiser_of
+from .base import Inputs, PipelineAdapter, Rows, denoiser_of
 from .flux import Flux
 from .qwen import QwenImage
 from .sd3 import Sd3
 from .sdxl import Sdxl
 from .unet import Unet
+from .z_image import ZImage
 
 FAMILIES: dict[str, type[PipelineAdapter]] = {
     "StableDiffusionPipeline": Unet,
@@ -16,6 +17,7 @@ FAMILIES: dict[str, type[PipelineAdapter]] = {
     "StableDiffusion3Pipeline": Sd3,
     "FluxPipeline": Flux,
     "QwenImagePipeline": QwenImage,
+    "ZImagePipeline": ZImage,
 }
 
 
@@ -27,4 +29,4 @@ def make_adapter(pipeline: Any, rollout: RolloutConfig) -> PipelineAdapter:
     return FAMILIES[name](pipeline, rollout)
 
 
-__all__ = ["FAMILIES", "Inputs", "PipelineAdapter", "denoiser_of", "make_adapter"]
+__all__ = ["FAMILIES", "Inputs", "PipelineAdapter", "Rows", "denoiser_of", "make_adapter"]

@@ -11,8 +11,10 @@ from comfyui_pcpo.method.schedule import Grid, Kind, flow_grid, flow_grid_from_s
 
 from ...config.schema import ConfigError, RolloutConfig
 
-Inputs = dict[str, Tensor]
-"""The denoiser's text inputs by name, one row per prompt."""
+Rows = Tensor | list[Tensor]
+"""A row per prompt: one tensor, or a list of them where each text keeps its own length."""
+Inputs = dict[str, Any]
+"""The denoiser's text inputs by name, as Rows."""
 
 
 class PipelineAdapter:
@@ -39,12 +41,16 @@ class PipelineAdapter:
         """Side of the model's own latent."""
         return self.denoiser.config.sample_size
 
+    def pixels(self) -> int:
+        """Side of the square of pixels that a position of the latent stands for."""
+        return self.pipeline.vae_scale_factor
+
     def longest_side(self) -> int | None:
         """Longest side of a latent that the denoiser has positions for; None without a limit."""
         return None
 
     def _sides(self) -> tuple[int, int]:
-        scale = self.pipeline.vae_scale_factor
+        scale = self.pixels()
         sides, multiple = [], scale * self.token
         for name, pixels in (("height", self.rollout.height), ("width", self.rollout.width)):
             pixels = pixels or self.default_side() * scale
