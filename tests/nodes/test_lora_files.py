@@ -1,5 +1,7 @@
 """LoRA files of every family load in ComfyUI: the patched model equals the merged one, weight by weight."""
 
+from operator import itemgetter
+
 import pytest
 
 import comfy_host  # isort: skip
@@ -15,7 +17,6 @@ import comfy.model_management as mm  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models as kinds  # noqa: E402
 import comfy.utils  # noqa: E402
-from comfy.model_detection import convert_diffusers_mmdit  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 
 from comfyui_pcpo.lora.families import detect_family  # noqa: E402
@@ -44,8 +45,33 @@ Z_IMAGE = {
     "axes_lens": [256, 32, 32], "multiple_of": 1, "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True,
     "time_scale": 1000.0, "pad_tokens_multiple": 32,
 }  # fmt: skip
-TRANSFORMERS = {"qwen-image": (kinds.QwenImage, QWEN), "z-image": (kinds.ZImage, Z_IMAGE)}
-UNETS = {"sd15": (kinds.SD15, UNET), "sd21": (kinds.SD20, LINEAR), "sdxl": (kinds.SDXL, SDXL)}
+FLUX = {
+    "in_channels": 4, "out_channels": 4, "patch_size": 2, "hidden_size": 32, "context_in_dim": 32, "num_heads": 2,
+    "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 10000, "mlp_ratio": 4.0, "qkv_bias": True,
+    "vec_in_dim": None, "txt_ids_dims": [],
+}  # fmt: skip
+CHROMA = {
+    **FLUX, "image_model": "chroma", "in_channels": 16, "out_channels": 16, "in_dim": 16, "out_dim": 32,
+    "hidden_dim": 16, "n_layers": 1,
+}  # fmt: skip
+FLUX2 = {
+    **FLUX, "image_model": "flux2", "guidance_embed": False, "patch_size": 1, "in_channels": 16, "out_channels": 16,
+    "context_in_dim": 48, "mlp_ratio": 3.0, "axes_dim": [4, 4, 4, 4], "theta": 2000, "global_modulation": True,
+    "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False, "default_ref_method": "index", "ref_index_scale": 10.0,
+    "txt_ids_dims": [3],
+}  # fmt: skip
+TRANSFORMERS = {
+    "qwen-image": (kinds.QwenImage, QWEN, None),
+    "z-image": (kinds.ZImage, Z_IMAGE, comfy.utils.z_image_to_diffusers),
+    "chroma": (kinds.Chroma, CHROMA, comfy.utils.flux_to_diffusers),
+    "flux2-klein": (kinds.Flux2, FLUX2, comfy.utils.flux_to_diffusers),
+}  # class and configuration, and the host's table from diffusers' names to its own
+RENAMED = {family: table for family, (_, _, table) in TRANSFORMERS.items() if table}
+UNETS = {
+    "sd15": (kinds.SD15, UNET, comfy.utils.unet_to_diffusers),
+    "sd21": (kinds.SD20, LINEAR, comfy.utils.unet_to_diffusers),
+    "sdxl": (kinds.SDXL, SDXL, comfy.utils.unet_to_diffusers),
+}
 
 
 def load(family, core):
@@ -53,22 +79,32 @@ def load(family, core):
     state = {k: v.clone() for k, v in core.state_dict().items()}
     if family not in UNETS and family not in TRANSFORMERS:
         return comfy.sd.load_diffusion_model_state_dict(state, {"dtype": torch.float32})
-    kind, config = {**UNETS, **TRANSFORMERS}[family]
-    if family in UNETS:
-        names = comfy.utils.unet_to_diffusers(config)
-        state = {names[k]: v for k, v in state.items()}
-    elif family != "qwen-image":
-        state = convert_diffusers_mmdit(state)
+    kind, config, table = {**UNETS, **TRANSFORMERS}[family]
+    if table is not None:
+        state = renamed(state, table(config))
     supported = kind(config)
     if family in UNETS:  # full-size models have 64 channels per head
         supported.unet_config |= {"num_heads": 2, "num_head_channels": -1}
     supported.set_inference_dtype(torch.float32, None)
     model = supported.get_model(state, "")
-    if family == "z-image":  # its time embedding has another width in the host below full size
-        own = model.diffusion_model.state_dict()
-        state |= {k: torch.zeros_like(v) for k, v in own.items() if k.startswith("t_embedder.")}
+    own = model.diffusion_model.state_dict()
+    if family in TRANSFORMERS:  # around the blocks, the host's tables lack names, and small models have other widths
+        state = {k: v if k not in state or state[k].shape != v.shape else state[k] for k, v in blank(own).items()}
     model.diffusion_model.load_state_dict(state)
     return ModelPatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+
+
+def renamed(state, names):
+    """Weights by the host's names; parts of one weight are joined in their order."""
+    parts = {}
+    for key in state.keys() & names.keys():
+        name, place, *_ = names[key] if isinstance(names[key], tuple) else (names[key], None)
+        parts.setdefault(name, []).append((place[1] if place else 0, state[key]))
+    return {name: torch.cat([v for _, v in sorted(found, key=itemgetter(0))]) for name, found in parts.items()}
+
+
+def blank(state):
+    return {k: torch.zeros_like(v) for k, v in state.items()}
 
 
 def denoiser(family):
@@ -93,10 +129,12 @@ def random_lora(core, rank=2):
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers", "kohya"])
-@pytest.mark.parametrize("family", tiny_pipelines.PIPELINES)
+@pytest.mark.parametrize("family", tiny_pipelines.LORAS)
 def test_the_patched_model_equals_the_merged_one(family, layout, strength):
     core = denoiser(family)
     pairs = random_lora(core)
+    if family in RENAMED:
+        assert {f"{name}.weight" for name in pairs} <= RENAMED[family](TRANSFORMERS[family][1]).keys()
     if family in UNETS and layout == "diffusers":
         pytest.skip("ComfyUI reads few of diffusers' names for UNets; the kohya layout is used instead")
     state = export_state(pairs, 2.0, 2, layout, detect_family(pairs))

@@ -11,6 +11,9 @@ TOKENIZER = Path(__file__).parents[2] / "comfyui_pcpo" / "tiny" / "models" / "sh
 SIDE = 16
 LATENT_CHANNELS = 4
 T5_LENGTH = 24
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content if m.content is string else m.content[0].text }}\n{% endfor %}"
+)
 FLOW = {"base_image_seq_len": 4, "max_image_seq_len": 64, "base_shift": 0.5, "max_shift": 1.15}
 
 
@@ -167,17 +170,77 @@ def z_image() -> Any:
     )  # fmt: skip
 
 
+def chroma() -> Any:
+    core = diffusers.ChromaTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 6, 6), approximator_num_channels=16,
+        approximator_hidden_dim=16, approximator_layers=1,
+    )  # fmt: skip
+    return diffusers.ChromaPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **FLOW),
+        vae=vae(0.1), text_encoder=t5(32), tokenizer=t5_tokenizer(), transformer=core,
+    )  # fmt: skip
+
+
+def flux2_vae() -> Any:
+    """Its batch norm has statistics, as after training."""
+    codec = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=LATENT_CHANNELS, sample_size=SIDE,
+        layers_per_block=1, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    codec.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 4 * LATENT_CHANNELS))
+    codec.bn.running_var.copy_(torch.linspace(0.5, 2, 4 * LATENT_CHANNELS))
+    return codec
+
+
+def flux2_core(**more: Any) -> Any:
+    return diffusers.Flux2Transformer2DModel(
+        in_channels=4 * LATENT_CHANNELS, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=3 * 16, axes_dims_rope=(4, 4, 4, 4), timestep_guidance_channels=16,
+        **more,
+    )  # fmt: skip
+
+
+def flux2_klein() -> Any:
+    """The base model, which has guidance."""
+    return diffusers.Flux2KleinPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=flux2_vae(),
+        text_encoder=qwen3(27), tokenizer=chat_tokenizer(), transformer=flux2_core(guidance_embeds=False),
+    )  # fmt: skip
+
+
+def flux2_dev() -> Any:
+    return diffusers.Flux2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=flux2_vae(),
+        text_encoder=mistral3(30), tokenizer=chat_tokenizer(), transformer=flux2_core(guidance_embeds=True),
+    )  # fmt: skip
+
+
+def mistral3(layers: int) -> Any:
+    text = {
+        "model_type": "mistral", "vocab_size": 260, "hidden_size": 16, "intermediate_size": 16,
+        "num_hidden_layers": layers, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16,
+        "max_position_embeddings": 1024,
+    }  # fmt: skip
+    vision = {
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "head_dim": 16, "image_size": 16, "patch_size": 8,
+    }  # fmt: skip
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=259)
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
 def qwen3(layers: int) -> Any:
     config = transformers.Qwen3Config(
         vocab_size=260, hidden_size=16, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=1,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=1024,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    return transformers.Qwen3Model(config)
+    return transformers.Qwen3ForCausalLM(config)
 
 
 def chat_tokenizer() -> Any:
     tokenizer = qwen_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
+    tokenizer.chat_template = CHAT
     return tokenizer
 
 
@@ -190,7 +253,12 @@ PIPELINES = {
     "flux": flux,
     "qwen-image": qwen_image,
     "z-image": z_image,
+    "chroma": chroma,
+    "flux2-klein": flux2_klein,
+    "flux2": flux2_dev,
 }
+
+LORAS = [name for name in PIPELINES if name != "flux2"]  # its transformer is klein's
 
 
 def build(name: str) -> Any:

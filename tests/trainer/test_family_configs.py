@@ -22,6 +22,8 @@ FAMILIES = {
     "qwen-image": "qwen-image",
     "z-image": "z-image",
     "z-image-turbo": "z-image",
+    "chroma": "chroma",
+    "flux2-klein": "flux2-klein",
     "sd35-flow-grpo": "sd35",
     "flux-dance": "flux",
     "flux-dance-24gb": "flux",

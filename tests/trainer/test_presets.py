@@ -10,7 +10,7 @@ from trainer.cli.main import main
 from trainer.config import presets
 from trainer.config.loading import build, load, merge
 from trainer.config.presets import AUTO, PRESET_OPTIONS, PRESETS, Room, preset_name, resolved
-from trainer.policy.model_family import PIPELINE_FAMILIES, model_preset
+from trainer.policy.model_family import PIPELINE_FAMILIES, index_preset, model_preset
 
 GIB = 2**30
 ALL = (*PRESET_OPTIONS, ("rollout", "images_at_once"), ("model", "gradient_checkpointing"))
@@ -84,8 +84,27 @@ def test_names_tell_the_preset(name, preset):
 def test_a_folder_tells_its_preset(kind, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-    assert model_preset(str(tmp_path / "model")) == PIPELINE_FAMILIES[kind]
-    assert PIPELINE_FAMILIES[kind] in PRESETS
+    preset = "flux2-klein" if "Klein" in kind else PIPELINE_FAMILIES[kind]
+    assert model_preset(str(tmp_path / "model")) == preset
+    assert preset in PRESETS
+
+
+@pytest.mark.parametrize(
+    ("kind", "distilled", "name", "preset"),
+    [
+        ("Flux2KleinPipeline", True, "mine", "flux2-klein"),
+        ("Flux2KleinPipeline", False, "mine", "flux2-klein-base"),
+        ("Flux2KleinPipeline", None, "klein-base-9B", "flux2-klein-base"),
+        ("Flux2Pipeline", None, "dev", "flux2"),
+        ("Krea2Pipeline", True, "mine", "krea2-distilled"),
+        ("Krea2Pipeline", False, "mine", "krea2"),
+        ("ZImagePipeline", None, "Z-Image-Turbo", "z-image-distilled"),
+        ("QwenImagePipeline", None, "Qwen-Image-2512", "qwen-image"),
+    ],
+)
+def test_an_index_tells_few_step_models(kind, distilled, name, preset):
+    index = {"_class_name": kind} | ({} if distilled is None else {"is_distilled": distilled})
+    assert index_preset(index, name) == preset
 
 
 def test_distilled_models_of_a_family_without_such_a_preset_take_the_familys():

@@ -1,7 +1,9 @@
 """The preset of a model by its name: an embedded model, a folder, a checkpoint, or a name on the hub; no weights."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
@@ -41,10 +43,19 @@ def model_preset(name: str) -> str:
         return "flux-distilled" if no_guidance else preset_name(family, path.name)
     index = path / "model_index.json" if path.is_dir() else cached_index(name)
     if index is not None and index.is_file():
-        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
-        return preset_name(PIPELINE_FAMILIES.get(kind, "flow"), path.name)
+        return index_preset(json.loads(index.read_text(encoding="utf-8")), path.name)
     lower = name.lower()
     return preset_name(next((family for word, family in HUB_WORDS.items() if word in lower), "flow"), name)
+
+
+def index_preset(index: Mapping[str, Any], name: str) -> str:
+    """The preset of a pipeline by its model_index.json, which of some families says whether it is distilled."""
+    kind, distilled = index.get("_class_name", ""), index.get("is_distilled")
+    if kind == "Flux2KleinPipeline":
+        name = "klein" if distilled or (distilled is None and "base" not in name.lower()) else "klein-base"
+    elif distilled:
+        name += "-distilled"
+    return preset_name(PIPELINE_FAMILIES.get(kind, "flow"), name)
 
 
 def cached_index(name: str) -> Path | None:

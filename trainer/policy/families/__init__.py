@@ -4,7 +4,9 @@ from typing import Any
 
 from ...config.schema import ConfigError, RolloutConfig
 from .base import Inputs, PipelineAdapter, Rows, denoiser_of
+from .chroma import Chroma
 from .flux import Flux
+from .flux2 import Flux2
 from .qwen import QwenImage
 from .sd3 import Sd3
 from .sdxl import Sdxl
@@ -16,6 +18,9 @@ FAMILIES: dict[str, type[PipelineAdapter]] = {
     "StableDiffusionXLPipeline": Sdxl,
     "StableDiffusion3Pipeline": Sd3,
     "FluxPipeline": Flux,
+    "ChromaPipeline": Chroma,
+    "Flux2Pipeline": Flux2,
+    "Flux2KleinPipeline": Flux2,
     "QwenImagePipeline": QwenImage,
     "ZImagePipeline": ZImage,
 }
