@@ -60,10 +60,15 @@ FLUX2 = {
     "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False, "default_ref_method": "index", "ref_index_scale": 10.0,
     "txt_ids_dims": [3],
 }  # fmt: skip
+KREA2 = {
+    "image_model": "krea2", "features": 32, "tdim": 16, "txtdim": 16, "heads": 2, "kvheads": 1, "layers": 1,
+    "channels": 4, "txtlayers": 2, "txtheads": 1, "txtkvheads": 1,
+}  # fmt: skip
 TRANSFORMERS = {
     "qwen-image": (kinds.QwenImage, QWEN, None),
     "z-image": (kinds.ZImage, Z_IMAGE, comfy.utils.z_image_to_diffusers),
     "chroma": (kinds.Chroma, CHROMA, comfy.utils.flux_to_diffusers),
+    "krea2": (kinds.Krea2, KREA2, comfy.utils.krea2_to_diffusers),
     "flux2-klein": (kinds.Flux2, FLUX2, comfy.utils.flux_to_diffusers),
 }  # class and configuration, and the host's table from diffusers' names to its own
 RENAMED = {family: table for family, (_, _, table) in TRANSFORMERS.items() if table}

@@ -130,14 +130,43 @@ def qwen_image() -> Any:
         in_channels=4 * LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=2, attention_head_dim=128,
         num_attention_heads=1, joint_attention_dim=32,
     )  # fmt: skip
-    codec = diffusers.AutoencoderKLQwenImage(
+    return diffusers.QwenImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02, **FLOW),
+        vae=qwen_vae(), text_encoder=qwen(), tokenizer=qwen_tokenizer(), transformer=core,
+    )  # fmt: skip
+
+
+def qwen_vae() -> Any:
+    return diffusers.AutoencoderKLQwenImage(
         base_dim=8, z_dim=LATENT_CHANNELS, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
         latents_mean=[0.1] * LATENT_CHANNELS, latents_std=[1.5] * LATENT_CHANNELS,
     )  # fmt: skip
-    return diffusers.QwenImagePipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02, **FLOW),
-        vae=codec, text_encoder=qwen(), tokenizer=qwen_tokenizer(), transformer=core,
+
+
+def krea2() -> Any:
+    core = diffusers.Krea2Transformer2DModel(
+        in_channels=4 * LATENT_CHANNELS, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=128, timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=2,
+        text_num_attention_heads=1, text_num_key_value_heads=1, text_intermediate_size=128,
+        num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
+    return diffusers.Krea2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=qwen_vae(),
+        text_encoder=qwen3_vl(2), tokenizer=qwen_tokenizer(), transformer=core, text_encoder_select_layers=(1, 2),
+    )  # fmt: skip
+
+
+def qwen3_vl(layers: int) -> Any:
+    text = {
+        "vocab_size": 260, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+        "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=vision))
 
 
 def qwen() -> Any:
@@ -256,6 +285,7 @@ PIPELINES = {
     "chroma": chroma,
     "flux2-klein": flux2_klein,
     "flux2": flux2_dev,
+    "krea2": krea2,
 }
 
 LORAS = [name for name in PIPELINES if name != "flux2"]  # its transformer is klein's

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 PROMPTS = ["a fox", "two red stars"]
 SIZE = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE}
-PACKED = ("flux", "qwen-image", "chroma")
+PACKED = ("flux", "qwen-image", "chroma", "krea2")
 FLUX2 = ("flux2", "flux2-klein")
 RAGGED = ("z-image", "chroma")  # each text keeps its own length
 UNETS = ("sd15", "sd21", "sdxl")
@@ -55,8 +55,8 @@ def plain(name, pipeline, latents, cfg, output):
     """What the pipeline itself makes of the same start in 3 steps."""
     given: dict[str, Any] = {"prompt": [*PROMPTS], "negative_prompt": ["dark"] * 2}
     given["true_cfg_scale" if name in ("flux", "qwen-image") else "guidance_scale"] = cfg
-    if name == "z-image":
-        given["guidance_scale"] = cfg - 1  # its pipeline adds to the conditional branch
+    if name in ("z-image", "krea2"):
+        given["guidance_scale"] = cfg - 1  # their pipelines add to the conditional branch
     if name == "chroma":
         given = {"guidance_scale": cfg} | masked(pipeline)
     if name in FLUX2:

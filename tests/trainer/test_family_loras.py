@@ -25,6 +25,7 @@ UNREAD = {
     ("kohya", "sd3"): "diffusers reads no kohya file of SD3",
     ("kohya", "sd35"): "diffusers reads no kohya file of SD3",
     ("kohya", "flux"): "diffusers reads kohya's FLUX files at FLUX's full width only",
+    ("kohya", "krea2"): "diffusers reads no kohya file of Krea 2",
     ("kohya", "chroma"): "diffusers reads kohya's FLUX files at FLUX's full width only",
 }
 

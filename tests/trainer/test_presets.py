@@ -73,6 +73,7 @@ def test_a_quarter_of_the_pixels_allows_four_times_the_images():
         ("Tongyi-MAI/Z-Image-Turbo", "z-image-distilled"),
         ("Tongyi-MAI/Z-Image", "z-image"),
         ("Qwen/Qwen-Image-2512", "qwen-image"),
+        ("Qwen/Qwen-Image-2.1", "qwen-image-2.1"),
         ("someone/else", "flow"),
     ],
 )

@@ -3,6 +3,7 @@
 import original_layout
 import pytest
 import tiny_pipelines
+import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -10,6 +11,7 @@ from trainer.config.schema import ConfigError
 from trainer.memory.estimate import budget
 from trainer.policy import loading
 from trainer.policy.loading import make_policy, make_shapes
+from trainer.policy.shapes import pipeline_of_shapes
 from trainer.runs.check import check_run
 
 pytestmark = pytest.mark.slow
@@ -35,6 +37,13 @@ def test_the_budget_of_shapes_is_that_of_the_weights(make_config, tmp_path, fami
     own = {id(p) for p in policy.trainable()}
     assert all(isinstance(p, FakeTensor) for part in parts for p in part.parameters() if id(p) not in own)
     assert budget(policy, config) == budget(make_policy(config), config)
+
+
+def test_a_list_among_the_pipelines_options_is_no_part(tmp_path):
+    """Krea 2's index has the numbers of the text encoder's layers."""
+    pipeline = pipeline_of_shapes(str(tiny_pipelines.save("krea2", tmp_path)), torch.bfloat16)
+    assert pipeline.text_encoder_select_layers == (1, 2)
+    assert all(isinstance(p, FakeTensor) for p in pipeline.transformer.parameters())
 
 
 def test_a_checkpoint_file_is_checked_by_its_header(make_config, tmp_path):

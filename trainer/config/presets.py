@@ -67,11 +67,11 @@ PRESETS: dict[str, Preset] = {
     "z-image": Preset(cfg=5.0, noise_level=0.7, sde_window=1, rank=64),
     # Flow-Factory grpo/lora/z_image_turbo: 6 steps without guidance, noise 0.7 in one step, rank 64
     "z-image-distilled": Preset(steps=6, noise_level=0.7, sde_window=1, rank=64),
-    # Flow-GRPO's settings for SD3.5 and the guidance of the model's pipeline, from here on
+    # Flow-GRPO's settings for SD3.5 and the guidance of the model's pipeline, from here on; Krea 2's 4.5 is cfg 5.5
     "lumina2": Preset(cfg=4.0, noise_level=0.7),
     "hidream": Preset(cfg=5.0, noise_level=0.7, gib_per_image=1.5),
     "hidream-distilled": Preset(steps=8, noise_level=0.7, sde_window=1, gib_per_image=1.5),  # dev, fast
-    "krea2": Preset(cfg=4.5, noise_level=0.7, gib_per_image=1.5),
+    "krea2": Preset(cfg=5.5, noise_level=0.7, gib_per_image=1.5),
     "krea2-distilled": Preset(steps=6, noise_level=0.7, sde_window=1, gib_per_image=1.5),
     "ernie-image": Preset(cfg=4.0, noise_level=0.7),
     "ideogram4": Preset(cfg=4.0, noise_level=0.7, gib_per_image=1.5),

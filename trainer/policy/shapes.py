@@ -38,7 +38,7 @@ def pipeline_of_shapes(name: str, dtype: torch.dtype, checked: bool = False) -> 
     parts = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         for part, entry in index.items():
-            kind = class_of(*entry) if isinstance(entry, list | tuple) and None not in entry else None
+            kind = class_of(entry)
             if kind is not None:
                 with default_dtype(torch.float32 if part == "vae" else dtype) as precision:
                     parts[part] = made(kind, name, part, precision).eval()
@@ -58,11 +58,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[torch.dtype]:
         torch.set_default_dtype(before)
 
 
-def class_of(library: str, name: str) -> type[nn.Module] | None:
-    """The class of a pipeline's part; None for a tokenizer, a scheduler and other parts without weights."""
+def class_of(entry: Any) -> type[nn.Module] | None:
+    """The class of an index's entry; None for a tokenizer, a scheduler, and an option of the pipeline."""
     import diffusers
     import transformers
 
+    if not isinstance(entry, list | tuple) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+        return None
+    library, name = entry
     homes: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
     home = homes.get(library) or getattr(diffusers.pipelines, library, None)
     found = getattr(home, name, None)

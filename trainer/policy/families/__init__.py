@@ -7,6 +7,7 @@ from .base import Inputs, PipelineAdapter, Rows, denoiser_of
 from .chroma import Chroma
 from .flux import Flux
 from .flux2 import Flux2
+from .krea2 import Krea2
 from .qwen import QwenImage
 from .sd3 import Sd3
 from .sdxl import Sdxl
@@ -21,6 +22,7 @@ FAMILIES: dict[str, type[PipelineAdapter]] = {
     "ChromaPipeline": Chroma,
     "Flux2Pipeline": Flux2,
     "Flux2KleinPipeline": Flux2,
+    "Krea2Pipeline": Krea2,
     "QwenImagePipeline": QwenImage,
     "ZImagePipeline": ZImage,
 }

@@ -1,6 +1,7 @@
 """Qwen-Image: FLUX's patches, one language model as text encoder, guidance that keeps each token's length."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,10 @@ class QwenImage(Flux):
         return unpack(tokens * (pack(cond).norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True)), h, w)
 
     def decode(self, latents: Tensor) -> Tensor:
-        c = self.pipeline.vae.config
-        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (c.latents_mean, c.latents_std))
-        return self.pipeline.vae.decode((latents * std + mean)[:, :, None]).sample[:, :, 0]
+        return decode_frame(self.pipeline.vae, latents)
+
+
+def decode_frame(vae: Any, latents: Tensor) -> Tensor:
+    """One frame of a video's VAE, (B, C, H, W) -> (B, 3, 8 H, 8 W)."""
+    mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    return vae.decode((latents * std + mean)[:, :, None]).sample[:, :, 0]
