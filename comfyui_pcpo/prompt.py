@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from comfyui_pcpo.json_text import parse_json
+
 
 class Prompt(str):
     """A prompt's text, with metadata beside it; anything that takes a prompt takes it as a plain string."""
@@ -32,7 +34,7 @@ def parse_line(line: str) -> str:
     Raises ValueError for a JSON object without a prompt. Other text in braces, such as {red|blue} fox, is text.
     """
     try:
-        entry = json.loads(line) if line.startswith("{") else line
+        entry = parse_json(line) if line.startswith("{") else line
     except ValueError:
         return line
     return entry if isinstance(entry, str) else from_object(entry)
@@ -44,3 +46,13 @@ def from_object(entry: Any) -> str:
     if not isinstance(text, str) or not text.strip():
         raise ValueError('has no text under "prompt". Write {"prompt": "a red fox", ...}')
     return Prompt(text.strip(), {key: value for key, value in entry.items() if key != "prompt"})
+
+
+def require_text(text: str) -> None:
+    """Raise ValueError for what no path, prompt or file can have: NUL, and half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has a broken character, {text[error.start]!a}. Write it in UTF-8") from None
+    if "\0" in text:
+        raise ValueError("has NUL characters. Remove them")

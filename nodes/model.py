@@ -1,5 +1,10 @@
 """The embedded tiny models, and prompts to train on."""
 
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.model_management as mm
+from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
@@ -66,7 +71,14 @@ class Prompts(io.ComfyNode):
     @checked
     def execute(cls, clip, text: str, negative: str = "") -> io.NodeOutput:
         lines = PromptsConfig(lines=tuple(text.splitlines()), negative=negative).read()
-        *positive, unconditional = (
-            clip.encode_from_tokens_scheduled(clip.tokenize(str(t))) for t in [*lines, negative]
-        )
+        *positive, unconditional = encoded(clip, [*map(str, lines), negative])
         return io.NodeOutput(EncodedPrompts(tuple(lines), tuple(positive), negative, unconditional))
+
+
+def encoded(clip: Any, texts: list[str]) -> Iterator[Any]:
+    """The conditioning of each text, with a bar; Cancel takes effect between two of them."""
+    bar = ProgressBar(len(texts))
+    for text in texts:
+        mm.throw_exception_if_processing_interrupted()
+        yield clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        bar.update(1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from comfyui_pcpo.prompt import Prompt, metadata_of
+from comfyui_pcpo.reward.worker import T, Worker
 
 
 class RewardError(ValueError):
@@ -35,8 +36,8 @@ class RewardFile:
 class RewardSettings:
     """Folder of the weight files, device, dtype of the network, images per forward pass, seconds to wait out an outage.
 
-    A host may add `tick`, called several times a second while a reward waits for a server (it may raise), and `plain`,
-    which removes the host's own syntax from a prompt, such as weights.
+    A host may add `tick`, called several times a second while a reward waits for a server or a user's own reward
+    computes (it may raise), and `plain`, which removes the host's own syntax from a prompt, such as weights.
     """
 
     folder: Path | None = None
@@ -76,6 +77,7 @@ class Reward:
     files: ClassVar[tuple[RewardFile, ...]] = ()
     memory: ClassVar[int] = 0  # bytes of the network in half precision
     elsewhere: ClassVar[bool] = False  # computed by a server or a person: a thread may wait for it
+    _worker: Worker | None = None
 
     def __init__(self, settings: RewardSettings | None = None):
         self.settings = settings or RewardSettings()
@@ -96,8 +98,7 @@ class Reward:
     def load(self) -> "Reward":
         """Load the weights if they are not loaded yet; `score` calls this."""
         if self.model is None:
-            with blamed(self):
-                model = self.build()
+            model = self._own_code(self.build)
             if model is not None:
                 self.model = model.eval().requires_grad_(False).to(self.device)
         return self
@@ -138,6 +139,19 @@ class Reward:
                 extras.setdefault(key, [""] * part.start).extend(entries)
         return Scores(torch.cat(values) if values else torch.zeros(0), extras)
 
+    def _own_code(self, work: Callable[[], T]) -> T:
+        """Call what a subclass defines. A user's own class runs in a thread, from which `tick` and Ctrl-C return."""
+
+        def attributed() -> T:
+            with blamed(self):
+                return work()
+
+        if type(self).__module__.startswith("comfyui_pcpo."):  # those do return
+            return attributed()
+        if self._worker is None or self._worker.busy:
+            self._worker = Worker()
+        return self._worker.call(self.name, attributed, self.settings.tick)
+
     def parts(self, prompts: list[str], group_size: int | None) -> Iterator[slice]:
         """The consecutive images that one call of `score_batch` scores."""
         for start in range(0, len(prompts), self.settings.images_at_once):
@@ -145,22 +159,20 @@ class Reward:
 
     def measure_batch(self, images: Tensor, prompts: list[str]) -> Scores:
         """One micro-batch; infinite scores and scores of images with NaN pixels become NaN."""
-        with blamed(self):
-            output = self.score_batch(eight_bit(images), prompts)
-            scores = output if isinstance(output, Scores) else Scores(output)
-            values = checked_scores(scores.values, len(prompts))
-        broken = ~images[..., :3].isfinite().flatten(1).all(1).cpu() | ~values.isfinite()
-        return Scores(values.masked_fill(broken, float("nan")), scores.extras)
+        scores = self._own_code(lambda: checked_scores(self.score_batch(eight_bit(images), prompts), len(prompts)))
+        broken = ~images[..., :3].isfinite().flatten(1).all(1).cpu() | ~scores.values.isfinite()
+        return Scores(scores.values.masked_fill(broken, float("nan")), scores.extras)
 
 
-def checked_scores(values: object, count: int) -> Tensor:
-    """What score_batch returned, as float32 on the CPU, (B,)."""
+def checked_scores(output: object, count: int) -> Scores:
+    """What score_batch returned, its values as float32 on the CPU, (B,)."""
+    values, extras = (output.values, output.extras) if isinstance(output, Scores) else (output, {})
     shape = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"type {type(values).__name__}"
     if not isinstance(values, Tensor) or values.shape != (count,) or values.is_complex():
         raise RewardError(
             f"score_batch returned scores of {shape} for {count} images. Return one number per image, a tensor (B,)."
         )
-    return values.detach().to("cpu", torch.float32)
+    return Scores(values.detach().to("cpu", torch.float32), extras)
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def newton(difference: Tensor, weight: Tensor, ridge: float) -> Tensor:
         while objective(w - size * step) > objective(w) and size > 1e-6:
             size /= 2
         w = w - size * step
-        if step.abs().max() < TOLERANCE:
+        if (step.abs() < TOLERANCE).all():
             break
     return w
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from comfyui_pcpo.durable import safetensors_parts, write_durably
+from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardSettings
 from comfyui_pcpo.taste.bradley_terry import Span, Utility, fit_utility
 from comfyui_pcpo.taste.comparisons import LEAST_VOTES, Comparisons, mean_per_vote
@@ -63,7 +64,7 @@ class Taste:
             "bias": torch.tensor(self.bias),
             "probe": self.probe.contiguous(),
         }
-        save_file(tensors, path, metadata)
+        write_durably(path, *safetensors_parts(tensors, metadata))
 
 
 def load_taste(path: Path) -> Taste:
@@ -74,8 +75,14 @@ def load_taste(path: Path) -> Taste:
             if metadata.get("format") != FORMAT:
                 raise VoteError(f"{path} is not a taste. Give a file that `taste train` or Train Taste has written.")
             weight, bias, probe = (file.get_tensor(name) for name in ("weight", "bias", "probe"))
-            report = TasteReport(**json.loads(metadata["report"]))
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            report = TasteReport(**parse_json(metadata["report"]))
+        if weight.ndim != 1 or weight.shape != probe.shape or bias.numel() != 1:
+            raise ValueError(f"its weight has shape {tuple(weight.shape)}, its probe {tuple(probe.shape)}")
+        if not all(tensor.isfinite().all() for tensor in (weight, bias, probe)):
+            raise ValueError("it has NaN or infinite values")
+    except VoteError:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise VoteError(f"{path} cannot be read as a taste ({error}). Train it again with `taste train`.") from None
     return Taste(metadata["encoder"], weight, float(bias), probe, report)
 
@@ -135,6 +142,8 @@ def learn(features: Tensor, pairs: Comparisons, encoder: Encoder) -> Learned:
     if not features.isfinite().all():
         raise VoteError("The image features contain NaN or infinity. Use another image encoder, or float32.")
     scaled = Scaled.of(features)
+    if not scaled.differences(pairs).any():
+        raise VoteError("The images that are compared have equal features, so there is nothing to learn from them.")
     report = cross_validate(scaled, pairs)
     utility = fit_utility(scaled.differences(pairs), pairs.weight, report.ridge)
     values = utility(scaled.values)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.reward.base import RewardError
 
 Choose = Literal["best", "best and worst", "ranking"]
@@ -74,12 +75,12 @@ class VoteFolder:
         """Every row, oldest first. Raises VoteError for a row that is not a vote; an unfinished last row is ignored."""
         if not self.file.is_file():
             return []
-        lines = self.file.read_text(encoding="utf-8").split("\n")
+        lines = self.file.read_bytes().split(b"\n")  # each is decoded where it can be named
         return [self._row(line, number) for number, line in enumerate(lines[:-1], 1) if line.strip()]
 
-    def _row(self, line: str, number: int) -> Vote:
+    def _row(self, line: bytes, number: int) -> Vote:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             vote = Vote(**{**row, "images": tuple(row["images"]), "ranks": tuple(row["ranks"])})
             check_ranks(vote.ranks, len(vote.images))
         except (ValueError, TypeError, KeyError) as error:

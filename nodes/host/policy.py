@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from comfyui_pcpo.method.schedule import Grid
 
 from ...trainer.config.schema import Config, ConfigError
-from ...trainer.policy.base import LoraPairs
+from ...trainer.policy.base import LoraPairs, Progress, no_progress
 from ...trainer.policy.lora_pairs import padded
 from ..types import EncodedPrompts
 from .adapter import fresh_layers, target_modules
@@ -65,7 +65,7 @@ class ComfyPolicy:
         self.sigma = dict(zip(grid.timesteps.tolist(), self.space.sigmas(grid).tolist(), strict=False))
         return grid
 
-    def encode(self, prompts: Sequence[str]) -> Rows:
+    def encode(self, prompts: Sequence[str], progress: Progress = no_progress) -> Rows:
         return Rows(tuple(self.lines.index(line) for line in prompts))
 
     def predict(self, x: Tensor, timestep: float, condition: Rows) -> Tensor:

@@ -349,6 +349,37 @@ def test_cancel_while_an_endpoint_hangs_takes_effect_at_once(flow):
     silent.close()
 
 
+class Endless(Failing):
+    def score_batch(self, images, prompts):
+        threading.Event().wait(60)
+
+
+def test_cancel_while_a_reward_of_the_user_never_returns_takes_effect_at_once(flow):
+    setup, start = failing(flow, 0), time.monotonic()
+    setup.reward = types.WeightedRewards((Endless(0),), (1.0,))
+    threading.Timer(1.0, mm.interrupt_current_processing).start()
+    with pytest.raises(mm.InterruptProcessingException):
+        setup.train("endless")
+    assert time.monotonic() - start < SECONDS
+    assert "endless" not in files.run_names()
+
+
+def test_cancel_while_prompts_are_encoded_takes_effect_before_the_next_one(flow, monkeypatch):
+    """R3: there may be thousands."""
+    texts, tokenize = [], flow.clip.tokenize
+
+    def counted(text, *args, **options):
+        texts.append(text)
+        if len(texts) == 3:
+            mm.interrupt_current_processing()
+        return tokenize(text, *args, **options)
+
+    monkeypatch.setattr(flow.clip, "tokenize", counted)
+    with pytest.raises(mm.InterruptProcessingException):
+        call("PCPOPrompts", flow.clip, "\n".join(f"a fox {n}" for n in range(100)))
+    assert len(texts) == 3
+
+
 def test_one_update_gives_a_series_that_plot_loss_graph_can_draw(flow):
     """C12."""
     losses = flow.train("one", updates=1)[1]

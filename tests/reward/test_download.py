@@ -35,6 +35,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.files = {"weights.pt": LARGE, "config.json": SMALL}
         self.breaks_at, self.leaves, self.damage, self.ranges, self.sent = None, False, False, [], 0
+        self.bare = False  # a mirror that knows neither checksums nor commits
 
     @property
     def url(self):
@@ -62,12 +63,8 @@ class Answer(BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
         self.send_response(206 if asked else 200)
-        git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("ETag", f'"{git}"')
-        if name == "weights.pt":
-            self.send_header("X-Linked-ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("X-Linked-Size", str(len(content)))
+        if not hub.bare:
+            self.send_checksums(name, content)
         self.send_header("Accept-Ranges", "bytes")
         if asked:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -76,6 +73,14 @@ class Answer(BaseHTTPRequestHandler):
         if body:
             hub.ranges.append(start)
             self.send(content[start:])
+
+    def send_checksums(self, name, content):
+        git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{git}"')
+        if name == "weights.pt":
+            self.send_header("X-Linked-ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Linked-Size", str(len(content)))
 
     def send(self, content):
         hub = self.server
@@ -210,6 +215,21 @@ def test_a_wrong_file_at_that_place_is_fetched_anew(content, hub, tmp_path):
     assert path.read_bytes() == LARGE
     path.write_bytes(content)  # damaged after the download, which the hub's own library would not see
     download(Two, tmp_path, hub.url)
+    assert path.read_bytes() == LARGE
+
+
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize("answer", [b"oops\n", b"", bytes(3 * len(LARGE))])
+def test_what_a_mirror_sends_instead_of_a_file_replaces_nothing(bare, answer, hub, tmp_path, monkeypatch, capsys):
+    """A page of 5 bytes with status 200, for example, whether the mirror tells checksums or not."""
+    monkeypatch.setitem(REWARDS, "two", Two)
+    path = file_path(tmp_path, Two.files[0])
+    path.parent.mkdir()
+    path.write_bytes(LARGE)
+    hub.bare, hub.files["weights.pt"] = bare, answer
+    assert main(["download", "two", "--folder", str(tmp_path), "--endpoint", hub.url]) == 2
+    assert f"has {len(answer)} bytes there, but about {len(LARGE)} are expected" in capsys.readouterr().err
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
     assert path.read_bytes() == LARGE
 
 

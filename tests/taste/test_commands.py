@@ -103,7 +103,7 @@ def test_votes_of_several_folders(drawings, tmp_path, capsys):
 def test_bad_sources_are_explained(arguments, message, files, tmp_path, capsys):
     (tmp_path / "bad.csv").write_text("left,right\na.png,b.png\n")
     (tmp_path / "bad.jsonl").write_text("{better}\n")
-    (tmp_path / "gone.csv").write_text("better,worse\ngone.png,gone.png\n")
+    (tmp_path / "gone.csv").write_text("better,worse\ngone.png,lost.png\n")
     fill = {"{tmp}": str(tmp_path), "{images}": str(files[0].parent)}
 
     def filled(text: str) -> str:

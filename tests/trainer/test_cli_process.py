@@ -1,15 +1,19 @@
 """The command line as a process: what it imports, how it is called, broken pipes, and output without a terminal."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from trainer.cli import progress
+from trainer.cli.main import main
 from trainer.cli.progress import Bar
 from trainer.config.loading import tomllib
+from trainer.policy.encoded import encode_prompts
 from trainer.program import program_name
 
 pytestmark = pytest.mark.slow
@@ -142,6 +146,33 @@ def test_without_a_terminal_stderr_has_the_phase_and_no_librarys_messages(tmp_pa
     done = python("-m", "trainer", "train", *TINY_RUN, "--run.folder", tmp_path)
     assert done.returncode == 0
     assert done.stderr == "loading the model and the rewards ...\n"
+
+
+def test_without_a_terminal_thousands_of_prompts_report_their_progress(monkeypatch, capsys):
+    """R3: they are encoded some at a time, before the first model call, and end where the first update begins."""
+    monkeypatch.setattr(progress, "FIRST_REPORT", 0.0)
+    sizes = []
+
+    def embed(some):
+        sizes.append(len(some))
+        return {"text": torch.zeros(len(some), 1, 1)}
+
+    with Bar() as bar:
+        bar.begin(0, 3)
+        found = encode_prompts(embed, ["a fox"] * 2000, bar.encoding)
+        bar.tick()
+    assert sizes == [8] * 250 and len(found["text"]) == 2000
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1] == "update 1/3: 8 of 2000 prompts encoded in 0 s" and len(lines) < 20
+    assert lines[-1] == "update 1/3: 1 model calls in 0 s"
+
+
+def test_a_run_shows_the_prompts_that_it_encodes(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Bar, "encoding", lambda bar, done, total: seen.append((done, total)))
+    lines = json.dumps([f"a fox {n}" for n in range(20)])
+    assert main(["train", *TINY_RUN, "--prompts.lines", lines, "--run.folder", str(tmp_path)]) == 0
+    assert seen == [(8, 20), (16, 20), (20, 20)]
 
 
 def test_without_a_terminal_an_unfinished_update_reports_its_progress(monkeypatch, capsys):

@@ -11,11 +11,12 @@ import torch
 from running import start_run
 from safetensors import safe_open
 
+from comfyui_pcpo.durable import safetensors_parts, write_durably
 from trainer.cli.main import main
 from trainer.config.loading import build, dump_shareable, tomllib, without_folder
 from trainer.config.schema import ConfigError
 from trainer.evaluation.source import open_source
-from trainer.files import digest, digest_of, require_writable, safetensors_parts, sampled_digest, write_durably
+from trainer.files import digest, digest_of, require_writable, sampled_digest
 from trainer.runs.folder import RunFolder
 
 METADATA = {f"key {n}": "value" for n in range(8)}

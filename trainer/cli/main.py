@@ -10,6 +10,8 @@ from pathlib import Path
 
 from cyclopts import App, CycloptsError, Parameter
 
+from comfyui_pcpo.prompt import require_text
+
 from ..config.errors import ConfigError
 from ..config.loading import tomllib
 from ..loop.interrupts import Interrupted, interrupts
@@ -69,6 +71,7 @@ def main(tokens: list[str] | None = None) -> int:
     with warnings.catch_warnings(), interrupts:
         filter_warnings()
         try:
+            require_text_arguments(sys.argv[1:] if tokens is None else tokens)
             make_app()(tokens, result_action="return_value", exit_on_error=False)
             sys.stdout.flush()
         except CycloptsError:  # already printed, with the nearest option
@@ -87,7 +90,20 @@ def main(tokens: list[str] | None = None) -> int:
             return error.status if isinstance(error, Interrupted) else 130
         except library_errors() as error:
             return report(str(error))
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+                raise
+            return report(f"out of memory: {error}. Ask for fewer images or steps at once, or a smaller size.")
     return 0
+
+
+def require_text_arguments(tokens: list[str]) -> None:
+    """Raise ConfigError for what could be neither printed nor recorded, such as bytes that are not UTF-8."""
+    for token in tokens:
+        try:
+            require_text(token)
+        except ValueError as error:
+            raise ConfigError(f"argument {token!a} {error}.") from None
 
 
 def report(message: str) -> int:

@@ -49,15 +49,27 @@ class Bar:
     def tick(self) -> None:
         self.bar.update()
         self.calls += 1
+        self._report(f"{self.calls} model calls")
+
+    def _report(self, what: str) -> None:
+        """A line about an unfinished phase, now and then, where there is no bar."""
         seconds = time.monotonic() - self.start
         if self.lines and seconds >= self.next_report:
-            print(f"{self.phase}: {self.calls} model calls in {seconds:.0f} s", file=sys.stderr, flush=True)
+            print(f"{self.phase}: {what} in {seconds:.0f} s", file=sys.stderr, flush=True)
             self.next_report = 2 * seconds
+
+    def encoding(self, done: int, total: int) -> None:
+        """Show how many prompts are encoded; then count the calls of the first update from 0."""
+        if done == total:
+            self._count(self.first)
+            return
+        self.bar.set_description(f"encoding prompts, {done} of {total}")
+        self._report(f"{done} of {total} prompts encoded")
 
     def begin(self, done: int, total: int) -> None:
         """Count the calls of the first update; at its end, the bar knows how many an update takes."""
-        self.total = total
-        self._count(f"update {min(done + 1, total)}/{total}")
+        self.total, self.first = total, f"update {min(done + 1, total)}/{total}"
+        self._count(self.first)
 
     def show(self, update: "Update", folder: "RunFolder") -> None:
         """Print and log a finished update, and count the calls of the next one."""

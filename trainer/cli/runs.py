@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,6 +52,7 @@ def follow(run: "Run", bar: Bar, quiet: bool = False) -> None:
     from ..runs.failures import explained
 
     with outcome(run.folder, bar, quiet), explained(run.config, run.folder), together(), run:
+        run.job = replace(run.job, encoding=bar.encoding)
         bar.begin(run.state.done, run.config.run.updates)
         for update in align(run.state, run.job):
             run.keep(update)

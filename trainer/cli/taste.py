@@ -3,11 +3,13 @@
 import json
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
 from ..config.errors import ConfigError
+from ..files import require_writable
+from .files import free_name
 from .libraries import quiet_libraries, quiet_transformers
 from .parameters import Json
 from .rewards import make_settings
@@ -24,7 +26,8 @@ def train_taste_command(
     disliked: Path | None = None,
     pairs: Path | None = None,
     encoder: EncoderName = "emoji-align",
-    out: Path = Path("taste.safetensors"),
+    out: Path | None = None,
+    overwrite: bool = False,
     folder: Path | None = None,
     device: str = "auto",
 ) -> None:
@@ -43,14 +46,18 @@ def train_taste_command(
     encoder
         Image features: emoji-align for images of the embedded models, clip-vit-l-14 for all others.
     out
-        File to write; it is a reward wherever a reward is named.
+        File to write; it is a reward wherever a reward is named. Default: taste.safetensors, taste-2.safetensors, ...
+    overwrite
+        Replace the file if it exists.
     folder
         Folder with reward model weights; default: models/rewards.
     device
         auto, cpu, cuda or cuda:N.
     """
-    if out.suffix != ".safetensors" or out.is_dir():
-        raise ConfigError(f"--out {out} does not end in .safetensors, by which a taste is recognised. Rename it.")
+    path = out or Path(free_name(Path(), "taste", ".safetensors"))
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"--out {path} does not end in .safetensors, by which a taste is recognised. Rename it.")
+    require_writable(path, "--out", overwrite)
     quiet_transformers()
     from comfyui_pcpo.taste.encoders import load_encoder
 
@@ -58,9 +65,9 @@ def train_taste_command(
 
     given = sources(votes, liked, disliked, pairs)
     taste = train_taste(given, load_encoder(encoder, make_settings(folder, device, "float32")))
-    taste.save(out)
+    taste.save(path)
     print(taste.report.sentence())
-    print(out.resolve())
+    print(path.resolve())
 
 
 def test_taste_command(
@@ -127,7 +134,8 @@ def ab_command(
     question: str = "Which image is better?",
     seed: int = 0,
     port: int = 0,
-    out: Path = Path("ab.json"),
+    out: Path | None = None,
+    overwrite: bool = False,
     open_browser: bool = False,
 ) -> None:
     """Compare two sides blind in the browser: pairs in random order and side, and the win rate with its interval.
@@ -153,26 +161,36 @@ def ab_command(
     port
         Port of the page on 127.0.0.1; 0 selects a free one.
     out
-        File for the votes and the result.
+        File for the votes and the result, written after every vote; default: ab.json, ab-2.json, ...
+    overwrite
+        Replace the file if it exists.
     open_browser
         Open the page.
     """
-    if out.suffix != ".json" or out.is_dir():
-        raise ConfigError(f"--out {out} must be a file that ends in .json.")
+    path = out or Path(free_name(Path(), "ab", ".json"))
+    if path.suffix != ".json":
+        raise ConfigError(f"--out {path} must be a file that ends in .json.")
+    require_writable(path, "--out", overwrite)
     from ..evaluation.options import check_ranges
 
     check_ranges({"images": images, "steps": steps, "seed": seed})
     if pairs < 0 or not 0 <= port < 65536:
         raise ConfigError(f"--pairs is {pairs} and --port {port}. Give 0 or more pairs, and a port below 65536.")
     quiet_libraries()
+    from comfyui_pcpo.durable import write_durably
     from comfyui_pcpo.taste.blind import WinRate, sentence
 
     from ..evaluation.ballot_page import BallotServer
-    from ..evaluation.blind import BlindTest, compare_blind, side_images
+    from ..evaluation.blind import BlindTest, compare_blind, pairs_of_sides
     from ..evaluation.sampling import Draw
 
     test = BlindTest(tuple(prompt or ()), Draw(seed, steps, each=images), question, pairs, seed)
-    sides = side_images(a, test), side_images(b, test)
+    compared = pairs_of_sides(a, b, test)
+
+    def keep(result: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, (json.dumps({"a": a, "b": b, **result}, indent=1) + "\n").encode())
+
     try:
         server = BallotServer(port)
     except OSError as error:
@@ -181,10 +199,9 @@ def ab_command(
         print(f"Vote at {server.url}  (Ctrl-C stops)", flush=True)
         if open_browser:
             webbrowser.open(server.url)
-        result = compare_blind(sides, test, server.ask)
-    out.write_text(json.dumps({"a": a, "b": b, **result}, indent=1) + "\n", encoding="utf-8")
+        result = compare_blind(compared, question, server.ask, keep)
     print(sentence(WinRate(**{name: result[name] for name in ("rate", "low", "high", "votes", "ties")})))
-    print(out.resolve())
+    print(path.resolve())
 
 
 TASTE = App(name="taste", help="Learn a reward from a person's votes, and test it.")

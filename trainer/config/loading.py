@@ -1,11 +1,13 @@
 """Read and write configurations: TOML files, `--section.field value` options, and errors that name the key."""
 
-import json
 import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from pydantic import ValidationError
+
+from comfyui_pcpo.json_text import parse_json
+from comfyui_pcpo.prompt import require_text
 
 from .options import known_keys, nearest
 from .presets import described, has_auto, resolved
@@ -83,7 +85,7 @@ class InlineTable(dict):
 
 def _value(option: str, text: str) -> Any:
     """Parse a value as TOML, else as JSON, else take the text itself, unless it begins like a list or a table."""
-    for read in (lambda: tomllib.loads(f"v = {text}")["v"], lambda: json.loads(text)):
+    for read in (lambda: tomllib.loads(f"v = {text}")["v"], lambda: parse_json(text)):
         try:
             value = read()
         except (ValueError, RecursionError):
@@ -135,7 +137,9 @@ def load_described(path: Path | None, overrides: dict[str, Any] | None = None) -
         for key in Config.model_fields.keys() & tree.keys():
             if not isinstance(tree[key], dict):
                 raise ConfigError(f"{path}: {key} is {shown(tree[key])}, but must be a section. Write [{key}].")
+        _require_text(tree, str(path))
         _resolve(tree, path.parent)
+    _require_text(overrides or {}, "options")
     _resolve(overrides or {}, Path())
     sources = [str(path)] * (path is not None) + ["options"] * bool(overrides or path is None)
     tree, line = with_preset(merge(tree, overrides or {}))
@@ -162,6 +166,18 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {str(error).rstrip('.')}. Fix that line.") from None
     except RecursionError:
         raise ConfigError(f"{path} is not a configuration: its values are nested too deeply.") from None
+
+
+def _require_text(value: Any, source: str, key: str = "") -> None:
+    """Raise ConfigError for a text anywhere in a tree that can be neither path nor prompt."""
+    if isinstance(value, dict | list):
+        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            _require_text(entry, source, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str):
+        try:
+            require_text(value)
+        except ValueError as error:
+            raise ConfigError(f"{source}: {key} {error}.") from None
 
 
 def _resolve(tree: dict[str, Any], folder: Path) -> None:

@@ -1,14 +1,14 @@
 """Lists of prompts: text with one prompt per line, jsonl and CSV with metadata for rewards."""
 
 import csv
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-from comfyui_pcpo.prompt import Prompt, from_object, parse_line
+from comfyui_pcpo.json_text import parse_json
+from comfyui_pcpo.prompt import Prompt, from_object, parse_line, prompt_line, require_text
 
 from .errors import ConfigError
-from .text_files import read_text
+from .text_files import read_csv, read_text
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -18,10 +18,8 @@ def read_prompts(file: Path) -> list[str]:
     metadata; any other file: a prompt per line.
     """
     text = read_text(file)
-    if file.suffix.lower() == ".csv":
-        rows = list(csv.DictReader(text.split("\n"), restval=""))
-        if rows and "prompt" in rows[0]:
-            return [from_row(row) for row in rows if row["prompt"].strip()]
+    if file.suffix.lower() == ".csv" and "prompt" in next(csv.reader(text.split("\n")[:1]), []):
+        return [from_row(row) for row in read_csv(file) if row["prompt"].strip()]
     parse = from_json if file.suffix.lower() == ".jsonl" else parse_line
     return parse_lines(text.split("\n"), parse, str(file))
 
@@ -35,6 +33,7 @@ def parse_lines(lines: list[str], parse: Callable[[str], str] = parse_line, sour
             continue
         try:
             prompts.append(parse(text))
+            require_text(prompt_line(prompts[-1]))
         except ValueError as error:
             raise ConfigError(f"{source}: line {number} {error}.") from None
     return prompts
@@ -42,7 +41,7 @@ def parse_lines(lines: list[str], parse: Callable[[str], str] = parse_line, sour
 
 def from_json(line: str) -> str:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError as error:
         raise ValueError(f'is not JSON ({error}). Write {{"prompt": "a red fox", ...}}') from None
     return entry.strip() if isinstance(entry, str) and entry.strip() else from_object(entry)

@@ -9,13 +9,16 @@ from comfyui_pcpo.method.constraint import scheduled_weight
 
 from .sections import Names, Section
 
+RewardWeight = Annotated[float, Field(ge=-1e6, le=1e6)]
+UpdateNumber = Annotated[int, Field(ge=1, le=10_000_000)]
+
 
 class RewardConfig(Section):
-    weights: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
+    weights: dict[str, RewardWeight] = Field(
         default={"alignment": 1.0},
         description="Training rewards and their weights, or a single name; module:Class is a custom reward.",
     )
-    schedule: dict[str, tuple[tuple[int, float], ...]] = Field(
+    schedule: dict[str, tuple[tuple[UpdateNumber, RewardWeight], ...]] = Field(
         default={},
         description="Weights that change over a run: a trained reward's points [update, weight], linear in between."
         " They replace its weight.",
@@ -104,12 +107,18 @@ class RewardConfig(Section):
             if name not in self.weights:
                 raise ValueError(f"schedule names {name}, which reward.weights does not. Add it there, with any weight")
             updates = [update for update, _ in points]
-            if not points or updates != sorted(set(updates)) or updates[0] < 1:
+            if not points or updates != sorted(set(updates)):
                 raise ValueError(
                     f"schedule of {name} has the updates {updates}, but needs one or more, rising, from 1. "
                     "Try [[1, 1.0], [50, 0.2]]"
                 )
+        if not any(weight for name in self.weights for weight in self._all_weights(name)):
+            raise ValueError("every weight of the schedule is 0, so nothing would be trained. Give one that is not 0")
         return self
+
+    def _all_weights(self, name: str) -> list[float]:
+        """Those that a trained reward has over the run."""
+        return [weight for _, weight in self.schedule.get(name, ((1, self.weights[name]),))]
 
     @property
     def names(self) -> tuple[str, ...]:

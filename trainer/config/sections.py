@@ -347,6 +347,13 @@ class RunConfig(Section):
     )
     tensorboard: bool = Field(default=False, description="Also write TensorBoard logs (needs the tensorboard extra).")
 
+    @field_validator("folder", mode="before")
+    @classmethod
+    def is_given(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("is empty, as an unset variable of a shell is. Use . for the current folder")
+        return value
+
     @field_validator("name")
     @classmethod
     def is_folder_name(cls, value: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.method.guidance import ImplicitReward
-from comfyui_pcpo.taste.blind import blind_pairs, pair_question, win_rate
+from comfyui_pcpo.taste.blind import BlindPair, blind_pairs, pair_question, win_rate
 from comfyui_pcpo.taste.human import Question, Reply
 
 from ..config.errors import ConfigError
@@ -52,16 +52,31 @@ def side_images(side: str, test: BlindTest) -> Tensor:
     return sample(policy, list(test.prompts), [Guide(pair, ImplicitReward(1.0)) for pair in pairs], test.draw)
 
 
-def compare_blind(sides: tuple[Tensor, Tensor], test: BlindTest, ask: Callable[[Question], Reply]) -> dict[str, Any]:
-    """Ask about each pair; the win rate of the second side, with every vote. The last vote can be taken back."""
-    pairs = blind_pairs(*sides, test.pairs, test.seed)
+def pairs_of_sides(a: str, b: str, test: BlindTest) -> list[BlindPair]:
+    """The pairs to ask about. Raises ConfigError where there are fewer than the test wants."""
+    pairs = blind_pairs(side_images(a, test), side_images(b, test), test.pairs, test.seed)
+    if len(pairs) < test.pairs:
+        raise ConfigError(f"--pairs is {test.pairs}, but there are {len(pairs)} pairs. Give at most that many.")
+    return pairs
+
+
+def compare_blind(
+    pairs: Sequence[BlindPair], question: str, ask: Callable[[Question], Reply], keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Ask about each pair; the win rate of the second side, with every vote. The last vote can be taken back.
+
+    `keep` is given the result so far after every vote, so that an interrupt loses none.
+    """
+    result: dict[str, Any] = {}
     wins: list[float] = []
     while len(wins) < len(pairs):
         number = len(wins)
-        reply = ask(pair_question(pairs, number, test.question))
+        reply = ask(pair_question(pairs, number, question))
         if reply.action == "undo":
             wins.pop()
         else:
             wins.append(pairs[number].win_of_b(reply.ranks))
-    votes = [{"pair": pair.row, "b_wins": win} for pair, win in zip(pairs, wins, strict=True)]
-    return {**asdict(win_rate(wins)), "pairs": votes}
+        votes = [{"pair": pair.row, "b_wins": win} for pair, win in zip(pairs, wins, strict=False)]
+        result = {**(asdict(win_rate(wins)) if wins else {}), "pairs": votes}
+        keep(result)
+    return result

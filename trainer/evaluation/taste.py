@@ -1,7 +1,5 @@
 """Learn a taste from votes, folders of liked and disliked images, and files of pairs; test it on others."""
 
-import csv
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.reward.base import eight_bit
 from comfyui_pcpo.taste.comparisons import Comparisons, from_liked, from_pairs, from_rankings, joined, mean_per_vote
 from comfyui_pcpo.taste.encoders import Encoder
@@ -16,7 +15,7 @@ from comfyui_pcpo.taste.learned import Taste, learn
 from comfyui_pcpo.taste.votes import VoteFolder
 
 from ..config.errors import ConfigError
-from ..config.text_files import read_text
+from ..config.text_files import read_csv, read_text
 from .image_files import IMAGE_SUFFIXES, images_in, read_image
 
 PAIR_COLUMNS = ("better", "worse")
@@ -58,6 +57,8 @@ def read_comparisons(sources: TasteSources) -> tuple[Comparisons, Gallery]:
         parts.append(from_rankings([(row, vote.ranks) for row, vote in zip(rows, votes, strict=True)]))
     if sources.liked is not None or sources.disliked is not None:
         liked, disliked = (image_rows(gallery, folder) for folder in (sources.liked, sources.disliked))
+        if both := set(liked) & set(disliked):
+            raise ConfigError(f"{len(both)} images are both liked and disliked. Give two folders that share no image.")
         parts.append(from_liked(liked, disliked))
     if sources.pairs is not None:
         pairs = [gallery.add(pair) for pair in read_pairs_file(sources.pairs)]
@@ -83,11 +84,10 @@ def image_rows(gallery: Gallery, folder: Path | None) -> list[int]:
 
 def read_pairs_file(path: Path) -> list[tuple[Path, Path]]:
     """(better, worse) of each line; relative paths start at the file's folder. Raises ConfigError."""
-    text = read_text(path)
     if path.suffix.lower() in (".jsonl", ".json"):
-        rows = [_json_row(line, path, n) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        rows = [_json_row(line, path, n) for n, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
     else:
-        rows = list(csv.DictReader(text.splitlines()))
+        rows = read_csv(path)
     pairs = []
     for number, row in enumerate(rows, 1):
         if not (isinstance(row, dict) and all(isinstance(row.get(column), str) for column in PAIR_COLUMNS)):
@@ -95,13 +95,15 @@ def read_pairs_file(path: Path) -> list[tuple[Path, Path]]:
                 f"{path}, pair {number} does not name two images. Give the columns better and worse, each the path of "
                 "an image."
             )
+        if row["better"] == row["worse"]:
+            raise ConfigError(f"{path}, pair {number} compares {row['better']} with itself. Name two images.")
         pairs.append((path.parent / row["better"], path.parent / row["worse"]))
     return pairs
 
 
 def _json_row(line: str, path: Path, number: int) -> object:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError as error:
         raise ConfigError(
             f'{path}, line {number} is not JSON ({error}). Write {{"better": "a.png", "worse": "b.png"}} in each line.'

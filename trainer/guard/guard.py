@@ -8,7 +8,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..files import safetensors_parts, write_durably
+from comfyui_pcpo.durable import safetensors_parts, write_durably
+
 from ..loop.scoring import RunError
 from ..loop.state import TrainingState
 from .limits import GuardVerdict, guard_row, next_verdict

@@ -16,7 +16,7 @@ from comfyui_pcpo.reward.base import Reward
 
 from ..config.schema import Config
 from ..memory.transfer import upload
-from ..policy.base import Condition
+from ..policy.base import Condition, Progress, no_progress
 from .distributed import Processes
 from .finite import check_rollout
 from .interrupts import interrupts
@@ -52,6 +52,7 @@ class Job:
     processes: Processes = field(default_factory=Processes)
     tick: Callable[[], None] = lambda: None  # called before every model call; may raise
     guard: UpdateGuard | None = None
+    encoding: Progress = no_progress  # over the prompts
 
     @cached_property
     def objective(self) -> Objective:
@@ -90,7 +91,7 @@ def align(state: TrainingState, job: Job) -> Iterator[Update]:
     An update is all or nothing: whatever interrupts it leaves the state as it was. A guard may end the run early.
     """
     with interrupts.allow():
-        condition = state.policy.encode([str(prompt) for prompt in job.prompts])
+        condition = state.policy.encode([str(prompt) for prompt in job.prompts], job.encoding)
     for number in range(state.done + 1, job.config.run.updates + 1):
         with state.all_or_nothing(), interrupts.allow():
             seconds = Stopwatch()

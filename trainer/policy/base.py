@@ -1,6 +1,6 @@
 """What the loop needs of a model. Two implementations: diffusers_policy here, nodes/host/policy.py in the nodes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
@@ -12,6 +12,14 @@ from comfyui_pcpo.method.schedule import Grid
 
 LoraPairs = dict[str, tuple[Tensor, Tensor]]
 """Module name -> (down (r, in, ...), up (out, r, ...))."""
+
+
+Progress = Callable[[int, int], None]
+"""Called with the number that is done, and that of all."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Report nothing."""
 
 
 class Condition(Protocol):
@@ -34,8 +42,8 @@ class Policy(Protocol):
         """The noise levels that the model's own scheduler uses for so many steps."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """One row per prompt; called once per run."""
+    def encode(self, prompts: Sequence[str], progress: Progress = no_progress) -> Condition:
+        """One row per prompt; called once per run. `progress` is called with how many of them are encoded."""
         ...
 
     def predict(self, x: Tensor, timestep: float, condition: Any) -> Tensor:

@@ -17,7 +17,7 @@ from ..memory.offload import Offloader, Parts
 from ..memory.quantize import store
 from ..memory.shard import compile_blocks, shard, sharded
 from ..memory.transfer import copies_on_cpu, upload
-from .base import LoraPairs
+from .base import LoraPairs, Progress, no_progress
 from .device import pick_device
 from .encoded import Encoded, encode_prompts, joined, repeated
 from .families import Inputs, make_adapter
@@ -99,14 +99,14 @@ class DiffusersPolicy:
         return self.adapter.grid(steps)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Encoded:
+    def encode(self, prompts: Sequence[str], progress: Progress = no_progress) -> Encoded:
         self.offloader.only("text")
 
         def embed(some: Sequence[str]) -> Inputs:
             return self.adapter.embed(some, self.device)
 
         negative = None if self.config.rollout.cfg == 1 else encode_prompts(embed, [self.config.prompts.negative])
-        return Encoded(encode_prompts(embed, prompts), negative, self.device)
+        return Encoded(encode_prompts(embed, prompts, progress), negative, self.device)
 
     def predict(self, x: Tensor, timestep: float, condition: Encoded) -> Tensor:
         self.offloader.only("denoiser")

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..memory.transfer import upload
+from .base import Progress, no_progress
 from .families import Inputs, Rows
 
 PROMPTS_AT_ONCE = 8
@@ -61,11 +62,15 @@ def joined(first: Inputs, second: Inputs) -> Inputs | None:
     return found
 
 
-def encode_prompts(embed: Callable[[Sequence[str]], Inputs], prompts: Sequence[str]) -> Inputs:
+def encode_prompts(
+    embed: Callable[[Sequence[str]], Inputs], prompts: Sequence[str], progress: Progress = no_progress
+) -> Inputs:
     """Text inputs of any number of prompts on the CPU, some at a time."""
-    chunks = [prompts[i : i + PROMPTS_AT_ONCE] for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
-    cpu = torch.device("cpu")
-    parts = [{k: uploaded(v, cpu) for k, v in embed(chunk).items()} for chunk in chunks]
+    parts, cpu = list[Inputs](), torch.device("cpu")
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        chunk = prompts[start : start + PROMPTS_AT_ONCE]
+        parts.append({k: uploaded(v, cpu) for k, v in embed(chunk).items()})
+        progress(start + len(chunk), len(prompts))
     return {key: chained([part[key] for part in parts]) for key in parts[0]}
 
 

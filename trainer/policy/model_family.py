@@ -1,6 +1,5 @@
 """The preset of a model by its name: an embedded model, a folder, a checkpoint, or a name on the hub; no weights."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
 from ..config.presets import Room, preset_name
+from ..config.text_files import read_object
 from .single_file import checkpoint_kind, read_keys
 
 PIPELINE_FAMILIES = {
@@ -43,7 +43,7 @@ def model_preset(name: str) -> str:
         return "flux-distilled" if no_guidance else preset_name(family, path.name)
     index = path / "model_index.json" if path.is_dir() else cached_index(name)
     if index is not None and index.is_file():
-        return index_preset(json.loads(index.read_text(encoding="utf-8")), path.name)
+        return index_preset(read_object(index), path.name)
     lower = name.lower()
     return preset_name(next((family for word, family in HUB_WORDS.items() if word in lower), "flow"), name)
 

@@ -4,7 +4,6 @@ Of SD and SDXL files everything is used. Of SD3 and FLUX files only the transfor
 pipeline's folder or the hub: they are the same in every checkpoint, and many files lack them.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..config.schema import ConfigError
+from ..config.text_files import read_object
 from .skeletons import write_skeleton
 
 
@@ -166,5 +166,4 @@ def left_out(folder: Path) -> dict[str, None]:
     index = folder / "model_index.json"
     if not index.is_file():
         return {}
-    parts = json.loads(index.read_text(encoding="utf-8"))
-    return {name: None for name, kind in parts.items() if kind == [None, None]}
+    return {name: None for name, kind in read_object(index).items() if kind == [None, None]}

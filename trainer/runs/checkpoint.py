@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comfyui_pcpo.durable import Bytes, flush_folder, safetensors_parts, write_durably
+from comfyui_pcpo.json_text import parse_json
+
 from ..config.schema import ConfigError
-from ..files import Bytes, digest, digest_of, flush_folder, safetensors_parts, write_durably
+from ..files import digest, digest_of
 from ..loop.state import TrainingState
 from ..memory.transfer import cloned
 from ..policy.base import LoraPairs
@@ -66,7 +69,7 @@ def torch_bytes(content: Any) -> Bytes:
 def verify(folder: Path, *only: str) -> None:
     """Raise Damaged unless the files, or `only` some, are those of the manifest. Versions before 0.2 wrote none."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         recorded = {name: dict(entry) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         missing = [name for name in (LORA, OPTIMIZER, STATE) if not (folder / name).is_file()]
@@ -151,7 +154,7 @@ def fits(saved: dict[str, Any], parameters: list[Tensor], optimizer: torch.optim
 def read_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint of a folder that was verified. Raises Damaged where that was not possible and it is not intact."""
     try:
-        rest = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        rest = parse_json((folder / STATE).read_text(encoding="utf-8"))
         ema = load_pairs(folder / EMA) if "average_steps" in rest else None
         optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         return Checkpoint(folder, load_pairs(folder / LORA), ema, optimizer, rest)

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from comfyui_pcpo.durable import safetensors_parts, write_durably
 from comfyui_pcpo.lora.formats import export_state
 
 from ..config.loading import dump, dump_shareable
 from ..config.schema import ConfigError
-from ..files import require_writable, safetensors_parts, write_durably
+from ..files import require_writable
 from .folder import RunFolder
 
 FORMATS = ("comfyui", "diffusers", "kohya")

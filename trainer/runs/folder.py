@@ -18,6 +18,7 @@ import filelock
 import torch
 from safetensors import SafetensorError
 
+from comfyui_pcpo.durable import flush_folder, safetensors_parts, write_durably
 from comfyui_pcpo.lora.families import LORA_FAMILIES, Family, detect_family
 from comfyui_pcpo.lora.formats import export_state
 from comfyui_pcpo.plotting.grids import grid
@@ -26,7 +27,6 @@ from comfyui_pcpo.plotting.run_curves import curves
 from ..config.loading import build, dump, dump_shareable, tomllib
 from ..config.schema import Config, ConfigError
 from ..config.text_files import read_text
-from ..files import flush_folder, safetensors_parts, write_durably
 from ..guard.limits import final_checkpoint
 from ..loop.align import Update
 from ..loop.state import TrainingState
@@ -239,7 +239,7 @@ class RunFolder:
         """Updates that have a whole checkpoint, oldest first."""
         if not self.checkpoints.is_dir():
             return []
-        return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and p.name.isdigit())
+        return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and is_number(p.name))
 
     def checkpoint(self, which: str = "latest") -> Path:
         """Folder of the latest, best (highest mean reward), kept (by the guard) or numbered checkpoint.
@@ -257,7 +257,7 @@ class RunFolder:
             number = self.best_number(numbers)
         elif which == "kept":
             number = self.kept_number()
-        elif which.isdigit() and int(which) in numbers:
+        elif is_number(which) and int(which) in numbers:
             number = int(which)
         else:
             raise ConfigError(f"checkpoint {which} is not in {self.path}. There are {', '.join(map(str, numbers))}.")
@@ -306,3 +306,8 @@ class RunFolder:
     def load(self, state: TrainingState, which: str = "latest") -> None:
         """Bring `state` to a checkpoint, or to an older one as `intact` says. Raises ConfigError if it does not fit."""
         read_checkpoint(self.checkpoint(str(self.intact(which)))).restore(state)
+
+
+def is_number(name: str) -> bool:
+    """Whether a checkpoint can be called this: some digits are no numbers, and some numbers are too long."""
+    return name.isascii() and name.isdigit() and len(name) < 20

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from comfyui_pcpo.durable import write_durably
+from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.prompt import prompt_line
 
 from ..config.schema import Config, ConfigError
-from ..files import sampled_digest, write_durably
+from ..files import sampled_digest
 from ..program import program_name
 
 FREE = {
@@ -74,7 +76,7 @@ class RunRecord:
     def read(self) -> dict[str, Any] | None:
         """The record; None where there is none, as in runs of version 0.1. Raises ConfigError for a damaged one."""
         try:
-            tree = json.loads(self.file.read_text(encoding="utf-8"))
+            tree = parse_json(self.file.read_text(encoding="utf-8"))
             return {"identity": dict(tree["identity"]), "changes": list(tree["changes"])}
         except FileNotFoundError:
             return None

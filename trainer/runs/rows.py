@@ -7,6 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from comfyui_pcpo.json_text import parse_json
+
+TABLES = {"rewards", "held_out", "weights", "per_step", "guard", "model_evaluations", "seconds_rewards"}
 MetricsRow = dict[str, Any]
 
 
@@ -19,14 +22,29 @@ def read_rows(file: Path) -> tuple[list[MetricsRow], list[int]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             row = None
-        if isinstance(row, dict) and type(row.get("update")) is int:
+        if isinstance(row, dict) and type(row.get("update")) is int and has_metrics(row):
             rows.append(row)
         else:
             damaged.append(number)
     return rows, damaged
+
+
+def has_metrics(row: MetricsRow) -> bool:
+    """Whether every value is of the kind that a run records, so that nothing else needs to ask."""
+    tables = [row[key] for key in TABLES & row.keys()]
+    steps = row.get("per_step", {}).values() if isinstance(row.get("per_step", {}), dict) else [None]
+    lists = all(isinstance(values, list) for values in steps)
+    return lists and all(isinstance(table, dict) for table in tables) and all(map(is_metric, row.values()))
+
+
+def is_metric(value: Any) -> bool:
+    """Whether a row can have this: a finite number, null, a text or a switch, or a table or list of these."""
+    if isinstance(value, dict | list):
+        return all(map(is_metric, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int) or abs(value) < 1e300
 
 
 def row_problems(file: Path, done: int) -> list[str]:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.prompt import Prompt
 from comfyui_pcpo.reward.base import Reward, RewardError
 from comfyui_pcpo.reward.group import GroupReward
@@ -319,8 +320,8 @@ class Handler(BaseHTTPRequestHandler):
                 "Send fewer images.",
             )
         try:
-            return json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError) as error:
+            return parse_json(self.rfile.read(int(length)))
+        except ValueError as error:
             raise RequestRejected(400, "The body is not JSON.") from error
         except OSError as error:
             raise RequestRejected(408, "The body did not arrive in time.") from error

@@ -12,6 +12,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
+from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.reward.base import RewardError
 
 logger = logging.getLogger(__name__)
@@ -186,6 +187,6 @@ def read_answer(peer: Peer, path: str, answer: Answer) -> Any:
 
 def decode_json(body: bytes) -> Any:
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
+        return parse_json(body)
+    except ValueError as error:
         raise BadAnswer(f"the answer of {len(body)} bytes is not JSON. Check the server's address.") from error
