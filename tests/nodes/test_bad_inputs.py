@@ -93,6 +93,10 @@ def inputs_of(flow, node):
                           "negative": flow.negative, "cfg": 1.0},
         "PCPOIRGKSampler": {**sampling, "implicit_reward": (aligned,), "seed": 0, "steps": 2, "cfg": 1.0,
                             "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0},
+        "PCPOHumanVote": {"name": "bad", "question": "?", "choose": "best", "votes": 1},
+        "PCPOTrainTaste": {"name": "bad", "liked": "", "disliked": "", "pairs": ""},
+        "PCPOLoadTaste": {"taste": "bad"},
+        "PCPOCompareBlind": {"images_a": images, "images_b": images, "question": "?", "votes": 1, "seed": 0},
     }[node]  # fmt: skip
 
 
