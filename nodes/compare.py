@@ -5,11 +5,16 @@ from torch import Tensor
 
 from comfyui_pcpo.plotting.grids import before_after
 
+from ..trainer.config.presets import PRESETS
+from ..trainer.config.schema import ConfigError
 from .host.checks import check_conditioning, check_training_latent, check_vae
 from .host.ksampler import ImageRequest, empty_latent, with_lora
+from .host.presets import host_preset
 from .images import to_comfy_image
 from .inputs import cfg_input, checked, seed_input, steps_input
 from .types import EncodedPrompts, PromptsType, RewardType, WeightedRewards
+
+AS_TRAINED = " 0 takes the value with which Train LoRA trains this kind of model."
 
 
 class Compare(io.ComfyNode):
@@ -28,8 +33,8 @@ class Compare(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 PromptsType.Input("prompts", tooltip="Prompts to compare, one pair of images each."),
                 seed_input("Seed of the noise; both sides use the same noise."),
-                steps_input(20, 2, "Number of denoising steps; the sampler is deterministic."),
-                cfg_input(),
+                steps_input(0, 0, "Number of denoising steps; the sampler is deterministic." + AS_TRAINED),
+                cfg_input("Classifier-free guidance scale; 1 turns it off." + AS_TRAINED, default=0.0),
                 RewardType.Input("reward", optional=True, tooltip="Scores the images of both sides."),
                 io.Latent.Input(
                     "latent_image", optional=True,
@@ -51,7 +56,10 @@ class Compare(io.ComfyNode):
         check_training_latent(model, latent_image)
         check_conditioning(model, [*prompts.positive, prompts.negative], "prompts")
         check_vae(model, vae)
-        request = ImageRequest(vae, prompts, latent_image, seed, steps, cfg)
+        if steps == 1:
+            raise ConfigError("steps is 1, but the sampler needs 2 or more. Use 0 for the value of training.")
+        preset = PRESETS[host_preset(model)]
+        request = ImageRequest(vae, prompts, latent_image, seed, steps or preset.steps, cfg or preset.cfg)
         aligned = with_lora(model, lora)
         before, after = request.generate(model), request.generate(aligned)
         scores, report = score_sides(before, after, prompts, reward)

@@ -59,8 +59,10 @@ def steps_input(default: int = 20, least: int = 1, tooltip: str = "Number of den
     return io.Int.Input("steps", default=default, min=least, max=1000, tooltip=tooltip)
 
 
-def cfg_input(tooltip: str = "Classifier-free guidance scale; 1 turns it off.") -> io.Float.Input:
-    return io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip=tooltip)
+def cfg_input(
+    tooltip: str = "Classifier-free guidance scale; 1 turns it off.", default: float = 1.0
+) -> io.Float.Input:
+    return io.Float.Input("cfg", default=default, min=0.0, max=100.0, step=0.1, tooltip=tooltip)
 
 
 def denoise_input() -> io.Float.Input:

@@ -76,12 +76,15 @@ def own_nodes() -> list:
 
 
 def schemas() -> dict:
-    """The stable part of the schemas: ids, inputs with type and default, outputs, all in order."""
+    """The stable part of the schemas: inputs with type, default and whether they are advanced, and outputs, in order."""
     stable = {}
     for node in own_nodes():
         schema = node.GET_SCHEMA()
         stable[schema.node_id] = {
-            "inputs": [[i.id, i.get_io_type(), vars(i).get("default")] for i in schema.inputs],
+            "inputs": [
+                [i.id, i.get_io_type(), vars(i).get("default"), *["advanced"] * bool(vars(i).get("advanced"))]
+                for i in schema.inputs
+            ],
             "outputs": [[o.display_name, o.get_io_type()] for o in schema.outputs],
         }
     return stable

@@ -92,14 +92,12 @@ def seconds(entry: dict) -> float:
 
 def api_graph(workflow: dict, info: dict) -> dict:
     """The API graph of a workflow file: node id -> class and inputs, without muted nodes and notes."""
-    links = {link[0]: link for link in workflow["links"]}
     graph = {}
-    for node in workflow["nodes"]:
+    for key, (node, sources, promoted) in expanded(workflow).items():
         if node["mode"] != 0 or node["type"] not in info:
             continue
         spec = info[node["type"]]["input"]
         widgets, inputs = list(node.get("widgets_values") or []), {}
-        linked = {i["name"]: links[i["link"]] for i in node["inputs"] if i.get("link") is not None}
         for name, given in {**spec.get("required", {}), **spec.get("optional", {})}.items():
             kind, options = given[0], given[1] if len(given) > 1 else {}
             if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
@@ -109,8 +107,50 @@ def api_graph(workflow: dict, info: dict) -> dict:
                 ):
                     widgets.pop(0)
                 if value is not None:
-                    inputs[name] = value
-            if name in linked:
-                inputs[name] = [str(linked[name][1]), linked[name][2]]
-        graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+                    inputs[name] = promoted.get(name, value)
+            if name in sources:
+                inputs[name] = list(sources[name])
+        graph[key] = {"class_type": node["type"], "inputs": inputs}
     return graph
+
+
+Sources = dict[str, tuple[str, int]]  # of linked inputs: node and output
+
+
+def expanded(workflow: dict) -> dict[str, tuple[dict, Sources, dict]]:
+    """Nodes by id, those of a subgraph as "outer:inner": the node, its sources, and values that an outer widget gives."""
+    subgraphs = {subgraph["id"]: subgraph for subgraph in workflow.get("definitions", {}).get("subgraphs", ())}
+    links = {link[0]: (str(link[1]), link[2]) for link in workflow["links"]}
+    nodes, outputs = {}, {}
+    for node in workflow["nodes"]:
+        sources = {i["name"]: links[i["link"]] for i in node["inputs"] if i.get("link") is not None}
+        if node["type"] not in subgraphs:
+            nodes[str(node["id"])] = node, sources, {}
+            continue
+        inner = subgraphs[node["type"]]
+        values = dict(zip([i["name"] for i in node["inputs"] if "widget" in i], node["widgets_values"], strict=True))
+        for link in inner["links"]:
+            if link["target_id"] == inner["outputNode"]["id"]:
+                outputs[str(node["id"]), link["target_slot"]] = f"{node['id']}:{link['origin_id']}", link["origin_slot"]
+        nodes |= {f"{node['id']}:{n['id']}": (n, *inside(n, inner, (node["id"], sources, values))) for n in inner["nodes"]}
+    return {
+        key: (node, {name: outputs.get(source, source) for name, source in sources.items()}, promoted)
+        for key, (node, sources, promoted) in nodes.items()
+    }
+
+
+def inside(node: dict, subgraph: dict, outer: tuple[int, Sources, dict]) -> tuple[Sources, dict]:
+    """Sources of a node in a subgraph, and the values of its widgets that are inputs of the subgraph."""
+    key, outer_sources, values = outer
+    links, sources, promoted = {link["id"]: link for link in subgraph["links"]}, {}, {}
+    for entry in node["inputs"]:
+        link = links.get(entry.get("link"))
+        if link and link["origin_id"] != subgraph["inputNode"]["id"]:
+            sources[entry["name"]] = f"{key}:{link['origin_id']}", link["origin_slot"]
+        elif link:
+            name = subgraph["inputs"][link["origin_slot"]]["name"]
+            if name in values:
+                promoted[entry["name"]] = values[name]
+            elif name in outer_sources:
+                sources[entry["name"]] = outer_sources[name]
+    return sources, promoted
