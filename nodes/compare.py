@@ -29,7 +29,7 @@ class Compare(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model without the LoRA."),
-                io.LoraModel.Input("lora", tooltip="The LoRA, from Train LoRA (PCPO) or Load Run."),
+                io.LoraModel.Input("lora", tooltip="The LoRA, from Train LoRA (PCPO, GRPO) or Load Run."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 PromptsType.Input("prompts", tooltip="Prompts to compare, one pair of images each."),
                 seed_input("Seed of the noise; both sides use the same noise."),

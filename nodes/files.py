@@ -9,7 +9,7 @@ from ..trainer.config.schema import ConfigError
 
 NEWEST = "(newest)"
 STARTED: dict[str, str] = {}
-"""Name in Train LoRA (PCPO) -> the run that was started last under it, in this session."""
+"""Name in Train LoRA (PCPO, GRPO) -> the run that was started last under it, in this session."""
 
 
 def register_folders() -> None:
@@ -56,7 +56,7 @@ def find_run(name: str) -> Path:
     """The folder of a run. Raises ConfigError that lists the existing runs."""
     names = run_names()
     if not names:
-        raise ConfigError(f"{runs_folder()} contains no runs. Train one with Train LoRA (PCPO) first.")
+        raise ConfigError(f"{runs_folder()} contains no runs. Train one with Train LoRA (PCPO, GRPO) first.")
     if name != NEWEST and name not in names:
         raise ConfigError(f"run {name!r} does not exist in {runs_folder()}. Existing runs: {', '.join(names[:8])}.")
     return runs_folder() / (names[0] if name == NEWEST else name)

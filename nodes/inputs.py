@@ -59,9 +59,7 @@ def steps_input(default: int = 20, least: int = 1, tooltip: str = "Number of den
     return io.Int.Input("steps", default=default, min=least, max=1000, tooltip=tooltip)
 
 
-def cfg_input(
-    tooltip: str = "Classifier-free guidance scale; 1 turns it off.", default: float = 1.0
-) -> io.Float.Input:
+def cfg_input(tooltip: str = "Classifier-free guidance scale; 1 turns it off.", default: float = 1.0) -> io.Float.Input:
     return io.Float.Input("cfg", default=default, min=0.0, max=100.0, step=0.1, tooltip=tooltip)
 
 
@@ -82,7 +80,7 @@ def conditioning_inputs() -> list[io.Input]:
 def scheduler_input() -> io.Combo.Input:
     return io.Combo.Input(
         "scheduler", options=[TRAINING_SCHEDULER, *comfy.samplers.SCHEDULER_NAMES], default=TRAINING_SCHEDULER,
-        tooltip="Noise schedule; training is the one used by Train LoRA (PCPO) and the command line.",
+        tooltip="Noise schedule; training is the one used by Train LoRA (PCPO, GRPO) and the command line.",
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ PREVIEW_CURVE = 220  # least height of the curve below the images
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What is connected to Train LoRA (PCPO), and its resume switch."""
+    """What is connected to Train LoRA (PCPO, GRPO), and its resume switch."""
 
     model: Any
     vae: Any
@@ -85,7 +85,7 @@ def make_config(inputs: TrainingInputs, tree: dict[str, dict[str, Any]]) -> Conf
     }
     preset = host_preset(inputs.model)
     sections, chosen = resolved(sections, preset, training_room(inputs.model))
-    config = build(sections, "Train LoRA (PCPO)")
+    config = build(sections, "Train LoRA (PCPO, GRPO)")
     logger.info("PCPO: %s", described(preset, chosen))
     suggest_size(config, preset)
     for sentence in without_effect(config):

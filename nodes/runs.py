@@ -37,7 +37,7 @@ class PlotRun(io.ComfyNode):
             search_aliases=["training curves", "reward curve", "plot training"],
             is_output_node=True,
             inputs=[
-                RunType.Input("run", tooltip="A run, from Train LoRA (PCPO) or Load Run."),
+                RunType.Input("run", tooltip="A run, from Train LoRA (PCPO, GRPO) or Load Run."),
                 io.Float.Input(
                     "smoothing", default=0.6, min=0.0, max=0.99, step=0.05,
                     tooltip="Exponential smoothing of the curves; 0 plots the raw values.",

@@ -1,4 +1,4 @@
-"""Train LoRA (PCPO): its widgets are options of the trainer's configuration."""
+"""Train LoRA (PCPO, GRPO): its widgets are options of the trainer's configuration."""
 
 from typing import Any
 
@@ -79,7 +79,7 @@ class TrainLoRA(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PCPOTrainLoRA",
-            display_name="Train LoRA (PCPO)",
+            display_name="Train LoRA (PCPO, GRPO)",
             category="PCPO/training",
             description="Trains a LoRA that aligns a model to a reward, by policy gradient with proportionate credit.",
             search_aliases=["rl", "grpo", "ddpo", "flow-grpo", "dancegrpo", "fine-tune", "reward training"],
@@ -102,7 +102,7 @@ class TrainLoRA(io.ComfyNode):
     def validate_inputs(cls, name: str | None = None) -> bool | str:
         try:
             if name is not None:  # None: linked, and checked when its value is known
-                build(config_sections({"name": name}), "Train LoRA (PCPO)")
+                build(config_sections({"name": name}), "Train LoRA (PCPO, GRPO)")
         except ConfigError as error:
             return str(error)
         return True

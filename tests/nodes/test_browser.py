@@ -1,4 +1,4 @@
-"""Every workflow in ComfyUI's page: it opens without missing nodes and runs.
+"""Every workflow in ComfyUI's page: it opens readable, without missing nodes, and runs; and what the page lists.
 
 PCPO_SHOTS=FOLDER keeps the screenshots.
 """
@@ -44,7 +44,9 @@ def test_workflow_opens_and_runs_in_the_page(comfyui, path, tmp_path):
     )  # fmt: skip
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["missing"] == [] and report["dialogs"] == []
+    assert report["zoom"] >= 0.6 and not report["textless"]
     assert report["status"] == "success", report
+    assert report["grown"] == []  # every node has room for its images
     assert (shots / "done.png").stat().st_size > 50_000
     queued = json.loads((shots / "saved.json").read_text())["api"]
     ours = comfy_server.api_graph(json.loads(path.read_text()), comfyui.get("/object_info"))
@@ -52,6 +54,20 @@ def test_workflow_opens_and_runs_in_the_page(comfyui, path, tmp_path):
         assert queued[node]["class_type"] == entry["class_type"]
         for name, value in entry["inputs"].items():
             assert queued[node]["inputs"][name] == value, (path.name, entry["class_type"], name)
+
+
+def test_templates_are_listed_in_order_and_grpo_finds_train_lora(comfyui, tmp_path):
+    shots = Path(os.environ.get("PCPO_SHOTS", tmp_path)) / "library"
+    shots.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        ["node", str(Path(__file__).parents[1] / "support" / "library.mjs"), comfyui.url, str(shots), "comfyui_pcpo",
+         "grpo"],
+        env={**os.environ, "CHROMIUM": str(CHROMIUM), "PLAYWRIGHT_MODULES": MODULES},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["templates"] == [path.stem for path in comfy_server.WORKFLOWS]
+    assert report["found"][0].startswith("Train LoRA")
 
 
 def test_a_person_votes_in_the_page_closes_it_comes_back_and_the_run_finishes(comfyui, tmp_path):

@@ -1,4 +1,4 @@
-"""Train LoRA (PCPO) on tiny random models of the families of today: gradients, updates, files, what is left behind."""
+"""Train LoRA on tiny random models of the families of today: gradients, updates, files, what is left behind."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Train LoRA (PCPO) with every widget at its default trains any family by its recipe."""
+"""Train LoRA (PCPO, GRPO) with every widget at its default trains any family by its recipe."""
 
 import logging
 import sys

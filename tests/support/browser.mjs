@@ -1,4 +1,4 @@
-// Open a workflow in ComfyUI's page, report its nodes, queue it, wait, and take screenshots.
+// Open a workflow in ComfyUI's page as a template, report its nodes and zoom, queue it, wait, and take screenshots.
 //   node browser.mjs URL WORKFLOW.json OUT_FOLDER TIMEOUT_SECONDS [SAVE_AS.json]
 // Needs PLAYWRIGHT_MODULES (a folder in which `npm i playwright-core` was run) and CHROMIUM (the browser's path).
 // Prints one line of JSON.
@@ -7,11 +7,12 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 
+const VIEWPORT = { width: 1440, height: 900 };
 const [url, file, out, seconds, saveAs] = process.argv.slice(2);
 const { chromium } = createRequire(path.join(process.env.PLAYWRIGHT_MODULES, 'x.js'))('playwright-core');
 const profile = fs.mkdtempSync(path.join(os.tmpdir(), 'pcpo-browser-'));
 const context = await chromium.launchPersistentContext(profile, {
-  executablePath: process.env.CHROMIUM, headless: true, viewport: { width: 1900, height: 1080 },
+  executablePath: process.env.CHROMIUM, headless: true, viewport: VIEWPORT,
   args: ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking'],
 });
 const result = { errors: [], missing: [], dialogs: [], status: 'not queued' };
@@ -26,25 +27,17 @@ try {
   await page.waitForFunction(() => window.app?.graph && window.LiteGraph?.registered_node_types?.PCPOTrainLoRA, null, { timeout: 120000 });
   await page.waitForTimeout(1500);
   const workflow = JSON.parse(fs.readFileSync(file, 'utf8'));
-  await page.evaluate(w => window.app.loadGraphData(w, true, true, 'workflow'), workflow);
+  await page.evaluate(w => window.app.loadGraphData(w, true, true, 'workflow', { openSource: 'template' }), workflow);
   await page.waitForTimeout(1500);
-  await page.evaluate(() => {
-    // bring the whole graph into view, right of the sidebar and left of the panels
-    const nodes = window.app.graph.nodes, canvas = window.app.canvas;
-    const left = Math.min(...nodes.map(n => n.pos[0])), top = Math.min(...nodes.map(n => n.pos[1])) - 60;
-    const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0])), bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1]));
-    const scale = Math.min(1760 / (right - left), 900 / (bottom - top), 1);
-    canvas.ds.scale = scale;
-    canvas.ds.offset = [90 / scale - left, 90 / scale - top];
-    canvas.setDirty(true, true);
-  });
-  await page.waitForTimeout(800);
+  const sizes = () => page.evaluate(() => Object.fromEntries(window.app.graph.nodes.map(n => [`${n.id} ${n.type}`, [...n.size]])));
+  const before = await sizes();
   const seen = await page.evaluate(async () => ({
+    zoom: window.app.canvas.ds.scale, textless: window.app.canvas.low_quality,
     missing: window.app.graph.nodes.filter(n => n.has_errors || !window.LiteGraph.registered_node_types[n.type]).map(n => n.type),
     dialogs: [...document.querySelectorAll('.p-dialog')].map(d => d.innerText.slice(0, 300)),
     api: (await window.app.graphToPrompt()).output, graph: window.app.graph.serialize(),
   }));
-  Object.assign(result, { missing: seen.missing, dialogs: seen.dialogs, nodes: Object.keys(seen.api).length });
+  Object.assign(result, { missing: seen.missing, dialogs: seen.dialogs, nodes: Object.keys(seen.api).length, zoom: seen.zoom, textless: seen.textless });
   if (saveAs) fs.writeFileSync(saveAs, JSON.stringify({ graph: seen.graph, api: seen.api }, null, 1));
   await page.screenshot({ path: path.join(out, 'loaded.png') });
   if (+seconds > 0 && !seen.missing.length) {
@@ -64,6 +57,8 @@ try {
       await page.waitForTimeout(500);
     }
     await page.waitForTimeout(2500);
+    const after = await sizes();
+    result.grown = Object.keys(before).filter(n => String(before[n]) !== String(after[n]));
     await page.screenshot({ path: path.join(out, 'done.png') });
   }
 } catch (error) {

@@ -76,7 +76,7 @@ def own_nodes() -> list:
 
 
 def schemas() -> dict:
-    """The stable part of the schemas: inputs with type, default and whether they are advanced, and outputs, in order."""
+    """The stable part of the schemas: inputs with type, default and whether advanced, outputs, in order."""
     stable = {}
     for node in own_nodes():
         schema = node.GET_SCHEMA()

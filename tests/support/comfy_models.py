@@ -44,7 +44,7 @@ class Tiny:
         return {"samples": torch.zeros(count, 16, 8, 8)}
 
     def train(self, name, updates=2, **widgets):
-        """Train LoRA (PCPO), by default without its guard -> (lora, loss_map, steps, run)."""
+        """Train LoRA (PCPO, GRPO), by default without its guard -> (lora, loss_map, steps, run)."""
         small = {"prompts_per_update": 2, "group_size": 4, "steps": 4, "rank": 4, "learning_rate": 3e-3}
         small |= {"guard_every": 0}
         return comfy_host.execute(

@@ -118,7 +118,7 @@ Sources = dict[str, tuple[str, int]]  # of linked inputs: node and output
 
 
 def expanded(workflow: dict) -> dict[str, tuple[dict, Sources, dict]]:
-    """Nodes by id, those of a subgraph as "outer:inner": the node, its sources, and values that an outer widget gives."""
+    """Nodes by id, inner ones as "outer:inner": the node, its sources, and the values that outer widgets give."""
     subgraphs = {subgraph["id"]: subgraph for subgraph in workflow.get("definitions", {}).get("subgraphs", ())}
     links = {link[0]: (str(link[1]), link[2]) for link in workflow["links"]}
     nodes, outputs = {}, {}
@@ -132,7 +132,9 @@ def expanded(workflow: dict) -> dict[str, tuple[dict, Sources, dict]]:
         for link in inner["links"]:
             if link["target_id"] == inner["outputNode"]["id"]:
                 outputs[str(node["id"]), link["target_slot"]] = f"{node['id']}:{link['origin_id']}", link["origin_slot"]
-        nodes |= {f"{node['id']}:{n['id']}": (n, *inside(n, inner, (node["id"], sources, values))) for n in inner["nodes"]}
+        nodes |= {
+            f"{node['id']}:{n['id']}": (n, *inside(n, inner, (node["id"], sources, values))) for n in inner["nodes"]
+        }
     return {
         key: (node, {name: outputs.get(source, source) for name, source in sources.items()}, promoted)
         for key, (node, sources, promoted) in nodes.items()

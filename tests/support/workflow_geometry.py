@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 TITLE, SLOT, WIDGET = 30, 20, 24  # heights of a title bar, a slot, a widget
@@ -34,7 +35,7 @@ class Drawing:
         return min(left), min(top), max(right), max(bottom)
 
     def output(self, node: dict, slot: int) -> Point:
-        left, top, right, bottom = self.box(node)
+        _, top, right, bottom = self.box(node)
         if node["flags"].get("collapsed"):
             return right, (top + bottom) / 2
         return right - SLOT_INSET, top + TITLE + SLOT_OFFSET + SLOT * slot
@@ -62,7 +63,7 @@ class Drawing:
         return [self.output(self.nodes[origin], out), *between, self.input(self.nodes[target], into)]
 
     def direction(self, reroute: int) -> tuple[Point, float]:
-        """The unit tangent at a reroute, and its distance from the station before: between the way in and the mean way out."""
+        """The unit tangent at a reroute, between the way in and the mean way out, and the length of the way in."""
         ways, before = [], None
         for link in self.reroutes[reroute]["linkIds"]:
             points, place = self.points(link), self.stations(link).index(reroute) + 1
@@ -76,7 +77,7 @@ class Drawing:
     def curves(self, link: int) -> Iterator[list[Point]]:
         """The four Bezier points of each part of a link."""
         points, stations = self.points(link), self.stations(link)
-        for i, (start, end) in enumerate(zip(points, points[1:], strict=False)):
+        for i, (start, end) in enumerate(pairwise(points)):
             reach = math.dist(start, end) / 4
             leave, arrive = (reach, 0.0), (-reach, 0.0)
             if i:
@@ -91,15 +92,13 @@ class Drawing:
         return [bezier(curve, k / samples) for curve in self.curves(link) for k in range(samples + 1)]
 
     def hidden(self, link: int, depth: float = 2) -> set[int]:
-        """The nodes that a link runs behind, by more than `depth`; at its own two nodes, by more than a slot's inset."""
+        """The nodes that a link runs behind by more than `depth`, in its own two nodes by more than a slot's inset."""
         _, origin, _, target, _, _ = self.links[link]
         path, found = self.path(link), set()
         for node in self.nodes.values():
             margin = SLOT_INSET + depth if node["id"] in (origin, target) else depth
             left, top, right, bottom = self.box(node)
-            if any(
-                left + margin < x < right - margin and top + depth < y < bottom - depth for x, y in path
-            ):
+            if any(left + margin < x < right - margin and top + depth < y < bottom - depth for x, y in path):
                 found.add(node["id"])
         return found
 
