@@ -45,6 +45,7 @@ def test_workflow_opens_and_runs_in_the_page(comfyui, path, tmp_path):
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["missing"] == [] and report["dialogs"] == []
     assert report["zoom"] >= 0.6 and not report["textless"]
+    assert all(count <= 9 for count in report["widgets"])
     assert report["status"] == "success", report
     assert report["grown"] == []  # every node has room for its images
     assert (shots / "done.png").stat().st_size > 50_000

@@ -343,6 +343,13 @@ def test_compare_shows_the_same_noise_on_both_sides(flow):
     assert "before" in report
 
 
+def test_compare_takes_steps_and_cfg_of_training_at_0(flow):
+    inputs = (flow.model, flow.train("compared-auto", updates=1)[0], flow.vae, flow.prompts, 0)
+    assert torch.equal(call("PCPOCompare", *inputs, 0, 0.0)[1], call("PCPOCompare", *inputs, 10, 1.0)[1])
+    with pytest.raises(ConfigError, match="steps is 1"):
+        call("PCPOCompare", *inputs, 1, 1.0)
+
+
 class ImageSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.IMG_TO_IMG):
     """A sampling type that is neither epsilon, v-prediction nor flow."""
 

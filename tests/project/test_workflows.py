@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 NODES = json.loads((ROOT / "tests/golden/nodes.json").read_text(encoding="utf-8"))
 STOCK = {  # least height of ComfyUI's nodes, as its page computes it
-    "CLIPTextEncode": 88, "CheckpointLoaderSimple": 98, "EmptyLatentImage": 106, "KSampler": 262,
+    "CLIPTextEncode": 88, "CheckpointLoaderSimple": 98, "EmptyLatentImage": 106, "ImageScaleBy": 82, "KSampler": 262,
     "LoraModelLoader": 102, "MarkdownNote": 88, "SaveImage": 58, "SaveLoRA": 82, "VAEDecode": 46,
 }  # fmt: skip
 PREVIEW = 220  # least height that the page gives to the images below a node's widgets

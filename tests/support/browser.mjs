@@ -32,12 +32,13 @@ try {
   const sizes = () => page.evaluate(() => Object.fromEntries(window.app.graph.nodes.map(n => [`${n.id} ${n.type}`, [...n.size]])));
   const before = await sizes();
   const seen = await page.evaluate(async () => ({
+    widgets: window.app.graph.nodes.filter(n => n.type === 'PCPOTrainLoRA').map(n => n.widgets.filter(w => n.isWidgetVisible(w)).length),
     zoom: window.app.canvas.ds.scale, textless: window.app.canvas.low_quality,
     missing: window.app.graph.nodes.filter(n => n.has_errors || !window.LiteGraph.registered_node_types[n.type]).map(n => n.type),
     dialogs: [...document.querySelectorAll('.p-dialog')].map(d => d.innerText.slice(0, 300)),
     api: (await window.app.graphToPrompt()).output, graph: window.app.graph.serialize(),
   }));
-  Object.assign(result, { missing: seen.missing, dialogs: seen.dialogs, nodes: Object.keys(seen.api).length, zoom: seen.zoom, textless: seen.textless });
+  Object.assign(result, { missing: seen.missing, dialogs: seen.dialogs, nodes: Object.keys(seen.api).length, zoom: seen.zoom, textless: seen.textless, widgets: seen.widgets });
   if (saveAs) fs.writeFileSync(saveAs, JSON.stringify({ graph: seen.graph, api: seen.api }, null, 1));
   await page.screenshot({ path: path.join(out, 'loaded.png') });
   if (+seconds > 0 && !seen.missing.length) {

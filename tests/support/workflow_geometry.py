@@ -64,10 +64,10 @@ class Drawing:
 
     def direction(self, reroute: int) -> tuple[Point, float]:
         """The unit tangent at a reroute, between the way in and the mean way out, and the length of the way in."""
-        ways, before = [], None
+        (x, y), before, ways = self.reroutes[reroute]["pos"], (0.0, 0.0), []
         for link in self.reroutes[reroute]["linkIds"]:
             points, place = self.points(link), self.stations(link).index(reroute) + 1
-            (x, y), following, before = points[place], points[place + 1], points[place - 1]
+            before, following = points[place - 1], points[place + 1]
             ways.append(math.atan2(following[1] - y, following[0] - x))
         mean, arriving = sum(ways) / len(ways), math.atan2(y - before[1], x - before[0])
         turn = (arriving - mean) / 2
