@@ -392,6 +392,13 @@ def test_one_update_gives_a_series_that_plot_loss_graph_can_draw(flow):
     assert drawable([0.5]) == [0.0, 0.5] and drawable([1.0, 2.0]) == [1.0, 2.0] and len(set(drawable([0.0]))) == 2
 
 
+def test_missing_weights_are_wanted_in_comfyuis_folder(flow):
+    """C12."""
+    reward, folder = call("PCPOLoadReward", "pickscore")[0], files.reward_folder([])
+    assert folder is not None and folder.is_absolute() and folder.name == "rewards"
+    refused(lambda: reward.combined().score(torch.zeros(1, 8, 8, 3), ["a"]), re.escape(str(folder)))
+
+
 def test_missing_requirements_are_named_when_the_pack_is_loaded(monkeypatch):
     """C10."""
     import importlib.util
