@@ -109,7 +109,8 @@ def pretend(*, only: str | None = None, out: Path = Path("pretended.jsonl")) -> 
     Parameters
     ----------
     only
-        One model: sd15-512, sdxl-1024, sd35m-512, sd35m-1024, flux-512, flux-1024 or qwen-512.
+        One model: sd15-512, sdxl-1024, sd35m-512, sd35m-1024, flux-512, flux-1024, qwen-512, z-image-512,
+        z-image-1024, klein-1024 or chroma-512.
     out
         JSON lines; rows are appended.
     """

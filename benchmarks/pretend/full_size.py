@@ -45,6 +45,10 @@ CASES = {
     "flux-512": Case("flux", "flux-dance-24gb", 512, 24),
     "flux-1024": Case("flux", "flux-dance-24gb", 1024, 24),
     "qwen-512": Case("qwen", "qwen-image", 512, 40),
+    "z-image-512": Case("z-image", "z-image", 512, 24),
+    "z-image-1024": Case("z-image", "z-image", 1024, 24),
+    "klein-1024": Case("klein", "flux2-klein", 1024, 24),
+    "chroma-512": Case("chroma", "chroma", 512, 24),
 }
 
 

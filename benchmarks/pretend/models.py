@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
+import torch
 import transformers
 
 from trainer.policy.skeletons import CLIP_G, CLIP_L
@@ -35,6 +36,26 @@ QWEN_VISION = {
     "num_heads": 16,
     "out_hidden_size": 3584,
 }
+QWEN3_4B = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+KLEIN_4B: models.Sizes = {
+    "in_channels": 128,
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "joint_attention_dim": 3 * 2560,
+    "guidance_embeds": False,
+}
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
 QWEN_SHIFT = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
 
 
@@ -70,11 +91,44 @@ def whole_qwen() -> Any:
     )
 
 
+def whole_z_image() -> Any:
+    """The transformer's defaults are the published sizes."""
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=models.vae(False, True, latent_channels=16, shift_factor=0.1159),
+        text_encoder=models.filled(lambda: transformers.Qwen3Model(transformers.Qwen3Config(**QWEN3_4B)), True),
+        tokenizer=byte_tokenizer(),
+        transformer=models.filled(lambda: diffusers.ZImageTransformer2DModel(), True),
+    )
+
+
+def whole_klein() -> Any:
+    return diffusers.Flux2KleinPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=models.filled(lambda: diffusers.AutoencoderKLFlux2(), True, torch.float32),
+        text_encoder=models.filled(lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**QWEN3_4B)), True),
+        tokenizer=byte_tokenizer(),
+        transformer=models.filled(lambda: diffusers.Flux2Transformer2DModel(**KLEIN_4B), True),
+        is_distilled=True,
+    )
+
+
+def whole_chroma() -> Any:
+    """The transformer's defaults are the published sizes."""
+    return diffusers.ChromaPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **models.FLUX_SHIFT),
+        vae=models.vae(False, True, latent_channels=16, shift_factor=0.1159),
+        text_encoder=whole_t5(),
+        tokenizer=models.t5_tokenizer(),
+        transformer=models.filled(lambda: diffusers.ChromaTransformer2DModel(), True),
+    )
+
+
 def byte_tokenizer() -> Any:
     from tokenizers.pre_tokenizers import ByteLevel
 
     vocab = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
-    return transformers.Qwen2Tokenizer(vocab={**vocab, "<|endoftext|>": 256}, merges=[])
+    return transformers.Qwen2Tokenizer(vocab={**vocab, "<|endoftext|>": 256}, merges=[], chat_template=CHAT)
 
 
 def with_text(kind: str, **encoders: Callable[[], Any]) -> Callable[[], Any]:
@@ -99,4 +153,7 @@ WHOLE_PIPELINES: dict[str, Callable[[], Any]] = {
     ),
     "flux": with_text("flux", text_encoder=lambda: whole_clip(CLIP_L), text_encoder_2=whole_t5),
     "qwen": whole_qwen,
+    "z-image": whole_z_image,
+    "klein": whole_klein,
+    "chroma": whole_chroma,
 }

@@ -8,7 +8,7 @@ from benchmarks.speed.full_size import FULL_SIZE, estimate_model, full_size_tabl
 from trainer.config.loading import load
 
 pytestmark = pytest.mark.slow
-CONFIGS = {"sd15-ddpo", "sdxl", "sd35-flow-grpo", "flux-dance-24gb", "qwen-image"}
+CONFIGS = {"sd15-ddpo", "sdxl", "sd35-flow-grpo", "flux-dance-24gb", "qwen-image", "z-image", "flux2-klein", "chroma"}
 
 
 @pytest.mark.parametrize("name", ["sd15-512", "sdxl-1024", "sd35m-512", "flux-512"])

@@ -1,4 +1,7 @@
-"""LoRA files of every family load in ComfyUI: the patched model equals the merged one, weight by weight."""
+"""LoRA files of every family load in ComfyUI: the patched model equals the merged one, weight by weight.
+
+ComfyUI 0.33 has no Qwen-Image 2.1.
+"""
 
 from operator import itemgetter
 
@@ -134,7 +137,7 @@ def random_lora(core, rank=2):
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers", "kohya"])
-@pytest.mark.parametrize("family", tiny_pipelines.LORAS)
+@pytest.mark.parametrize("family", [name for name in tiny_pipelines.LORAS if name != "qwen-image-2.1"])
 def test_the_patched_model_equals_the_merged_one(family, layout, strength):
     core = denoiser(family)
     pairs = random_lora(core)

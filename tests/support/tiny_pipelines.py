@@ -158,7 +158,7 @@ def krea2() -> Any:
 
 def qwen3_vl(layers: int) -> Any:
     text = {
-        "vocab_size": 260, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers,
+        "vocab_size": 264, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers,
         "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
     }  # fmt: skip
@@ -167,6 +167,33 @@ def qwen3_vl(layers: int) -> Any:
         "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
     }  # fmt: skip
     return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=vision))
+
+
+def qwen_image21() -> Any:
+    """Its pipeline takes 16 pixels for a latent, whatever the VAE; this one's images are 8 x 8."""
+    core = diffusers.QwenImage21Transformer2DModel(
+        in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=1, attention_head_dim=16,
+        num_attention_heads=2, context_in_dim=16, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    codec = diffusers.AutoencoderKLQwenImage21(
+        base_dim=8, decoder_base_dim=8, z_dim=LATENT_CHANNELS, dim_mult=[1, 1], num_res_blocks=1,
+        temperal_downsample=[False], latents_mean=[0.1] * LATENT_CHANNELS, latents_std=[1.5] * LATENT_CHANNELS,
+    )  # fmt: skip
+    return diffusers.QwenImage21Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **FLOW), vae=codec,
+        text_encoder=transformers.Qwen3VLForConditionalGeneration(qwen3_vl(2).config), processor=vision_processor(),
+        transformer=core,
+    )  # fmt: skip
+
+
+def vision_processor() -> Any:
+    tokenizer = chat_tokenizer()
+    words = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": words})
+    return transformers.Qwen3VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(), tokenizer=tokenizer,
+        video_processor=transformers.Qwen3VLVideoProcessor(), chat_template=CHAT,
+    )  # fmt: skip
 
 
 def qwen() -> Any:
@@ -286,9 +313,16 @@ PIPELINES = {
     "flux2-klein": flux2_klein,
     "flux2": flux2_dev,
     "krea2": krea2,
+    "qwen-image-2.1": qwen_image21,
 }
 
 LORAS = [name for name in PIPELINES if name != "flux2"]  # its transformer is klein's
+
+
+def size(pipeline: Any) -> dict[str, int]:
+    """Height and width of images."""
+    side = 64 if type(pipeline).__name__ == "QwenImage21Pipeline" else SIDE
+    return {"height": side, "width": side}
 
 
 def build(name: str) -> Any:

@@ -25,6 +25,7 @@ UNREAD = {
     ("kohya", "sd3"): "diffusers reads no kohya file of SD3",
     ("kohya", "sd35"): "diffusers reads no kohya file of SD3",
     ("kohya", "flux"): "diffusers reads kohya's FLUX files at FLUX's full width only",
+    ("kohya", "qwen-image-2.1"): "diffusers takes the underscore of gate_layer for a dot",
     ("kohya", "krea2"): "diffusers reads no kohya file of Krea 2",
     ("kohya", "chroma"): "diffusers reads kohya's FLUX files at FLUX's full width only",
 }
@@ -50,8 +51,13 @@ def trained_policy(pipeline, config):
 
 
 @pytest.fixture
-def config(make_config):
-    return make_config("given", rollout=SIZE, lora={"rank": 2, "alpha": 1.0, "targets": "all"})
+def config(pipelines, family, make_config):
+    return config_of(pipelines[family], make_config)
+
+
+def config_of(pipeline, make_config):
+    size = tiny_pipelines.size(pipeline)
+    return make_config("given", rollout=size, lora={"rank": 2, "alpha": 1.0, "targets": "all"})
 
 
 def write(policy, layout, path):
@@ -159,15 +165,17 @@ def test_training_starts_from_a_users_kohya_file(family, make_config, tmp_path):
     torch.testing.assert_close(found[module], change[rows])
 
 
-def test_a_guide_may_train_more_layers_than_the_targets(pipelines, config):
+def test_a_guide_may_train_more_layers_than_the_targets(pipelines, make_config):
     """Sampling makes room for whatever layers the LoRAs have."""
+    config = config_of(pipelines["sd15"], make_config)
     module = "down_blocks.0.attentions.0.proj_in"
     pairs = {module: (torch.randn(3, 32, 1, 1), torch.randn(32, 3, 1, 1))}
     policy = sampling_policy(config, [pairs], copy.deepcopy(pipelines["sd15"]))
     assert module in policy.lora() and len(policy.lora()[module][0]) == 3
 
 
-def test_a_lora_of_another_family_is_refused(pipelines, config):
+def test_a_lora_of_another_family_is_refused(pipelines, make_config):
+    config = config_of(pipelines["sd15"], make_config)
     pairs = {"transformer_blocks.0.attn.to_q": (torch.randn(2, 128), torch.randn(128, 2))}
     policy = sampling_policy(config, [pairs], copy.deepcopy(pipelines["sd15"]))
     with pytest.raises(ConfigError, match=r"1 modules that this model does not train, first transformer_blocks.0"):

@@ -9,6 +9,7 @@ from .flux import Flux
 from .flux2 import Flux2
 from .krea2 import Krea2
 from .qwen import QwenImage
+from .qwen21 import QwenImage21
 from .sd3 import Sd3
 from .sdxl import Sdxl
 from .unet import Unet
@@ -24,6 +25,7 @@ FAMILIES: dict[str, type[PipelineAdapter]] = {
     "Flux2KleinPipeline": Flux2,
     "Krea2Pipeline": Krea2,
     "QwenImagePipeline": QwenImage,
+    "QwenImage21Pipeline": QwenImage21,
     "ZImagePipeline": ZImage,
 }
 
