@@ -19,7 +19,7 @@ from ..memory.shard import compile_blocks, shard, sharded
 from ..memory.transfer import copies_on_cpu, upload
 from .base import LoraPairs, Progress, no_progress
 from .device import pick_device
-from .encoded import Encoded, encode_prompts, joined, repeated
+from .encoded import Encoded, both_texts, encode_prompts, repeated
 from .families import Inputs, make_adapter
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -115,7 +115,7 @@ class DiffusersPolicy:
             return self._call(x, timestep, positive)
         negative = repeated(negative, len(x))
         detach = self.config.rollout.detach_unconditional
-        both = None if detach or not self.config.rollout.batch_cfg else joined(negative, positive)
+        both = None if detach or not self.config.rollout.batch_cfg else both_texts(negative, positive)
         if both is None:
             cond = self._call(x, timestep, positive)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):

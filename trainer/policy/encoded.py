@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..memory.transfer import upload
 from .base import Progress, no_progress
-from .families import Inputs, Rows
+from .families import Inputs, TextRows
 
 PROMPTS_AT_ONCE = 8
 """Prompts per call of the text encoders; T5's activations take 63 MB for each prompt of 512 tokens."""
@@ -35,11 +35,11 @@ class Encoded:
         return Encoded(positive, negative, self.device)
 
 
-def picked(rows: Rows, index: Sequence[int]) -> Rows:
+def picked(rows: TextRows, index: Sequence[int]) -> TextRows:
     return [rows[i] for i in index] if isinstance(rows, list) else torch.cat([rows[i : i + 1] for i in index])
 
 
-def uploaded(rows: Rows, device: torch.device) -> Rows:
+def uploaded(rows: TextRows, device: torch.device) -> TextRows:
     return [upload(row, device) for row in rows] if isinstance(rows, list) else upload(rows, device)
 
 
@@ -48,7 +48,7 @@ def repeated(inputs: Inputs, count: int) -> Inputs:
     return {k: v * count if isinstance(v, list) else v.expand(count, *v.shape[1:]) for k, v in inputs.items()}
 
 
-def joined(first: Inputs, second: Inputs) -> Inputs | None:
+def both_texts(first: Inputs, second: Inputs) -> Inputs | None:
     """The rows of both; None where they would need one length and have two."""
     found: Inputs = {}
     for key, ours in first.items():
@@ -74,7 +74,7 @@ def encode_prompts(
     return {key: chained([part[key] for part in parts]) for key in parts[0]}
 
 
-def chained(parts: Sequence[Rows]) -> Rows:
+def chained(parts: Sequence[TextRows]) -> TextRows:
     """The rows of all parts; in a tensor, shorter texts are padded with zeros."""
     lists = [rows for rows in parts if isinstance(rows, list)]
     if lists:

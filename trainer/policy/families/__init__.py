@@ -3,7 +3,7 @@
 from typing import Any
 
 from ...config.schema import ConfigError, RolloutConfig
-from .base import Inputs, PipelineAdapter, Rows, denoiser_of
+from .base import Inputs, PipelineAdapter, TextRows, denoiser_of
 from .chroma import Chroma
 from .flux import Flux
 from .flux2 import Flux2
@@ -38,4 +38,4 @@ def make_adapter(pipeline: Any, rollout: RolloutConfig) -> PipelineAdapter:
     return FAMILIES[name](pipeline, rollout)
 
 
-__all__ = ["FAMILIES", "Inputs", "PipelineAdapter", "Rows", "denoiser_of", "make_adapter"]
+__all__ = ["FAMILIES", "Inputs", "PipelineAdapter", "TextRows", "denoiser_of", "make_adapter"]

@@ -11,10 +11,10 @@ from comfyui_pcpo.method.schedule import Grid, Kind, flow_grid, flow_grid_from_s
 
 from ...config.schema import ConfigError, RolloutConfig
 
-Rows = Tensor | list[Tensor]
+TextRows = Tensor | list[Tensor]
 """A row per prompt: one tensor, or a list of them where each text keeps its own length."""
 Inputs = dict[str, Any]
-"""The denoiser's text inputs by name, as Rows."""
+"""The denoiser's text inputs by name, as TextRows."""
 
 
 class PipelineAdapter:

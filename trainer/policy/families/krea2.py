@@ -14,7 +14,7 @@ from .base import Inputs, PipelineAdapter, resolution_mu
 from .flux import pack, position_ids, unpack
 from .qwen import decode_frame
 
-SIDE = 128  # the pipeline's own size, 1024 pixels, which no part of it records
+KREA_SIDE = 128  # the pipeline's own size, 1024 pixels, which no part of it records
 DISTILLED_MU = 1.15
 LONGEST = {"max_image_seq_len": 6400}  # the pipeline's default where the scheduler has none
 
@@ -28,7 +28,7 @@ class Krea2(PipelineAdapter):
         return self.denoiser.config.in_channels // 4
 
     def default_side(self) -> int:
-        return SIDE
+        return KREA_SIDE
 
     def space(self, scheduler: Any, steps: int, mu: float | None) -> None:
         mu = resolution_mu(self.latent_shape, self.token, LONGEST | dict(scheduler.config))

@@ -11,7 +11,7 @@ from comfyui_pcpo.lora.formats import Family
 from .base import Inputs
 from .flux import Flux, pack, unpack
 
-PROMPT_TOKENS = 512
+QWEN_TOKENS = 512
 
 
 class QwenImage(Flux):
@@ -19,7 +19,7 @@ class QwenImage(Flux):
     pretends = False  # its rotary tables are complex, of which PyTorch makes no contentless copy
 
     def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:
-        hidden, mask = self.pipeline.encode_prompt(list(prompts), device, max_sequence_length=PROMPT_TOKENS)
+        hidden, mask = self.pipeline.encode_prompt(list(prompts), device, max_sequence_length=QWEN_TOKENS)
         if mask is None:  # all prompts have one length
             mask = hidden.new_ones(hidden.shape[:2], dtype=torch.long)
         return {"encoder_hidden_states": hidden, "encoder_hidden_states_mask": mask}

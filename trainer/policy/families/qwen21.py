@@ -12,7 +12,7 @@ from comfyui_pcpo.lora.formats import Family
 from .base import Inputs, PipelineAdapter, resolution_mu
 from .qwen import decode_frame
 
-SIDE = 64  # the pipeline's own size, 1024 pixels, which no part of it records
+QWEN21_SIDE = 64  # the pipeline's own size, 1024 pixels, which no part of it records
 
 
 class QwenImage21(PipelineAdapter):
@@ -20,7 +20,7 @@ class QwenImage21(PipelineAdapter):
     pretends = False  # its transformer looks for the image's tokens by their contents
 
     def default_side(self) -> int:
-        return SIDE
+        return QWEN21_SIDE
 
     def space(self, scheduler: Any, steps: int, mu: float | None) -> None:
         """The levels that the model's author configured, where they are of so many steps; a token is one position."""

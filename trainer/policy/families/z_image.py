@@ -11,8 +11,8 @@ from comfyui_pcpo.lora.formats import Family
 
 from .base import Inputs, PipelineAdapter
 
-PROMPT_TOKENS = 512
-SIDE = 128  # the pipeline's own size, 1024 pixels, which no part of it records
+Z_IMAGE_TOKENS = 512
+Z_IMAGE_SIDE = 128  # the pipeline's own size, 1024 pixels, which no part of it records
 
 
 class ZImage(PipelineAdapter):
@@ -21,7 +21,7 @@ class ZImage(PipelineAdapter):
     layout: Family = "z_image"
 
     def default_side(self) -> int:
-        return SIDE
+        return Z_IMAGE_SIDE
 
     def space(self, scheduler: Any, steps: int, mu: float | None) -> None:
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
@@ -35,7 +35,7 @@ class ZImage(PipelineAdapter):
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
         chat = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=True)
-        ids = tokenizer([text], truncation=True, max_length=PROMPT_TOKENS, return_tensors="pt").input_ids
+        ids = tokenizer([text], truncation=True, max_length=Z_IMAGE_TOKENS, return_tensors="pt").input_ids
         return encoder(input_ids=ids.to(device), output_hidden_states=True).hidden_states[-2][0]
 
     def call(self, x: Tensor, t: Tensor, text: Inputs) -> Tensor:
