@@ -86,6 +86,8 @@ class PretendGpu(TorchDispatchMode):
                 return self.made_up(tensors[0].shape, kwargs.get("dtype") or tensors[0].dtype)
             if target.type == "cuda" and tensors[0].device.type == "cpu":
                 self._upload(tensors[0], bool(kwargs.get("non_blocking")))
+                if isinstance(tensors[0], FakeTensor):
+                    tensors[0].constant = None  # PyTorch knows a counter's number, and would upload it in earnest
         if func is aten.copy_.default and args[0].device != args[1].device:
             if args[1].device.type == "cuda":
                 self._wait("download")

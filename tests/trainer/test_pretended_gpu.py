@@ -13,6 +13,7 @@ import torch
 from running import start_run
 
 from benchmarks.pretend.phases import pretend_run
+from benchmarks.speed.full_size_models import SHAPES
 from trainer.cli.main import main
 from trainer.config.loading import dump
 from trainer.evaluation.evaluate import evaluate
@@ -158,6 +159,15 @@ def test_out_of_memory_names_what_needs_less(gpu_config, tmp_path, capsys):
 def test_an_operation_across_devices_fails_as_on_a_gpu():
     with pretend_run(), pytest.raises(RuntimeError, match="same device"):
         torch.ones(2, device="cuda") + torch.ones(2)
+
+
+def test_the_counter_of_a_model_without_contents_is_moved():
+    """PyTorch knows the number of a counter made without contents, as in the batch norm of FLUX.2's VAE."""
+    with SHAPES:
+        norm = torch.nn.BatchNorm2d(4)
+    with pretend_run(SHAPES):
+        norm.to("cuda")
+        assert norm.num_batches_tracked.device.type == norm.weight.device.type == "cuda"
 
 
 def test_a_gpu_is_pretended_no_longer_than_it_is_asked_for():
