@@ -316,7 +316,7 @@ PIPELINES = {
     "qwen-image-2.1": qwen_image21,
 }
 
-LORAS = [name for name in PIPELINES if name != "flux2"]  # its transformer is klein's
+LORAS = [name for name in PIPELINES if name != "flux2"]  # its transformer and its adapter are klein's
 
 
 def size(pipeline: Any) -> dict[str, int]:

@@ -35,6 +35,8 @@ GUIDED = ("sd15", "sdxl", "sd3", "qwen-image", "z-image")  # others without, whi
 SAMPLED = ("sd15", "flux", "qwen-image", "z-image")  # one of each kind of text inputs
 COUNTING = ("qwen-image-2.1",)  # its transformer finds the image's tokens by their contents
 FAMILIES = [name for name in tiny_pipelines.PIPELINES if name not in (*TWINS, *COUNTING)]
+RUNS = [pytest.param(name, OFFLOADED, id=f"{name}-offloaded") for name in FAMILIES]
+RUNS += [pytest.param(n, RESIDENT, id=f"{n}-fp8-resident") for n in FAMILIES if n not in ("flux2-klein", "krea2")]
 FRESH = "PCPO_FRESH_PROCESS"  # set in a process that has computed no gradient before
 fresh = pytest.mark.skipif(FRESH not in os.environ, reason="run by test_gradients_in_a_process_of_their_own")
 
@@ -79,8 +81,7 @@ def test_gradients_in_a_process_of_their_own():
 
 
 @fresh
-@pytest.mark.parametrize("model", [OFFLOADED, RESIDENT], ids=["offloaded", "fp8-resident"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "model"), RUNS)
 def test_a_run_and_its_continuation(family, model, gpu_config):
     with pretend_run() as gpu:
         run = launch.start_run(gpu_config(family, model))
