@@ -264,9 +264,9 @@ def test_prompts_are_encoded_once_per_run(make_config, learn):
     state, updates = learn(make_config())
     encode, calls = state.policy.encode, []
 
-    def counted(prompts):
+    def counted(prompts, *progress):
         calls.append(list(prompts))
-        return encode(prompts)
+        return encode(prompts, *progress)
 
     state.policy.encode = counted
     assert len(list(updates)) == 2
