@@ -47,14 +47,8 @@ def column(records: Sequence[Record], *path: str) -> list[float]:
     return values
 
 
-def table(record: Record, key: str) -> Mapping[str, Any]:
-    """The values by name under a key; empty where a record has none."""
-    value = record.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
 def _names(records: Sequence[Record], key: str) -> list[str]:
-    return list(dict.fromkeys(name for record in records for name in table(record, key)))
+    return list(dict.fromkeys(name for record in records for name in (record.get(key) or {})))
 
 
 def _require_records(records: Sequence[Record], source: str = "metrics.jsonl") -> None:

@@ -8,7 +8,7 @@ from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.prompt import Prompt, from_object, parse_line, prompt_line, require_text
 
 from .errors import ConfigError
-from .text_files import read_csv, read_text
+from .text_files import parse_csv, read_text
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -19,7 +19,7 @@ def read_prompts(file: Path) -> list[str]:
     """
     text = read_text(file)
     if file.suffix.lower() == ".csv" and "prompt" in next(csv.reader(text.split("\n")[:1]), []):
-        return [from_row(row) for row in read_csv(file) if row["prompt"].strip()]
+        return [from_row(row) for row in parse_csv(text, file) if row["prompt"].strip()]
     parse = from_json if file.suffix.lower() == ".jsonl" else parse_line
     return parse_lines(text.split("\n"), parse, str(file))
 

@@ -7,6 +7,7 @@ from comfyui_pcpo.method.forward_process import ALL_OBJECTIVES
 from .errors import ConfigError
 from .guard_section import GuardConfig
 from .reward_section import RewardConfig
+from .run_section import RunConfig
 from .sections import (
     AdvantageConfig,
     LoraConfig,
@@ -15,7 +16,6 @@ from .sections import (
     OptimizerConfig,
     PromptsConfig,
     RolloutConfig,
-    RunConfig,
     Section,
 )
 

@@ -35,10 +35,10 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
+def parse_csv(text: str, path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file by its header; missing cells are empty. Raises ConfigError for a quote left open."""
     try:
-        return list(csv.DictReader(read_text(path).split("\n"), restval="", strict=True))
+        return list(csv.DictReader(text.split("\n"), restval="", strict=True))
     except csv.Error as error:
         raise ConfigError(f"{path} is not CSV: {error}. Close every quote, and write one row per line.") from None
 

@@ -15,7 +15,7 @@ from comfyui_pcpo.taste.learned import Taste, learn
 from comfyui_pcpo.taste.votes import VoteFolder
 
 from ..config.errors import ConfigError
-from ..config.text_files import read_csv, read_text
+from ..config.text_files import parse_csv, read_text
 from .image_files import IMAGE_SUFFIXES, images_in, read_image
 
 PAIR_COLUMNS = ("better", "worse")
@@ -84,10 +84,11 @@ def image_rows(gallery: Gallery, folder: Path | None) -> list[int]:
 
 def read_pairs_file(path: Path) -> list[tuple[Path, Path]]:
     """(better, worse) of each line; relative paths start at the file's folder. Raises ConfigError."""
+    text = read_text(path)
     if path.suffix.lower() in (".jsonl", ".json"):
-        rows = [_json_row(line, path, n) for n, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+        rows = [_json_row(line, path, n) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:
-        rows = read_csv(path)
+        rows = parse_csv(text, path)
     pairs = []
     for number, row in enumerate(rows, 1):
         if not (isinstance(row, dict) and all(isinstance(row.get(column), str) for column in PAIR_COLUMNS)):

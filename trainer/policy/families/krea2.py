@@ -31,9 +31,8 @@ class Krea2(PipelineAdapter):
         return KREA_SIDE
 
     def space(self, scheduler: Any, steps: int, mu: float | None) -> None:
-        mu = resolution_mu(self.latent_shape, self.token, LONGEST | dict(scheduler.config))
-        if self.pipeline.config.is_distilled:
-            mu = DISTILLED_MU
+        by_size = resolution_mu(self.latent_shape, self.token, LONGEST | dict(scheduler.config))
+        mu = DISTILLED_MU if self.pipeline.config.is_distilled else by_size
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
 
     def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:

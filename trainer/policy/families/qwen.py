@@ -20,9 +20,7 @@ class QwenImage(Flux):
 
     def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:
         hidden, mask = self.pipeline.encode_prompt(list(prompts), device, max_sequence_length=QWEN_TOKENS)
-        if mask is None:  # all prompts have one length
-            mask = hidden.new_ones(hidden.shape[:2], dtype=torch.long)
-        return {"encoder_hidden_states": hidden, "encoder_hidden_states_mask": mask}
+        return masked(hidden, mask)
 
     def call(self, x: Tensor, t: Tensor, text: Inputs) -> Tensor:
         h, w = x.shape[-2] // 2, x.shape[-1] // 2
@@ -36,6 +34,13 @@ class QwenImage(Flux):
 
     def decode(self, latents: Tensor) -> Tensor:
         return decode_frame(self.pipeline.vae, latents)
+
+
+def masked(hidden: Tensor, mask: Tensor | None) -> Inputs:
+    """Text inputs of Qwen-Image's transformers; the pipelines leave the mask out where all prompts have one length."""
+    if mask is None:
+        mask = hidden.new_ones(hidden.shape[:2], dtype=torch.long)
+    return {"encoder_hidden_states": hidden, "encoder_hidden_states_mask": mask}
 
 
 def decode_frame(vae: Any, latents: Tensor) -> Tensor:

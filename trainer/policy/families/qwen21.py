@@ -10,7 +10,7 @@ from torch import Tensor
 from comfyui_pcpo.lora.formats import Family
 
 from .base import Inputs, PipelineAdapter, resolution_mu
-from .qwen import decode_frame
+from .qwen import decode_frame, masked
 
 QWEN21_SIDE = 64  # the pipeline's own size, 1024 pixels, which no part of it records
 
@@ -31,9 +31,7 @@ class QwenImage21(PipelineAdapter):
 
     def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:
         hidden, mask, _ = self.pipeline.encode_prompt(list(prompts), device=device)
-        if mask is None:  # all prompts have one length
-            mask = hidden.new_ones(hidden.shape[:2], dtype=torch.long)
-        return {"encoder_hidden_states": hidden, "encoder_hidden_states_mask": mask}
+        return masked(hidden, mask)
 
     def call(self, x: Tensor, t: Tensor, text: Inputs) -> Tensor:
         h, w = x.shape[-2:]
