@@ -22,12 +22,13 @@ from trainer.config.loading import build, load, merge
 from trainer.config.schema import ConfigError
 from trainer.evaluation.demo import demo_config
 from trainer.guard.guard import read_measures
-from trainer.guard.limits import GuardVerdict, final_checkpoint, lost_deviations, next_verdict, replay, violation
+from trainer.guard.limits import GuardVerdict, lost_deviations, next_verdict, replay, violation
 from trainer.policy.lora_pairs import read_lora
 from trainer.runs.export import ExportOptions, export_lora
 from trainer.runs.folder import RunFolder
 from trainer.runs.launch import ResumeOptions, resume_run
 from trainer.runs.launch import start_run as launch_run
+from trainer.runs.rows import final_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -72,12 +72,6 @@ def replay(records: Sequence[dict[str, Any]], guard: GuardConfig) -> GuardVerdic
     return verdict
 
 
-def final_checkpoint(records: Sequence[dict[str, Any]]) -> str:
-    """Which checkpoint is a run's lora.safetensors: `kept`, or `latest` where no measured update was kept."""
-    measured = [record["guard"]["kept"] for record in records if "guard" in record]
-    return "latest" if not measured or measured[-1] is None else "kept"
-
-
 def violation(lost: dict[str, float | None], tolerance: float) -> str | None:
     """Why a measurement is beyond the limits, for the quantity that lost most; None where it is within them."""
     amounts = {name: math.nan if value is None else value for name, value in lost.items()}  # JSON has null for NaN

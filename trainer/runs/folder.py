@@ -27,14 +27,13 @@ from comfyui_pcpo.plotting.run_curves import curves
 from ..config.loading import build, dump, dump_shareable, tomllib
 from ..config.schema import Config, ConfigError
 from ..config.text_files import read_text
-from ..guard.limits import final_checkpoint
 from ..loop.align import Update
 from ..loop.state import TrainingState
 from ..policy.base import LoraPairs
 from ..policy.lora_pairs import folded, load_pairs, read_lora
 from ..program import program_name
 from .checkpoint import EMA, LORA, Damaged, read_checkpoint, verify, write_checkpoint
-from .rows import append_record, read_rows, row_line
+from .rows import append_record, final_checkpoint, read_rows, row_line
 
 CONFIG_HEAD = "# The settings of this run. The last line says that nothing is missing.\n"
 CONFIG_END = "# end"
