@@ -19,7 +19,7 @@ from ..report.markdown import markdown_table
 from ..speed.full_size_models import SHAPES
 from .gpu import Traffic
 from .models import WHOLE_PIPELINES
-from .phases import pretend_run
+from .phases import pretend_run, uncut_prompts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHOWN_PHASES = ("prompts", "decoding", "update")
@@ -44,7 +44,7 @@ CASES = {
     "sd35m-1024": Case("sd35m", "sd35-flow-grpo", 1024, 16),
     "flux-512": Case("flux", "flux-dance-24gb", 512, 24),
     "flux-1024": Case("flux", "flux-dance-24gb", 1024, 24),
-    "qwen-512": Case("qwen", "qwen-image", 512, 40),
+    "qwen-512": Case("qwen", "qwen-image", 512, 32),
     "z-image-512": Case("z-image", "z-image", 512, 16),
     "z-image-1024": Case("z-image", "z-image", 1024, 24),
     "klein-1024": Case("klein", "flux2-klein", 1024, 24),
@@ -85,7 +85,8 @@ def pretend_case(name: str) -> dict[str, Any]:
                 for update in align(run.state, run.job):
                     run.keep(update)
         on_cpu = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
-        estimate = memory(DiffusersPolicy(shapes_only(), on_cpu), config, config.rollout.images_at_once)
+        with uncut_prompts():
+            estimate = memory(DiffusersPolicy(shapes_only(), on_cpu), config, config.rollout.images_at_once)
     return {
         "name": name,
         "config": case.config,

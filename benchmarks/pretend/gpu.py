@@ -1,7 +1,8 @@
 """A pretended GPU: tensors on "cuda" have shapes, dtypes and devices but no contents; tensors on the CPU are real.
 
 Operations across devices raise as on a GPU. Memory, waits, transfers and operations are counted by phase. A number that
-comes back from the GPU is made up, but finite. Models whose weights are shapes on the CPU too take no memory at all.
+comes back from the GPU is made up, but finite, unless it follows from known masks and positions (`contents.py`).
+Models whose weights are shapes on the CPU too take no memory at all.
 """
 
 import sys
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+
+from .contents import GROWING, contents, follow, remember
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[2]
@@ -83,7 +86,7 @@ class PretendGpu(TorchDispatchMode):
         if func is aten._to_copy.default and target is not None:
             if target.type == "cpu" and tensors[0].device.type == "cuda" and not self.moving:
                 self._wait("download")
-                return self.made_up(tensors[0].shape, kwargs.get("dtype") or tensors[0].dtype)
+                return self._downloaded(tensors[0], kwargs.get("dtype") or tensors[0].dtype)
             if target.type == "cuda" and tensors[0].device.type == "cpu":
                 self._upload(tensors[0], bool(kwargs.get("non_blocking")))
                 if isinstance(tensors[0], FakeTensor):
@@ -91,15 +94,22 @@ class PretendGpu(TorchDispatchMode):
         if func is aten.copy_.default and args[0].device != args[1].device:
             if args[1].device.type == "cuda":
                 self._wait("download")
-                return args[0].copy_(self.made_up(args[1].shape, args[0].dtype))
+                return args[0].copy_(self._downloaded(args[1], args[0].dtype))
             self._upload(args[1], bool(args[2:] and args[2]))
         if on_gpu:
             self._count(func, args, tensors)
-        if func is aten.index.Tensor:
-            args = (args[0], [i for index in args[1] for i in self._positions(index)])
         if func.__name__.startswith("_fused_adam"):
             return None  # nothing is computed, and it returns nothing
-        return self._shaped(func, args, kwargs)
+        known = follow(func, args, kwargs)
+        if func in (aten.index.Tensor, aten.index_put_.default):
+            args = (args[0], [i for index in args[1] for i in self._positions(index)], *args[2:])
+        if func in GROWING and known is not None:
+            with self.shapes:
+                out = self.lift(known).to(tensors[0].device)
+        else:
+            out = self._shaped(func, args, kwargs)
+        remember(out, known)
+        return out
 
     def _shaped(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operation on shapes; a real tensor of the CPU enters as one without contents."""
@@ -113,10 +123,12 @@ class PretendGpu(TorchDispatchMode):
         return out
 
     def _positions(self, index: Tensor | None) -> Sequence[Tensor | None]:
-        """Where a mask is true: everywhere, since nothing is known of it. Other indices stay."""
+        """Where a mask is true: everywhere if nothing is known of it. Other indices stay."""
         if index is None or index.dtype != torch.bool:
             return [index]
-        places = torch.ones(index.shape, dtype=torch.bool).nonzero(as_tuple=True)
+        known = contents(index)
+        mask = torch.ones(index.shape, dtype=torch.bool) if known is None else known
+        places = mask.nonzero(as_tuple=True)
         with self.shapes:
             return [self.lift(place).to(index.device) for place in places]
 
@@ -164,7 +176,7 @@ class PretendGpu(TorchDispatchMode):
     def _read(self, func: Any, t: Tensor) -> Any:
         if t.device.type == "cuda":
             self._wait(func.__name__)
-        return True if func is aten.equal.default else self.made_up((), t.dtype).item()
+        return True if func is aten.equal.default else self._downloaded(t, t.dtype).item()
 
     def _wait(self, what: str) -> None:
         for traffic in self.open:
@@ -182,7 +194,15 @@ class PretendGpu(TorchDispatchMode):
 
     def lift(self, t: Tensor) -> Tensor:
         """A tensor without contents, as `t` on its device."""
-        return t if isinstance(t, FakeTensor) else self.shapes.from_tensor(t)
+        if isinstance(t, FakeTensor):
+            return t
+        fake: Any = self.shapes.from_tensor(t)
+        fake.contents = contents(t)
+        return fake
+
+    def _downloaded(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        known = contents(t)
+        return self.made_up(t.shape, dtype) if known is None else known.to(dtype)
 
     def made_up(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """What the GPU would have computed is unknown: positive numbers below 1, True, or 1."""

@@ -83,7 +83,9 @@ def whole_qwen() -> Any:
             use_dynamic_shifting=True, time_shift_type="exponential", **QWEN_SHIFT
         ),
         vae=models.filled(
-            lambda: diffusers.AutoencoderKLQwenImage(latents_mean=[0.0] * 16, latents_std=[1.0] * 16), True
+            lambda: diffusers.AutoencoderKLQwenImage(latents_mean=[0.0] * 16, latents_std=[1.0] * 16),
+            True,
+            torch.float32,
         ),
         text_encoder=models.filled(lambda: kind(config), True),
         tokenizer=byte_tokenizer(),
