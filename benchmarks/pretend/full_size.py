@@ -19,7 +19,7 @@ from ..report.markdown import markdown_table
 from ..speed.full_size_models import SHAPES
 from .gpu import Traffic
 from .models import WHOLE_PIPELINES
-from .phases import pretend_run, uncut_prompts
+from .phases import pretend_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHOWN_PHASES = ("prompts", "decoding", "update")
@@ -85,8 +85,7 @@ def pretend_case(name: str) -> dict[str, Any]:
                 for update in align(run.state, run.job):
                     run.keep(update)
         on_cpu = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
-        with uncut_prompts():
-            estimate = memory(DiffusersPolicy(shapes_only(), on_cpu), config, config.rollout.images_at_once)
+        estimate = memory(DiffusersPolicy(shapes_only(), on_cpu), config, config.rollout.images_at_once)
     return {
         "name": name,
         "config": case.config,

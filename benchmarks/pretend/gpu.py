@@ -1,8 +1,8 @@
 """A pretended GPU: tensors on "cuda" have shapes, dtypes and devices but no contents; tensors on the CPU are real.
 
 Operations across devices raise as on a GPU. Memory, waits, transfers and operations are counted by phase. A number that
-comes back from the GPU is made up, but finite, unless it follows from known masks and positions (`contents.py`).
-Models whose weights are shapes on the CPU too take no memory at all.
+comes back from the GPU is made up, but finite, unless it follows from known masks and positions. Models
+whose weights are shapes on the CPU too take no memory at all.
 """
 
 import sys
@@ -20,12 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from .contents import GROWING, contents, follow, remember
+from trainer.memory.contents import SCALARS, contents, followed, lift
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[2]
 ROUNDING = 512  # PyTorch's allocator rounds up to it
-SCALARS = (aten._local_scalar_dense.default, aten.item.default)
 MASKS = (aten.nonzero.default, aten.masked_select.default)
 CASTS = (aten._to_copy.default, aten.to.dtype)
 NO_KERNEL = ("detach", "alias", "device", "lift", "empty", "_unsafe_view", "_reshape_alias", "new_empty")
@@ -100,16 +99,7 @@ class PretendGpu(TorchDispatchMode):
             self._count(func, args, tensors)
         if func.__name__.startswith("_fused_adam"):
             return None  # nothing is computed, and it returns nothing
-        known = follow(func, args, kwargs)
-        if func in (aten.index.Tensor, aten.index_put_.default):
-            args = (args[0], [i for index in args[1] for i in self._positions(index)], *args[2:])
-        if func in GROWING and known is not None:
-            with self.shapes:
-                out = self.lift(known).to(tensors[0].device)
-        else:
-            out = self._shaped(func, args, kwargs)
-        remember(out, known)
-        return out
+        return followed(self.shapes, func, args, kwargs, lambda *given: self._shaped(func, given, kwargs))
 
     def _shaped(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operation on shapes; a real tensor of the CPU enters as one without contents."""
@@ -121,16 +111,6 @@ class PretendGpu(TorchDispatchMode):
             if t.device.type == "cuda":
                 self._allocate(t)
         return out
-
-    def _positions(self, index: Tensor | None) -> Sequence[Tensor | None]:
-        """Where a mask is true: everywhere if nothing is known of it. Other indices stay."""
-        if index is None or index.dtype != torch.bool:
-            return [index]
-        known = contents(index)
-        mask = torch.ones(index.shape, dtype=torch.bool) if known is None else known
-        places = mask.nonzero(as_tuple=True)
-        with self.shapes:
-            return [self.lift(place).to(index.device) for place in places]
 
     def _count(self, func: Any, args: Any, tensors: Sequence[Tensor]) -> None:
         """Count a kernel, and the waits and uploads that are hidden in it; refuse tensors of several devices."""
@@ -193,12 +173,7 @@ class PretendGpu(TorchDispatchMode):
                 traffic.blocking[f"{tuple(t.shape)} at {caller()}"] += 1
 
     def lift(self, t: Tensor) -> Tensor:
-        """A tensor without contents, as `t` on its device."""
-        if isinstance(t, FakeTensor):
-            return t
-        fake: Any = self.shapes.from_tensor(t)
-        fake.contents = contents(t)
-        return fake
+        return lift(self.shapes, t)
 
     def _downloaded(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         known = contents(t)

@@ -5,8 +5,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from diffusers import QwenImagePipeline
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainer.loop import align, update
@@ -36,13 +34,7 @@ def pretend_run(shapes: FakeTensorMode | None = None, capacity: int | None = Non
         stack.enter_context(pretending(gpu))
         for name, (owner, function) in PHASES.items():
             stack.enter_context(patch.object(owner, function, counted(gpu, name, getattr(owner, function))))
-        stack.enter_context(uncut_prompts())
         yield gpu
-
-
-def uncut_prompts() -> Any:
-    """Inside, Qwen-Image's prompts keep all tokens: they are cut by their masks, whose contents are unknown here."""
-    return patch.multiple(QwenImagePipeline, _extract_masked_hidden=all_tokens, encode_prompt=encode_whole)
 
 
 def counted(gpu: PretendGpu, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,11 +45,3 @@ def counted(gpu: PretendGpu, name: str, function: Callable[..., Any]) -> Callabl
             return function(*args, **kwargs)
 
     return call
-
-
-def all_tokens(pipeline: Any, hidden: Tensor, mask: Tensor) -> list[Tensor]:
-    return list(hidden)
-
-
-def encode_whole(pipeline: Any, prompt: list[str], device: Any, max_sequence_length: int) -> tuple[Tensor, None]:
-    return pipeline._get_qwen_prompt_embeds(prompt, device)[0][:, :max_sequence_length], None

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from ..loop.calls import ModelCalls, count_model_calls
 from ..loop.objectives import make_objective
 from ..loop.plan import make_plan
 from ..policy.diffusers_policy import DiffusersPolicy
-from .tracker import peak_bytes, pretended_mode
+from .tracker import peak_bytes, pretended_mode, shapes_only
 
 PACKED = 4096
 """adamw8bit keeps the moments of smaller tensors in float32."""
@@ -148,7 +147,7 @@ def _training_bytes(lora: list[nn.Parameter], config: Config) -> int:
 
 def _update_bytes(policy: DiffusersPolicy, at_once: int) -> int:
     text = parts_for_text(policy)
-    with pretended_mode(text) or nullcontext():
+    with shapes_only(pretended_mode(text)):
         condition = policy.encode(["measure"]).rows([0] * at_once)
     time = policy.grid(2).timesteps[0].item()
 
@@ -165,7 +164,8 @@ def _update_bytes(policy: DiffusersPolicy, at_once: int) -> int:
 
 def pretends(policy: DiffusersPolicy) -> bool:
     """Whether the model's sizes can be found without computing; bitsandbytes' layers have no contentless copy."""
-    return policy.adapter.pretends and policy.config.model.quantize != "4bit"
+    shapes = pretended_mode([policy.denoiser]) is not None
+    return shapes or (policy.adapter.pretends and policy.config.model.quantize != "4bit")
 
 
 def _decode_bytes(policy: DiffusersPolicy, at_once: int) -> int:

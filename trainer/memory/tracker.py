@@ -1,8 +1,8 @@
 """How much memory a computation takes, found without doing it: tensors without contents, their sizes counted."""
 
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from .contents import KnownContents
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -54,12 +56,19 @@ def pretended_mode(modules: list[nn.Module]) -> FakeTensorMode | None:
     return next((t.fake_mode for t in weights if isinstance(t, FakeTensor)), None)
 
 
+@contextmanager
+def shapes_only(mode: FakeTensorMode | None) -> Iterator[FakeTensorMode | None]:
+    """Inside, tensors have no contents but small masks and positions; None: nothing changes."""
+    with mode or nullcontext(), KnownContents(mode) if mode else nullcontext():
+        yield mode
+
+
 def peak_bytes(modules: list[nn.Module], compute: Callable[[], Any], pretend: bool = True) -> int:
     """The most bytes at a time that `compute` takes beyond the weights of `modules`; without `pretend` by doing it."""
     tracker = MemoryTracker()
     weights = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     fake = pretended_mode(modules) or FakeTensorMode(allow_non_fake_inputs=True)
-    with fake if pretend else nullcontext() as mode:
+    with shapes_only(fake) if pretend else nullcontext() as mode:
         kept = [t if isinstance(t, FakeTensor) else mode.from_tensor(t) for t in weights] if mode else weights
         for tensor in kept:
             tracker.ignore(tensor)

@@ -12,7 +12,7 @@ from comfyui_pcpo.tiny import pipelines
 from ..config.schema import Config, ConfigError, ModelConfig
 from .base import LoraPairs
 from .diffusers_policy import PRECISIONS, DiffusersPolicy, module_names
-from .families import FAMILIES, denoiser_of
+from .families import denoiser_of
 from .lora_pairs import padded, read_lora
 from .shapes import load_shapes
 from .single_file import left_out, load_checkpoint, precisions
@@ -78,7 +78,7 @@ def make_policy(config: Config) -> DiffusersPolicy:
 def make_shapes(config: Config) -> DiffusersPolicy:
     """As `make_policy`, but weights are shapes, of which nothing is read; raises the same errors.
 
-    Embedded models, which are small, and models whose sizes cannot be found without computing are read.
+    Embedded models, which are small, and those for bitsandbytes are read.
     """
     m = config.model
     if m.name in pipelines.EMBEDDED or Path(m.name).suffix in PICKLES or m.quantize == "4bit":
@@ -89,8 +89,7 @@ def make_shapes(config: Config) -> DiffusersPolicy:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(_not_loaded(m.name, m.config, error)) from error
-    family = FAMILIES.get(type(pipeline).__name__)
-    return make_policy(config) if family is not None and not family.pretends else _with_lora(pipeline, config)
+    return _with_lora(pipeline, config)
 
 
 def _with_lora(pipeline: Any, config: Config) -> DiffusersPolicy:

@@ -25,7 +25,7 @@ class PipelineAdapter:
 
     layout: Family = "sd3"  # names of the exported LoRA
     kind: Kind = "flow"
-    pretends = True  # whether its sizes can be found without computing
+    pretends = True  # whether real weights have contentless copies
     token = 2  # side of the latent square that the denoiser reads as one token
 
     def __init__(self, pipeline: Any, rollout: RolloutConfig):
