@@ -13,7 +13,8 @@ from benchmarks.study.studies import STUDIES
 pytestmark = pytest.mark.slow
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-ARCHIVE = DOCS.parent / "benchmarks" / "results" / "medium.tar.xz"
+ARCHIVES = DOCS.parent / "benchmarks" / "results"
+EVALUATIONS = "model-evaluations.md"  # the only page of the study `evaluations`; the others are those of `medium`
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 MEASURED = re.compile(r"-?\b\d\.\d\d+\b|\b\d+ %|\b\d+ of 30\b")  # results as they are printed in a sentence
 
@@ -21,9 +22,13 @@ MEASURED = re.compile(r"-?\b\d\.\d\d+\b|\b\d+ %|\b\d+ of 30\b")  # results as th
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The archived runs."""
-    folder = tmp_path_factory.mktemp("runs")
-    shutil.unpack_archive(ARCHIVE, folder)
-    return folder / "medium"
+    return unpacked("medium", tmp_path_factory)
+
+
+def unpacked(study, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(study)
+    shutil.unpack_archive(ARCHIVES / f"{study}.tar.xz", folder)
+    return folder / study
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +37,9 @@ def made(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     shutil.copy(DOCS / "results.md", folder)
     write_report("medium", STUDIES["medium"], runs, folder)
+    other = tmp_path_factory.mktemp("other")
+    write_report("evaluations", STUDIES["evaluations"], unpacked("evaluations", tmp_path_factory), other)
+    shutil.copy(other / "results" / EVALUATIONS, folder / "results")
     return folder
 
 
