@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests ask no hub: without a network it is asked for half a minute
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("emoji-flow", "emoji-eps")
 

@@ -9,20 +9,20 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map_only
 
-aten = torch.ops.aten
+ops = torch.ops.aten
 SMALL = 2**16
 """Elements of the largest tensor that is followed."""
-SCALARS = (aten._local_scalar_dense.default, aten.item.default)
-INDEXING = (aten.index.Tensor, aten.index_put_.default)
-GROWING = (aten.nonzero.default, aten.repeat_interleave.Tensor)
+SCALARS = (ops._local_scalar_dense.default, ops.item.default)
+INDEXING = (ops.index.Tensor, ops.index_put_.default)
+GROWING = (ops.nonzero.default, ops.repeat_interleave.Tensor)
 """Operations whose output's shape depends on contents."""
 FILLING = (
-    aten.zeros.default, aten.ones.default, aten.full.default, aten.scalar_tensor.default, aten.arange.default,
-    aten.arange.start,
+    ops.zeros.default, ops.ones.default, ops.full.default, ops.scalar_tensor.default, ops.arange.default,
+    ops.arange.start,
 )  # fmt: skip
 LIKE = (
-    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_zeros.default,
-    aten.new_ones.default, aten.new_full.default,
+    ops.zeros_like.default, ops.ones_like.default, ops.full_like.default, ops.new_zeros.default,
+    ops.new_ones.default, ops.new_full.default,
 )  # fmt: skip
 """Operations that look only at their input's shape."""
 CALLER = {"device": "cpu", "pin_memory": None, "non_blocking": False}
@@ -46,7 +46,7 @@ class KnownContents(TorchDispatchMode):
 
 def followed(shapes: FakeTensorMode, func: Any, args: Any, kwargs: dict[str, Any], compute: Any) -> Any:
     """The operation on shapes by `compute(*args)`, and its contents where those of its inputs are known."""
-    known = follow(func, args, kwargs)
+    known = known_result(func, args, kwargs)
     if func in INDEXING:
         args = (args[0], [i for index in args[1] for i in positions(shapes, index)], *args[2:])
     if func in GROWING and known is not None:
@@ -87,7 +87,7 @@ def contents(t: Tensor) -> Tensor | None:
     return getattr(t, "contents", None) if isinstance(t, FakeTensor) else t
 
 
-def follow(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def known_result(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What the operation gives, computed on the CPU if all its inputs are known; in-place operations change theirs."""
     options = {name: CALLER.get(name, value) for name, value in kwargs.items()}
     with _disable_current_modes():
