@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.report.collect import collect
+from benchmarks.report.evaluations_page import evaluations_page
 from benchmarks.report.pages import BEGIN, END, write_report
 from benchmarks.study.studies import STUDIES
 
@@ -37,9 +39,8 @@ def made(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     shutil.copy(DOCS / "results.md", folder)
     write_report("medium", STUDIES["medium"], runs, folder)
-    other = tmp_path_factory.mktemp("other")
-    write_report("evaluations", STUDIES["evaluations"], unpacked("evaluations", tmp_path_factory), other)
-    shutil.copy(other / "results" / EVALUATIONS, folder / "results")
+    other = collect(STUDIES["evaluations"], unpacked("evaluations", tmp_path_factory))
+    (folder / "results" / EVALUATIONS).write_text(evaluations_page(other) + "\n", encoding="utf-8")
     return folder
 
 

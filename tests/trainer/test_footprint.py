@@ -93,7 +93,7 @@ def test_nothing_is_computed_and_nothing_changes(make_config):
 def test_every_setting_that_saves_memory_shows_in_the_estimate(make_config):
     def found(rollout=None, optimizer=None, ema=0.0, **model):
         config = make_config(
-            "emoji-eps",
+            "emoji-flow",
             model=model,
             rollout={"cfg": 2.0, **(rollout or {})},
             optimizer={"name": "adamw", "ema_decay": ema},
