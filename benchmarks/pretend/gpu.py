@@ -177,7 +177,7 @@ class PretendGpu(TorchDispatchMode):
 
     def _downloaded(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         known = contents(t)
-        return self.made_up(t.shape, dtype) if known is None else known.to(dtype)
+        return self.made_up(t.shape, dtype) if known is None else known.to(dtype, copy=True)
 
     def made_up(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """What the GPU would have computed is unknown: positive numbers below 1, True, or 1."""

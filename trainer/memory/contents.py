@@ -1,5 +1,7 @@
 """What is known of tensors without contents: small masks and positions, for models that look for tokens by them."""
 
+import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,19 +16,21 @@ SMALL = 2**16
 """Elements of the largest tensor that is followed."""
 SCALARS = (ops._local_scalar_dense.default, ops.item.default)
 INDEXING = (ops.index.Tensor, ops.index_put_.default)
-GROWING = (ops.nonzero.default, ops.repeat_interleave.Tensor)
+DATA_DEPENDENT = (ops.nonzero.default, ops.repeat_interleave.Tensor)
 """Operations whose output's shape depends on contents."""
 FILLING = (
     ops.zeros.default, ops.ones.default, ops.full.default, ops.scalar_tensor.default, ops.arange.default,
     ops.arange.start,
 )  # fmt: skip
-LIKE = (
+SHAPE_ONLY = (
     ops.zeros_like.default, ops.ones_like.default, ops.full_like.default, ops.new_zeros.default,
     ops.new_ones.default, ops.new_full.default,
 )  # fmt: skip
 """Operations that look only at their input's shape."""
-CALLER = {"device": "cpu", "pin_memory": None, "non_blocking": False}
+CPU_OPTIONS = {"device": "cpu", "pin_memory": None, "non_blocking": False}
 """Arguments of an operation that belong to the device."""
+LOST: set[int] = set()
+"""Storages of contents that an unknown number was written to."""
 
 
 class KnownContents(TorchDispatchMode):
@@ -49,7 +53,7 @@ def followed(shapes: FakeTensorMode, func: Any, args: Any, kwargs: dict[str, Any
     known = known_result(func, args, kwargs)
     if func in INDEXING:
         args = (args[0], [i for index in args[1] for i in positions(shapes, index)], *args[2:])
-    if func in GROWING and known is not None:
+    if func in DATA_DEPENDENT and known is not None:
         device = args[0].device
         with shapes:
             out = lift(shapes, known).to(device)
@@ -64,7 +68,8 @@ def lift(shapes: FakeTensorMode, t: Tensor) -> Tensor:
     if isinstance(t, FakeTensor):
         return t
     fake = shapes.from_tensor(t)
-    remember(fake, contents(t))
+    known = contents(t)
+    remember(fake, None if known is None else known.clone())
     return fake
 
 
@@ -82,31 +87,63 @@ def positions(shapes: FakeTensorMode, index: Tensor | None) -> Sequence[Tensor |
 
 def contents(t: Tensor) -> Tensor | None:
     """The numbers of `t`, where they are known."""
-    if t.is_floating_point() or t.is_complex() or t.numel() > SMALL:
+    if not is_followed(t):
         return None
-    return getattr(t, "contents", None) if isinstance(t, FakeTensor) else t
+    numbers = getattr(t, "contents", None) if isinstance(t, FakeTensor) else t
+    return None if numbers is None or numbers.untyped_storage()._cdata in LOST else numbers
+
+
+def is_followed(t: Tensor) -> bool:
+    """Whether it is a small tensor of whole numbers."""
+    return not (t.is_floating_point() or t.is_complex() or t.numel() > SMALL)
 
 
 def known_result(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What the operation gives, computed on the CPU if all its inputs are known; in-place operations change theirs."""
-    if args and isinstance(args[0], Tensor) and args[0].is_floating_point() and func not in LIKE:
+    if is_left_out(func, args, kwargs):
         return None
-    options = {name: CALLER.get(name, value) for name, value in kwargs.items()}
+    options = {name: CPU_OPTIONS.get(name, value) for name, value in kwargs.items()}
     with _disable_current_modes():
-        if func in LIKE:
+        if func in SHAPE_ONLY:
             return func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **options)
         tensors = [t for t in tree_iter((args, options)) if isinstance(t, Tensor)]
         if (tensors or func in FILLING) and all(contents(t) is not None for t in tensors):
             known, options = tree_map_only(Tensor, contents, (args, options))
             return func(*known, **options)
     if func._schema.is_mutable:
-        remember(args[0], None)
+        lose_contents(func, args, kwargs)
     return None
 
 
+def is_left_out(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the result is random, uninitialised, floating-point or large."""
+    if torch.Tag.nondeterministic_seeded in func.tags or func.__name__.startswith(("empty", "new_empty")):
+        return True
+    first, dtype = args[0] if args else None, kwargs.get("dtype")
+    if dtype is not None and (dtype.is_floating_point or dtype.is_complex):
+        return True
+    if isinstance(first, Tensor):
+        of_other = first.numel() > SMALL or (first.is_floating_point() and (dtype is None or func not in SHAPE_ONLY))
+        return of_other and not func._schema.is_mutable
+    return isinstance(first, (list, tuple)) and func in FILLING and math.prod(first) > SMALL
+
+
 def remember(out: Any, known: Any) -> None:
-    """Let the results of an operation know their contents; None: unknown."""
+    """Attach contents to the results of an operation; None: unknown."""
     pairs = zip(out, known or [None] * len(out), strict=True) if isinstance(out, (list, tuple)) else [(out, known)]
     for tensor, numbers in pairs:
         if isinstance(tensor, FakeTensor):
-            tensor.contents = numbers  # pyright: ignore[reportAttributeAccessIssue]
+            kept = numbers is not None and is_followed(numbers)
+            tensor.contents = numbers if kept else None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def lose_contents(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """What an operation writes to is unknown from now on, and so are its views and what it is a view of."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written = args[place] if place < len(args) else kwargs.get(argument.name)
+            numbers = getattr(written, "contents", None)
+            if numbers is not None:
+                storage = numbers.untyped_storage()
+                LOST.add(storage._cdata)
+                weakref.finalize(storage, LOST.discard, storage._cdata)

@@ -66,7 +66,8 @@ class DiffusersPolicy:
         pipeline, m = self.pipeline, self.config.model
         if pipeline.vae.dtype != torch.float32:
             pipeline.vae.float()  # decoding in half precision is visible, and overflows in SDXL's
-        order_channels_last(pipeline.vae)
+        if self.device.type == "cpu":
+            order_channels_last(pipeline.vae)
         text = [part for part in modules if part is not self.denoiser and part is not pipeline.vae]
         factors = [m for layer in self._layers().values() for m in (layer.lora_A, layer.lora_B)]
         for module in factors:
@@ -191,6 +192,9 @@ def module_names(denoiser: nn.Module) -> list[str]:
 
 
 def order_channels_last(vae: nn.Module) -> None:
-    """Reorder the weights for faster convolutions: decoding takes 40 % less time on a CPU. Not for those of videos."""
+    """Convert the weights to channels-last, with which a CPU decodes in 40 % less time.
+
+    Video VAEs are left alone: the format does not exist for 5-D weights.
+    """
     if not any(p.ndim == 5 or isinstance(p, FakeTensor) for p in vae.parameters()):
         vae.to(memory_format=torch.channels_last)

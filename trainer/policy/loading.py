@@ -37,7 +37,7 @@ def load_pipeline(name: str, base: str | None = None, dtype: torch.dtype = torch
         raise ConfigError(
             f"model.name {name} may hold code, so it is not opened. Use a .safetensors file of the model."
         )
-    refuse_no_name(name, base)
+    refuse_impossible_name(name)
     import diffusers
 
     try:
@@ -50,10 +50,10 @@ def load_pipeline(name: str, base: str | None = None, dtype: torch.dtype = torch
         raise ConfigError(_not_loaded(name, base, error)) from error
 
 
-def refuse_no_name(name: str, base: str | None) -> None:
+def refuse_impossible_name(name: str) -> None:
     """Raise ConfigError for what is neither a file or folder nor an owner's repository, without asking the hub."""
     if Path(name).suffix != ".safetensors" and "/" not in name and not Path(name).exists():
-        raise ConfigError(_not_loaded(name, base, ValueError("there is no such folder, and names on the hub have a /")))
+        raise ConfigError(_not_loaded(name, None, ValueError("there is no such folder, and names on the hub have a /")))
 
 
 def _not_loaded(name: str, base: str | None, error: Exception) -> str:
@@ -90,7 +90,7 @@ def make_shapes(config: Config) -> DiffusersPolicy:
     m = config.model
     if m.name in pipelines.EMBEDDED or Path(m.name).suffix in PICKLES or m.quantize == "4bit":
         return make_policy(config)
-    refuse_no_name(m.name, m.config)
+    refuse_impossible_name(m.name)
     try:
         pipeline = load_shapes(m.name, m.config, PRECISIONS[m.precision])
     except ConfigError:

@@ -17,7 +17,7 @@ QWEN21_SIDE = 64  # the pipeline's own size, 1024 pixels, which no part of it re
 
 class QwenImage21(PipelineAdapter):
     layout: Family = "qwen"
-    pretends = False  # its transformer looks for the image's tokens by their contents
+    pretends = False  # its rotary tables are complex, too
 
     def default_side(self) -> int:
         return QWEN21_SIDE
