@@ -29,7 +29,7 @@ SHAPE_ONLY = (
 """Operations that look only at their input's shape."""
 CPU_OPTIONS = {"device": "cpu", "pin_memory": None, "non_blocking": False}
 """Arguments of an operation that belong to the device."""
-LOST: set[int] = set()
+OVERWRITTEN: set[int] = set()
 """Storages of contents that an unknown number was written to."""
 
 
@@ -90,7 +90,7 @@ def contents(t: Tensor) -> Tensor | None:
     if not is_followed(t):
         return None
     numbers = getattr(t, "contents", None) if isinstance(t, FakeTensor) else t
-    return None if numbers is None or numbers.untyped_storage()._cdata in LOST else numbers
+    return None if numbers is None or numbers.untyped_storage()._cdata in OVERWRITTEN else numbers
 
 
 def is_followed(t: Tensor) -> bool:
@@ -145,5 +145,5 @@ def lose_contents(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
             numbers = getattr(written, "contents", None)
             if numbers is not None:
                 storage = numbers.untyped_storage()
-                LOST.add(storage._cdata)
-                weakref.finalize(storage, LOST.discard, storage._cdata)
+                OVERWRITTEN.add(storage._cdata)
+                weakref.finalize(storage, OVERWRITTEN.discard, storage._cdata)
