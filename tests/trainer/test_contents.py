@@ -46,3 +46,10 @@ def test_an_unknown_number_makes_a_tensor_and_its_views_unknown(shapes, through_
     else:
         base.copy_(unknown)
     assert contents(base) is None and contents(view) is None
+
+
+def test_random_numbers_written_in_place_are_unknown(shapes):
+    base = torch.zeros(4, dtype=torch.long)
+    view = base[:2]
+    base.random_(5)
+    assert contents(base) is None and contents(view) is None

@@ -100,16 +100,15 @@ def is_followed(t: Tensor) -> bool:
 
 def known_result(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What the operation gives, computed on the CPU if all its inputs are known; in-place operations change theirs."""
-    if is_left_out(func, args, kwargs):
-        return None
-    options = {name: CPU_OPTIONS.get(name, value) for name, value in kwargs.items()}
-    with _disable_current_modes():
-        if func in SHAPE_ONLY:
-            return func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **options)
-        tensors = [t for t in tree_iter((args, options)) if isinstance(t, Tensor)]
-        if (tensors or func in FILLING) and all(contents(t) is not None for t in tensors):
-            known, options = tree_map_only(Tensor, contents, (args, options))
-            return func(*known, **options)
+    if not is_left_out(func, args, kwargs):
+        options = {name: CPU_OPTIONS.get(name, value) for name, value in kwargs.items()}
+        with _disable_current_modes():
+            if func in SHAPE_ONLY:
+                return func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **options)
+            tensors = [t for t in tree_iter((args, options)) if isinstance(t, Tensor)]
+            if (tensors or func in FILLING) and all(contents(t) is not None for t in tensors):
+                known, options = tree_map_only(Tensor, contents, (args, options))
+                return func(*known, **options)
     if func._schema.is_mutable:
         lose_contents(func, args, kwargs)
     return None
@@ -123,8 +122,7 @@ def is_left_out(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     if dtype is not None and (dtype.is_floating_point or dtype.is_complex):
         return True
     if isinstance(first, Tensor):
-        of_other = first.numel() > SMALL or (first.is_floating_point() and (dtype is None or func not in SHAPE_ONLY))
-        return of_other and not func._schema.is_mutable
+        return first.numel() > SMALL or (first.is_floating_point() and (dtype is None or func not in SHAPE_ONLY))
     return isinstance(first, (list, tuple)) and func in FILLING and math.prod(first) > SMALL
 
 

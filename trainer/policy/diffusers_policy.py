@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from comfyui_pcpo.lora.formats import Family
 from comfyui_pcpo.lora.targets import is_target
@@ -17,6 +16,7 @@ from ..config.schema import Config, ConfigError
 from ..memory.offload import Offloader, Parts
 from ..memory.quantize import store
 from ..memory.shard import compile_blocks, shard, sharded
+from ..memory.tracker import pretended_mode
 from ..memory.transfer import copies_on_cpu, upload
 from .base import LoraPairs, Progress, no_progress
 from .device import pick_device
@@ -196,5 +196,5 @@ def order_channels_last(vae: nn.Module) -> None:
 
     Video VAEs are left alone: the format does not exist for 5-D weights.
     """
-    if not any(p.ndim == 5 or isinstance(p, FakeTensor) for p in vae.parameters()):
+    if pretended_mode([vae]) is None and not any(p.ndim == 5 for p in vae.parameters()):
         vae.to(memory_format=torch.channels_last)
