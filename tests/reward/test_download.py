@@ -163,7 +163,8 @@ def test_a_login_stays_with_its_host_and_its_encryption(after, may):
 
 
 @pytest.fixture
-def hub():
+def hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # tests are offline elsewhere
     server = Hub()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
