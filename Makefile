@@ -1,5 +1,6 @@
 # make demo       install into .venv once, then align the embedded model (no download of weights)
-# make test       all tests                   make test-fast   all but the slow ones, about a minute
+# make test       the tests                   make test-fast   all but the slow ones, about a minute
+# make test-thorough   the few that `make test` leaves out because they repeat another with one more setting
 # make torture    200 random kills and signals: resumed runs equal uninterrupted ones
 # make lint       ruff                        make types       pyright
 # make clean      remove caches and builds    make distclean   the same and .venv
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast torture lint types install clean distclean
+.PHONY: demo test test-fast test-thorough torture lint types install clean distclean
 .DEFAULT_GOAL := demo
 
 # idle OpenMP threads that spin instead of sleeping slow everything down tenfold as soon as the cores are shared
@@ -22,10 +23,13 @@ demo: install
 	$(BIN)/python -m trainer demo
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not thorough"
 
 test-fast: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+test-thorough: install
+	$(BIN)/python -m pytest -q -n 2 -m thorough
 
 torture: install
 	$(BIN)/python tests/support/torture.py --kills 200

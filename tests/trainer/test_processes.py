@@ -121,7 +121,9 @@ def test_two_processes_have_the_guard_of_one(make_config, script, tmp_path):
             assert mine["guard"][key] == other["guard"][key]
 
 
-@pytest.mark.parametrize(("family", "precision"), [("sd15", "float32"), ("flux", "bfloat16")])
+@pytest.mark.parametrize(
+    ("family", "precision"), [pytest.param("sd15", "float32", marks=pytest.mark.thorough), ("flux", "bfloat16")]
+)
 def test_a_model_spread_over_two_processes_trains_as_a_whole_one(make_config, script, tmp_path, family, precision):
     folder = str(tiny_pipelines.save(family, tmp_path / "models"))
     size = {"height": tiny_pipelines.SIDE, "width": tiny_pipelines.SIDE, "cfg": 2.0}
