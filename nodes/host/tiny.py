@@ -1,5 +1,6 @@
 """The embedded models as ComfyUI classes: an MMDiT or a UNet, a CLIP text encoder and a TAESD-type VAE."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from torch import Tensor, nn
 
 from comfyui_pcpo.tiny.pipelines import MODELS, SHARED
 
-TEXT = {"bos": 216, "eos": 217, "length": 16, "width": 128, "vocabulary": 218}
+CLIP: dict[str, Any] = json.loads((SHARED / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+TEXT = {
+    "bos": CLIP["bos_token_id"], "eos": CLIP["eos_token_id"], "length": CLIP["max_position_embeddings"],
+    "width": CLIP["hidden_size"], "vocabulary": CLIP["vocab_size"],
+}  # fmt: skip
 # layer in ComfyUI's TAESD: layer in the diffusers file; TAESD layers without an entry become identities
 ENCODER = {0: 0, 1: 1, 2: 2, 3: 3, 4: 6, 5: 7, 6: 10, 7: 11, 8: 14}
 DECODER = {0: 1, 2: 3, 3: 4, 4: 5, 6: 7, 7: 8, 8: 9, 10: 12, 11: 13, 13: 17, 14: 18, 15: 19}
@@ -47,14 +52,14 @@ class EmojiEps(comfy.supported_models_base.BASE):
 
 
 EPS_CONFIG: dict[str, Any] = {
-    "image_size": 8,
+    "image_size": 16,
     "in_channels": 16,
     "out_channels": 16,
-    "model_channels": 64,
-    "num_res_blocks": [1, 1],
-    "channel_mult": [1, 2],
-    "transformer_depth": [0, 1],
-    "transformer_depth_output": [0, 0, 1, 1],
+    "model_channels": 32,
+    "num_res_blocks": [1, 1, 1],
+    "channel_mult": [1, 3, 4],
+    "transformer_depth": [0, 1, 1],
+    "transformer_depth_output": [0, 0, 1, 1, 1, 1],
     "transformer_depth_middle": 1,
     "context_dim": 128,
     "use_spatial_transformer": True,

@@ -10,6 +10,7 @@ import torch
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.method.rollout import derive_seed
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
+from comfyui_pcpo.tiny.tinyeval import drawing_features, suite_prompts
 
 from ..config.loading import with_options
 from ..config.schema import Config, ConfigError
@@ -19,7 +20,7 @@ from ..policy.families import denoiser_of
 from ..policy.loading import load_configured
 from ..runs.folder import RunFolder
 from ..runs.rewards import make_reward, reward_settings
-from .metrics import Meter, Tally, load_networks
+from .metrics import TINYEVAL, Meter, Tally, load_networks, load_reader
 from .options import EvaluationOptions
 from .report import MOST_SHOWN, Metric, Report, Shown, save_images
 from .sampling import Draw, Guide, decoded, sample_latents, sampling_policy
@@ -93,6 +94,13 @@ def configured(config: Config, options: EvaluationOptions) -> Config:
     changes = {"rollout": {"cfg": options.cfg}, "reward": {"folder": options.folder}}
     if options.prompts is not None:
         changes["prompts"] = {"file": options.prompts, "lines": ()}
+    if options.suite is not None:
+        if config.model.name not in EMBEDDED:
+            raise ConfigError(
+                f"--suite {options.suite} judges images of the embedded models ({', '.join(EMBEDDED)}) only, and the "
+                f"model is {config.model.name}. Name prompts with --prompts, and rewards with --rewards."
+            )
+        changes["prompts"] = {"file": None, "lines": suite_prompts()}
     return with_options(config, changes)
 
 
@@ -123,8 +131,13 @@ def make_meter(opened: Source, config: Config, options: EvaluationOptions) -> tu
         reward.to("cpu").load()
     networks = load_networks(tiny, options, settings.device)
     meter, notes = Meter(rewards, networks, config.reward.offload, settings.images_at_once), []
-    if options.reference is None:
+    if options.suite is not None:
+        meter.reader = load_reader()
+        meter.reference["tiny FD"] = drawing_features()
+    if options.reference is None and options.suite is None:
         notes.append("no --reference, so no Frechet distance")
+    elif options.reference is None:
+        notes.append("distances are to drawings of the same prompts")
     elif not networks.by_name:
         notes.append("neither --inception nor --dino, so no Frechet distance")
     else:
@@ -150,6 +163,8 @@ def reward_names(opened: Source, options: EvaluationOptions) -> list[str]:
 
 def role(name: str, opened: Source) -> str:
     """What a metric stands for: trained or held out for the rewards of a LoRA, else its kind."""
+    if name.startswith(TINYEVAL):
+        return "share of right images"
     if opened.path is None or name in ROLES:
         return ROLES.get(name, "reward")
     return "trained" if name in opened.config.reward.weights else "held out"

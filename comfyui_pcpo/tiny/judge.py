@@ -1,0 +1,35 @@
+"""Whether a reading of an image shows what its prompt asks for, attribute by attribute."""
+
+from collections import Counter
+
+from comfyui_pcpo.tiny.align import Detection, Reading
+from comfyui_pcpo.tiny.captions import SIZES, Scene
+
+BIG = 74  # pixels, half way between a small and a big object
+
+
+def judge(reading: Reading, scene: Scene) -> dict[str, bool]:
+    """Verdicts for what the scene says: object, count, and where said relation, size, background, pattern.
+
+    `object` asks for the right kinds and no others; `count` for the right number of each kind.
+    """
+    found, asked = Counter(d.kind for d in reading.found), Counter()
+    for thing in scene.things:
+        asked[thing.kind] += thing.count
+    verdicts = {"object": set(found) == set(asked), "count": found == asked}
+    if scene.relation is not None:
+        verdicts["relation"] = found == asked and related(reading.found, scene)
+    if scene.things[0].size is not None:
+        verdicts["size"] = found == asked and SIZES[reading.found[0].width > BIG] == scene.things[0].size
+    if scene.color is not None:
+        verdicts["background"] = reading.color == scene.color
+    if scene.pattern is not None:
+        verdicts["pattern"] = reading.pattern == scene.pattern
+    return verdicts
+
+
+def related(found: tuple[Detection, ...], scene: Scene) -> bool:
+    """Whether the first of two things lies on the asked side of the second, more than it lies on any other side."""
+    first, second = (next(d for d in found if d.kind == thing.kind) for thing in scene.things)
+    right, down = second.x - first.x, second.y - first.y
+    return right > abs(down) if scene.relation == "left of" else down > abs(right)
