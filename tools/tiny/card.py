@@ -64,7 +64,7 @@ def write_drawing_features(encoder: AlignImageEncoder, folder: Path) -> None:
 
 
 def suite_rows(encoder: AlignImageEncoder, root: Path) -> list[str]:
-    """TinyEval of drawings and of each model at its deterministic steps without guidance: the shares of right images."""
+    """TinyEval's shares of right images: drawings, and each model without guidance."""
     each = [prompt for prompt in suite_prompts() for _ in range(EACH)]
     images = {"drawings": drawn(each, seed=31)}
     for model, modes in MODES.items():
@@ -106,13 +106,8 @@ def table_text(table: list[Row]) -> str:
 def card_text(tables: dict[str, list[Row]], suite: list[str]) -> str:
     sections = "\n\n".join(f"{TITLES[name]}\n\n{table_text(table)}" for name, table in tables.items())
     head = ["| | " + " | ".join((*TASKS, "hard tasks", "all tasks")) + " |", "|---|" + "---|" * (len(TASKS) + 2)]
-    return CARD.format(
-        suite="\n".join((*head, *suite)),
-        objects=", ".join(OBJECTS),
-        shapes=", ".join(SHAPES),
-        colors=", ".join(COLORS),
-        tables=sections,
-    )
+    world = {"objects": ", ".join(OBJECTS), "shapes": ", ".join(SHAPES), "colors": ", ".join(COLORS)}
+    return CARD.format(**world, tables=sections, suite="\n".join((*head, *suite)))
 
 
 TITLES = {

@@ -45,7 +45,7 @@ SHOWN = 8  # pairs in the image
 
 
 def demo_config(reward: DemoReward, name: str, folder: Path, updates: int, seed: int) -> Config:
-    """PCPO on emoji-flow. `tinyeval` rewards what was asked for; `colorfulness` can be hacked, and the guard says so."""
+    """PCPO on emoji-flow: `tinyeval` rewards what was asked for, `colorfulness` can be hacked."""
     held_out = ["polish"] if reward == "tinyeval" else ["tinyeval", "polish"]
     tree = {
         "prompts": {"lines": list(DEMO_PROMPTS)},
