@@ -8,6 +8,7 @@ from comfyui_pcpo.tiny.align import Detection, Reading
 from comfyui_pcpo.tiny.captions import is_held_out
 from comfyui_pcpo.tiny.tinyeval import HARD, TASKS, grade, is_right, known_scene, shares, suite, suite_prompts, task_of
 from tools.tiny.measure import drawn
+from tools.tiny.templates import match
 
 
 def reading(*kinds: str, color: str = "red", pattern: str = "plain") -> Reading:
@@ -63,3 +64,9 @@ def test_drawings_of_the_suite_are_read_as_what_they_show():
 def test_the_reward_names_a_prompt_from_another_world_and_the_form_it_needs():
     with pytest.raises(RewardError, match="'a photo of a cat' is not a prompt that TinyEval can judge"):
         load_reward("tinyeval").score(torch.zeros(1, 128, 128, 3), ["a photo of a cat"])
+
+
+def test_template_matching_reads_drawings_as_what_they_show():
+    prompts = list(suite_prompts())[::2]
+    images = drawn(prompts, seed=3).permute(0, 3, 1, 2)
+    assert sum(is_right(match(image), known_scene(p)) for image, p in zip(images, prompts, strict=True)) >= 58

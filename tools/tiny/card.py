@@ -4,16 +4,18 @@ import logging
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.tiny import tinyeval
 from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
 from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, SHAPES
-from comfyui_pcpo.tiny.tinyeval import DRAWINGS, TASKS, suite_prompts
+from comfyui_pcpo.tiny.tinyeval import DRAWINGS, TASKS, is_right, known_scene, suite_prompts
 from tools.tiny.fit import Settings
 from tools.tiny.folders import Folders
 from tools.tiny.measure import drawn, features, generate, shares, suites, verdicts
+from tools.tiny.templates import match
 
 logger = logging.getLogger("tiny")
 # model -> (steps, guidance scale); guidance 1 is the model itself, without classifier-free guidance
@@ -80,6 +82,15 @@ def suite_rows(encoder: AlignImageEncoder, root: Path) -> list[str]:
     return lines
 
 
+def second_opinion(encoder: AlignImageEncoder, images: Tensor, prompts: list[str]) -> str:
+    """How often emoji-align and template matching agree on whether an image is right, and what the others are."""
+    first = [verdict["all"] for verdict in verdicts(encoder, images, prompts)]
+    second = [is_right(match(image.permute(2, 0, 1)), known_scene(p)) for image, p in zip(images, prompts, strict=True)]
+    same = sum(a == b for a, b in zip(first, second, strict=True))
+    alone = sum(a and not b for a, b in zip(first, second, strict=True))
+    return f"{same} of {len(images)} ({alone} right for emoji-align alone, {len(images) - same - alone} for the other)"
+
+
 def write_card(settings: Settings, folders: Folders) -> None:
     """Measure everything; write README.md beside the models and grids into the work folder."""
     encoder = load_image_encoder(folders.models / "emoji-align")
@@ -91,7 +102,13 @@ def write_card(settings: Settings, folders: Folders) -> None:
             steps, guidance = modes[-1]
             images = generate(name, shown, steps, guidance, folders.models, seed=3)
             grid(images, shown, columns=6, tile=160).save(settings.work / f"{name}.png")
-    text = card_text(tables, suite_rows(encoder, folders.models))
+    each = [prompt for prompt in suite_prompts() for _ in range(EACH)]
+    opinions = {"drawings": second_opinion(encoder, drawn(each, seed=32), each)}
+    if (folders.models / "emoji-flow").exists():
+        images = generate("emoji-flow", each, *MODES["emoji-flow"][0], folders.models)
+        opinions["images of emoji-flow"] = second_opinion(encoder, images, each)
+    agreement = "; ".join(f"{label} {opinion}" for label, opinion in opinions.items())
+    text = card_text(tables, suite_rows(encoder, folders.models), agreement)
     (folders.models / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -103,11 +120,11 @@ def table_text(table: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def card_text(tables: dict[str, list[Row]], suite: list[str]) -> str:
+def card_text(tables: dict[str, list[Row]], suite: list[str], agreement: str) -> str:
     sections = "\n\n".join(f"{TITLES[name]}\n\n{table_text(table)}" for name, table in tables.items())
     head = ["| | " + " | ".join((*TASKS, "hard tasks", "all tasks")) + " |", "|---|" + "---|" * (len(TASKS) + 2)]
     world = {"objects": ", ".join(OBJECTS), "shapes": ", ".join(SHAPES), "colors": ", ".join(COLORS)}
-    return CARD.format(**world, tables=sections, suite="\n".join((*head, *suite)))
+    return CARD.format(**world, tables=sections, agreement=agreement, suite="\n".join((*head, *suite)))
 
 
 TITLES = {
@@ -141,7 +158,8 @@ for is there. The hard tasks are the last four. `pcpo evaluate emoji-flow --suit
 {suite}
 
 Reader and generators learned from the same kind of drawings, so these figures measure prompt following inside this
-world only.
+world only. The reader was checked against template matching with the drawn sprites, which learns nothing
+(`tools/tiny/templates.py`). Both say the same of an image's being right or wrong: {agreement}.
 
 ## How they were made
 
