@@ -78,9 +78,9 @@ class Training:
 
 
 def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW; with `muon`, that optimizer (kellerjordan.github.io/posts/muon) for the matrices of transformer blocks."""
+    """AdamW; with `muon`, that optimizer (kellerjordan.github.io/posts/muon) for matrices and kernels within blocks."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    matrices = {name: p for name, p in trained.items() if settings.muon and "blocks." in name and p.ndim == 2}
+    matrices = {name: p for name, p in trained.items() if settings.muon and "block" in name and p.ndim > 1}
     others = [parameter for name, parameter in trained.items() if name not in matrices]
     adam = torch.optim.AdamW(others, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     if not matrices:

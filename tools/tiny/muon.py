@@ -26,15 +26,17 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 if matrix.grad is not None:
                     alike[matrix.shape].append(matrix)
-            for shape, matrices in alike.items():
-                self.turn(matrices, group, 0.2 * max(shape) ** 0.5)
+            for matrices in alike.values():
+                self.turn(matrices, group)
 
-    def turn(self, matrices: list[Tensor], group: dict[str, Any], scale: float) -> None:
-        """One step of the matrices, all of one shape."""
+    def turn(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        """One step of the matrices, all of one shape; a convolution's has a row for each output channel."""
         gradients = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
         momenta = torch.stack([self.state[m].get("momentum_buffer", torch.zeros_like(m)) for m in matrices])
         momenta.lerp_(gradients, 1 - group["momentum"])
-        updates = orthogonal(gradients.lerp(momenta, group["momentum"]))  # Nesterov's look ahead
+        directions = gradients.lerp(momenta, group["momentum"]).flatten(2)  # Nesterov's look ahead
+        scale = 0.2 * max(directions.shape[1:]) ** 0.5
+        updates = orthogonal(directions).view_as(gradients)
         for matrix, momentum, update in zip(matrices, momenta, updates, strict=True):
             self.state[matrix]["momentum_buffer"] = momentum.clone()
             matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
