@@ -10,13 +10,13 @@ from voters import Voter
 from comfyui_pcpo.reward import load_reward
 from comfyui_pcpo.taste.human import Question
 from comfyui_pcpo.taste.votes import VoteFolder
-from tools.tiny.data import draw_pictures
+from tools.tiny.data import draw_scenes
 from trainer.cli.main import main
 
 
 @pytest.fixture(scope="module")
 def drawings() -> torch.Tensor:
-    return draw_pictures(160, seed=7).pixels.permute(0, 2, 3, 1).contiguous()
+    return draw_scenes(160, seed=7).pixels.permute(0, 2, 3, 1).contiguous()
 
 
 @pytest.fixture(scope="module")

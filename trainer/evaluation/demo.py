@@ -26,7 +26,7 @@ DEMO_PROMPTS = (
     "a fox and a panda",
     "a star and a rocket",
     "a donut and a pizza",
-    "a tree and a house",
+    "a cactus and a house",
     "a frog above an apple",
     "a pig left of a cactus",
     "a balloon above a car",
@@ -37,8 +37,8 @@ DEMO_PROMPTS = (
     "four apples on a green background",
     "a red circle and a blue square on a white background",
     "a yellow triangle and a green circle on a pink background",
-    "a purple square and a white triangle on a blue background",
-    "an orange circle and a pink triangle on a green background",
+    "a purple square and a white triangle on a red background",
+    "an orange circle and a green triangle on a white background",
 )
 IMAGES = 2  # of each prompt, in the comparison
 SHOWN = 8  # pairs in the image
