@@ -68,7 +68,7 @@ def suite() -> dict[str, tuple[str, ...]]:
     pairs = list(itertools.permutations(objects, 2))
     bound = [(a, b) for a, b in itertools.permutations(shapes, 2) if a.name != b.name and a.color != b.color]
     grounds = list(itertools.product(COLORS, (None, *PATTERNS)))
-    scenes = {
+    scenes: dict[str, list[Scene]] = {
         "one object": [Scene((thing,), None, *ground) for thing in objects for ground in grounds],
         "colors": [Scene((thing,), color=color) for thing in shapes for color in COLORS],
         "two objects": [Scene(pair) for pair in pairs],
@@ -97,7 +97,7 @@ def suite_prompts(tasks: Sequence[str] = TASKS) -> tuple[str, ...]:
 def drawing_features(tasks: Sequence[str] = TASKS, root: Path = MODELS) -> Tensor:
     """emoji-align's features of drawings of the tasks' prompts, DRAWINGS of each, (P * DRAWINGS, 128)."""
     known = load_file(root / "emoji-align" / "drawings.safetensors")["features"].float()
-    by_task = dict(zip(TASKS, known.split(EACH * DRAWINGS), strict=True))
+    by_task = dict[str, Tensor](zip(TASKS, known.split(EACH * DRAWINGS), strict=True))
     return torch.cat([by_task[task] for task in tasks])
 
 

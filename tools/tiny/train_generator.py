@@ -34,7 +34,8 @@ def train_flow(settings: Settings, folders: Folders) -> None:
 def train_eps(settings: Settings, folders: Folders) -> None:
     scheduler = DDIMScheduler(**SD15, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
     scheduler.save_pretrained(folders.models / "emoji-eps" / "scheduler")
-    train_generator("eps", make_eps().to(memory_format=torch.channels_last), settings, folders)
+    unet: Any = make_eps()
+    train_generator("eps", unet.to(memory_format=torch.channels_last), settings, folders)
 
 
 def train_generator(name: str, model: Any, settings: Settings, folders: Folders) -> None:

@@ -37,8 +37,8 @@ DEMO_PROMPTS = (
     "four apples on a green background",
     "a red circle and a blue square on a white background",
     "a yellow triangle and a green circle on a pink background",
-    "a purple square and a white triangle on a red background",
-    "an orange circle and a green triangle on a white background",
+    "an orange square and a purple circle on a white background",
+    "a red square and a green triangle on a white background",
 )
 IMAGES = 2  # of each prompt, in the comparison
 SHOWN = 8  # pairs in the image
