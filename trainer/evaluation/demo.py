@@ -38,7 +38,7 @@ DEMO_PROMPTS = (
     "a red circle and a blue square on a white background",
     "a yellow triangle and a green circle on a pink background",
     "an orange square and a purple circle on a white background",
-    "a pink circle and a green square on a yellow background",
+    "a pink circle and a green square on a white background",
 )
 IMAGES = 2  # of each prompt, in the comparison
 SHOWN = 8  # pairs in the image
