@@ -139,6 +139,9 @@ def randomize(module: nn.Module, generator: torch.Generator) -> None:
             p.copy_(noise * 0.7 / p[0].numel() ** 0.5)
         else:
             p.copy_(0.1 * noise + key.endswith(".weight"))
+    for key, buffer in module.named_buffers():
+        if key == "pos_embed":  # SD3's, which ComfyUI leaves uninitialized until a checkpoint is loaded
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
 
 
 def small_vae(channels: int) -> Any:
