@@ -77,11 +77,10 @@ def ours(places):
 
 
 @pytest.mark.skipif(FRESH in os.environ, reason="is that process")
-@pytest.mark.parametrize("setting", ["offloaded", pytest.param("fp8-resident", marks=pytest.mark.thorough)])
-def test_gradients_in_a_process_of_their_own(setting):
+@pytest.mark.parametrize("runs", ["offloaded or sd15", pytest.param("fp8-resident", marks=pytest.mark.thorough)])
+def test_gradients_in_a_process_of_their_own(runs):
     """PyTorch counts the devices once, at the first gradient of a process, which has to see the pretended one."""
-    chosen = f"continuation and ({setting} or sd15)"
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", __file__, "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", __file__, "-k", f"continuation and ({runs})"]
     done = subprocess.run(command, env={**os.environ, FRESH: "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
 
