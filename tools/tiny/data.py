@@ -62,12 +62,13 @@ def draw_scenes(number: int, seed: int, allowed: Callable[[Scene], bool] = train
 
 
 def say(scene: Scene, rng: np.random.Generator) -> Scene:
-    """What a caption states: relation, size, colour and pattern are each left unsaid now and then.
+    """What a caption states: colour and pattern are each left unsaid now and then, and so is what goes without saying.
 
-    Without their relation, two things come in either order.
+    That is, that a single thing is big, and that two stand side by side; their order is open then.
     """
-    relation, size, color, pattern = (rng.random(4) < (0.75, 0.6, 0.75, 0.65)).tolist()
-    said = forget(scene, relation, size, color, pattern)
+    usual, color, pattern = (rng.random(3) < (0.4, 0.75, 0.65)).tolist()
+    small, above = scene.things[0].size == "small", scene.relation == "above"
+    said = forget(scene, above or not usual, small or not usual, color, pattern)
     if said.relation is None and len(said.things) == 2 and rng.random() < 0.5:
         said = replace(said, things=said.things[::-1])
     return said

@@ -98,16 +98,13 @@ def background(color: str, pattern: str) -> Image.Image:
 
 
 def arrange(scene: Scene, rng: np.random.Generator) -> list[Spot]:
-    """Places for everything in the scene; what the scene leaves open is chosen at random."""
+    """Places for everything in the scene. Left open, a single thing is big, and two stand side by side in any order."""
     kinds = [thing.kind for thing in scene.things for _ in range(thing.count)]
     if scene.total == 1:
-        size = scene.things[0].size or ("small", "big")[rng.integers(2)]
-        width, centres, jitter = SINGLE[size], ((64, 64),), 9 if size == "small" else 3
+        small = scene.things[0].size == "small"
+        width, centres, jitter = SINGLE["small" if small else "big"], ((64, 64),), 9 if small else 3
     elif scene.total == 2:
-        # equal things stand side by side; different ones anywhere, unless a relation is asked for
-        anyhow = scene.relation is None and len(scene.things) == 2
-        stacked = scene.relation == "above" or (anyhow and rng.random() < 0.5)
-        width, centres, jitter = WIDTHS[2], STACKED if stacked else BESIDE, 3
+        width, centres, jitter = WIDTHS[2], STACKED if scene.relation == "above" else BESIDE, 3
     else:
         width, centres, jitter = WIDTHS[scene.total], PLACES[scene.total], 2
     if scene.relation is None:
