@@ -27,7 +27,7 @@ from comfyui_pcpo.tiny.pipelines import MODELS
 from tools.tiny.__main__ import main
 from tools.tiny.codec import encode, make_autoencoder, principal_components, psnr, start_encoder
 from tools.tiny.data import draw_scenes, random_scene, say
-from tools.tiny.draw import arrange, draw
+from tools.tiny.draw import SINGLE, arrange, draw
 from tools.tiny.folders import Folders
 from tools.tiny.labels import fitting
 from tools.tiny.latents import load_vae
@@ -85,6 +85,10 @@ def test_objects_are_where_the_relation_puts_them_and_apart(drawings):
     assert (first.kind, second.kind) == ("fox", "panda") and second.x - first.x > 40 > abs(second.y - first.y)
     first, second = arrange(parse("a star above a house"), rng)
     assert (first.kind, second.kind) == ("star", "house") and second.y - first.y > 40 > abs(second.x - first.x)
+    assert {round(spot.width) for spot in arrange(parse("a fox"), rng)} == {SINGLE["big"]}
+    beside = [arrange(parse("a fox and a panda"), rng) for _ in range(20)]
+    assert all(abs(b.x - a.x) > 40 > abs(b.y - a.y) for a, b in beside)
+    assert {min(spots, key=lambda spot: spot.x).kind for spots in beside} == {"fox", "panda"}
     for scene, spots in zip(drawings.scenes, drawings.spots, strict=True):
         assert len(spots) == scene.total <= MOST
         assert all(np.hypot(a.x - b.x, a.y - b.y) >= 48 for a in spots for b in spots if a is not b)
@@ -98,6 +102,14 @@ def test_a_caption_fits_its_own_image_and_no_image_of_something_else(drawings):
     assert fitting(scenes, [say(scene, rng) for scene in scenes]).diagonal().all()
     swapped = [replace(scene, things=scene.things[::-1]) for scene in scenes if scene.relation]
     assert not fitting([scene for scene in scenes if scene.relation], swapped).diagonal().any()
+
+
+def test_a_caption_leaves_out_only_what_its_drawing_would_be_without(drawings):
+    rng = np.random.default_rng(0)
+    for scene in drawings.scenes:
+        said = say(scene, rng)
+        assert said.things[0].size or scene.things[0].size != "small"
+        assert said.relation or scene.relation != "above"
 
 
 def test_the_encoder_starts_as_principal_components_of_unit_spread(drawings):
