@@ -130,8 +130,8 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def random_thing(rng: np.random.Generator, count: int, ground: str) -> Thing:
-    """An object, or for one in four a shape that stands out from the ground's colour."""
-    if rng.random() < 0.75:
+    """An object, or two times in five a shape that stands out from the ground's colour."""
+    if rng.random() < 0.6:
         return Thing(list(OBJECTS)[rng.integers(len(OBJECTS))], count)
     colors = [color for color in COLORS if color != ground]
     return Thing(list(SHAPES)[rng.integers(len(SHAPES))], count, None, colors[rng.integers(len(colors))])
