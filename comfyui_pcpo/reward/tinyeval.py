@@ -9,7 +9,7 @@ from comfyui_pcpo.reward.alignment import encoder_input
 from comfyui_pcpo.reward.base import Reward, RewardError
 from comfyui_pcpo.tiny.align import load_image_encoder
 from comfyui_pcpo.tiny.pipelines import MODELS
-from comfyui_pcpo.tiny.tinyeval import grade, known_scene, read_all
+from comfyui_pcpo.tiny.tinyeval import grade, read_prompts
 
 if TYPE_CHECKING:
     from comfyui_pcpo.tiny.align import AlignImageEncoder
@@ -30,9 +30,9 @@ class TinyEval(Reward):
         return load_image_encoder(MODELS / "emoji-align")
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
+        encoder = cast("AlignImageEncoder", self.model)
         try:
-            scenes = [known_scene(prompt) for prompt in prompts]
-        except ValueError as error:
+            read = read_prompts(encoder, encoder_input(images.to(self.device)), prompts)
+        except ValueError as error:  # a prompt from outside the embedded models' domain
             raise RewardError(str(error)) from None
-        readings = read_all(cast("AlignImageEncoder", self.model), encoder_input(images.to(self.device)))
-        return torch.tensor([grade(reading, scene) for reading, scene in zip(readings, scenes, strict=True)])
+        return torch.tensor([grade(reading, scene) for reading, scene in read])

@@ -8,19 +8,22 @@ from comfyui_pcpo.tiny.captions import SIZES, Scene
 BIG = 74  # pixels, half way between a small and a big object
 
 
+def asked(scene: Scene) -> Counter[str]:
+    """The number of each kind that a scene asks for."""
+    return Counter({thing.kind: thing.count for thing in scene.things})
+
+
 def judge(reading: Reading, scene: Scene) -> dict[str, bool]:
     """Verdicts for what the scene says: object, count, and where said relation, size, background, pattern.
 
     `object` asks for the right kinds and no others; `count` for the right number of each kind.
     """
-    found, asked = Counter(d.kind for d in reading.found), Counter()
-    for thing in scene.things:
-        asked[thing.kind] += thing.count
-    verdicts = {"object": set(found) == set(asked), "count": found == asked}
+    found, wanted = Counter(detection.kind for detection in reading.found), asked(scene)
+    verdicts = {"object": set(found) == set(wanted), "count": found == wanted}
     if scene.relation is not None:
-        verdicts["relation"] = found == asked and related(reading.found, scene)
+        verdicts["relation"] = found == wanted and related(reading.found, scene)
     if scene.things[0].size is not None:
-        verdicts["size"] = found == asked and SIZES[reading.found[0].width > BIG] == scene.things[0].size
+        verdicts["size"] = found == wanted and SIZES[reading.found[0].width > BIG] == scene.things[0].size
     if scene.color is not None:
         verdicts["background"] = reading.color == scene.color
     if scene.pattern is not None:

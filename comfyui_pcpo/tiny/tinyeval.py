@@ -25,7 +25,7 @@ from comfyui_pcpo.tiny.captions import (
     is_valid,
     parse,
 )
-from comfyui_pcpo.tiny.judge import judge
+from comfyui_pcpo.tiny.judge import asked, judge
 from comfyui_pcpo.tiny.pipelines import MODELS
 
 HARD = ("two objects", "counting", "position", "attribute binding")
@@ -106,6 +106,12 @@ def read_all(encoder: AlignImageEncoder, images: Tensor) -> list[Reading]:
     return [reading for part in images.split(IMAGES_AT_ONCE) for reading in read_images(encoder, part)]
 
 
+def read_prompts(encoder: AlignImageEncoder, images: Tensor, prompts: Sequence[str]) -> list[tuple[Reading, Scene]]:
+    """What each image shows, and what its prompt asks for; images in [-1, 1], (B, 3, 128, 128) -> B pairs."""
+    scenes = [known_scene(prompt) for prompt in prompts]
+    return list(zip(read_all(encoder, images), scenes, strict=True))
+
+
 def is_right(reading: Reading, scene: Scene) -> bool:
     """Whether an image shows everything that is asked for."""
     return all(judge(reading, scene).values())
@@ -117,13 +123,10 @@ def grade(reading: Reading, scene: Scene) -> float:
     The mean over what the prompt states: the kinds of things (intersection over union), their number (1 minus the share
     that is missing or too many), and relation, size, background and pattern, each 0 or 1.
     """
-    asked: Counter[str] = Counter()
-    for thing in scene.things:
-        asked[thing.kind] += thing.count
-    found = Counter(detection.kind for detection in reading.found)
-    wrong = sum(abs(found[kind] - asked[kind]) for kind in {*found, *asked})
+    found, wanted = Counter(detection.kind for detection in reading.found), asked(scene)
+    wrong = sum(abs(found[kind] - wanted[kind]) for kind in {*found, *wanted})
     verdicts: dict[str, float] = {**judge(reading, scene)}
-    verdicts["object"] = len({*found} & {*asked}) / len({*found, *asked})
+    verdicts["object"] = len({*found} & {*wanted}) / len({*found, *wanted})
     verdicts["count"] = max(0.0, 1 - wrong / scene.total)
     return sum(verdicts.values()) / len(verdicts)
 
