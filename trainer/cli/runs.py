@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -14,6 +14,7 @@ from ..config.errors import ConfigError
 from ..config.loading import dump, load_described, parse_overrides
 from ..config.options import option_lines
 from ..config.schema import Config
+from ..evaluation.options import DemoReward
 from .files import free_name
 from .libraries import quiet_libraries
 from .parameters import Json
@@ -121,7 +122,7 @@ def print_check(check: "RunCheck", config: Config, as_json: bool) -> None:
 
 def demo_command(
     *,
-    reward: Literal["tinyeval", "colorfulness"] = "tinyeval",
+    reward: DemoReward = "tinyeval",
     updates: int = 24,
     name: str | None = None,
     folder: Path = Path("output/pcpo"),
@@ -153,7 +154,7 @@ def demo_command(
         run = launch.start_run(config, bar.tick)
         follow(run, bar, quiet=True)
     files = run.folder
-    print("Comparing with the base model on prompts never trained ...", flush=True)
+    print("Comparing with the base model on held-out prompts ...", flush=True)
     comparison = compare_with_base(config, files, seed=seed + 1)
     image = files.path / "before_after.png"
     save_comparison(comparison, image)

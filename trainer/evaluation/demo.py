@@ -1,16 +1,17 @@
-"""The demo: align the embedded model in two minutes, and compare it with the model before on prompts never trained."""
+"""The demo: align the embedded model in two minutes, and compare it with the model before on held-out prompts."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from comfyui_pcpo.method.guidance import ImplicitReward
-from comfyui_pcpo.metrics.features import extract, load_tiny_features
+from comfyui_pcpo.metrics.features import Tiny, extract
 from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.plotting.grids import before_after
+from comfyui_pcpo.reward import Reward
+from comfyui_pcpo.tiny.align import AlignImageEncoder
 from comfyui_pcpo.tiny.tinyeval import HARD, drawing_features, shares, suite_prompts
 
 from ..config.loading import build
@@ -18,9 +19,9 @@ from ..config.schema import Config
 from ..runs.folder import RunFolder
 from ..runs.rewards import load_rewards
 from .metrics import judged, load_reader
+from .options import DemoReward
 from .sampling import Draw, Guide, sample, sampling_policy
 
-DemoReward = Literal["tinyeval", "colorfulness"]
 # combinations that the model was trained on, of the kinds that it often gets wrong
 DEMO_PROMPTS = (
     "a fox and a panda",
@@ -40,8 +41,8 @@ DEMO_PROMPTS = (
     "an orange square and a purple circle on a white background",
     "a pink circle and a green square on a white background",
 )
-IMAGES = 2  # of each prompt, in the comparison
-SHOWN = 8  # pairs in the image
+IMAGES_PER_PROMPT = 2  # in the comparison
+PAIRS_SHOWN = 8  # in the image
 
 
 def demo_config(reward: DemoReward, name: str, folder: Path, updates: int, seed: int) -> Config:
@@ -82,27 +83,38 @@ class Comparison:
     update: int
 
 
+@dataclass(frozen=True)
+class Measures:
+    """The networks that measure both sides."""
+
+    reader: AlignImageEncoder
+    rewards: dict[str, Reward]
+
+
 def compare_with_base(config: Config, folder: RunFolder, seed: int) -> Comparison:
     """Sample the hard tasks from the base model and with the LoRA that a run ended with, and measure both."""
     prompts = list(suite_prompts(HARD))
-    texts = [prompt for prompt in prompts for _ in range(IMAGES)]
-    settings = Draw(seed, config.rollout.steps, each=IMAGES)
+    texts = [prompt for prompt in prompts for _ in range(IMAGES_PER_PROMPT)]
+    settings = Draw(seed, config.rollout.steps, each=IMAGES_PER_PROMPT)
     guide = Guide(folder.lora("final"), ImplicitReward(1.0))
-    policy = sampling_policy(config, [guide.pairs])
-    before, after = (measure(config, sample(policy, prompts, guides, settings), texts) for guides in ([], [guide]))
+    policy, measures = sampling_policy(config, [guide.pairs]), Measures(load_reader(), load_rewards(config))
+    before, after = (
+        measure_side(measures, sample(policy, prompts, guides, settings), texts) for guides in ([], [guide])
+    )
     return Comparison(before, after, texts, int(folder.checkpoint("final").name))
 
 
-def measure(config: Config, images: Tensor, texts: list[str]) -> Side:
-    features = extract(load_tiny_features(), images)[0]
-    right = judged(load_reader(), images, texts)
-    rewards = {name: float(r.score(images, texts, IMAGES).mean()) for name, r in load_rewards(config).items()}
+def measure_side(measures: Measures, images: Tensor, texts: list[str]) -> Side:
+    """Everything that is reported of one side's images, (B, H, W, 3)."""
+    features = extract(Tiny(measures.reader), images)[0]
+    right = judged(measures.reader, images, texts)
+    rewards = {name: float(r.score(images, texts, IMAGES_PER_PROMPT).mean()) for name, r in measures.rewards.items()}
     distance = frechet(features, drawing_features(HARD))
-    return Side(images, right, shares(right, texts), rewards, diversity(features, IMAGES), distance)
+    return Side(images, right, shares(right, texts), rewards, diversity(features, IMAGES_PER_PROMPT), distance)
 
 
 def save_comparison(comparison: Comparison, path: Path) -> None:
-    """Save SHOWN pairs, evenly spaced over the images of prompts that the model often gets wrong before."""
+    """Save PAIRS_SHOWN pairs of images, equally many per task, first those that were wrong before training."""
     before, after = comparison.before, comparison.after
     rows = chosen(before.right, len(HARD))
     verdicts = [before.right[i] for i in rows], [after.right[i] for i in rows]
@@ -111,7 +123,10 @@ def save_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def chosen(right: list[bool], tasks: int) -> list[int]:
-    """Rows to show: of each task equally many, the first that are wrong before training, however they end."""
-    rows = torch.arange(len(right)).chunk(tasks)
-    found = [sorted(part.tolist(), key=lambda i: right[i])[: SHOWN // tasks] for part in rows]
-    return [i for part in found for i in part]
+    """Rows to show, each the first image of its prompt: of each task equally many, first those wrong before training.
+
+    What they show after training plays no part.
+    """
+    rows = torch.arange(0, len(right), IMAGES_PER_PROMPT).chunk(tasks)
+    shown = [sorted(part.tolist(), key=lambda i: right[i])[: PAIRS_SHOWN // tasks] for part in rows]
+    return [i for part in shown for i in part]

@@ -133,18 +133,25 @@ def make_meter(opened: Source, config: Config, options: EvaluationOptions) -> tu
     meter, notes = Meter(rewards, networks, config.reward.offload, settings.images_at_once), []
     if options.suite is not None:
         meter.reader = load_reader()
-        meter.reference["tiny FD"] = drawing_features()
-    if options.reference is None and options.suite is None:
-        notes.append("no --reference, so no Frechet distance")
-    elif options.reference is None:
-        notes.append("distances are to drawings of the same prompts")
-    elif not networks.by_name:
-        notes.append("neither --inception nor --dino, so no Frechet distance")
-    else:
-        notes.append(f"{meter.set_reference(options.reference)} images in {options.reference}")
+    notes.append(set_reference(meter, options))
     if options.images == 1:
         notes.append("one image per prompt, so no diversity")
     return meter, notes
+
+
+def set_reference(meter: Meter, options: EvaluationOptions) -> str:
+    """Set what distances are measured to, -> a note that names it and the distances left out."""
+    names = meter.networks.by_name
+    if options.reference is not None:
+        if not names:
+            return "neither --inception nor --dino, so no Frechet distance"
+        return f"{meter.set_reference(options.reference)} images in {options.reference}"
+    if options.suite is None:
+        return "no --reference, so no Frechet distance"
+    meter.reference["tiny FD"] = drawing_features()
+    left_out = " or ".join(name for name in names if name not in meter.reference)
+    note = "tiny FD is the distance to drawings of the suite's prompts"
+    return f"{note}; no --reference, so no {left_out}" if left_out else note
 
 
 def reward_names(opened: Source, options: EvaluationOptions) -> list[str]:

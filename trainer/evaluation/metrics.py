@@ -10,9 +10,11 @@ from comfyui_pcpo.metrics.features import extract, load_dino, load_inception, lo
 from comfyui_pcpo.metrics.frechet import diversity, frechet, inception_score
 from comfyui_pcpo.metrics.lpips import Lpips
 from comfyui_pcpo.reward import Reward
+from comfyui_pcpo.reward.alignment import encoder_input
+from comfyui_pcpo.reward.base import eight_bit
 from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
 from comfyui_pcpo.tiny.pipelines import MODELS
-from comfyui_pcpo.tiny.tinyeval import is_right, known_scene, read_all, shares
+from comfyui_pcpo.tiny.tinyeval import is_right, read_prompts, shares
 
 from ..loop.records import finite_mean
 from ..loop.scoring import ImageGroups, score
@@ -120,9 +122,8 @@ def load_reader() -> AlignImageEncoder:
 
 
 def judged(reader: AlignImageEncoder, images: Tensor, prompts: list[str]) -> list[bool]:
-    """Whether each image shows all that its prompt asks for, (B, H, W, 3) -> B verdicts."""
-    readings = read_all(reader, images.permute(0, 3, 1, 2) * 2 - 1)
-    return [is_right(reading, known_scene(prompt)) for reading, prompt in zip(readings, prompts, strict=True)]
+    """Whether each image shows all that its prompt asks for, of any size, (B, H, W, 3) -> B verdicts."""
+    return [is_right(*read) for read in read_prompts(reader, encoder_input(eight_bit(images)), prompts)]
 
 
 @torch.no_grad()
