@@ -73,7 +73,7 @@ class Evaluator:
         embedded = tiny.features(self.encoder, images)
         row["fd_base"], row["fd_drawn"] = frechet(embedded, self.base), frechet(embedded, self.drawn)
         row["diversity"] = diversity(embedded, self.study.images_per_prompt)
-        right = tiny.shares(tiny.verdicts(self.encoder, images, self.texts))
+        right = tiny.attribute_shares(tiny.verdicts(self.encoder, images, self.texts))
         return {**row, "object": right["object"], "count": right["count"]}
 
 

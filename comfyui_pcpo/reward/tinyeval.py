@@ -9,7 +9,7 @@ from comfyui_pcpo.reward.alignment import encoder_input
 from comfyui_pcpo.reward.base import Reward, RewardError
 from comfyui_pcpo.tiny.align import load_image_encoder
 from comfyui_pcpo.tiny.pipelines import MODELS
-from comfyui_pcpo.tiny.tinyeval import grade, read_prompts
+from comfyui_pcpo.tiny.tinyeval import known_scene, partial_score, read_and_parse
 
 if TYPE_CHECKING:
     from comfyui_pcpo.tiny.align import AlignImageEncoder
@@ -29,10 +29,17 @@ class TinyEval(Reward):
     def build(self) -> nn.Module:
         return load_image_encoder(MODELS / "emoji-align")
 
+    def require_prompts(self, prompts: list[str]) -> None:
+        try:
+            for prompt in prompts:
+                known_scene(self.settings.plain(prompt))
+        except ValueError as error:
+            raise RewardError(str(error)) from None
+
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         encoder = cast("AlignImageEncoder", self.model)
         try:
-            read = read_prompts(encoder, encoder_input(images.to(self.device)), prompts)
+            read = read_and_parse(encoder, encoder_input(images.to(self.device)), prompts)
         except ValueError as error:  # a prompt from outside the embedded models' domain
             raise RewardError(str(error)) from None
-        return torch.tensor([grade(reading, scene) for reading, scene in read])
+        return torch.tensor([partial_score(reading, scene) for reading, scene in read])

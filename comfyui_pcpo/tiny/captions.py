@@ -32,7 +32,7 @@ OBJECTS: dict[str, tuple[str, int]] = {
     "balloon": ("balloons", 0x1F388),
     "cactus": ("cacti", 0x1F335),
 }
-SHAPES: dict[str, str] = {"circle": "circles", "square": "squares", "triangle": "triangles"}
+SHAPE_NAMES: dict[str, str] = {"circle": "circles", "square": "squares", "triangle": "triangles"}
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 57, 52),
     "orange": (240, 140, 40),
@@ -48,10 +48,10 @@ SIZES = ("small", "big")
 COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "above")
 MOST = max(COUNTS)
-PLURALS = {**{name: plural for name, (plural, _) in OBJECTS.items()}, **SHAPES}
+PLURALS = {**{name: plural for name, (plural, _) in OBJECTS.items()}, **SHAPE_NAMES}
 SINGULARS = {plural: name for name, plural in PLURALS.items()}
 # every kind of thing that can be told apart in an image: objects, and shapes in each colour
-KINDS = (*OBJECTS, *(f"{color} {shape}" for shape in SHAPES for color in COLORS))
+KINDS = (*OBJECTS, *(f"{color} {shape}" for shape in SHAPE_NAMES for color in COLORS))
 VOCABULARY = sorted(
     {*PLURALS, *SINGULARS, *COLORS, *PATTERNS, *SIZES, *COUNTS.values(), "an", "and", "on", "background"}
     | {word for relation in RELATIONS for word in relation.split()}
@@ -132,7 +132,7 @@ def parse_thing(text: str) -> Thing | None:
     if len(words) != 1 or words[0] not in {**PLURALS, **SINGULARS}:
         return None
     name = SINGULARS.get(words[0], words[0])
-    return Thing(name, count, size, color) if (name in SHAPES) == (color is not None) else None
+    return Thing(name, count, size, color) if (name in SHAPE_NAMES) == (color is not None) else None
 
 
 def parse_background(text: str) -> tuple[str | None, str | None] | None:

@@ -17,7 +17,7 @@ from comfyui_pcpo.tiny.captions import (
     OBJECTS,
     PATTERNS,
     RELATIONS,
-    SHAPES,
+    SHAPE_NAMES,
     Scene,
     Thing,
     caption,
@@ -30,9 +30,9 @@ from comfyui_pcpo.tiny.pipelines import MODELS
 
 HARD = ("two objects", "counting", "position", "attribute binding")
 TASKS = ("one object", "colors", *HARD)
-EACH = 20  # prompts of a task
-DRAWINGS = 4  # of each prompt, the reference of distances
-IMAGES_AT_ONCE = 64
+PROMPTS_PER_TASK = 20
+REFERENCE_DRAWINGS = 4  # of each prompt, the reference of distances
+READ_AT_ONCE = 64
 
 
 def known_scene(prompt: str) -> Scene:
@@ -42,7 +42,7 @@ def known_scene(prompt: str) -> Scene:
         raise ValueError(
             f"{prompt!r} is not a prompt that TinyEval can judge. It needs the embedded models' form, such as "
             f"'two foxes on a striped blue background' or 'a red circle left of a star'. Objects: "
-            f"{', '.join((*OBJECTS, *SHAPES))}; colors: {', '.join(COLORS)}."
+            f"{', '.join((*OBJECTS, *SHAPE_NAMES))}; colors: {', '.join(COLORS)}."
         )
     return scene
 
@@ -61,9 +61,9 @@ def task_of(scene: Scene) -> str:
 
 @cache
 def suite() -> dict[str, tuple[str, ...]]:
-    """Task -> EACH prompts with combinations that training never shows."""
+    """Task -> PROMPTS_PER_TASK prompts with combinations that training never shows."""
     objects = [Thing(name) for name in OBJECTS]
-    shapes = [Thing(name, color=color) for name in SHAPES for color in COLORS]
+    shapes = [Thing(name, color=color) for name in SHAPE_NAMES for color in COLORS]
     counted = [Thing(name, count) for count in COUNTS if count > 1 for name in OBJECTS]
     pairs = list(itertools.permutations(objects, 2))
     bound = [(a, b) for a, b in itertools.permutations(shapes, 2) if a.name != b.name and a.color != b.color]
@@ -84,9 +84,9 @@ def is_new(scene: Scene) -> bool:
 
 
 def evenly(scenes: Iterable[Scene]) -> tuple[str, ...]:
-    """EACH captions, evenly spaced over all of them."""
+    """PROMPTS_PER_TASK captions, evenly spaced over all of them."""
     captions = [caption(scene) for scene in scenes]
-    return tuple(captions[k * len(captions) // EACH] for k in range(EACH))
+    return tuple(captions[k * len(captions) // PROMPTS_PER_TASK] for k in range(PROMPTS_PER_TASK))
 
 
 def suite_prompts(tasks: Sequence[str] = TASKS) -> tuple[str, ...]:
@@ -95,18 +95,18 @@ def suite_prompts(tasks: Sequence[str] = TASKS) -> tuple[str, ...]:
 
 
 def drawing_features(tasks: Sequence[str] = TASKS, root: Path = MODELS) -> Tensor:
-    """emoji-align's features of drawings of the tasks' prompts, DRAWINGS of each, (P * DRAWINGS, 128)."""
+    """emoji-align's features of REFERENCE_DRAWINGS drawings of each prompt of the tasks, (D, 128)."""
     known = load_file(root / "emoji-align" / "drawings.safetensors")["features"].float()
-    by_task = dict[str, Tensor](zip(TASKS, known.split(EACH * DRAWINGS), strict=True))
+    by_task = dict[str, Tensor](zip(TASKS, known.split(PROMPTS_PER_TASK * REFERENCE_DRAWINGS), strict=True))
     return torch.cat([by_task[task] for task in tasks])
 
 
 def read_all(encoder: AlignImageEncoder, images: Tensor) -> list[Reading]:
     """What the reader finds in images in [-1, 1], (B, 3, 128, 128) -> B readings."""
-    return [reading for part in images.split(IMAGES_AT_ONCE) for reading in read_images(encoder, part)]
+    return [reading for part in images.split(READ_AT_ONCE) for reading in read_images(encoder, part)]
 
 
-def read_prompts(encoder: AlignImageEncoder, images: Tensor, prompts: Sequence[str]) -> list[tuple[Reading, Scene]]:
+def read_and_parse(encoder: AlignImageEncoder, images: Tensor, prompts: Sequence[str]) -> list[tuple[Reading, Scene]]:
     """What each image shows, and what its prompt asks for; images in [-1, 1], (B, 3, 128, 128) -> B pairs."""
     scenes = [known_scene(prompt) for prompt in prompts]
     return list(zip(read_all(encoder, images), scenes, strict=True))
@@ -117,7 +117,7 @@ def is_right(reading: Reading, scene: Scene) -> bool:
     return all(judge(reading, scene).values())
 
 
-def grade(reading: Reading, scene: Scene) -> float:
+def partial_score(reading: Reading, scene: Scene) -> float:
     """How much of what is asked for an image shows, in [0, 1]; 1 exactly if `is_right`.
 
     The mean over what the prompt states: the kinds of things (intersection over union), their number (1 minus the share

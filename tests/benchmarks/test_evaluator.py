@@ -13,7 +13,7 @@ from benchmarks.study.recipes import STUDY_PROMPTS
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.tiny.align import load_image_encoder
 from comfyui_pcpo.tiny.pipelines import MODELS
-from tools.tiny.measure import drawn, shares, verdicts
+from tools.tiny.measure import attribute_shares, drawn, verdicts
 from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
 from trainer.policy.loading import make_policy
 
@@ -24,8 +24,8 @@ def test_the_evaluation_recognises_drawings():
     prompts = ["a fox on a plain blue background", "two frogs on a dotted red background"] * 4
     encoder = load_image_encoder(MODELS / "emoji-align")
     images = drawn(prompts, seed=0)
-    assert shares(verdicts(encoder, images, prompts))["all"] == 1
-    others = shares(verdicts(encoder, images, ["a pig", "a star"] * 4))
+    assert attribute_shares(verdicts(encoder, images, prompts))["all"] == 1
+    others = attribute_shares(verdicts(encoder, images, ["a pig", "a star"] * 4))
     assert others["object"] == others["count"] == 0
 
 

@@ -26,14 +26,13 @@ from comfyui_pcpo.tiny.judge import judge
 from comfyui_pcpo.tiny.pipelines import MODELS
 from tools.tiny.__main__ import main
 from tools.tiny.codec import encode, make_autoencoder, principal_components, psnr, start_encoder
-from tools.tiny.data import draw_scenes, random_scene, say
+from tools.tiny.data import draw_scenes, random_scene, sample_caption
+from tools.tiny.degrade import DEGRADATIONS, degrade
 from tools.tiny.draw import SINGLE, arrange, draw
 from tools.tiny.folders import Folders
-from tools.tiny.labels import fitting
-from tools.tiny.latents import load_vae
+from tools.tiny.labels import matches
+from tools.tiny.latents import load_autoencoder
 from tools.tiny.measure import suites
-from tools.tiny.spoil import KINDS as SPOILED
-from tools.tiny.spoil import spoil
 from tools.tiny.text import LENGTH
 from tools.tiny.train_align import heat_targets
 
@@ -47,7 +46,7 @@ def test_parse_reads_back_every_caption_and_each_fits_the_text_encoder():
     rng = np.random.default_rng(0)
     for _ in range(500):
         scene = random_scene(rng)
-        for said in (scene, say(scene, rng)):
+        for said in (scene, sample_caption(scene, rng)):
             assert parse(caption(said)) == said
             assert len(caption(said).split()) <= LENGTH - 2
 
@@ -85,29 +84,29 @@ def test_objects_are_where_the_relation_puts_them_and_apart(drawings):
     assert (first.kind, second.kind) == ("fox", "panda") and second.x - first.x > 40 > abs(second.y - first.y)
     first, second = arrange(parse("a star above a house"), rng)
     assert (first.kind, second.kind) == ("star", "house") and second.y - first.y > 40 > abs(second.x - first.x)
-    assert {round(spot.width) for spot in arrange(parse("a fox"), rng)} == {SINGLE["big"]}
+    assert {round(box.width) for box in arrange(parse("a fox"), rng)} == {SINGLE["big"]}
     beside = [arrange(parse("a fox and a panda"), rng) for _ in range(20)]
     assert all(abs(b.x - a.x) > 40 > abs(b.y - a.y) for a, b in beside)
-    assert {min(spots, key=lambda spot: spot.x).kind for spots in beside} == {"fox", "panda"}
-    for scene, spots in zip(drawings.scenes, drawings.spots, strict=True):
-        assert len(spots) == scene.total <= MOST
-        assert all(np.hypot(a.x - b.x, a.y - b.y) >= 48 for a in spots for b in spots if a is not b)
+    assert {min(boxes, key=lambda box: box.x).kind for boxes in beside} == {"fox", "panda"}
+    for scene, boxes in zip(drawings.scenes, drawings.boxes, strict=True):
+        assert len(boxes) == scene.total <= MOST
+        assert all(np.hypot(a.x - b.x, a.y - b.y) >= 48 for a in boxes for b in boxes if a is not b)
 
 
 def test_a_caption_fits_its_own_image_and_no_image_of_something_else(drawings):
     rng, scenes = np.random.default_rng(0), drawings.scenes[:40]
-    fits = fitting(scenes, scenes)
+    fits = matches(scenes, scenes)
     assert fits.diagonal().all()
     assert not any(fits[i, j] for i in range(40) for j in range(40) if scenes[i] != scenes[j])
-    assert fitting(scenes, [say(scene, rng) for scene in scenes]).diagonal().all()
+    assert matches(scenes, [sample_caption(scene, rng) for scene in scenes]).diagonal().all()
     swapped = [replace(scene, things=scene.things[::-1]) for scene in scenes if scene.relation]
-    assert not fitting([scene for scene in scenes if scene.relation], swapped).diagonal().any()
+    assert not matches([scene for scene in scenes if scene.relation], swapped).diagonal().any()
 
 
 def test_a_caption_leaves_out_only_what_its_drawing_would_be_without(drawings):
     rng = np.random.default_rng(0)
     for scene in drawings.scenes:
-        said = say(scene, rng)
+        said = sample_caption(scene, rng)
         assert said.things[0].size or scene.things[0].size != "small"
         assert said.relation or scene.relation != "above"
 
@@ -127,13 +126,13 @@ def test_the_encoder_starts_as_principal_components_of_unit_spread(drawings):
 
 
 def test_the_autoencoder_keeps_drawings():
-    vae, images = load_vae(Folders(MODELS)), draw_scenes(24, seed=6).images(torch.arange(24))
+    vae, images = load_autoencoder(Folders(MODELS)), draw_scenes(24, seed=6).images(torch.arange(24))
     assert psnr(vae.decode(vae.encode(images).latents).sample, images) > 28
 
 
 def test_heat_is_one_at_each_centre_and_nowhere_else(drawings):
-    heat = heat_targets(drawings.spots[:50])
-    assert (heat == 1).sum() == sum(len(spots) for spots in drawings.spots[:50])
+    heat = heat_targets(drawings.boxes[:50])
+    assert (heat == 1).sum() == sum(len(boxes) for boxes in drawings.boxes[:50])
     assert heat.max() == 1 and heat.min() >= 0
 
 
@@ -157,13 +156,13 @@ def test_the_reader_reads_drawings_that_it_never_saw():
     assert sum(right) >= 97
 
 
-@pytest.mark.parametrize("kind", SPOILED)
+@pytest.mark.parametrize("kind", DEGRADATIONS)
 def test_polish_falls_with_everything_that_spoils_a_drawing(drawings, kind):
     torch.manual_seed(0)
-    images, vae, polish = drawings.images(torch.arange(24)), load_vae(Folders(MODELS)), load_reward("polish")
+    images, vae, polish = drawings.images(torch.arange(24)), load_autoencoder(Folders(MODELS)), load_reward("polish")
 
     def score(amount: float) -> float:
-        copies = torch.stack([spoil(image, amount, kind, vae) for image in images])
+        copies = torch.stack([degrade(image, amount, kind, vae) for image in images])
         return polish.score((copies.permute(0, 2, 3, 1) + 1) / 2, [""] * 24).mean().item()
 
     assert score(0.0) > score(0.5) + 0.2 > score(1.0) + 0.4
@@ -171,8 +170,8 @@ def test_polish_falls_with_everything_that_spoils_a_drawing(drawings, kind):
 
 @pytest.mark.slow
 def test_every_stage_runs_and_the_card_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(tools.tiny.latents, "PART", 64)
-    monkeypatch.setattr(tools.tiny.train_codec, "DRAWINGS", 64)
+    monkeypatch.setattr(tools.tiny.latents, "SHARD", 64)
+    monkeypatch.setattr(tools.tiny.train_codec, "CODEC_DRAWINGS", 64)
     models = tmp_path / "models"
     common = ["--work", str(tmp_path), "--models", str(models), "--images", "64", "--batch", "8", "--threads", "1"]
     for stage in ("codec", "text", "align", "polish", "flow", "eps"):

@@ -6,9 +6,19 @@ import torch
 from comfyui_pcpo.reward import RewardError, load_reward
 from comfyui_pcpo.tiny.align import Detection, Reading
 from comfyui_pcpo.tiny.captions import is_held_out
-from comfyui_pcpo.tiny.tinyeval import HARD, TASKS, grade, is_right, known_scene, shares, suite, suite_prompts, task_of
+from comfyui_pcpo.tiny.tinyeval import (
+    HARD,
+    TASKS,
+    is_right,
+    known_scene,
+    partial_score,
+    shares,
+    suite,
+    suite_prompts,
+    task_of,
+)
 from tools.tiny.measure import drawn
-from tools.tiny.templates import match
+from tools.tiny.templates import read_by_templates
 
 
 def reading(*kinds: str, color: str = "red", pattern: str = "plain") -> Reading:
@@ -39,7 +49,7 @@ def test_every_task_has_twenty_prompts_of_its_own_that_training_never_shows():
 )
 def test_a_grade_is_the_mean_over_what_the_prompt_states(prompt, found, value):
     scene = known_scene(prompt)
-    assert grade(found, scene) == pytest.approx(value)
+    assert partial_score(found, scene) == pytest.approx(value)
     assert is_right(found, scene) == (value == 1)
 
 
@@ -69,4 +79,5 @@ def test_the_reward_names_a_prompt_from_another_world_and_the_form_it_needs():
 def test_template_matching_reads_drawings_as_what_they_show():
     prompts = list(suite_prompts())[::2]
     images = drawn(prompts, seed=3).permute(0, 3, 1, 2)
-    assert sum(is_right(match(image), known_scene(p)) for image, p in zip(images, prompts, strict=True)) >= 58
+    pairs = zip(images, prompts, strict=True)
+    assert sum(is_right(read_by_templates(image), known_scene(prompt)) for image, prompt in pairs) >= 58

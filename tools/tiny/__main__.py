@@ -14,7 +14,7 @@ import torch
 from comfyui_pcpo.tiny.pipelines import MODELS
 from tools.tiny.card import write_card
 from tools.tiny.draw import SHEET, draw_sheet
-from tools.tiny.fit import Settings
+from tools.tiny.fit import StageSettings
 from tools.tiny.folders import Folders
 from tools.tiny.train_align import train_align
 from tools.tiny.train_codec import train_codec, train_decoder
@@ -48,10 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for drawings and training states")
     parser.add_argument("--models", type=Path, default=MODELS, help="folder for the models")
     parser.add_argument("--font", type=Path, help="glyphs: Noto Color Emoji with colour bitmaps")
-    parser.add_argument("--minutes", type=float, default=Settings.minutes)
-    parser.add_argument("--batch", type=int, default=Settings.batch)
-    parser.add_argument("--lr", type=float, default=Settings.lr)
-    parser.add_argument("--images", type=int, default=Settings.images, help="drawings to train on")
+    parser.add_argument("--minutes", type=float, default=StageSettings.minutes)
+    parser.add_argument("--batch", type=int, default=StageSettings.batch)
+    parser.add_argument("--lr", type=float, default=StageSettings.lr)
+    parser.add_argument("--images", type=int, default=StageSettings.images, help="drawings to train on")
     parser.add_argument("--resume", action="store_true", help="continue from the saved training state")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--muon", action="store_true", help="Muon for the matrices of transformer blocks")
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     args.work.mkdir(parents=True, exist_ok=True)
     half = not args.float32
-    settings = Settings(
+    settings = StageSettings(
         args.work,
         args.minutes,
         args.batch,

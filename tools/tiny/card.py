@@ -10,19 +10,19 @@ from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.tiny import tinyeval
 from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
-from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, SHAPES
-from comfyui_pcpo.tiny.tinyeval import DRAWINGS, TASKS, is_right, known_scene, suite_prompts
-from tools.tiny.fit import Settings
+from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, SHAPE_NAMES
+from comfyui_pcpo.tiny.tinyeval import REFERENCE_DRAWINGS, TASKS, is_right, known_scene, suite_prompts
+from tools.tiny.fit import StageSettings
 from tools.tiny.folders import Folders
-from tools.tiny.measure import drawn, features, generate, shares, suites, verdicts
-from tools.tiny.templates import match
+from tools.tiny.measure import attribute_shares, drawn, features, generate, suites, verdicts
+from tools.tiny.templates import read_by_templates
 
 logger = logging.getLogger("tiny")
 # model -> (steps, guidance scale); guidance 1 is the model itself, without classifier-free guidance
 MODES = {"emoji-flow": ((12, 1.0), (20, 3.0)), "emoji-eps": ((50, 1.0), (50, 4.0))}
-EACH = 2  # images per prompt
+SAMPLES_PER_PROMPT = 2  # images per prompt
 ATTRIBUTES = ("object", "count", "relation", "background", "pattern", "all")
-SHOWN = (
+SAMPLE_PROMPTS = (
     "a big fox on a plain blue background",
     "two pandas on a striped pink background",
     "a fox left of a panda",
@@ -36,12 +36,12 @@ SHOWN = (
     "two hearts and two stars on a dotted white background",
     "a red square above an octopus on a plain yellow background",
 )
-Row = tuple[str, dict[str, float], float, float]
+CardRow = tuple[str, dict[str, float], float, float]
 
 
-def rows(encoder: AlignImageEncoder, name: str, prompts: list[str], root: Path) -> list[Row]:
+def rows(encoder: AlignImageEncoder, name: str, prompts: list[str], root: Path) -> list[CardRow]:
     """Shares, distance to drawings and diversity of drawings and of each model's images, for one suite of prompts."""
-    each = [prompt for prompt in prompts for _ in range(EACH)]
+    each = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
     first, second = (drawn(each, seed) for seed in (10, 11))
     reference = features(encoder, first)
     images = {"drawings": second}
@@ -53,21 +53,21 @@ def rows(encoder: AlignImageEncoder, name: str, prompts: list[str], root: Path) 
     table = []
     for label, found in images.items():
         seen = features(encoder, found)
-        right = shares(verdicts(encoder, found, each))
-        table.append((label, right, frechet(seen, reference), diversity(seen, EACH)))
+        right = attribute_shares(verdicts(encoder, found, each))
+        table.append((label, right, frechet(seen, reference), diversity(seen, SAMPLES_PER_PROMPT)))
         logger.info("%s: %s", name, table[-1])
     return table
 
 
 def write_drawing_features(encoder: AlignImageEncoder, folder: Path) -> None:
     """The reference of TinyEval's distances: features of drawings of its prompts, read back by `drawing_features`."""
-    each = [prompt for prompt in suite_prompts() for _ in range(DRAWINGS)]
+    each = [prompt for prompt in suite_prompts() for _ in range(REFERENCE_DRAWINGS)]
     save_file({"features": features(encoder, drawn(each, seed=30)).half()}, folder / "drawings.safetensors")
 
 
 def suite_rows(encoder: AlignImageEncoder, root: Path) -> list[str]:
     """TinyEval's shares of right images: drawings, and each model without guidance."""
-    each = [prompt for prompt in suite_prompts() for _ in range(EACH)]
+    each = [prompt for prompt in suite_prompts() for _ in range(SAMPLES_PER_PROMPT)]
     images = {"drawings": drawn(each, seed=31)}
     for model, modes in MODES.items():
         if (root / model).exists():
@@ -85,24 +85,27 @@ def suite_rows(encoder: AlignImageEncoder, root: Path) -> list[str]:
 def second_opinion(encoder: AlignImageEncoder, images: Tensor, prompts: list[str]) -> str:
     """How often emoji-align and template matching agree on whether an image is right, and what the others are."""
     first = [verdict["all"] for verdict in verdicts(encoder, images, prompts)]
-    second = [is_right(match(image.permute(2, 0, 1)), known_scene(p)) for image, p in zip(images, prompts, strict=True)]
+    second = [
+        is_right(read_by_templates(image.permute(2, 0, 1)), known_scene(p))
+        for image, p in zip(images, prompts, strict=True)
+    ]
     same = sum(a == b for a, b in zip(first, second, strict=True))
     alone = sum(a and not b for a, b in zip(first, second, strict=True))
     return f"{same} of {len(images)} ({alone} right for emoji-align alone, {len(images) - same - alone} for the other)"
 
 
-def write_card(settings: Settings, folders: Folders) -> None:
+def write_card(settings: StageSettings, folders: Folders) -> None:
     """Measure everything; write README.md beside the models and grids into the work folder."""
     encoder = load_image_encoder(folders.models / "emoji-align")
     write_drawing_features(encoder, folders.models / "emoji-align")
     tables = {name: rows(encoder, name, prompts, folders.models) for name, prompts in suites().items()}
     for name, modes in MODES.items():
         if (folders.models / name).exists():
-            shown = [prompt for prompt in SHOWN for _ in range(EACH)]
+            shown = [prompt for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_PER_PROMPT)]
             steps, guidance = modes[-1]
             images = generate(name, shown, steps, guidance, folders.models, seed=3)
             grid(images, shown, columns=6, tile=160).save(settings.work / f"{name}.png")
-    each = [prompt for prompt in suite_prompts() for _ in range(EACH)]
+    each = [prompt for prompt in suite_prompts() for _ in range(SAMPLES_PER_PROMPT)]
     opinions = {"drawings": second_opinion(encoder, drawn(each, seed=32), each)}
     if (folders.models / "emoji-flow").exists():
         images = generate("emoji-flow", each, *MODES["emoji-flow"][0], folders.models)
@@ -112,7 +115,7 @@ def write_card(settings: Settings, folders: Folders) -> None:
     (folders.models / "README.md").write_text(text, encoding="utf-8")
 
 
-def table_text(table: list[Row]) -> str:
+def table_text(table: list[CardRow]) -> str:
     lines = ["| | " + " | ".join(ATTRIBUTES) + " | tiny FD | diversity |", "|---|" + "---|" * (len(ATTRIBUTES) + 2)]
     for label, right, far, apart in table:
         cells = [f"{100 * right[name]:.1f} %" if name in right else "" for name in ATTRIBUTES]
@@ -120,14 +123,14 @@ def table_text(table: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def card_text(tables: dict[str, list[Row]], suite: list[str], agreement: str) -> str:
-    sections = "\n\n".join(f"{TITLES[name]}\n\n{table_text(table)}" for name, table in tables.items())
+def card_text(tables: dict[str, list[CardRow]], suite: list[str], agreement: str) -> str:
+    sections = "\n\n".join(f"{SUITE_TITLES[name]}\n\n{table_text(table)}" for name, table in tables.items())
     head = ["| | " + " | ".join((*TASKS, "hard tasks", "all tasks")) + " |", "|---|" + "---|" * (len(TASKS) + 2)]
-    world = {"objects": ", ".join(OBJECTS), "shapes": ", ".join(SHAPES), "colors": ", ".join(COLORS)}
+    world = {"objects": ", ".join(OBJECTS), "shapes": ", ".join(SHAPE_NAMES), "colors": ", ".join(COLORS)}
     return CARD.format(**world, tables=sections, agreement=agreement, suite="\n".join((*head, *suite)))
 
 
-TITLES = {
+SUITE_TITLES = {
     "equal": "One to three equal objects on a background colour never seen with them:",
     "pairs": "Two objects never seen in one image, side by side or above each other:",
     "shapes": "Two things, at least one a coloured shape, in combinations never seen:",

@@ -7,8 +7,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.tiny.captions import COLORS, PATTERNS, RELATIONS, Scene, forget, is_held_out, is_valid
-from tools.tiny.draw import Spot, arrange, paint, random_thing
+from comfyui_pcpo.tiny.captions import (
+    COLORS,
+    OBJECTS,
+    PATTERNS,
+    RELATIONS,
+    SHAPE_NAMES,
+    Scene,
+    Thing,
+    forget,
+    is_held_out,
+    is_valid,
+)
+from tools.tiny.draw import Box, arrange, paint
 
 # counts of the things in a scene, and how often each such scene is drawn
 GROUPS = {(1,): 0.3, (2,): 0.08, (3,): 0.08, (4,): 0.06, (1, 1): 0.36, (2, 1): 0.06, (2, 2): 0.03, (3, 1): 0.03}
@@ -20,11 +31,19 @@ class Drawings:
 
     pixels: Tensor
     scenes: list[Scene]
-    spots: list[list[Spot]]
+    boxes: list[list[Box]]
 
     def images(self, index: Tensor) -> Tensor:
         """(K,) -> (K, 3, 128, 128) float in [-1, 1]."""
         return self.pixels[index].float().div_(127.5).sub_(1)
+
+
+def random_thing(rng: np.random.Generator, count: int, ground: str) -> Thing:
+    """An object, or two times in five a shape that stands out from the ground's colour."""
+    if rng.random() < 0.6:
+        return Thing(list(OBJECTS)[rng.integers(len(OBJECTS))], count)
+    colors = [color for color in COLORS if color != ground]
+    return Thing(list(SHAPE_NAMES)[rng.integers(len(SHAPE_NAMES))], count, None, colors[rng.integers(len(colors))])
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
@@ -56,19 +75,19 @@ def draw_scenes(number: int, seed: int, allowed: Callable[[Scene], bool] = train
         scene = random_scene(rng)
         if allowed(scene):
             scenes.append(scene)
-    spots = [arrange(scene, rng) for scene in scenes]
-    pixels = np.stack([np.asarray(paint(scene, found)) for scene, found in zip(scenes, spots, strict=True)])
-    return Drawings(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), scenes, spots)
+    boxes = [arrange(scene, rng) for scene in scenes]
+    pixels = np.stack([np.asarray(paint(scene, found)) for scene, found in zip(scenes, boxes, strict=True)])
+    return Drawings(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), scenes, boxes)
 
 
-def say(scene: Scene, rng: np.random.Generator) -> Scene:
-    """What a caption states: colour and pattern are each left unsaid now and then, and so is what goes without saying.
+def sample_caption(scene: Scene, rng: np.random.Generator) -> Scene:
+    """A caption omits colour and pattern at random, and at random the defaults: `big`, `left of`.
 
-    That is, that a single thing is big, and that two stand side by side; their order is open then.
+    Where the relation is omitted, the two things come in any order.
     """
-    usual, color, pattern = (rng.random(3) < (0.4, 0.75, 0.65)).tolist()
+    omit_defaults, color, pattern = (rng.random(3) < (0.4, 0.75, 0.65)).tolist()
     small, above = scene.things[0].size == "small", scene.relation == "above"
-    said = forget(scene, above or not usual, small or not usual, color, pattern)
+    said = forget(scene, above or not omit_defaults, small or not omit_defaults, color, pattern)
     if said.relation is None and len(said.things) == 2 and rng.random() < 0.5:
         said = replace(said, things=said.things[::-1])
     return said

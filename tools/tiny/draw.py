@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, SHAPES, Scene, Thing
+from comfyui_pcpo.tiny.align import PIXELS
+from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, Scene
 
-PIXELS = 128
 GLYPH = 109  # the only size that the font's bitmaps come in
 TILE = 144
 FINE = 8  # shapes are drawn this much larger, then reduced
@@ -17,11 +17,11 @@ SHEET = Path(__file__).parent / "glyphs.png"
 SINGLE = {"small": 52, "big": 96}
 BESIDE, STACKED = ((34, 64), (94, 64)), ((64, 34), (64, 94))
 PLACES = {3: ((64, 35), (34, 92), (94, 92)), 4: ((34, 34), (94, 34), (34, 94), (94, 94))}
-WIDTHS = {2: 56, 3: 50, 4: 48}
+GROUP_WIDTHS = {2: 56, 3: 50, 4: 48}
 
 
 @dataclass(frozen=True)
-class Spot:
+class Box:
     """One drawn object or shape: its kind (see captions.KINDS), centre and longer side in pixels."""
 
     kind: str
@@ -97,41 +97,33 @@ def background(color: str, pattern: str) -> Image.Image:
     return Image.fromarray((base + (light - base) * mask).round().astype(np.uint8))
 
 
-def arrange(scene: Scene, rng: np.random.Generator) -> list[Spot]:
-    """Places for everything in the scene. Left open, a single thing is big, and two stand side by side in any order."""
+def arrange(scene: Scene, rng: np.random.Generator) -> list[Box]:
+    """Places for everything in the scene; by default, a single thing is big, and two are side by side in any order."""
     kinds = [thing.kind for thing in scene.things for _ in range(thing.count)]
     if scene.total == 1:
         small = scene.things[0].size == "small"
         width, centres, jitter = SINGLE["small" if small else "big"], ((64, 64),), 9 if small else 3
     elif scene.total == 2:
-        width, centres, jitter = WIDTHS[2], STACKED if scene.relation == "above" else BESIDE, 3
+        width, centres, jitter = GROUP_WIDTHS[2], STACKED if scene.relation == "above" else BESIDE, 3
     else:
-        width, centres, jitter = WIDTHS[scene.total], PLACES[scene.total], 2
+        width, centres, jitter = GROUP_WIDTHS[scene.total], PLACES[scene.total], 2
     if scene.relation is None:
         kinds = [kinds[i] for i in rng.permutation(len(kinds))]
     moves = rng.integers(-jitter, jitter + 1, (len(kinds), 2)).tolist()
-    return [Spot(kind, x + dx, y + dy, width) for kind, (x, y), (dx, dy) in zip(kinds, centres, moves, strict=True)]
+    return [Box(kind, x + dx, y + dy, width) for kind, (x, y), (dx, dy) in zip(kinds, centres, moves, strict=True)]
 
 
-def paint(scene: Scene, spots: list[Spot]) -> Image.Image:
+def paint(scene: Scene, boxes: list[Box]) -> Image.Image:
     """Image of a scene whose background is fully said."""
     if scene.color is None or scene.pattern is None:
         raise ValueError(f"{scene} has no background. Give a colour and a pattern.")
     canvas = background(scene.color, scene.pattern).copy()
-    for spot in spots:
-        small = sprite(spot.kind, spot.width)
-        canvas.paste(small, (spot.x - small.width // 2, spot.y - small.height // 2), small)
+    for box in boxes:
+        image = sprite(box.kind, box.width)
+        canvas.paste(image, (box.x - image.width // 2, box.y - image.height // 2), image)
     return canvas
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Image of a scene; objects move by a few pixels from image to image."""
     return paint(scene, arrange(scene, rng))
-
-
-def random_thing(rng: np.random.Generator, count: int, ground: str) -> Thing:
-    """An object, or two times in five a shape that stands out from the ground's colour."""
-    if rng.random() < 0.6:
-        return Thing(list(OBJECTS)[rng.integers(len(OBJECTS))], count)
-    colors = [color for color in COLORS if color != ground]
-    return Thing(list(SHAPES)[rng.integers(len(SHAPES))], count, None, colors[rng.integers(len(colors))])

@@ -18,7 +18,7 @@ REPORTS = 25
 
 
 @dataclass(frozen=True)
-class Settings:
+class StageSettings:
     """How a stage trains."""
 
     work: Path  # folder of drawings and training states
@@ -77,7 +77,7 @@ class Training:
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
 
-def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, settings: StageSettings) -> list[torch.optim.Optimizer]:
     """AdamW; with `muon`, that optimizer (kellerjordan.github.io/posts/muon) for matrices and kernels within blocks."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {name: p for name, p in trained.items() if settings.muon and "block" in name and p.ndim > 1}
@@ -89,7 +89,7 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Op
     return [adam, muon]
 
 
-def start(model: nn.Module, path: Path, settings: Settings) -> Training:
+def start(model: nn.Module, path: Path, settings: StageSettings) -> Training:
     """A new training, or the one saved at `path`."""
     training = Training(model, copy.deepcopy(model).requires_grad_(False), make_optimizers(model, settings))
     if settings.resume:
@@ -100,14 +100,14 @@ def start(model: nn.Module, path: Path, settings: Settings) -> Training:
 
 
 def fit(
-    name: str, model: nn.Module, loss: Callable[[], Tensor], settings: Settings, report: Callable[[nn.Module], str]
+    name: str, model: nn.Module, loss: Callable[[], Tensor], settings: StageSettings, report: Callable[[nn.Module], str]
 ) -> None:
     """Train for `minutes` at a constant rate, then down to zero; `report` saves the average and says how good it is."""
     path = settings.work / f"{name}.pt"
     training = start(model, path, settings)
     if settings.compiled:
         model.compile()
-    before, began, first, told, smooth = training.minutes, time.time(), training.step, 0.0, 0.0
+    before, began, first, reported, running_loss = training.minutes, time.time(), training.step, 0.0, 0.0
     done = 0.0
     while done < 1:
         done = (time.time() - began) / (60 * settings.minutes)
@@ -115,17 +115,17 @@ def fit(
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.half):
             value = loss()
         training.update(value, settings.lr * warm * min(1.0, max(0.01, (1 - done) / DECAY)))
-        smooth = value.item() if training.step == first + 1 else 0.98 * smooth + 0.02 * value.item()
-        if done - told > 1 / REPORTS or done >= 1:
-            told, spent = done, time.time() - began
+        running_loss = value.item() if training.step == first + 1 else 0.98 * running_loss + 0.02 * value.item()
+        if done - reported > 1 / REPORTS or done >= 1:
+            reported, spent = done, time.time() - began
             training.minutes = before + spent / 60
             training.save(path)
-            pace = spent / (training.step - first)
-            note = report(training.average)
-            logger.info("%5.1f %%  step %d  loss %.4f  %.2f s/step  %s", 100 * done, training.step, smooth, pace, note)
+            pace, note = spent / (training.step - first), report(training.average)
+            progress = 100 * done, training.step, running_loss, pace, note
+            logger.info("%5.1f %%  step %d  loss %.4f  %.2f s/step  %s", *progress)
 
 
-def batches(count: int, batch: int) -> Iterator[Tensor]:
+def batch_indices(count: int, batch: int) -> Iterator[Tensor]:
     """Indices of random batches without end; each passes over everything."""
     while True:
         yield from (index for index in torch.randperm(count).split(batch) if len(index) == batch)

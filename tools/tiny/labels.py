@@ -44,7 +44,7 @@ def counts(scenes: list[Scene]) -> Tensor:
     return torch.from_numpy(table)
 
 
-def fitting(images: list[Scene], captions: list[Scene]) -> Tensor:
+def matches(images: list[Scene], captions: list[Scene]) -> Tensor:
     """Whether everything said in a caption is true of an image, (B,) x (K,) -> (B, K) bool."""
     shown, said = slots(images), slots(captions)
     fits = (counts(images)[:, None] == counts(captions)[None]).all(-1)

@@ -11,10 +11,10 @@ from torch import Tensor
 from comfyui_pcpo.tiny.captions import Scene
 from tools.tiny.codec import encode
 from tools.tiny.data import draw_scenes
-from tools.tiny.fit import Settings
+from tools.tiny.fit import StageSettings
 from tools.tiny.folders import Folders
 
-PART = 3000  # drawings in memory at a time
+SHARD = 3000  # drawings in memory at a time
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Latents:
     scenes: list[Scene]
 
 
-def load_vae(folders: Folders) -> Any:
+def load_autoencoder(folders: Folders) -> Any:
     vae: Any = AutoencoderTiny.from_pretrained(folders.shared / "vae", torch_dtype=torch.float32)
     return vae.eval().requires_grad_(False)
 
@@ -41,19 +41,19 @@ def encode_drawings(vae: Any, number: int, seed: int) -> Latents:
     return Latents(torch.cat(parts).contiguous(), drawings.scenes)
 
 
-def latents(settings: Settings, folders: Folders) -> Latents:
+def latents(settings: StageSettings, folders: Folders) -> Latents:
     """Training latents; encoded anew where the autoencoder has changed."""
-    vae = load_vae(folders).to(memory_format=torch.channels_last)
+    vae = load_autoencoder(folders).to(memory_format=torch.channels_last)
     mark = float(sum(value.double().abs().sum() for value in vae.encoder.state_dict().values()))
     folder = settings.work / f"latents-{mark:.3f}"
     folder.mkdir(exist_ok=True)
-    parts = [_part(vae, folder, seed) for seed in range(-(-settings.images // PART))]
+    parts = [_part(vae, folder, seed) for seed in range(-(-settings.images // SHARD))]
     return Latents(torch.cat([part.values for part in parts]), [scene for part in parts for scene in part.scenes])
 
 
 def _part(vae: Any, folder: Path, seed: int) -> Latents:
     path = folder / f"{seed}.pt"
     if not path.exists():
-        part = encode_drawings(vae, PART, seed)
+        part = encode_drawings(vae, SHARD, seed)
         torch.save([part.values, part.scenes], path)
     return Latents(*torch.load(path, weights_only=False))  # our own file: scenes are dataclasses

@@ -28,7 +28,7 @@ from comfyui_pcpo.tiny.tinyeval import known_scene, read_all
 from tools.tiny.data import random_scene
 from tools.tiny.draw import draw
 
-PART = 48  # images at a time
+GENERATED_AT_ONCE = 48
 
 
 def suites(number: int = 144) -> dict[str, list[str]]:
@@ -43,7 +43,7 @@ def suites(number: int = 144) -> dict[str, list[str]]:
     return {name: prompts[:: max(1, len(prompts) // number)][:number] for name, prompts in found.items()}
 
 
-def complete(scene: Scene, rng: np.random.Generator) -> Scene:
+def with_background(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene with everything unsaid chosen at random."""
     while True:
         things = scene.things
@@ -60,7 +60,7 @@ def complete(scene: Scene, rng: np.random.Generator) -> Scene:
 def drawn(prompts: Sequence[str], seed: int) -> Tensor:
     """Drawn images of the prompts, -> (B, H, W, 3) in [0, 1]."""
     rng = np.random.default_rng(seed)
-    images = [np.asarray(draw(complete(known_scene(prompt), rng), rng), np.float32) / 255 for prompt in prompts]
+    images = [np.asarray(draw(with_background(known_scene(prompt), rng), rng), np.float32) / 255 for prompt in prompts]
     return torch.from_numpy(np.stack(images))
 
 
@@ -72,10 +72,10 @@ def generate(
     pipeline.set_progress_bar_config(disable=True)
     more = {"max_sequence_length": 0} if name == "emoji-flow" else {}
     images = []
-    for start in range(0, len(prompts), PART):
+    for start in range(0, len(prompts), GENERATED_AT_ONCE):
         generator = torch.Generator().manual_seed(seed + start)
         settings = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "np", **more}
-        found = pipeline(list(prompts[start : start + PART]), generator=generator, **settings)
+        found = pipeline(list(prompts[start : start + GENERATED_AT_ONCE]), generator=generator, **settings)
         images.append(torch.from_numpy(found.images))
     return torch.cat(images)
 
@@ -83,7 +83,7 @@ def generate(
 @torch.no_grad()
 def features(encoder: AlignImageEncoder, images: Tensor) -> Tensor:
     """emoji-align's features, (B, H, W, 3) -> (B, 128)."""
-    return torch.cat([encoder.encode(x.permute(0, 3, 1, 2) * 2 - 1) for x in images.split(PART)])
+    return torch.cat([encoder.encode(x.permute(0, 3, 1, 2) * 2 - 1) for x in images.split(GENERATED_AT_ONCE)])
 
 
 def verdicts(encoder: AlignImageEncoder, images: Tensor, prompts: Sequence[str]) -> list[dict[str, bool]]:
@@ -93,7 +93,7 @@ def verdicts(encoder: AlignImageEncoder, images: Tensor, prompts: Sequence[str])
     return [{**each, "all": all(each.values())} for each in found]
 
 
-def shares(found: list[dict[str, bool]]) -> dict[str, float]:
+def attribute_shares(found: list[dict[str, bool]]) -> dict[str, float]:
     """Share of right verdicts per attribute, over the images whose prompt states it."""
     right: dict[str, list[bool]] = defaultdict(list)
     for each in found:

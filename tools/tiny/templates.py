@@ -8,9 +8,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from comfyui_pcpo.tiny.align import Detection, Reading
+from comfyui_pcpo.tiny.align import PIXELS, Detection, Reading
 from comfyui_pcpo.tiny.captions import COLORS, KINDS, PATTERNS
-from tools.tiny.draw import PIXELS, SINGLE, WIDTHS, background, sprite
+from tools.tiny.draw import GROUP_WIDTHS, SINGLE, background, sprite
 
 ZOOM = 2  # images are compared at half their size
 LARGEST_ERROR = 0.17  # root mean square difference of a match, of values in [0, 1]
@@ -26,8 +26,8 @@ def stencils(width: int) -> tuple[Tensor, Tensor]:
     side = width // ZOOM
     tiles = []
     for kind in KINDS:
-        tile, small = Image.new("RGBA", (width, width)), sprite(kind, width)
-        tile.paste(small, ((width - small.width) // 2, (width - small.height) // 2))
+        tile, image = Image.new("RGBA", (width, width)), sprite(kind, width)
+        tile.paste(image, ((width - image.width) // 2, (width - image.height) // 2))
         tiles.append(np.asarray(tile.resize((side, side), Image.Resampling.BOX), np.float32) / 255)
     found = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2)
     return found[:, :3], found[:, 3:]
@@ -47,12 +47,12 @@ def compare(image: Tensor, bare: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return (found / (3 * opacity.sum((1, 2, 3))[:, None, None])).sqrt(), empty - found / LARGEST_SHARE
 
 
-def match(image: Tensor) -> Reading:
+def read_by_templates(image: Tensor) -> Reading:
     """What an image (3, 128, 128) in [0, 1] shows, the thing that explains most first."""
     color, pattern = ground(image)
     small, bare = (F.avg_pool2d(each, ZOOM) for each in (image, pixels(color, pattern)))
     candidates: list[tuple[float, Detection]] = []
-    for width in {*SINGLE.values(), *WIDTHS.values()}:
+    for width in {*SINGLE.values(), *GROUP_WIDTHS.values()}:
         error, explained = compare(small, bare, width)
         for kind, y, x in ((error < LARGEST_ERROR) & (explained > 0)).nonzero().tolist():
             centre = ZOOM * x + width / 2, ZOOM * y + width / 2

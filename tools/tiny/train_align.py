@@ -12,27 +12,27 @@ from comfyui_pcpo.tiny.align import CELL, CELLS, PIXELS, AlignConfig, AlignImage
 from comfyui_pcpo.tiny.captions import COLORS, KINDS, PATTERNS, Scene, caption, is_valid
 from comfyui_pcpo.tiny.judge import judge
 from tools.tiny.codec import encode
-from tools.tiny.data import Drawings, draw_scenes, random_scene, say
-from tools.tiny.draw import Spot
-from tools.tiny.fit import Settings, batches, fit
+from tools.tiny.data import Drawings, draw_scenes, random_scene, sample_caption
+from tools.tiny.draw import Box
+from tools.tiny.fit import StageSettings, batch_indices, fit
 from tools.tiny.folders import Folders
-from tools.tiny.labels import fitting
-from tools.tiny.latents import load_vae
+from tools.tiny.labels import matches
+from tools.tiny.latents import load_autoencoder
 from tools.tiny.text import load_text, tokens
 
 SPREAD = 0.5  # of the heat around a centre, in cells
 
 
-def heat_targets(spots: list[list[Spot]]) -> Tensor:
+def heat_targets(boxes: list[list[Box]]) -> Tensor:
     """Gaussian around each centre, 1 in its own cell, (B,) -> (B, KINDS, 8, 8)."""
-    target = torch.zeros(len(spots), len(KINDS), CELLS, CELLS)
+    target = torch.zeros(len(boxes), len(KINDS), CELLS, CELLS)
     places = (torch.arange(CELLS) + 0.5) * CELL
-    for row, found in enumerate(spots):
-        for spot in found:
-            across, down = (places - spot.x) / CELL, (places - spot.y) / CELL
+    for row, found in enumerate(boxes):
+        for box in found:
+            across, down = (places - box.x) / CELL, (places - box.y) / CELL
             bump = torch.exp(-(down[:, None].square() + across[None].square()) / (2 * SPREAD**2))
-            bump[spot.y // CELL, spot.x // CELL] = 1
-            channel = target[row, KINDS.index(spot.kind)]
+            bump[box.y // CELL, box.x // CELL] = 1
+            channel = target[row, KINDS.index(box.kind)]
             channel.copy_(torch.maximum(channel, bump))
     return target
 
@@ -46,9 +46,9 @@ def heat_loss(logits: Tensor, target: Tensor) -> Tensor:
     return (hit + miss) / centre.sum()
 
 
-def width_loss(logits: Tensor, spots: list[list[Spot]]) -> Tensor:
+def width_loss(logits: Tensor, boxes: list[list[Box]]) -> Tensor:
     """Absolute error of the log of each object's width in cells, (B, 1, 8, 8) -> ()."""
-    places = [(n, spot.y // CELL, spot.x // CELL, spot.width / CELL) for n, found in enumerate(spots) for spot in found]
+    places = [(n, box.y // CELL, box.x // CELL, box.width / CELL) for n, found in enumerate(boxes) for box in found]
     n, y, x, width = zip(*places, strict=True)
     return F.l1_loss(logits[list(n), 0, list(y), list(x)], torch.tensor(width).log())
 
@@ -70,7 +70,7 @@ def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def contrast(embedded: Tensor, texts: Tensor, fits: Tensor, scale: Tensor) -> Tensor:
-    """Cross-entropy of images against captions (B, K) and back; every fitting caption counts."""
+    """Cross-entropy of images against captions (B, K) and back; every matching caption counts."""
     logits = embedded @ texts.T * scale.exp().clamp(max=30)
     fits = fits.float()
     forth = (fits / fits.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
@@ -79,17 +79,17 @@ def contrast(embedded: Tensor, texts: Tensor, fits: Tensor, scale: Tensor) -> Te
     return -forth - back
 
 
-class Teacher:
-    """Batches of disturbed drawings with all targets."""
+class AlignLoss:
+    """Batches of augmented drawings with all targets."""
 
-    def __init__(self, drawings: Drawings, settings: Settings, folders: Folders):
-        self.drawings, self.vae = drawings, load_vae(folders).to(memory_format=torch.channels_last)
+    def __init__(self, drawings: Drawings, settings: StageSettings, folders: Folders):
+        self.drawings, self.vae = drawings, load_autoencoder(folders).to(memory_format=torch.channels_last)
         self.tokenizer, self.text = load_text(folders.shared)
-        self.order = batches(len(drawings.scenes), settings.batch)
+        self.order = batch_indices(len(drawings.scenes), settings.batch)
         self.rng = np.random.default_rng(2)
 
     @torch.no_grad()
-    def disturb(self, images: Tensor) -> Tensor:
+    def augment(self, images: Tensor) -> Tensor:
         """What generated images look like: some decoded from noisy latents, some blurred, all with pixel noise."""
         images, part = images.clone(), len(images) // 8
         latents = encode(self.vae, images[:part])
@@ -102,27 +102,27 @@ class Teacher:
 
     def loss(self, model: AlignImageEncoder) -> Tensor:
         index = next(self.order)
-        scenes, spots = ([part[i] for i in index.tolist()] for part in (self.drawings.scenes, self.drawings.spots))
+        scenes, boxes = ([part[i] for i in index.tolist()] for part in (self.drawings.scenes, self.drawings.boxes))
         images = self.drawings.images(index).to(memory_format=torch.channels_last)
-        cells = model.trunk(self.disturb(images))
+        cells = model.trunk(self.augment(images))
         features = model.summarize(cells)
-        said = [say(scene, self.rng) for scene in scenes] + [near_miss(scene, self.rng) for scene in scenes]
+        said = [sample_caption(scene, self.rng) for scene in scenes] + [near_miss(scene, self.rng) for scene in scenes]
         with torch.no_grad():
             texts = self.text(tokens(self.tokenizer, [caption(scene) for scene in said])).text_embeds
         texts = F.normalize(texts.float(), dim=-1)
-        total = contrast(model.embed(features).float(), texts, fitting(scenes, said), model.logit_scale)
+        total = contrast(model.embed(features).float(), texts, matches(scenes, said), model.logit_scale)
         colors = torch.tensor([list(COLORS).index(str(scene.color)) for scene in scenes])
         patterns = torch.tensor([PATTERNS.index(str(scene.pattern)) for scene in scenes])
         total = total + F.cross_entropy(model.color(features).float(), colors)
         total = total + F.cross_entropy(model.pattern(features).float(), patterns)
-        total = total + heat_loss(model.heat(cells).float(), heat_targets(spots))
-        return total + width_loss(model.width(cells).float(), spots)
+        total = total + heat_loss(model.heat(cells).float(), heat_targets(boxes))
+        return total + width_loss(model.width(cells).float(), boxes)
 
 
-def train_align(settings: Settings, folders: Folders) -> None:
+def train_align(settings: StageSettings, folders: Folders) -> None:
     model = AlignImageEncoder(AlignConfig()).to(memory_format=torch.channels_last)
     nn.init.constant_(model.heat.bias, -4.0)  # type: ignore[arg-type]
-    teacher = Teacher(draw_scenes(settings.images, seed=50, allowed=lambda scene: True), settings, folders)
+    objective = AlignLoss(draw_scenes(settings.images, seed=50, allowed=lambda scene: True), settings, folders)
     test = draw_scenes(200, seed=60, allowed=lambda scene: True)
     folder = folders.models / "emoji-align"
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,4 +136,4 @@ def train_align(settings: Settings, folders: Folders) -> None:
         right = [all(judge(r, s).values()) for r, s in zip(readings, test.scenes, strict=True)]
         return f"{100 * sum(right) / len(right):.1f} % of drawings read without an error"
 
-    fit("align", model, lambda: teacher.loss(model), settings, report)
+    fit("align", model, lambda: objective.loss(model), settings, report)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from tools.tiny.codec import codec_loss, encode, make_autoencoder, principal_components, psnr, start_encoder
 from tools.tiny.data import Drawings, draw_scenes
-from tools.tiny.fit import Settings, batches, fit
+from tools.tiny.fit import StageSettings, batch_indices, fit
 from tools.tiny.folders import Folders
-from tools.tiny.latents import load_vae
+from tools.tiny.latents import load_autoencoder
 
 CROP = 64
-DRAWINGS = 3000
+CODEC_DRAWINGS = 3000
 
 
 def crops(drawings: Drawings, index: Tensor) -> Tensor:
@@ -25,25 +25,25 @@ def crops(drawings: Drawings, index: Tensor) -> Tensor:
     return torch.stack(cut).float().div_(127.5).sub_(1)
 
 
-def train_codec(settings: Settings, folders: Folders) -> None:
+def train_codec(settings: StageSettings, folders: Folders) -> None:
     """Both halves, from principal components."""
-    drawings = draw_scenes(DRAWINGS, seed=0)
+    drawings = draw_scenes(CODEC_DRAWINGS, seed=0)
     vae = make_autoencoder()
     start_encoder(vae, *principal_components(drawings.images(torch.arange(min(1000, len(drawings.scenes))))))
     fit_autoencoder("codec", vae, drawings, settings, folders)
 
 
-def train_decoder(settings: Settings, folders: Folders) -> None:
+def train_decoder(settings: StageSettings, folders: Folders) -> None:
     """The decoder alone, further: the latents, and so the generators that learned from them, stay the same."""
-    vae = load_vae(folders)
+    vae = load_autoencoder(folders)
     vae.decoder.requires_grad_(True)
-    fit_autoencoder("decoder", vae, draw_scenes(DRAWINGS, seed=1), settings, folders)
+    fit_autoencoder("decoder", vae, draw_scenes(CODEC_DRAWINGS, seed=1), settings, folders)
 
 
-def fit_autoencoder(name: str, vae: Any, drawings: Drawings, settings: Settings, folders: Folders) -> None:
+def fit_autoencoder(name: str, vae: Any, drawings: Drawings, settings: StageSettings, folders: Folders) -> None:
     vae.to(memory_format=torch.channels_last)
     test = draw_scenes(48, seed=100).images(torch.arange(48))
-    order = batches(len(drawings.scenes), settings.batch)
+    order = batch_indices(len(drawings.scenes), settings.batch)
 
     def loss() -> Tensor:
         return codec_loss(vae, crops(drawings, next(order)))

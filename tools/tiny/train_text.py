@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_pcpo.tiny.captions import Scene, caption
-from tools.tiny.data import random_scene, say, trained
-from tools.tiny.fit import Settings, fit
+from tools.tiny.data import random_scene, sample_caption, trained
+from tools.tiny.fit import StageSettings, fit
 from tools.tiny.folders import Folders
 from tools.tiny.labels import SLOTS, slots
 from tools.tiny.text import WIDTH, make_text_encoder, make_tokenizer, tokens
@@ -20,11 +20,11 @@ def captions(number: int, rng: np.random.Generator) -> list[Scene]:
     while len(said) < number:
         scene = random_scene(rng)
         if trained(scene):
-            said.append(say(scene, rng))
+            said.append(sample_caption(scene, rng))
     return said
 
 
-def train_text(settings: Settings, folders: Folders) -> None:
+def train_text(settings: StageSettings, folders: Folders) -> None:
     rng = np.random.default_rng(1)
     tokenizer = make_tokenizer(folders.shared / "tokenizer")
     heads = nn.ModuleDict({name: nn.Linear(WIDTH, size) for name, size in SLOTS.items()})

@@ -1,4 +1,4 @@
-"""Spoiled copies of the drawings, for a judge of cleanliness to learn from."""
+"""Degraded copies of the drawings, for emoji-polish to learn from."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 from tools.tiny.codec import encode
 
-KINDS = ("blur", "noise", "ghost", "fade", "codec")
+DEGRADATIONS = ("blur", "noise", "ghost", "fade", "codec")
 
 
-def spoil(image: Tensor, amount: float, kind: str, vae: Any) -> Tensor:
-    """A copy of (3, H, W) in [-1, 1], spoiled by `amount` from 0 (not at all) to 1."""
+def degrade(image: Tensor, amount: float, kind: str, vae: Any) -> Tensor:
+    """A copy of (3, H, W) in [-1, 1], degraded by `amount` from 0 (not at all) to 1."""
     side = image.shape[-1]
     if kind == "blur":
         size = max(8, round(side * (1 - 0.85 * amount)))
@@ -30,12 +30,12 @@ def spoil(image: Tensor, amount: float, kind: str, vae: Any) -> Tensor:
 
 
 @torch.no_grad()
-def spoiled(images: Tensor, vae: Any) -> tuple[Tensor, Tensor]:
+def degraded(images: Tensor, vae: Any) -> tuple[Tensor, Tensor]:
     """Copies of (B, 3, H, W), a quarter of them as they were, and how clean each still is, (B,) in [0, 1]."""
     amounts = torch.rand(len(images)) * (torch.rand(len(images)) > 0.25)
-    kinds = torch.randint(len(KINDS), (len(images),)).tolist()
+    kinds = torch.randint(len(DEGRADATIONS), (len(images),)).tolist()
     copies = [
-        spoil(image, amount, KINDS[kind], vae) if amount else image
+        degrade(image, amount, DEGRADATIONS[kind], vae) if amount else image
         for image, amount, kind in zip(images, amounts.tolist(), kinds, strict=True)
     ]
     return torch.stack([copy.float() for copy in copies]), 1 - amounts
