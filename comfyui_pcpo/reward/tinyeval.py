@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from comfyui_pcpo.reward.alignment import encoder_input
 from comfyui_pcpo.reward.base import Reward, RewardError
 from comfyui_pcpo.tiny.align import load_image_encoder
-from comfyui_pcpo.tiny.pipelines import MODELS
 from comfyui_pcpo.tiny.tinyeval import known_scene, partial_score, read_and_parse
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ class TinyEval(Reward):
     memory = 4_000_000
 
     def build(self) -> nn.Module:
-        return load_image_encoder(MODELS / "emoji-align")
+        return load_image_encoder()
 
     def require_prompts(self, prompts: list[str]) -> None:
         try:

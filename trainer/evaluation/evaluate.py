@@ -19,7 +19,7 @@ from ..policy.encoded import Encoded
 from ..policy.families import denoiser_of
 from ..policy.loading import load_configured
 from ..runs.folder import RunFolder
-from ..runs.rewards import make_reward, reward_settings
+from ..runs.rewards import make_reward, require_prompts, reward_settings
 from .metrics import TINYEVAL, Meter, Tally, load_networks, load_reader
 from .options import EvaluationOptions
 from .report import MOST_SHOWN, Metric, Report, Shown, save_images
@@ -119,6 +119,7 @@ def prepare(
             pairs = read_pairs(opened.path, module_names(denoiser_of(pipeline)))
         guides = [Guide(pairs, ImplicitReward(1.0))]
     meter, notes = make_meter(opened, config, options)
+    require_prompts(meter.rewards, prompts)
     policy = sampling_policy(config, [guide.pairs for guide in guides], pipeline)
     return EvalContext(options, policy, guides, prompts, policy.encode(prompts), meter, images_folder, tick), notes
 

@@ -14,7 +14,7 @@ from comfyui_pcpo.reward.alignment import encoder_input
 from comfyui_pcpo.reward.base import eight_bit
 from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
 from comfyui_pcpo.tiny.pipelines import MODELS
-from comfyui_pcpo.tiny.tinyeval import is_right, read_prompts, shares
+from comfyui_pcpo.tiny.tinyeval import is_right, read_and_parse, shares
 
 from ..loop.records import finite_mean
 from ..loop.scoring import ImageGroups, score
@@ -123,7 +123,7 @@ def load_reader() -> AlignImageEncoder:
 
 def judged(reader: AlignImageEncoder, images: Tensor, prompts: list[str]) -> list[bool]:
     """Whether each image shows all that its prompt asks for, of any size, (B, H, W, 3) -> B verdicts."""
-    return [is_right(*read) for read in read_prompts(reader, encoder_input(eight_bit(images)), prompts)]
+    return [is_right(*read) for read in read_and_parse(reader, encoder_input(eight_bit(images)), prompts)]
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The rewards that a configuration names."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +37,15 @@ def load_rewards(config: Config) -> dict[str, Reward]:
     """The trained and the held-out rewards, by name, their weights not read yet."""
     settings = reward_settings(config)
     return {name: make_reward(name, settings) for name in config.reward.names}
+
+
+def require_prompts(rewards: Mapping[str, Reward], prompts: Sequence[str]) -> None:
+    """Raise ConfigError for a prompt that one of the rewards cannot score."""
+    for name, reward in rewards.items():
+        try:
+            reward.require_prompts(list(prompts))
+        except RewardError as error:
+            raise ConfigError(f"reward {name}: {error}") from None
 
 
 def read_rewards(config: Config) -> dict[str, Reward]:
