@@ -11,10 +11,9 @@ from torch import Tensor
 
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed, rollout
 from comfyui_pcpo.method.samplers import deterministic
+from comfyui_pcpo.metrics.features import extract, load_tiny_features
 from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.reward import load_reward
-from comfyui_pcpo.tiny.align import load_image_encoder
-from comfyui_pcpo.tiny.pipelines import MODELS
 from tools.tiny import measure as tiny
 from trainer.policy.base import Policy
 
@@ -56,7 +55,7 @@ class Evaluator:
     before: dict[str, float] | None = None  # evaluation of the model without LoRA, cached
 
     def __post_init__(self) -> None:
-        self.encoder = load_image_encoder(MODELS / "emoji-align")
+        self.network = load_tiny_features()
         self.rewards = {name: load_reward(name) for name in STUDY_REWARDS}
         self.texts = [prompt for prompt in STUDY_PROMPTS for _ in range(self.study.images_per_prompt)]
 
@@ -70,10 +69,10 @@ class Evaluator:
         for name, reward in self.rewards.items():
             scores = reward.score(images, self.texts)
             row[name], row[f"{name}_std"] = float(scores.mean()), float(scores.std(correction=0))
-        embedded = tiny.features(self.encoder, images)
+        (embedded,) = extract(self.network, images)
         row["fd_base"], row["fd_drawn"] = frechet(embedded, self.base), frechet(embedded, self.drawn)
         row["diversity"] = diversity(embedded, self.study.images_per_prompt)
-        right = tiny.attribute_shares(tiny.verdicts(self.encoder, images, self.texts))
+        right = tiny.attribute_shares(tiny.verdicts(self.network.encoder, images, self.texts))
         return {**row, "object": right["object"], "count": right["count"]}
 
 
@@ -85,10 +84,10 @@ def make_evaluator(policy: Any, study: Study, cache: Path) -> Evaluator:
         per_prompt = study.reference_images // len(STUDY_PROMPTS)
         with policy.reference():
             base = ode_images(policy, per_prompt, REFERENCE_SEED, study.steps)
-        encoder = load_image_encoder(MODELS / "emoji-align")
+        network = load_tiny_features()
         state = {
-            "base": tiny.features(encoder, base),
-            "drawn": tiny.features(encoder, drawn_images(per_prompt, REFERENCE_SEED)),
+            "base": extract(network, base)[0],
+            "drawn": extract(network, drawn_images(per_prompt, REFERENCE_SEED))[0],
         }
         cache.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")

@@ -45,7 +45,7 @@ class Alignment(Reward):
         folder = MODELS / "shared" / "text_encoder"
         text = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder)).float()
         text.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-        return TinyEncoder(load_image_encoder(MODELS / "emoji-align"), text)
+        return TinyEncoder(load_image_encoder(), text)
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         assert isinstance(self.model, TinyEncoder)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_pcpo.tiny.captions import COLORS, KINDS, PATTERNS
+from comfyui_pcpo.tiny.pipelines import MODELS
 
 PIXELS = 128
 CELL = 16  # pixels per cell of the detector's map
@@ -122,7 +123,7 @@ def save_config(config: AlignConfig, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
 
 
-def load_image_encoder(folder: Path) -> AlignImageEncoder:
+def load_image_encoder(folder: Path = MODELS / "emoji-align") -> AlignImageEncoder:
     """The trained image encoder in float32, in eval mode, without gradients."""
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model = AlignImageEncoder(AlignConfig(tuple(raw["widths"]), raw["embed"]))

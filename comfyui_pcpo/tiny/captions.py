@@ -2,7 +2,8 @@
 
 A `Scene` states what is in an image; `caption` writes it in words, leaving out what is None; `parse` reads it back.
 Captions are compositional. Three families of combinations never appear in training (`is_held_out`), so that prompt
-following can be measured on them: an object with a background colour, two things in one image, a colour on a shape.
+following can be measured on them: a thing with a background colour, two things in one image, a colour on a shape.
+Where a prompt leaves size, relation or background open, any is correct, though drawings show the usual ones.
 """
 
 import itertools
@@ -60,12 +61,12 @@ VOCABULARY = sorted(
 
 @dataclass(frozen=True)
 class Thing:
-    """One to four equal objects or shapes. None means "not said": any value fits."""
+    """One to four equal objects or shapes."""
 
     name: str
     count: int = 1
-    size: str | None = None  # only of a single thing on its own
-    color: str | None = None  # of a shape
+    size: str | None = None  # of a single thing on its own; None: not said, drawn big
+    color: str | None = None  # of a shape, which always has one
 
     @property
     def kind(self) -> str:
@@ -75,12 +76,13 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows. None means "not said": any value fits."""
+    """What an image shows, or what a prompt asks for."""
 
     things: tuple[Thing, ...]
-    relation: str | None = None  # of the first of two single things to the second
-    color: str | None = None  # of the background
-    pattern: str | None = None
+    # of the first of two single things to the second; None: not said, drawn side by side in any order
+    relation: str | None = None
+    color: str | None = None  # of the background; None: not said, any
+    pattern: str | None = None  # of the background; None: not said, any
 
     @property
     def total(self) -> int:
@@ -123,16 +125,15 @@ def parse(text: str) -> Scene | None:
 
 
 def parse_thing(text: str) -> Thing | None:
-    """`two red squares` -> Thing; None for words that do not belong to one thing."""
+    """`two red squares` -> Thing; None for words that do not belong to one thing, or a noun of the wrong number."""
     words = text.split()
     numbers = {"an": 1, **{word: n for n, word in COUNTS.items()}}
     count = numbers[words.pop(0)] if words and words[0] in numbers else 1
     size = words.pop(0) if words and words[0] in SIZES else None
     color = words.pop(0) if words and words[0] in COLORS else None
-    if len(words) != 1 or words[0] not in {**PLURALS, **SINGULARS}:
+    if len(words) != 1 or words[0] not in (SINGULARS if count > 1 else PLURALS):
         return None
-    name = SINGULARS.get(words[0], words[0])
-    return Thing(name, count, size, color) if (name in SHAPE_NAMES) == (color is not None) else None
+    return Thing(SINGULARS[words[0]] if count > 1 else words[0], count, size, color)
 
 
 def parse_background(text: str) -> tuple[str | None, str | None] | None:
@@ -144,14 +145,15 @@ def parse_background(text: str) -> tuple[str | None, str | None] | None:
 
 
 def is_valid(scene: Scene) -> bool:
-    """Whether the world has such a scene: one or two things, at most four in all, shapes that stand out."""
+    """Whether the world has such a scene: one or two kinds, at most four things, shapes that stand out."""
     kinds = [thing.kind for thing in scene.things]
     single = len(kinds) == 1
     return (
-        len(set(kinds)) == len(kinds) <= 2
+        1 <= len(set(kinds)) == len(kinds) <= 2
         and scene.total <= MOST
         and (scene.relation is None or scene.total == len(kinds) == 2)
         and all(thing.size is None or (single and thing.count == 1) for thing in scene.things)
+        and all((thing.name in SHAPE_NAMES) == (thing.color is not None) for thing in scene.things)
         and all(thing.color is None or thing.color != scene.color for thing in scene.things)
     )
 
@@ -161,9 +163,10 @@ def _one_in(parts: int, *words: str) -> bool:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether the scene has a combination that training never shows; about one in ten of each family is held out.
+    """Whether the scene has a combination that training never shows.
 
-    The families: a thing's name and the background colour; two names in one image; a shape and its colour.
+    The families: a thing's name and the background colour; two names in one image; a shape and its colour. Held out are
+    about one in ten pairs and backgrounds, and 5 of the 24 coloured shapes.
     """
     names = [thing.name for thing in scene.things]
     return (

@@ -1,4 +1,7 @@
-"""Whether a reading of an image shows what its prompt asks for, attribute by attribute."""
+"""Whether a reading of an image shows what its prompt asks for, attribute by attribute.
+
+What a prompt leaves open is not judged: any size and any arrangement is correct, as in GenEval (arXiv 2310.11513).
+"""
 
 from collections import Counter
 
@@ -32,7 +35,7 @@ def judge(reading: Reading, scene: Scene) -> dict[str, bool]:
 
 
 def related(found: tuple[Detection, ...], scene: Scene) -> bool:
-    """Whether the first of two things lies on the asked side of the second, more than it lies on any other side."""
+    """Whether the first of two things is on the requested side of the second, measured along the larger offset."""
     first, second = (next(d for d in found if d.kind == thing.kind) for thing in scene.things)
     right, down = second.x - first.x, second.y - first.y
     return right > abs(down) if scene.relation == "left of" else down > abs(right)

@@ -36,13 +36,14 @@ READ_AT_ONCE = 64
 
 
 def known_scene(prompt: str) -> Scene:
-    """The scene of a prompt. Raises ValueError for a prompt from outside the embedded models' world."""
+    """The scene of a prompt. Raises ValueError for a prompt from outside the embedded models' domain."""
     scene = parse(prompt)
     if scene is None:
         raise ValueError(
-            f"{prompt!r} is not a prompt that TinyEval can judge. It needs the embedded models' form, such as "
-            f"'two foxes on a striped blue background' or 'a red circle left of a star'. Objects: "
-            f"{', '.join((*OBJECTS, *SHAPE_NAMES))}; colors: {', '.join(COLORS)}."
+            f"{prompt!r} is not a prompt of the embedded models' domain, which TinyEval needs. Use one such as 'two "
+            "foxes on a striped blue background' or 'a red circle left of a star'. At most four things of at most two "
+            "kinds; colours belong to shapes and backgrounds and differ between the two. Objects: "
+            f"{', '.join(OBJECTS)}; shapes: {', '.join(SHAPE_NAMES)}; colours: {', '.join(COLORS)}."
         )
     return scene
 
@@ -101,15 +102,11 @@ def drawing_features(tasks: Sequence[str] = TASKS, root: Path = MODELS) -> Tenso
     return torch.cat([by_task[task] for task in tasks])
 
 
-def read_all(encoder: AlignImageEncoder, images: Tensor) -> list[Reading]:
-    """What the reader finds in images in [-1, 1], (B, 3, 128, 128) -> B readings."""
-    return [reading for part in images.split(READ_AT_ONCE) for reading in read_images(encoder, part)]
-
-
 def read_and_parse(encoder: AlignImageEncoder, images: Tensor, prompts: Sequence[str]) -> list[tuple[Reading, Scene]]:
     """What each image shows, and what its prompt asks for; images in [-1, 1], (B, 3, 128, 128) -> B pairs."""
     scenes = [known_scene(prompt) for prompt in prompts]
-    return list(zip(read_all(encoder, images), scenes, strict=True))
+    readings = [reading for part in images.split(READ_AT_ONCE) for reading in read_images(encoder, part)]
+    return list(zip(readings, scenes, strict=True))
 
 
 def is_right(reading: Reading, scene: Scene) -> bool:

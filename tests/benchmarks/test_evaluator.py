@@ -12,7 +12,6 @@ from benchmarks.study.grid import Cell
 from benchmarks.study.recipes import STUDY_PROMPTS
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.tiny.align import load_image_encoder
-from comfyui_pcpo.tiny.pipelines import MODELS
 from tools.tiny.measure import attribute_shares, drawn, verdicts
 from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
 from trainer.policy.loading import make_policy
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 def test_the_evaluation_recognises_drawings():
     prompts = ["a fox on a plain blue background", "two frogs on a dotted red background"] * 4
-    encoder = load_image_encoder(MODELS / "emoji-align")
+    encoder = load_image_encoder()
     images = drawn(prompts, seed=0)
     assert attribute_shares(verdicts(encoder, images, prompts))["all"] == 1
     others = attribute_shares(verdicts(encoder, images, ["a pig", "a star"] * 4))

@@ -72,7 +72,7 @@ def test_drawings_of_the_suite_are_read_as_what_they_show():
 
 
 def test_the_reward_names_a_prompt_from_another_world_and_the_form_it_needs():
-    with pytest.raises(RewardError, match="'a photo of a cat' is not a prompt that TinyEval can judge"):
+    with pytest.raises(RewardError, match="'a photo of a cat' is not a prompt of the embedded models' domain"):
         load_reward("tinyeval").score(torch.zeros(1, 128, 128, 3), ["a photo of a cat"])
 
 

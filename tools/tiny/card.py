@@ -3,25 +3,32 @@
 import logging
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from comfyui_pcpo.metrics.features import Tiny, extract
 from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.tiny import tinyeval
 from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
-from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, SHAPE_NAMES
-from comfyui_pcpo.tiny.tinyeval import REFERENCE_DRAWINGS, TASKS, is_right, known_scene, suite_prompts
+from comfyui_pcpo.tiny.pipelines import load_tiny
+from comfyui_pcpo.tiny.polish import load_polish
+from comfyui_pcpo.tiny.tinyeval import REFERENCE_DRAWINGS, is_right, known_scene, suite_prompts
+from tools.tiny.card_text import CardRow, Measured, card_text
+from tools.tiny.codec import psnr
+from tools.tiny.data import draw_scenes
 from tools.tiny.fit import StageSettings
 from tools.tiny.folders import Folders
-from tools.tiny.measure import attribute_shares, drawn, features, generate, suites, verdicts
+from tools.tiny.latents import load_autoencoder
+from tools.tiny.measure import attribute_shares, drawn, generate, suites, verdicts
 from tools.tiny.templates import read_by_templates
+from tools.tiny.train_polish import polish_quality
 
 logger = logging.getLogger("tiny")
 # model -> (steps, guidance scale); guidance 1 is the model itself, without classifier-free guidance
 MODES = {"emoji-flow": ((12, 1.0), (20, 3.0)), "emoji-eps": ((50, 1.0), (50, 4.0))}
-SAMPLES_PER_PROMPT = 2  # images per prompt
-ATTRIBUTES = ("object", "count", "relation", "background", "pattern", "all")
+SAMPLES_PER_PROMPT = 2
 SAMPLE_PROMPTS = (
     "a big fox on a plain blue background",
     "two pandas on a striped pink background",
@@ -36,139 +43,105 @@ SAMPLE_PROMPTS = (
     "two hearts and two stars on a dotted white background",
     "a red square above an octopus on a plain yellow background",
 )
-CardRow = tuple[str, dict[str, float], float, float]
 
 
-def rows(encoder: AlignImageEncoder, name: str, prompts: list[str], root: Path) -> list[CardRow]:
-    """Shares, distance to drawings and diversity of drawings and of each model's images, for one suite of prompts."""
+def suite_rows(network: Tiny, name: str, prompts: list[str], root: Path) -> list[CardRow]:
+    """Figures of drawings and of each model's images, for one suite of prompts."""
     each = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
-    first, second = (drawn(each, seed) for seed in (10, 11))
-    reference = features(encoder, first)
-    images = {"drawings": second}
+    (reference,) = extract(network, drawn(each, seed=10))
+    images = {"drawings": drawn(each, seed=11)}
     for model, modes in MODES.items():
-        if (root / model).exists():
-            for steps, guidance in modes:
-                label = f"{model}, {steps} steps, guidance {guidance:g}"
-                images[label] = generate(model, each, steps, guidance, root)
-    table = []
-    for label, found in images.items():
-        seen = features(encoder, found)
-        right = attribute_shares(verdicts(encoder, found, each))
-        table.append((label, right, frechet(seen, reference), diversity(seen, SAMPLES_PER_PROMPT)))
-        logger.info("%s: %s", name, table[-1])
-    return table
+        for steps, guidance in modes:
+            images[label(model, steps, guidance)] = generate(model, each, steps, guidance, root)
+    rows = []
+    for source, shown in images.items():
+        (features,) = extract(network, shown)
+        shares = attribute_shares(verdicts(network.encoder, shown, each))
+        spread = diversity(features, SAMPLES_PER_PROMPT)
+        rows.append(CardRow(source, shares, frechet(features, reference), spread))
+        logger.info("%s: %s", name, rows[-1])
+    return rows
 
 
-def write_drawing_features(encoder: AlignImageEncoder, folder: Path) -> None:
+def label(model: str, steps: int, guidance: float) -> str:
+    return f"{model}, {steps} steps, guidance {guidance:g}"
+
+
+def write_drawing_features(network: Tiny, folder: Path) -> None:
     """The reference of TinyEval's distances: features of drawings of its prompts, read back by `drawing_features`."""
     each = [prompt for prompt in suite_prompts() for _ in range(REFERENCE_DRAWINGS)]
-    save_file({"features": features(encoder, drawn(each, seed=30)).half()}, folder / "drawings.safetensors")
+    (features,) = extract(network, drawn(each, seed=30))
+    save_file({"features": features.half()}, folder / "drawings.safetensors")
 
 
-def suite_rows(encoder: AlignImageEncoder, root: Path) -> list[str]:
-    """TinyEval's shares of right images: drawings, and each model without guidance."""
-    each = [prompt for prompt in suite_prompts() for _ in range(SAMPLES_PER_PROMPT)]
-    images = {"drawings": drawn(each, seed=31)}
-    for model, modes in MODES.items():
-        if (root / model).exists():
-            steps, guidance = modes[0]
-            images[f"{model}, {steps} steps, guidance {guidance:g}"] = generate(model, each, steps, guidance, root)
-    lines = []
-    for label, shown in images.items():
-        found = tinyeval.shares([verdict["all"] for verdict in verdicts(encoder, shown, each)], each)
-        logger.info("TinyEval, %s: %s", label, found)
-        cells = [f"{100 * found[name]:.0f} %" for name in (*TASKS, "hard tasks", "all tasks")]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return lines
+def tinyeval_images(prompts: list[str], root: Path) -> dict[str, Tensor]:
+    """Drawings of the prompts, and each model's images without guidance."""
+    images = {"drawings": drawn(prompts, seed=31)}
+    for model, ((steps, guidance), *_) in MODES.items():
+        images[label(model, steps, guidance)] = generate(model, prompts, steps, guidance, root)
+    return images
 
 
-def second_opinion(encoder: AlignImageEncoder, images: Tensor, prompts: list[str]) -> str:
-    """How often emoji-align and template matching agree on whether an image is right, and what the others are."""
+def tinyeval_row(encoder: AlignImageEncoder, source: str, images: Tensor, prompts: list[str]) -> CardRow:
+    """TinyEval's shares of correct images."""
+    shares = tinyeval.shares([verdict["all"] for verdict in verdicts(encoder, images, prompts)], prompts)
+    logger.info("TinyEval, %s: %s", source, shares)
+    return CardRow(source, shares)
+
+
+def agreement(encoder: AlignImageEncoder, source: str, images: Tensor, prompts: list[str]) -> str:
+    """How often emoji-align and template matching agree on whether an image is correct, and what the others are."""
     first = [verdict["all"] for verdict in verdicts(encoder, images, prompts)]
-    second = [
-        is_right(read_by_templates(image.permute(2, 0, 1)), known_scene(p))
-        for image, p in zip(images, prompts, strict=True)
-    ]
+    readings = [read_by_templates(image) for image in images.permute(0, 3, 1, 2)]
+    second = [is_right(reading, known_scene(prompt)) for reading, prompt in zip(readings, prompts, strict=True)]
     same = sum(a == b for a, b in zip(first, second, strict=True))
     alone = sum(a and not b for a, b in zip(first, second, strict=True))
-    return f"{same} of {len(images)} ({alone} right for emoji-align alone, {len(images) - same - alone} for the other)"
+    rest = f"{alone} correct for emoji-align only, {len(images) - same - alone} for templates only"
+    return f"{same} of {len(images)} ({source}; {rest})"
+
+
+def parameter_counts(root: Path) -> dict[str, int]:
+    """Number of parameters by model."""
+    flow, eps = (load_tiny(name, root) for name in MODES)
+    models: dict[str, nn.Module] = {
+        "`emoji-flow`": flow.transformer,
+        "`emoji-eps`": eps.unet,
+        "autoencoder": flow.vae,
+        "text encoder": flow.text_encoder,
+        "`emoji-align`": load_image_encoder(root / "emoji-align"),
+        "`emoji-polish`": load_polish(root / "emoji-polish"),
+    }
+    return {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in models.items()}
+
+
+@torch.no_grad()
+def reconstruction_psnr(folders: Folders, number: int = 48) -> float:
+    """The autoencoder's peak signal-to-noise ratio on new drawings, in dB."""
+    vae, images = load_autoencoder(folders), draw_scenes(number, seed=100).images(torch.arange(number))
+    return psnr(vae.decode(vae.encode(images).latents).sample, images)
+
+
+def save_samples(root: Path, folder: Path) -> None:
+    """A grid of each model's images, with guidance."""
+    each = [prompt for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_PER_PROMPT)]
+    for model, (*_, (steps, guidance)) in MODES.items():
+        images = generate(model, each, steps, guidance, root, seed=3)
+        grid(images, each, columns=6, tile=160).save(folder / f"{model}.png")
 
 
 def write_card(settings: StageSettings, folders: Folders) -> None:
     """Measure everything; write README.md beside the models and grids into the work folder."""
-    encoder = load_image_encoder(folders.models / "emoji-align")
-    write_drawing_features(encoder, folders.models / "emoji-align")
-    tables = {name: rows(encoder, name, prompts, folders.models) for name, prompts in suites().items()}
-    for name, modes in MODES.items():
-        if (folders.models / name).exists():
-            shown = [prompt for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_PER_PROMPT)]
-            steps, guidance = modes[-1]
-            images = generate(name, shown, steps, guidance, folders.models, seed=3)
-            grid(images, shown, columns=6, tile=160).save(settings.work / f"{name}.png")
+    network = Tiny(load_image_encoder(folders.models / "emoji-align"))
+    write_drawing_features(network, folders.models / "emoji-align")
+    save_samples(folders.models, settings.work)
     each = [prompt for prompt in suite_prompts() for _ in range(SAMPLES_PER_PROMPT)]
-    opinions = {"drawings": second_opinion(encoder, drawn(each, seed=32), each)}
-    if (folders.models / "emoji-flow").exists():
-        images = generate("emoji-flow", each, *MODES["emoji-flow"][0], folders.models)
-        opinions["images of emoji-flow"] = second_opinion(encoder, images, each)
-    agreement = "; ".join(f"{label} {opinion}" for label, opinion in opinions.items())
-    text = card_text(tables, suite_rows(encoder, folders.models), agreement)
-    (folders.models / "README.md").write_text(text, encoding="utf-8")
-
-
-def table_text(table: list[CardRow]) -> str:
-    lines = ["| | " + " | ".join(ATTRIBUTES) + " | tiny FD | diversity |", "|---|" + "---|" * (len(ATTRIBUTES) + 2)]
-    for label, right, far, apart in table:
-        cells = [f"{100 * right[name]:.1f} %" if name in right else "" for name in ATTRIBUTES]
-        lines.append(f"| {label} | " + " | ".join(cells) + f" | {far:.2f} | {apart:.3f} |")
-    return "\n".join(lines)
-
-
-def card_text(tables: dict[str, list[CardRow]], suite: list[str], agreement: str) -> str:
-    sections = "\n\n".join(f"{SUITE_TITLES[name]}\n\n{table_text(table)}" for name, table in tables.items())
-    head = ["| | " + " | ".join((*TASKS, "hard tasks", "all tasks")) + " |", "|---|" + "---|" * (len(TASKS) + 2)]
-    world = {"objects": ", ".join(OBJECTS), "shapes": ", ".join(SHAPE_NAMES), "colors": ", ".join(COLORS)}
-    return CARD.format(**world, tables=sections, agreement=agreement, suite="\n".join((*head, *suite)))
-
-
-SUITE_TITLES = {
-    "equal": "One to three equal objects on a background colour never seen with them:",
-    "pairs": "Two objects never seen in one image, side by side or above each other:",
-    "shapes": "Two things, at least one a coloured shape, in combinations never seen:",
-    "mixed": "Three or four things of two kinds, in combinations never seen:",
-}
-CARD = """# The embedded models
-
-Tiny text-to-image models, trained from scratch, 128x128 pixels: `emoji-flow` (SD3-type flow transformer), `emoji-eps`
-(SD1.5-type epsilon UNet), one 8x autoencoder with 16 latent channels, one CLIP-type text encoder, `emoji-align`, which
-finds objects, background and pattern in an image and compares images with captions, and `emoji-polish`, which rates how
-clean a drawing is.
-They know 20 objects ({objects}) and coloured shapes ({shapes}); up to four in an image, of one or two
-kinds, one left of or above the other; on 8 colours ({colors}), plain, striped or dotted.
-
-## Quality on prompts never seen in training
-
-Read by emoji-align; `object` is the right kinds and no others, `count` the right number of each. Tiny FD is the Frechet
-distance of its features to drawings, diversity the mean cosine distance between two images of a prompt. The first row
-of each table is a second set of drawings: the ceiling. Plain diffusers pipelines.
-
-{tables}
-
-## TinyEval
-
-Six tasks of 20 prompts each, none of whose combinations were trained. An image is right if everything its prompt asks
-for is there. The hard tasks are the last four. `pcpo evaluate emoji-flow --suite tinyeval` measures it with more seeds.
-
-{suite}
-
-Reader and generators learned from the same kind of drawings, so these figures measure prompt following inside this
-world only. The reader was checked against template matching with the drawn sprites, which learns nothing
-(`tools/tiny/templates.py`). Both say the same of an image's being right or wrong: {agreement}.
-
-## How they were made
-
-Drawn from the glyphs of Noto Color Emoji (SIL Open Font License 1.1), captions with attributes left out at random, 10 %
-empty captions for classifier-free guidance. `python -m tools.tiny --help` lists the stages. The weights are stored as
-float16 and run in float32.
-
-Licence: Apache-2.0, as the rest of the project. The glyphs that the models imitate are Google's Noto Color Emoji.
-"""
+    images = tinyeval_images(each, folders.models)
+    measured = Measured(
+        parameter_counts(folders.models),
+        {name: suite_rows(network, name, prompts, folders.models) for name, prompts in suites().items()},
+        [tinyeval_row(network.encoder, source, shown, each) for source, shown in images.items()],
+        [agreement(network.encoder, source, shown, each) for source, shown in images.items()],
+        reconstruction_psnr(folders),
+        polish_quality(folders),
+    )
+    (folders.models / "README.md").write_text(card_text(measured), encoding="utf-8")

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from comfyui_pcpo.reward.alignment import encoder_input
+from comfyui_pcpo.reward.base import eight_bit
 from comfyui_pcpo.tiny.align import AlignImageEncoder
 from comfyui_pcpo.tiny.captions import (
     COLORS,
     PATTERNS,
-    RELATIONS,
-    SIZES,
     Scene,
     caption,
     held_out_pairs,
@@ -24,7 +24,7 @@ from comfyui_pcpo.tiny.captions import (
 )
 from comfyui_pcpo.tiny.judge import judge
 from comfyui_pcpo.tiny.pipelines import MODELS, load_tiny
-from comfyui_pcpo.tiny.tinyeval import known_scene, read_all
+from comfyui_pcpo.tiny.tinyeval import known_scene, read_and_parse
 from tools.tiny.data import random_scene
 from tools.tiny.draw import draw
 
@@ -35,26 +35,23 @@ def suites(number: int = 144) -> dict[str, list[str]]:
     """Held-out prompts by what they ask for: equal objects, pairs, shapes, mixed counts; at most `number` of each."""
     rng = np.random.default_rng(20)
     scenes = [scene for scene in (random_scene(rng) for _ in range(20_000)) if is_held_out(scene)]
-    shapes = [scene for scene in scenes if any(thing.color for thing in scene.things) and scene.total == 2]
-    mixed = [scene for scene in scenes if len(scene.things) == 2 and scene.total > 2]
-    found = {"equal": held_out_prompts(), "pairs": held_out_pairs(), "shapes": [], "mixed": []}
-    found["shapes"] = [caption(scene) for scene in shapes]
-    found["mixed"] = [caption(scene) for scene in mixed]
+    two = [scene for scene in scenes if len(scene.things) == 2]
+    found = {
+        "equal": held_out_prompts(),
+        "pairs": held_out_pairs(),
+        "shapes": [caption(s) for s in two if s.total == 2 and any(thing.color for thing in s.things)],
+        "mixed": [caption(s) for s in two if s.total > 2],
+    }
     return {name: prompts[:: max(1, len(prompts) // number)][:number] for name, prompts in found.items()}
 
 
 def with_background(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with everything unsaid chosen at random."""
+    """The scene with a background, of random colour and pattern where they are not said."""
     while True:
-        things = scene.things
-        if scene.total == 1 and things[0].size is None:
-            things = (replace(things[0], size=SIZES[rng.integers(2)]),)
         color = scene.color or list(COLORS)[rng.integers(len(COLORS))]
-        full = Scene(things, scene.relation, color, scene.pattern or PATTERNS[rng.integers(3)])
-        if full.relation is None and scene.total == len(things) == 2:
-            full = replace(full, relation=RELATIONS[rng.integers(2)], things=things[:: int(rng.choice((1, -1)))])
-        if is_valid(full):
-            return full
+        complete = replace(scene, color=color, pattern=scene.pattern or PATTERNS[rng.integers(len(PATTERNS))])
+        if is_valid(complete):
+            return complete
 
 
 def drawn(prompts: Sequence[str], seed: int) -> Tensor:
@@ -80,16 +77,9 @@ def generate(
     return torch.cat(images)
 
 
-@torch.no_grad()
-def features(encoder: AlignImageEncoder, images: Tensor) -> Tensor:
-    """emoji-align's features, (B, H, W, 3) -> (B, 128)."""
-    return torch.cat([encoder.encode(x.permute(0, 3, 1, 2) * 2 - 1) for x in images.split(GENERATED_AT_ONCE)])
-
-
 def verdicts(encoder: AlignImageEncoder, images: Tensor, prompts: Sequence[str]) -> list[dict[str, bool]]:
-    """What each image got right of its prompt, `all` included."""
-    readings = read_all(encoder, images.permute(0, 3, 1, 2) * 2 - 1)
-    found = [judge(reading, known_scene(prompt)) for reading, prompt in zip(readings, prompts, strict=True)]
+    """Which attributes of its prompt each image shows, `all` included."""
+    found = [judge(*read) for read in read_and_parse(encoder, encoder_input(eight_bit(images)), prompts)]
     return [{**each, "all": all(each.values())} for each in found]
 
 

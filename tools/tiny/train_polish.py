@@ -5,7 +5,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_pcpo.tiny.polish import PolishNet
+from comfyui_pcpo.tiny.captions import is_held_out
+from comfyui_pcpo.tiny.polish import PolishNet, load_polish
 from tools.tiny.data import draw_scenes
 from tools.tiny.degrade import degraded
 from tools.tiny.fit import StageSettings, batch_indices, fit
@@ -16,12 +17,19 @@ POLISH_DRAWINGS = 6000
 
 
 def r_squared(judge: nn.Module, images: Tensor, vae: nn.Module) -> float:
-    """Share of the variance of cleanness that the judge explains (R squared)."""
+    """Share of the variance of cleanness that the judge explains, (B, 3, H, W) -> a number up to 1."""
     with torch.random.fork_rng():
         torch.manual_seed(12)
         copies, clean = degraded(images, vae)
     found = torch.cat([judge(part) for part in copies.split(50)]).float()
     return 1 - float((found - clean).square().mean() / clean.var(correction=0))
+
+
+@torch.no_grad()
+def polish_quality(folders: Folders, number: int = 400) -> float:
+    """R squared of the trained network on new drawings, of combinations that were held out."""
+    images = draw_scenes(number, seed=90, allowed=is_held_out).images(torch.arange(number))
+    return r_squared(load_polish(folders.models / "emoji-polish"), images, load_autoencoder(folders))
 
 
 def train_polish(settings: StageSettings, folders: Folders) -> None:
