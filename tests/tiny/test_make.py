@@ -32,6 +32,7 @@ from tools.tiny.codec import encode, make_autoencoder, principal_components, psn
 from tools.tiny.data import draw_scenes, random_scene, sample_caption
 from tools.tiny.degrade import DEGRADATIONS, degrade
 from tools.tiny.draw import SINGLE, arrange, draw
+from tools.tiny.fit import StageSettings
 from tools.tiny.folders import Folders
 from tools.tiny.labels import matches
 from tools.tiny.latents import load_autoencoder
@@ -146,6 +147,15 @@ def test_the_encoder_starts_as_principal_components_of_unit_spread(drawings):
 def test_the_autoencoder_keeps_drawings():
     vae, images = load_autoencoder(Folders(MODELS)), draw_scenes(24, seed=6).images(torch.arange(24))
     assert psnr(vae.decode(vae.encode(images).latents).sample, images) > 28
+
+
+def test_latents_are_encoded_anew_where_drawings_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(tools.tiny.latents, "SHARD", 4)
+    settings = StageSettings(tmp_path, images=4)
+    for code in (1, 1, 2):
+        monkeypatch.setattr(tools.tiny.latents, "drawing_code", lambda code=code: code)
+        assert len(tools.tiny.latents.latents(settings, Folders(MODELS)).scenes) == 4
+    assert sorted(path.name[-8:] for path in tmp_path.iterdir()) == ["00000001", "00000002"]
 
 
 def test_heat_is_one_at_each_centre_and_nowhere_else(drawings):

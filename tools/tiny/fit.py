@@ -78,7 +78,7 @@ class Training:
 
 
 def make_optimizers(model: nn.Module, settings: StageSettings) -> list[torch.optim.Optimizer]:
-    """AdamW; with `muon`, that optimizer (kellerjordan.github.io/posts/muon) for matrices and kernels within blocks."""
+    """AdamW; with `muon`, Muon (kellerjordan.github.io/posts/muon) for the matrices and kernels of blocks."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {name: p for name, p in trained.items() if settings.muon and "block" in name and p.ndim > 1}
     others = [parameter for name, parameter in trained.items() if name not in matrices]
@@ -93,6 +93,8 @@ def start(model: nn.Module, path: Path, settings: StageSettings) -> Training:
     """A new training, or the one saved at `path`."""
     training = Training(model, copy.deepcopy(model).requires_grad_(False), make_optimizers(model, settings))
     if settings.resume:
+        if not path.is_file():
+            raise FileNotFoundError(f"No training state at {path}. Leave out --resume for a first run.")
         training.load(path)
         torch.manual_seed(training.step)  # other batches and noise than before
         logger.info("resuming at step %d after %.1f minutes", training.step, training.minutes)
@@ -126,6 +128,8 @@ def fit(
 
 
 def batch_indices(count: int, batch: int) -> Iterator[Tensor]:
-    """Indices of random batches without end; each passes over everything."""
+    """Indices of random batches without end; each pass goes over everything."""
+    if count < batch:
+        raise ValueError(f"batch is {batch}, but there are {count} drawings. Use --batch {count} or less.")
     while True:
         yield from (index for index in torch.randperm(count).split(batch) if len(index) == batch)

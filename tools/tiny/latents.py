@@ -1,5 +1,6 @@
 """The latents of the drawings, encoded once and kept in the work folder."""
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
+from comfyui_pcpo.tiny import captions
 from comfyui_pcpo.tiny.captions import Scene
+from tools.tiny import data, draw
 from tools.tiny.codec import encode
 from tools.tiny.data import draw_scenes
 from tools.tiny.fit import StageSettings
@@ -41,11 +44,16 @@ def encode_drawings(vae: Any, number: int, seed: int) -> Latents:
     return Latents(torch.cat(parts).contiguous(), drawings.scenes)
 
 
+def drawing_code() -> int:
+    """CRC of the modules that decide what is drawn."""
+    return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in (captions, data, draw)))
+
+
 def latents(settings: StageSettings, folders: Folders) -> Latents:
-    """Training latents; encoded anew where the autoencoder has changed."""
+    """Training latents; encoded anew where the autoencoder or the code that draws has changed."""
     vae = load_autoencoder(folders).to(memory_format=torch.channels_last)
-    mark = float(sum(value.double().abs().sum() for value in vae.encoder.state_dict().values()))
-    folder = settings.work / f"latents-{mark:.3f}"
+    weights = float(sum(value.double().abs().sum() for value in vae.encoder.state_dict().values()))
+    folder = settings.work / f"latents-{weights:.3f}-{drawing_code():08x}"
     folder.mkdir(exist_ok=True)
     parts = [_part(vae, folder, seed) for seed in range(-(-settings.images // SHARD))]
     return Latents(torch.cat([part.values for part in parts]), [scene for part in parts for scene in part.scenes])
