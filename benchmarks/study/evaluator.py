@@ -1,6 +1,7 @@
 """Evaluation of a model: the same prompts and the same noise every time, sampled without noise (ODE)."""
 
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from comfyui_pcpo.method.samplers import deterministic
 from comfyui_pcpo.metrics.features import extract, load_tiny_features
 from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.reward import load_reward
+from comfyui_pcpo.tiny.pipelines import MODELS, SHARED
 from tools.tiny import measure as tiny
 from trainer.policy.base import Policy
 
@@ -76,10 +78,19 @@ class Evaluator:
         return {**row, "object": right["object"], "count": right["count"]}
 
 
+def weights_checksum(name: str) -> str:
+    """Checksum of the weights that a model's reference features depend on: its own, the shared ones, emoji-align's."""
+    folders = [MODELS / part for part in (name, SHARED.name, "emoji-align")]
+    crc = 0
+    for file in (file for folder in folders for file in sorted(folder.rglob("*.safetensors"))):
+        crc = zlib.crc32(file.read_bytes(), crc)
+    return f"{crc:08x}"
+
+
 def make_evaluator(policy: Any, study: Study, cache: Path) -> Evaluator:
-    """The evaluator for a policy's model; features of the reference images are computed once and cached in a file."""
+    """The evaluator for a policy's model; features of the reference images are computed once for the weights in use."""
     name = policy.config.model.name
-    file = cache / f"{name}-{study.steps}-{study.reference_images}.safetensors"
+    file = cache / f"{name}-{weights_checksum(name)}-{study.steps}-{study.reference_images}.safetensors"
     if not file.is_file():
         per_prompt = study.reference_images // len(STUDY_PROMPTS)
         with policy.reference():
