@@ -15,7 +15,7 @@ from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
 from comfyui_pcpo.tiny.pipelines import load_tiny
 from comfyui_pcpo.tiny.polish import load_polish
 from comfyui_pcpo.tiny.tinyeval import REFERENCE_DRAWINGS, is_right, known_scene, suite_prompts
-from tools.tiny.card_text import CardRow, Measured, card_text
+from tools.tiny.card_text import CardFigures, CardRow, card_text
 from tools.tiny.codec import psnr
 from tools.tiny.data import draw_scenes
 from tools.tiny.fit import StageSettings
@@ -89,7 +89,7 @@ def tinyeval_row(encoder: AlignImageEncoder, source: str, images: Tensor, prompt
     return CardRow(source, shares)
 
 
-def agreement(encoder: AlignImageEncoder, source: str, images: Tensor, prompts: list[str]) -> str:
+def second_opinion(encoder: AlignImageEncoder, source: str, images: Tensor, prompts: list[str]) -> str:
     """How often emoji-align and template matching agree on whether an image is correct, and what the others are."""
     first = [verdict["all"] for verdict in verdicts(encoder, images, prompts)]
     readings = [read_by_templates(image) for image in images.permute(0, 3, 1, 2)]
@@ -136,12 +136,12 @@ def write_card(settings: StageSettings, folders: Folders) -> None:
     save_samples(folders.models, settings.work)
     each = [prompt for prompt in suite_prompts() for _ in range(SAMPLES_PER_PROMPT)]
     images = tinyeval_images(each, folders.models)
-    measured = Measured(
+    figures = CardFigures(
         parameter_counts(folders.models),
         {name: suite_rows(network, name, prompts, folders.models) for name, prompts in suites().items()},
         [tinyeval_row(network.encoder, source, shown, each) for source, shown in images.items()],
-        [agreement(network.encoder, source, shown, each) for source, shown in images.items()],
+        [second_opinion(network.encoder, source, shown, each) for source, shown in images.items()],
         reconstruction_psnr(folders),
         polish_quality(folders),
     )
-    (folders.models / "README.md").write_text(card_text(measured), encoding="utf-8")
+    (folders.models / "README.md").write_text(card_text(figures), encoding="utf-8")

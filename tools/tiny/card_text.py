@@ -20,7 +20,7 @@ class CardRow:
 
 
 @dataclass(frozen=True)
-class Measured:
+class CardFigures:
     """All figures of the card."""
 
     parameters: dict[str, int]  # by model
@@ -86,18 +86,18 @@ def training_table() -> str:
     return table(["stage", "options", "minutes", "steps"], lines)
 
 
-def card_text(measured: Measured) -> str:
-    suites = [f"{SUITE_TITLES[name]}\n\n{suite_table(rows)}" for name, rows in measured.suites.items()]
+def card_text(figures: CardFigures) -> str:
+    suites = [f"{SUITE_TITLES[name]}\n\n{suite_table(rows)}" for name, rows in figures.suites.items()]
     return CARD.format(
         objects=", ".join(OBJECTS),
         shapes=", ".join(SHAPE_NAMES),
         colors=", ".join(COLORS),
-        parameters=table(["model", "parameters"], [[name, f"{n:,}"] for name, n in measured.parameters.items()]),
+        parameters=table(["model", "parameters"], [[name, f"{n:,}"] for name, n in figures.parameters.items()]),
         suites="\n\n".join(suites),
-        tinyeval=tinyeval_table(measured.tinyeval),
-        agreement="; ".join(measured.agreement),
-        psnr=measured.psnr,
-        polish=measured.polish,
+        tinyeval=tinyeval_table(figures.tinyeval),
+        agreement="; ".join(figures.agreement),
+        psnr=figures.psnr,
+        polish=figures.polish,
         training=training_table(),
     )
 

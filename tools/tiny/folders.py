@@ -1,4 +1,4 @@
-"""Where the finished models lie."""
+"""Where the finished models are stored."""
 
 from dataclasses import dataclass
 from pathlib import Path
