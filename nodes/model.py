@@ -32,7 +32,9 @@ class LoadTinyModel(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The diffusion model, for 128 x 128 images."),
-                io.Clip.Output(display_name="clip", tooltip="Its text encoder, for prompts such as: a fox on a blue background."),
+                io.Clip.Output(
+                    display_name="clip", tooltip="Its text encoder, for prompts such as: a fox on a blue background.",
+                ),
                 io.Vae.Output(display_name="vae", tooltip="Its VAE."),
             ],
         )  # fmt: skip

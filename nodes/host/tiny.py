@@ -25,10 +25,9 @@ TEXT = {
     "bos": CLIP["bos_token_id"], "eos": CLIP["eos_token_id"], "length": CLIP["max_position_embeddings"],
     "width": CLIP["hidden_size"], "vocabulary": CLIP["vocab_size"],
 }  # fmt: skip
-# layer in ComfyUI's TAESD: layer in the diffusers file; TAESD layers without an entry become identities
+# layer in the diffusers file: layer in ComfyUI's TAESD; TAESD layers without an entry become identities
 ENCODER = {0: 0, 1: 1, 2: 2, 3: 3, 4: 6, 5: 7, 6: 10, 7: 11, 8: 14}
 DECODER = {0: 1, 2: 3, 3: 4, 4: 5, 6: 7, 7: 8, 8: 9, 10: 12, 11: 13, 13: 17, 14: 18, 15: 19}
-WIDTH = 64
 
 
 class EmojiLatent(comfy.latent_formats.LatentFormat):
@@ -61,7 +60,7 @@ EPS_CONFIG: dict[str, Any] = {
     "transformer_depth": [0, 1, 1],
     "transformer_depth_output": [0, 0, 1, 1, 1, 1],
     "transformer_depth_middle": 1,
-    "context_dim": 128,
+    "context_dim": CLIP["hidden_size"],
     "use_spatial_transformer": True,
     "use_linear_in_transformer": False,
     "legacy": False,
@@ -88,8 +87,11 @@ class EmojiEncoder(comfy.sd1_clip.SDClipModel):
 
     def __init__(self, flow: bool, device: Any, dtype: Any, model_options: dict[str, Any]):
         config = {
-            "hidden_size": TEXT["width"], "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512,
-            "hidden_act": "quick_gelu", "max_position_embeddings": TEXT["length"], "eos_token_id": TEXT["eos"],
+            key: CLIP[key]
+            for key in (
+                "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+                "max_position_embeddings", "eos_token_id",
+            )
         }  # fmt: skip
         tokens = {"start": TEXT["bos"], "end": TEXT["eos"], "pad": TEXT["eos"]}
         super().__init__(
