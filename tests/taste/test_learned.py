@@ -123,6 +123,9 @@ def test_another_encoder_is_refused(drawings, encoder, tmp_path):
     other = Encoder("other", lambda images: -encoder.encode(images))
     with pytest.raises(RewardError, match="learned on the image features of emoji-align, and other has others"):
         check_encoder(taste, other)
+    retrained = Encoder(encoder.name, other.encode)
+    with pytest.raises(RewardError, match="learned on another version of emoji-align, whose image features differ"):
+        check_encoder(taste, retrained)
     check_encoder(taste, encoder)
     assert isinstance(TasteReward(taste, encoder=encoder).load(), TasteReward)
 
