@@ -12,6 +12,7 @@ from running import start_run
 from scipy import stats
 
 from comfyui_pcpo.reward import load_reward
+from comfyui_pcpo.tiny.align import load_image_encoder
 from comfyui_pcpo.tiny.tinyeval import TASKS, suite
 from tests.golden import metric_recipe as recipe
 from tests.golden import reward_recipe as gold
@@ -22,7 +23,7 @@ from trainer.config.schema import ConfigError
 from trainer.evaluation.demo import PAIRS_SHOWN, chosen
 from trainer.evaluation.evaluate import configured, count_images, evaluate, set_reference
 from trainer.evaluation.image_files import batches, image_files
-from trainer.evaluation.metrics import Meter, Networks, Tally, judged, load_reader
+from trainer.evaluation.metrics import Meter, Networks, Tally, judged
 from trainer.evaluation.options import EvaluationOptions
 from trainer.evaluation.report import Metric
 from trainer.runs.folder import RunFolder
@@ -309,7 +310,7 @@ def test_an_image_is_right_exactly_if_its_tinyeval_reward_is_1(side):
     drawings = drawn([*prompts, *prompts], seed=0).permute(0, 3, 1, 2)
     images = torch.nn.functional.interpolate(drawings, (side, side), mode="area").permute(0, 2, 3, 1)
     asked = [*prompts, *reversed(prompts)]
-    right = judged(load_reader(), images, asked)
+    right = judged(load_image_encoder(), images, asked)
     assert right == (load_reward("tinyeval").score(images, asked) == 1).tolist()
     assert True in right and False in right
 

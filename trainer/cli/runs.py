@@ -133,7 +133,7 @@ def demo_command(
     Parameters
     ----------
     reward
-        tinyeval: images show what was asked for. colorfulness: a reward that can be hacked, and what the guard does.
+        tinyeval: whether images show what their prompts ask for. colorfulness: easily hacked, to see the guard at work.
     updates
         Number of updates.
     name

@@ -11,14 +11,14 @@ from comfyui_pcpo.metrics.features import Tiny, extract
 from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.plotting.grids import before_after
 from comfyui_pcpo.reward import Reward
-from comfyui_pcpo.tiny.align import AlignImageEncoder
+from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
 from comfyui_pcpo.tiny.tinyeval import HARD, drawing_features, shares, suite_prompts
 
 from ..config.loading import build
 from ..config.schema import Config
 from ..runs.folder import RunFolder
 from ..runs.rewards import load_rewards
-from .metrics import judged, load_reader
+from .metrics import judged
 from .options import DemoReward
 from .sampling import Draw, Guide, sample, sampling_policy
 
@@ -46,7 +46,7 @@ PAIRS_SHOWN = 8  # in the image
 
 
 def demo_config(reward: DemoReward, name: str, folder: Path, updates: int, seed: int) -> Config:
-    """PCPO on emoji-flow: `tinyeval` rewards what was asked for, `colorfulness` can be hacked."""
+    """PCPO on emoji-flow: `tinyeval` rewards following the prompt, `colorfulness` is easily hacked."""
     held_out = ["polish"] if reward == "tinyeval" else ["tinyeval", "polish"]
     tree = {
         "prompts": {"lines": list(DEMO_PROMPTS)},
@@ -66,7 +66,7 @@ class Side:
     """Images of the hard tasks' prompts, (B, H, W, 3), and what is measured on them."""
 
     images: Tensor
-    right: list[bool]  # whether all that was asked for is there
+    right: list[bool]  # whether an image shows all that its prompt asks for
     shares: dict[str, float]  # of right images, by task
     rewards: dict[str, float]  # means
     diversity: float
@@ -97,7 +97,7 @@ def compare_with_base(config: Config, folder: RunFolder, seed: int) -> Compariso
     texts = [prompt for prompt in prompts for _ in range(IMAGES_PER_PROMPT)]
     settings = Draw(seed, config.rollout.steps, each=IMAGES_PER_PROMPT)
     guide = Guide(folder.lora("final"), ImplicitReward(1.0))
-    policy, measures = sampling_policy(config, [guide.pairs]), Measures(load_reader(), load_rewards(config))
+    policy, measures = sampling_policy(config, [guide.pairs]), Measures(load_image_encoder(), load_rewards(config))
     before, after = (
         measure_side(measures, sample(policy, prompts, guides, settings), texts) for guides in ([], [guide])
     )

@@ -9,6 +9,7 @@ import torch
 
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.method.rollout import derive_seed
+from comfyui_pcpo.tiny.align import load_image_encoder
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
 from comfyui_pcpo.tiny.tinyeval import drawing_features, suite_prompts
 
@@ -20,7 +21,7 @@ from ..policy.families import denoiser_of
 from ..policy.loading import load_configured
 from ..runs.folder import RunFolder
 from ..runs.rewards import make_reward, require_prompts, reward_settings
-from .metrics import TINYEVAL, Meter, Tally, load_networks, load_reader
+from .metrics import TINYEVAL, Meter, Tally, load_networks
 from .options import EvaluationOptions
 from .report import MOST_SHOWN, Metric, Report, Shown, save_images
 from .sampling import Draw, Guide, decoded, sample_latents, sampling_policy
@@ -133,7 +134,7 @@ def make_meter(opened: Source, config: Config, options: EvaluationOptions) -> tu
     networks = load_networks(tiny, options, settings.device)
     meter, notes = Meter(rewards, networks, config.reward.offload, settings.images_at_once), []
     if options.suite is not None:
-        meter.reader = load_reader()
+        meter.reader = load_image_encoder()
     notes.append(set_reference(meter, options))
     if options.images == 1:
         notes.append("one image per prompt, so no diversity")

@@ -12,8 +12,7 @@ from comfyui_pcpo.metrics.lpips import Lpips
 from comfyui_pcpo.reward import Reward
 from comfyui_pcpo.reward.alignment import encoder_input
 from comfyui_pcpo.reward.base import eight_bit
-from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
-from comfyui_pcpo.tiny.pipelines import MODELS
+from comfyui_pcpo.tiny.align import AlignImageEncoder
 from comfyui_pcpo.tiny.tinyeval import is_right, read_and_parse, shares
 
 from ..loop.records import finite_mean
@@ -115,10 +114,6 @@ class Tally:
     def failed(self) -> dict[str, int]:
         """Number of failed scores by reward."""
         return {name: int((~torch.cat(parts).isfinite()).sum()) for name, parts in self.scores.items()}
-
-
-def load_reader() -> AlignImageEncoder:
-    return load_image_encoder(MODELS / "emoji-align")
 
 
 def judged(reader: AlignImageEncoder, images: Tensor, prompts: list[str]) -> list[bool]:
