@@ -1,4 +1,4 @@
-"""Stage `card`: measures the embedded models on prompts never seen in training; writes the model card and grids."""
+"""Stage `card`: measures the embedded models on held-out prompts; writes the model card and grids."""
 
 import logging
 from pathlib import Path

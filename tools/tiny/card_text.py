@@ -114,7 +114,7 @@ clean a drawing is.
 Domain: 20 objects ({objects}) and coloured shapes ({shapes}); up to four in an image, of one or two
 kinds, one left of or above the other; on 8 colours ({colors}), plain, striped or dotted.
 
-## Quality on prompts never seen in training
+## Quality on held-out prompts
 
 Read by emoji-align; `object` is the right kinds and no others, `count` the right number of each. Tiny FD is the Frechet
 distance of its features to drawings, diversity the mean cosine distance between two images of a prompt. The first row

@@ -80,7 +80,7 @@ def contrast(embedded: Tensor, texts: Tensor, fits: Tensor, scale: Tensor) -> Te
 
 
 class AlignLoss:
-    """Batches of augmented drawings with all targets."""
+    """Sum of all losses on a batch of augmented drawings."""
 
     def __init__(self, drawings: Drawings, settings: StageSettings, folders: Folders):
         self.drawings, self.vae = drawings, load_autoencoder(folders).to(memory_format=torch.channels_last)
@@ -100,7 +100,7 @@ class AlignLoss:
         images[part : 3 * part] = F.interpolate(small, (PIXELS, PIXELS), mode="bilinear")
         return images + 0.15 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)
 
-    def loss(self, model: AlignImageEncoder) -> Tensor:
+    def __call__(self, model: AlignImageEncoder) -> Tensor:
         index = next(self.order)
         scenes, boxes = ([part[i] for i in index.tolist()] for part in (self.drawings.scenes, self.drawings.boxes))
         images = self.drawings.images(index).to(memory_format=torch.channels_last)
@@ -122,7 +122,7 @@ class AlignLoss:
 def train_align(settings: StageSettings, folders: Folders) -> None:
     model = AlignImageEncoder(AlignConfig()).to(memory_format=torch.channels_last)
     nn.init.constant_(model.heat.bias, -4.0)  # type: ignore[arg-type]
-    objective = AlignLoss(draw_scenes(settings.images, seed=50, allowed=lambda scene: True), settings, folders)
+    loss = AlignLoss(draw_scenes(settings.images, seed=50, allowed=lambda scene: True), settings, folders)
     test = draw_scenes(200, seed=60, allowed=lambda scene: True)
     folder = folders.models / "emoji-align"
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,4 +136,4 @@ def train_align(settings: StageSettings, folders: Folders) -> None:
         right = [all(judge(r, s).values()) for r, s in zip(readings, test.scenes, strict=True)]
         return f"{100 * sum(right) / len(right):.1f} % of drawings read without an error"
 
-    fit("align", model, lambda: objective.loss(model), settings, report)
+    fit("align", model, lambda: loss(model), settings, report)

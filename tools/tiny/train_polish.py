@@ -16,12 +16,12 @@ from tools.tiny.latents import load_autoencoder
 POLISH_DRAWINGS = 6000
 
 
-def r_squared(judge: nn.Module, images: Tensor, vae: nn.Module) -> float:
-    """Share of the variance of cleanness that the judge explains, (B, 3, H, W) -> a number up to 1."""
+def r_squared(network: nn.Module, images: Tensor, vae: nn.Module) -> float:
+    """Share of the variance of cleanness that the network explains, (B, 3, H, W) -> a number up to 1."""
     with torch.random.fork_rng():
         torch.manual_seed(12)
         copies, clean = degraded(images, vae)
-    found = torch.cat([judge(part) for part in copies.split(50)]).float()
+    found = torch.cat([network(part) for part in copies.split(50)]).float()
     return 1 - float((found - clean).square().mean() / clean.var(correction=0))
 
 
