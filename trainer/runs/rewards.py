@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, construct, import_reward, load_reward
+from comfyui_pcpo.reward.base import blamed
 from comfyui_pcpo.taste.learned import taste_reward
 
 from ..config.schema import Config, ConfigError
@@ -41,11 +42,12 @@ def load_rewards(config: Config) -> dict[str, Reward]:
 
 def require_prompts(rewards: Mapping[str, Reward], prompts: Sequence[str]) -> None:
     """Raise ConfigError for a prompt that one of the rewards cannot score."""
-    for name, reward in rewards.items():
+    for reward in rewards.values():
         try:
-            reward.require_prompts(list(prompts))
+            with blamed(reward):
+                reward.require_prompts(list(prompts))
         except RewardError as error:
-            raise ConfigError(f"reward {name}: {error}") from None
+            raise ConfigError(str(error)) from None
 
 
 def read_rewards(config: Config) -> dict[str, Reward]:
