@@ -185,7 +185,7 @@ def test_the_reader_reads_drawings_that_it_never_saw():
 
 
 @pytest.mark.parametrize("kind", DEGRADATIONS)
-def test_polish_falls_with_everything_that_spoils_a_drawing(drawings, kind):
+def test_polish_falls_with_every_degradation_of_a_drawing(drawings, kind):
     torch.manual_seed(0)
     images, vae, polish = drawings.images(torch.arange(24)), load_autoencoder(Folders(MODELS)), load_reward("polish")
 
