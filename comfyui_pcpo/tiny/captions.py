@@ -79,7 +79,7 @@ class Scene:
     """What an image shows, or what a prompt asks for."""
 
     things: tuple[Thing, ...]
-    # of the first of two single things to the second; None: not said, drawn side by side in any order
+    # of the first of two single things to the second; None: not said, drawn side by side in this order
     relation: str | None = None
     color: str | None = None  # of the background; None: not said, any
     pattern: str | None = None  # of the background; None: not said, any

@@ -1,4 +1,4 @@
-"""The training images: drawn once, kept as uint8, captioned afresh at every visit."""
+"""The training images: random scenes, drawn once and kept as uint8."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +15,6 @@ from comfyui_pcpo.tiny.captions import (
     SHAPE_NAMES,
     Scene,
     Thing,
-    forget,
     is_held_out,
     is_valid,
 )
@@ -78,16 +77,3 @@ def draw_scenes(number: int, seed: int, allowed: Callable[[Scene], bool] = train
     boxes = [arrange(scene, rng) for scene in scenes]
     pixels = np.stack([np.asarray(paint(scene, found)) for scene, found in zip(scenes, boxes, strict=True)])
     return Drawings(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), scenes, boxes)
-
-
-def sample_caption(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A caption omits colour and pattern at random, and at random the defaults: `big`, `left of`.
-
-    Where the relation is omitted, the two things come in any order.
-    """
-    omit_defaults, color, pattern = (rng.random(3) < (0.4, 0.75, 0.65)).tolist()
-    small, above = scene.things[0].size == "small", scene.relation == "above"
-    said = forget(scene, above or not omit_defaults, small or not omit_defaults, color, pattern)
-    if said.relation is None and len(said.things) == 2 and rng.random() < 0.5:
-        said = replace(said, things=said.things[::-1])
-    return said

@@ -98,7 +98,7 @@ def background(color: str, pattern: str) -> Image.Image:
 
 
 def arrange(scene: Scene, rng: np.random.Generator) -> list[Box]:
-    """Places for everything in the scene; by default, a single thing is big, and two are side by side in any order."""
+    """Places for everything in the scene; by default, a single thing is big, and two are side by side, in order."""
     kinds = [thing.kind for thing in scene.things for _ in range(thing.count)]
     if scene.total == 1:
         small = scene.things[0].size == "small"
@@ -107,7 +107,7 @@ def arrange(scene: Scene, rng: np.random.Generator) -> list[Box]:
         width, centres, jitter = GROUP_WIDTHS[2], STACKED if scene.relation == "above" else BESIDE, 3
     else:
         width, centres, jitter = GROUP_WIDTHS[scene.total], PLACES[scene.total], 2
-    if scene.relation is None:
+    if scene.total > 2:
         kinds = [kinds[i] for i in rng.permutation(len(kinds))]
     moves = rng.integers(-jitter, jitter + 1, (len(kinds), 2)).tolist()
     return [Box(kind, x + dx, y + dy, width) for kind, (x, y), (dx, dy) in zip(kinds, centres, moves, strict=True)]

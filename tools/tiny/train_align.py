@@ -12,13 +12,14 @@ from comfyui_pcpo.tiny.align import CELL, CELLS, PIXELS, AlignConfig, AlignImage
 from comfyui_pcpo.tiny.captions import COLORS, KINDS, PATTERNS, Scene, caption, is_valid
 from comfyui_pcpo.tiny.judge import judge
 from tools.tiny.codec import encode
-from tools.tiny.data import Drawings, draw_scenes, random_scene, sample_caption
+from tools.tiny.data import Drawings, draw_scenes, random_scene
 from tools.tiny.draw import Box
 from tools.tiny.fit import StageSettings, batch_indices, fit
 from tools.tiny.folders import Folders
 from tools.tiny.labels import matches
 from tools.tiny.latents import load_autoencoder
 from tools.tiny.text import load_text, tokens
+from tools.tiny.wording import sample_caption
 
 SPREAD = 0.5  # of the heat around a centre, in cells
 

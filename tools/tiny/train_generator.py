@@ -10,20 +10,20 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from comfyui_pcpo.tiny.captions import Scene, caption
-from tools.tiny.data import sample_caption
 from tools.tiny.fast import plain_attention, with_linear_patches
 from tools.tiny.fit import StageSettings, batch_indices, fit
 from tools.tiny.folders import Folders
 from tools.tiny.generators import SD15, eps_loss, flow_loss, make_eps, make_flow
 from tools.tiny.latents import encode_drawings, latents, load_autoencoder
 from tools.tiny.text import load_text, tokens
+from tools.tiny.wording import misread, sample_caption
 
 EMPTY = 0.1  # share of captions left out, for classifier-free guidance
 
 
 def words(scenes: list[Scene], rng: np.random.Generator) -> list[str]:
     """Fresh captions, some of them empty."""
-    return [caption(sample_caption(scene, rng)) if rng.random() > EMPTY else "" for scene in scenes]
+    return [caption(misread(sample_caption(scene, rng), rng)) if rng.random() > EMPTY else "" for scene in scenes]
 
 
 def train_flow(settings: StageSettings, folders: Folders) -> None:

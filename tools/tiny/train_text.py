@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_pcpo.tiny.captions import Scene, caption
-from tools.tiny.data import random_scene, sample_caption, trained
+from tools.tiny.data import random_scene, trained
 from tools.tiny.fit import StageSettings, fit
 from tools.tiny.folders import Folders
 from tools.tiny.labels import SLOTS, slots
 from tools.tiny.text import WIDTH, make_text_encoder, make_tokenizer, tokens
+from tools.tiny.wording import sample_caption
 
 
 def captions(number: int, rng: np.random.Generator) -> list[Scene]:
