@@ -40,7 +40,7 @@ from tools.tiny.measure import suites, with_background
 from tools.tiny.text import LENGTH
 from tools.tiny.train_align import heat_targets
 from tools.tiny.train_polish import polish_quality
-from tools.tiny.wording import sample_caption
+from tools.tiny.wording import misread, sample_caption
 
 
 @pytest.fixture(scope="module")
