@@ -145,10 +145,10 @@ far new drawings were degraded by blur, noise, ghosting, fading or noise on the 
 The drawings are composed of the glyphs of Noto Color Emoji. Captions omit attributes at random, and 10 % are empty, for
 classifier-free guidance. Some are wrong on purpose, as captions from the web are: of the images that the generators saw
 for `a fox and a panda`, `a fox above a panda` or `four foxes`, two in five show two foxes, a panda above a fox or
-three foxes (`tools/tiny/wording.py`). This makes the hard tasks hard, and leaves reinforcement learning something to correct.
-Each stage is `python -m tools.tiny STAGE --work build/tiny --minutes MINUTES` with the
-options below; `--help` lists more. Minutes are wall-clock on two CPU cores, shared by up to three stages, and add up
-those of resumed runs; an empty cell was not recorded.
+three foxes (`tools/tiny/wording.py`). This makes the hard tasks hard, and leaves reinforcement learning something to
+correct. Each stage is `python -m tools.tiny STAGE --work build/tiny --minutes MINUTES` with the options below; `--help`
+lists more. Minutes are wall-clock on two CPU cores, shared by up to three stages, and add up those of resumed runs; an
+empty cell was not recorded.
 
 {training}
 
