@@ -27,7 +27,7 @@ TEXT = {
 }  # fmt: skip
 # layer in the diffusers file: layer in ComfyUI's TAESD; TAESD layers without an entry become identities
 ENCODER = {0: 0, 1: 1, 2: 2, 3: 3, 4: 6, 5: 7, 6: 10, 7: 11, 8: 14}
-DECODER = {0: 1, 2: 3, 3: 4, 4: 5, 6: 7, 7: 8, 8: 9, 10: 12, 11: 13, 13: 17, 14: 18, 15: 19}
+DECODER = {0: 1, 2: 3, 3: 4, 4: 5, 6: 7, 7: 8, 8: 9, 9: 10, 11: 12, 12: 13, 14: 17, 15: 19}
 
 
 class EmojiLatent(comfy.latent_formats.LatentFormat):

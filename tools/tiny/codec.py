@@ -2,7 +2,7 @@
 
 The encoder's strided convolutions can move each 2x2 block of pixels into channels without loss: 3 -> 12 -> 48 channels,
 and the last one then computes any linear map of an 8x8 patch. Started so, the autoencoder needs no second encoder to
-imitate. Widths and depths fit inside the common TAESD layout (64 wide, 3-3-3-1 blocks) when padded with zeros.
+imitate. Widths and depths fit inside the common TAESD layout (64 wide, 3-3-3-1 blocks) when padded with zeros. A block at full resolution would double the decoder's cost.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def make_autoencoder() -> Any:
         encoder_block_out_channels=(WIDTH,) * 4,
         decoder_block_out_channels=(WIDTH,) * 4,
         num_encoder_blocks=(1, 1, 1, 1),
-        num_decoder_blocks=(3, 2, 1, 1),
+        num_decoder_blocks=(3, 3, 1, 0),
         latent_channels=CHANNELS,
         scaling_factor=1.0,
     )
