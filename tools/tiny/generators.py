@@ -71,12 +71,12 @@ def flow_loss(text: CLIPTextModelWithProjection) -> Callable[[SD3Transformer2DMo
 
 
 def eps_loss(text: CLIPTextModelWithProjection) -> Callable[[UNet2DConditionModel, Tensor, Tensor], Tensor]:
-    """Noise prediction on SD1.5's schedule; the error counts as that of the image (1 / alpha_bar, at most 16).
+    """Noise prediction on SD1.5's schedule; the error counts as that of the image (1 / alpha_bar, at most 100).
 
     Unweighted, the noisiest steps, which decide the background's colour, would hardly count.
     """
     schedule: Any = DDPMScheduler(**SD15)
-    weights = (1 / schedule.alphas_cumprod).clamp(max=16)
+    weights = (1 / schedule.alphas_cumprod).clamp(max=100)
     weights = weights / weights.mean()
 
     def loss(model: UNet2DConditionModel, latents: Tensor, tokens: Tensor) -> Tensor:
