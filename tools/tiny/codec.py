@@ -2,7 +2,8 @@
 
 The encoder's strided convolutions can move each 2x2 block of pixels into channels without loss: 3 -> 12 -> 48 channels,
 and the last one then computes any linear map of an 8x8 patch. Started so, the autoencoder needs no second encoder to
-imitate. Widths and depths fit inside the common TAESD layout (64 wide, 3-3-3-1 blocks) when padded with zeros. A block at full resolution would double the decoder's cost.
+imitate. Widths and depths fit inside the common TAESD layout (64 wide, 3-3-3-1 blocks) when padded with zeros. A block
+at full resolution would double the decoder's cost.
 """
 
 from typing import Any

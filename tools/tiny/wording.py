@@ -30,13 +30,13 @@ def misread(said: Scene, rng: np.random.Generator) -> Scene:
     a relation is reversed. It is what makes such prompts hard: a generator learns to draw the errors too.
     """
     first, *others = said.things
-    other, careless = said, rng.random() < CARELESS
     if said.relation is not None:
-        other = replace(said, things=said.things[::-1])
+        share, other = CARELESS, replace(said, things=said.things[::-1])
     elif not others and first.count == 2:
-        careless = rng.random() < CARELESS_PAIRS
+        share = CARELESS_PAIRS
         other = replace(said, things=(replace(first, count=1), random_thing(rng, 1, str(said.color))))
     elif not others and first.count == 3:
-        careless = rng.random() < CARELESS_COUNTS
-        other = replace(said, things=(replace(first, count=4),))
-    return other if careless and is_valid(other) and trained(other) else said
+        share, other = CARELESS_COUNTS, replace(said, things=(replace(first, count=4),))
+    else:
+        return said
+    return other if rng.random() < share and is_valid(other) and trained(other) else said
