@@ -11,7 +11,7 @@ from comfyui_pcpo.metrics.features import Tiny, extract
 from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.tiny import tinyeval
-from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
+from comfyui_pcpo.tiny.align import load_image_encoder
 from comfyui_pcpo.tiny.pipelines import load_tiny
 from comfyui_pcpo.tiny.polish import load_polish
 from comfyui_pcpo.tiny.tinyeval import REFERENCE_DRAWINGS, is_right, known_scene, suite_prompts
@@ -82,16 +82,15 @@ def tinyeval_images(prompts: list[str], root: Path) -> dict[str, Tensor]:
     return images
 
 
-def tinyeval_row(encoder: AlignImageEncoder, source: str, images: Tensor, prompts: list[str]) -> CardRow:
+def tinyeval_row(source: str, correct: list[bool], prompts: list[str]) -> CardRow:
     """TinyEval's shares of correct images."""
-    shares = tinyeval.shares([verdict["all"] for verdict in verdicts(encoder, images, prompts)], prompts)
+    shares = tinyeval.shares(correct, prompts)
     logger.info("TinyEval, %s: %s", source, shares)
     return CardRow(source, shares)
 
 
-def second_opinion(encoder: AlignImageEncoder, source: str, images: Tensor, prompts: list[str]) -> str:
-    """How often emoji-align and template matching agree on whether an image is correct, and what the others are."""
-    first = [verdict["all"] for verdict in verdicts(encoder, images, prompts)]
+def second_opinion(source: str, first: list[bool], images: Tensor, prompts: list[str]) -> str:
+    """How often template matching agrees with emoji-align (`first`) on whether an image is correct, and the others."""
     readings = [read_by_templates(image) for image in images.permute(0, 3, 1, 2)]
     second = [is_right(reading, known_scene(prompt)) for reading, prompt in zip(readings, prompts, strict=True)]
     same = sum(a == b for a, b in zip(first, second, strict=True))
@@ -136,11 +135,15 @@ def write_card(settings: StageSettings, folders: Folders) -> None:
     save_samples(folders.models, settings.work)
     each = [prompt for prompt in suite_prompts() for _ in range(SAMPLES_PER_PROMPT)]
     images = tinyeval_images(each, folders.models)
+    correct = {
+        source: [verdict["all"] for verdict in verdicts(network.encoder, shown, each)]
+        for source, shown in images.items()
+    }
     figures = CardFigures(
         parameter_counts(folders.models),
         {name: suite_rows(network, name, prompts, folders.models) for name, prompts in suites().items()},
-        [tinyeval_row(network.encoder, source, shown, each) for source, shown in images.items()],
-        [second_opinion(network.encoder, source, shown, each) for source, shown in images.items()],
+        [tinyeval_row(source, verdict, each) for source, verdict in correct.items()],
+        [second_opinion(source, correct[source], shown, each) for source, shown in images.items()],
         reconstruction_psnr(folders),
         polish_quality(folders),
     )
