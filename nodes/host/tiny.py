@@ -150,10 +150,21 @@ def load_model(name: str) -> ModelPatcher:
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model(state, "")
     model.load_model_weights(state, "")
+    if name == "emoji-eps":
+        set_groups(model)
     patcher = ModelPatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
     patcher.cached_patcher_init = (load_model, (name,))
     patcher.set_attachments("pcpo_model", name)
     return patcher
+
+
+def set_groups(model: nn.Module) -> None:
+    """ComfyUI's UNet has 32 groups in every norm; in 32 channels that would be one group per channel."""
+    path = MODELS / "emoji-eps" / "unet" / "config.json"
+    groups = json.loads(path.read_text(encoding="utf-8"))["norm_num_groups"]
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = groups
 
 
 def load_clip(name: str) -> comfy.sd.CLIP:
