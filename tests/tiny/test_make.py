@@ -224,14 +224,15 @@ def test_every_stage_runs_and_the_card_is_written(tmp_path, monkeypatch):
         main([stage, *common, "--minutes", "0.005"])
     main(["flow", *common, "--minutes", "0.001", "--resume"])
     main(["decoder", *common, "--minutes", "0.001"])
-    monkeypatch.setattr("tools.tiny.card.suites", lambda: {"pairs": held_out_pairs()[:2]})
+    monkeypatch.setattr("tools.tiny.card.suites", lambda: {"equal": held_out_pairs()[:2]})
     monkeypatch.setattr("tools.tiny.card.suite_prompts", lambda: [prompts[0] for prompts in suite().values()])
     monkeypatch.setattr("tools.tiny.card.SAMPLE_PROMPTS", ("a fox", "two frogs"))
     main(["card", *common])
     text = (models / "README.md").read_text(encoding="utf-8")
-    assert "| emoji-flow, 12 steps, guidance 1 |" in text and "| emoji-eps, 50 steps, guidance 4 |" in text
+    assert "| emoji-flow, 12 steps, guidance 1 |" in text and "| emoji-eps, 20 steps, guidance 3 |" in text
     assert "| `flow` | `--batch 64 " in text and "R squared of" in text
     assert f"| `emoji-polish` | {sum(p.numel() for p in PolishNet().parameters()):,} |" in text
+    assert "| emoji-flow, flow_sde |" in text and "| emoji-eps, ddim |" in text
     assert (tmp_path / "emoji-flow.png").exists()
 
 

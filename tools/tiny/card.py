@@ -1,6 +1,7 @@
 """Stage `card`: measures the embedded models on held-out prompts; writes the model card and grids."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,13 +22,15 @@ from tools.tiny.data import draw_scenes
 from tools.tiny.fit import StageSettings
 from tools.tiny.folders import Folders
 from tools.tiny.latents import load_autoencoder
-from tools.tiny.measure import attribute_shares, drawn, generate, suites, verdicts
+from tools.tiny.measure import attribute_shares, drawn, generate, generate_with_noise, suites, verdicts
 from tools.tiny.templates import read_by_templates
 from tools.tiny.train_polish import polish_quality
 
 logger = logging.getLogger("tiny")
 # model -> (steps, guidance scale); guidance 1 is the model itself, without classifier-free guidance
-MODES = {"emoji-flow": ((12, 1.0), (20, 3.0)), "emoji-eps": ((50, 1.0), (50, 4.0))}
+MODES = {"emoji-flow": ((12, 1.0), (20, 3.0)), "emoji-eps": ((12, 1.0), (20, 3.0))}
+SAMPLERS = (("emoji-flow", "flow_sde"), ("emoji-flow", "dance_sde"), ("emoji-flow", "cps"), ("emoji-eps", "ddim"))
+SAMPLER_STEPS = 8  # the demo's
 SAMPLES_PER_PROMPT = 2
 SAMPLE_PROMPTS = (
     "a big fox on a plain blue background",
@@ -45,6 +48,15 @@ SAMPLE_PROMPTS = (
 )
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Images that a table has figures of."""
+
+    source: str
+    images: Tensor  # (B, H, W, 3)
+    prompts: list[str]  # (B,)
+
+
 def suite_rows(network: Tiny, name: str, prompts: list[str], root: Path) -> list[CardRow]:
     """Figures of drawings and of each model's images, for one suite of prompts."""
     each = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
@@ -53,14 +65,28 @@ def suite_rows(network: Tiny, name: str, prompts: list[str], root: Path) -> list
     for model, modes in MODES.items():
         for steps, guidance in modes:
             images[label(model, steps, guidance)] = generate(model, each, steps, guidance, root)
+    return [card_row(name, network, Shown(source, shown, each), reference) for source, shown in images.items()]
+
+
+def sampler_rows(network: Tiny, prompts: list[str], root: Path) -> list[CardRow]:
+    """Figures of the images that each stochastic sampler gives, without guidance."""
+    each = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
+    (reference,) = extract(network, drawn(each, seed=10))
     rows = []
-    for source, shown in images.items():
-        (features,) = extract(network, shown)
-        shares = attribute_shares(verdicts(network.encoder, shown, each))
-        spread = diversity(features, SAMPLES_PER_PROMPT)
-        rows.append(CardRow(source, shares, frechet(features, reference), spread))
-        logger.info("%s: %s", name, rows[-1])
+    for model, method in SAMPLERS:
+        shown = generate_with_noise(model, each, method, SAMPLER_STEPS, root)
+        rows.append(card_row("samplers", network, Shown(f"{model}, {method}", shown, each), reference))
     return rows
+
+
+def card_row(name: str, network: Tiny, shown: Shown, reference: Tensor) -> CardRow:
+    """What one table says of images, SAMPLES_PER_PROMPT of each prompt; `reference` has features of drawings."""
+    (features,) = extract(network, shown.images)
+    shares = attribute_shares(verdicts(network.encoder, shown.images, shown.prompts))
+    spread = diversity(features, SAMPLES_PER_PROMPT)
+    row = CardRow(shown.source, shares, frechet(features, reference), spread)
+    logger.info("%s: %s", name, row)
+    return row
 
 
 def label(model: str, steps: int, guidance: float) -> str:
@@ -142,6 +168,7 @@ def write_card(settings: StageSettings, folders: Folders) -> None:
     figures = CardFigures(
         parameter_counts(folders.models),
         {name: suite_rows(network, name, prompts, folders.models) for name, prompts in suites().items()},
+        sampler_rows(network, suites()["equal"], folders.models),
         [tinyeval_row(source, verdict, each) for source, verdict in correct.items()],
         [second_opinion(source, correct[source], shown, each) for source, shown in images.items()],
         reconstruction_psnr(folders),

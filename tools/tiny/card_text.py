@@ -25,6 +25,7 @@ class CardFigures:
 
     parameters: dict[str, int]  # by model
     suites: dict[str, list[CardRow]]
+    samplers: list[CardRow]  # on the first suite
     tinyeval: list[CardRow]
     agreement: list[str]  # of emoji-align with template matching, a phrase for each set of images
     psnr: float  # of the autoencoder, in dB
@@ -94,6 +95,7 @@ def card_text(figures: CardFigures) -> str:
         colors=", ".join(COLORS),
         parameters=table(["model", "parameters"], [[name, f"{n:,}"] for name, n in figures.parameters.items()]),
         suites="\n\n".join(suites),
+        samplers=suite_table(figures.samplers),
         tinyeval=tinyeval_table(figures.tinyeval),
         agreement="; ".join(figures.agreement),
         psnr=figures.psnr,
@@ -121,6 +123,11 @@ distance of its features to drawings, diversity the mean cosine distance between
 of each table is a second set of drawings: the ceiling. Plain diffusers pipelines.
 
 {suites}
+
+The prompts of the first table through the stochastic samplers of training, each at its published noise level, with the
+demo's 8 steps and without guidance:
+
+{samplers}
 
 ## TinyEval
 

@@ -27,6 +27,8 @@ from comfyui_pcpo.tiny.pipelines import MODELS, load_tiny
 from comfyui_pcpo.tiny.tinyeval import known_scene, read_and_parse
 from tools.tiny.data import random_scene
 from tools.tiny.draw import draw
+from trainer.config.loading import build
+from trainer.evaluation.sampling import Draw, sample, sampling_policy
 
 GENERATED_AT_ONCE = 48
 
@@ -75,6 +77,14 @@ def generate(
         found = pipeline(list(prompts[start : start + GENERATED_AT_ONCE]), generator=generator, **settings)
         images.append(torch.from_numpy(found.images))
     return torch.cat(images)
+
+
+def generate_with_noise(name: str, prompts: Sequence[str], method: str, steps: int, root: Path = MODELS) -> Tensor:
+    """Images of one of training's stochastic samplers at its published noise level, without guidance, (B, H, W, 3)."""
+    rollout = {"method": method, "steps": steps, "images_at_once": GENERATED_AT_ONCE}
+    tree = {"model": {"name": name}, "prompts": {"lines": list(prompts)}, "rollout": rollout}
+    policy = sampling_policy(build(tree, "sampler"), [], load_tiny(name, root))
+    return sample(policy, prompts, [], Draw(seed=0, steps=steps, noise_level=-1.0))
 
 
 def verdicts(encoder: AlignImageEncoder, images: Tensor, prompts: Sequence[str]) -> list[dict[str, bool]]:
