@@ -45,11 +45,11 @@ class StageRun:
 TRAINING = (  # copied by hand from the logs of the last training
     StageRun("codec"),
     StageRun("text", minutes=2),
-    StageRun("decoder"),
-    StageRun("flow", "--batch 64 --lr 2e-3 --float32 --muon --compile", 165, 8900),
-    StageRun("align", minutes=22, steps=1331),
-    StageRun("eps", "--batch 32 --lr 2e-3 --float32 --muon", 140, 6000),
-    StageRun("polish", minutes=5),
+    StageRun("decoder", "--batch 16 --lr 1.5e-3 --float32", 57, 4092),
+    StageRun("flow", "--batch 64 --lr 2e-3 --float32 --muon --compile", 253, 11_710),
+    StageRun("align", minutes=38, steps=1568),
+    StageRun("eps", "--batch 32 --lr 2e-3 --float32 --muon", 250, 9983),
+    StageRun("polish", "--lr 2e-3 --float32", 6, 146),
 )
 SUITE_TITLES = {
     "equal": "One to three equal objects on a background colour never seen with them:",

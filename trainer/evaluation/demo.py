@@ -1,6 +1,7 @@
 """The demo: align the embedded model in two minutes, and compare it with the model before on held-out prompts."""
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -29,17 +30,33 @@ DEMO_PROMPTS = (
     "a donut and a pizza",
     "a cactus and a house",
     "a pig and a tree",
+    "a car and a balloon",
+    "an octopus and a heart",
+    "a banana and a frog",
+    "a mushroom and a star",
+    "a sunflower and a pig",
     "a frog above an apple",
     "a pig above a star",
     "a balloon above a car",
+    "a tree above a rocket",
+    "a heart above a pizza",
+    "an octopus above a house",
     "a heart left of a banana",
     "a pig left of a cactus",
-    "four foxes on a blue background",
-    "three stars on a purple background",
+    "a pizza left of a panda",
+    "a house left of a fox",
+    "a star left of a mushroom",
+    "a car left of a butterfly",
     "a red circle and a blue square on a white background",
     "a yellow triangle and a green circle on a pink background",
     "an orange square and a purple circle on a white background",
     "a pink circle and a green square on a white background",
+    "a green triangle and a white circle on a purple background",
+    "a red triangle and a white circle on a green background",
+    "a yellow square and a pink circle on a white background",
+    "a purple circle and an orange triangle on a green background",
+    "a blue square and an orange circle on a white background",
+    "four foxes on a blue background",
 )
 IMAGES_PER_PROMPT = 2  # in the comparison
 PAIRS_SHOWN = 8  # in the image
@@ -47,7 +64,10 @@ PAIRS_SHOWN = 8  # in the image
 
 def demo_config(reward: DemoReward, name: str, folder: Path, updates: int, seed: int) -> Config:
     """PCPO on emoji-flow: `tinyeval` rewards following the prompt, `colorfulness` is easily hacked."""
-    held_out = ["polish"] if reward == "tinyeval" else ["tinyeval", "polish"]
+    if reward == "tinyeval":  # right images of a prompt tend to look alike
+        weights, held_out = {reward: 1.0, "tiny_diversity": 0.2}, ["polish"]
+    else:
+        weights, held_out = {reward: 1.0}, ["tinyeval", "polish"]
     tree = {
         "prompts": {"lines": list(DEMO_PROMPTS)},
         "rollout": {
@@ -56,14 +76,14 @@ def demo_config(reward: DemoReward, name: str, folder: Path, updates: int, seed:
             "steps": 8,
             "branch": 1,
             "branch_first": 3,
-            "images_at_once": 16,
+            "images_at_once": 96,
         },
-        "reward": {"weights": {reward: 1.0}, "held_out": held_out},
+        "reward": {"weights": weights, "held_out": held_out},
         "objective": {"clip_range": 1e-3},
-        "optimizer": {"learning_rate": 4e-3},
+        "optimizer": {"learning_rate": 6e-3, "minibatches": 1},
         "lora": {"rank": 4},
-        "guard": {"every": 6, "prompts": 8},
-        "run": {"name": name, "folder": str(folder), "updates": updates, "seed": seed, "save_every": 10},
+        "guard": {"every": 11, "prompts": 8},
+        "run": {"name": name, "folder": str(folder), "updates": updates, "seed": seed, "save_every": 11},
     }
     return build(tree, "demo")
 
@@ -121,7 +141,7 @@ def measure_side(measures: Measures, images: Tensor, texts: list[str]) -> Side:
 
 
 def save_comparison(comparison: Comparison, path: Path) -> None:
-    """Save PAIRS_SHOWN pairs of images, equally many per task, first those that were wrong before training."""
+    """Save PAIRS_SHOWN pairs of images, first those that were wrong before training."""
     before, after = comparison.before, comparison.after
     rows = chosen(before.right, len(HARD))
     verdicts = [before.right[i] for i in rows], [after.right[i] for i in rows]
@@ -130,10 +150,11 @@ def save_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def chosen(right: list[bool], tasks: int) -> list[int]:
-    """Rows to show, each the first image of its prompt: of each task equally many, first those wrong before training.
+    """Rows to show, each the first image of its prompt: first those wrong before training, of every task in turn.
 
     What they show after training plays no part.
     """
-    rows = torch.arange(0, len(right), IMAGES_PER_PROMPT).chunk(tasks)
-    shown = [sorted(part.tolist(), key=lambda i: right[i])[: PAIRS_SHOWN // tasks] for part in rows]
-    return [i for part in shown for i in part]
+    parts = torch.arange(0, len(right), IMAGES_PER_PROMPT).chunk(tasks)
+    turns = [sorted(part.tolist(), key=lambda i: right[i]) for part in parts]
+    rows = sorted(chain.from_iterable(zip(*turns, strict=True)), key=lambda i: right[i])
+    return sorted(rows[:PAIRS_SHOWN])
