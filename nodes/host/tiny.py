@@ -178,7 +178,13 @@ def load_clip(name: str) -> comfy.sd.CLIP:
 
 def load_vae() -> comfy.sd.VAE:
     state = _floats(SHARED / "vae" / "diffusion_pytorch_model.safetensors")
-    return comfy.sd.VAE(sd=taesd_state(state), dtype=torch.float32)
+    vae = comfy.sd.VAE(sd=taesd_state(state), dtype=torch.float32)
+    taesd = vae.first_stage_model
+    for layers, ours in ((taesd.taesd_encoder, ENCODER), (taesd.taesd_decoder, DECODER)):
+        for number in set(range(len(layers))) - set(ours.values()):
+            if list(layers[number].parameters()):  # a block of zeros, which would cost time to change nothing
+                layers[number] = nn.Identity()
+    return vae
 
 
 def taesd_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -319,5 +319,8 @@ def test_the_demo_shows_one_image_of_a_prompt_and_first_what_was_wrong():
     right = [True] * 160
     right[6] = right[7] = right[43] = False  # the fourth prompt; only the second image of the 22nd
     rows = chosen(right, tasks=4)
-    assert rows == [6, 0, 40, 42, 80, 82, 120, 122]
+    assert rows == [0, 6, 40, 42, 80, 82, 120, 122]
+    right[80:100] = [False] * 20  # ten prompts of the third task
+    rows = chosen(right, tasks=4)
+    assert rows == [6, 80, 82, 84, 86, 88, 90, 92]
     assert len(rows) == PAIRS_SHOWN

@@ -128,7 +128,7 @@ def demo_command(
     folder: Path = Path("output/pcpo"),
     seed: int = 0,
 ) -> None:
-    """Align the embedded model in two minutes, and compare it with the model before: no download.
+    """Align the embedded model in three minutes, and compare it with the model before: no download.
 
     Parameters
     ----------
