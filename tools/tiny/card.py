@@ -29,7 +29,7 @@ from tools.tiny.train_polish import polish_quality
 logger = logging.getLogger("tiny")
 # model -> (steps, guidance scale); guidance 1 is the model itself, without classifier-free guidance
 MODES = {"emoji-flow": ((12, 1.0), (20, 3.0)), "emoji-eps": ((12, 1.0), (20, 3.0))}
-SAMPLERS = (("emoji-flow", "flow_sde"), ("emoji-flow", "dance_sde"), ("emoji-flow", "cps"), ("emoji-eps", "ddim"))
+STOCHASTIC = (("emoji-flow", "flow_sde"), ("emoji-flow", "dance_sde"), ("emoji-flow", "cps"), ("emoji-eps", "ddim"))
 SAMPLER_STEPS = 8  # the demo's
 SAMPLES_PER_PROMPT = 2
 SAMPLE_PROMPTS = (
@@ -49,7 +49,7 @@ SAMPLE_PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Shown:
+class CardImages:
     """Images that a table has figures of."""
 
     source: str
@@ -65,7 +65,7 @@ def suite_rows(network: Tiny, name: str, prompts: list[str], root: Path) -> list
     for model, modes in MODES.items():
         for steps, guidance in modes:
             images[label(model, steps, guidance)] = generate(model, each, steps, guidance, root)
-    return [card_row(name, network, Shown(source, shown, each), reference) for source, shown in images.items()]
+    return [card_row(name, network, CardImages(source, shown, each), reference) for source, shown in images.items()]
 
 
 def sampler_rows(network: Tiny, prompts: list[str], root: Path) -> list[CardRow]:
@@ -73,13 +73,13 @@ def sampler_rows(network: Tiny, prompts: list[str], root: Path) -> list[CardRow]
     each = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
     (reference,) = extract(network, drawn(each, seed=10))
     rows = []
-    for model, method in SAMPLERS:
+    for model, method in STOCHASTIC:
         shown = generate_with_noise(model, each, method, SAMPLER_STEPS, root)
-        rows.append(card_row("samplers", network, Shown(f"{model}, {method}", shown, each), reference))
+        rows.append(card_row("samplers", network, CardImages(f"{model}, {method}", shown, each), reference))
     return rows
 
 
-def card_row(name: str, network: Tiny, shown: Shown, reference: Tensor) -> CardRow:
+def card_row(name: str, network: Tiny, shown: CardImages, reference: Tensor) -> CardRow:
     """What one table says of images, SAMPLES_PER_PROMPT of each prompt; `reference` has features of drawings."""
     (features,) = extract(network, shown.images)
     shares = attribute_shares(verdicts(network.encoder, shown.images, shown.prompts))
