@@ -49,7 +49,7 @@ TRAINING = (  # copied by hand from the logs of the last training
     StageRun("flow", "--batch 64 --lr 2e-3 --float32 --muon --compile", 253, 11_710),
     StageRun("align", minutes=38, steps=1568),
     StageRun("eps", "--batch 32 --lr 2e-3 --float32 --muon", 250, 9983),
-    StageRun("polish", "--lr 2e-3 --float32", 6, 146),
+    StageRun("polish", "--batch 24 --lr 4e-3 --float32", 15, 800),
 )
 SUITE_TITLES = {
     "equal": "One to three equal objects on a background colour never seen with them:",
