@@ -82,8 +82,8 @@ def demo_config(reward: DemoReward, name: str, folder: Path, updates: int, seed:
         "objective": {"clip_range": 1e-3},
         "optimizer": {"learning_rate": 6e-3, "minibatches": 1},
         "lora": {"rank": 4},
-        "guard": {"every": 11, "prompts": 8},
-        "run": {"name": name, "folder": str(folder), "updates": updates, "seed": seed, "save_every": 11},
+        "guard": {"every": 8, "prompts": 8},
+        "run": {"name": name, "folder": str(folder), "updates": updates, "seed": seed, "save_every": 8},
     }
     return build(tree, "demo")
 
