@@ -38,9 +38,9 @@ HELD_OUT = {"reward": {"held_out": ["alignment"]}}
 HACKED = {
     "reward": {"weights": {"redness": 1.0}, "held_out": ["alignment"]},
     "rollout": {"group_size": 4},
-    "optimizer": {"learning_rate": 0.01},
+    "optimizer": {"learning_rate": 0.005},
     "objective": {"clip_range": 0.1},
-    "guard": {"every": 1, "prompts": 3, "images": 2, "tolerance": 0.15, "patience": 2},
+    "guard": {"every": 1, "prompts": 3, "images": 2, "tolerance": 0.05, "patience": 2},
     "run": {"updates": 12, "save_every": 100},
 }
 
