@@ -1,6 +1,7 @@
 """Stage `card`: measures the embedded models on held-out prompts; writes the model card and grids."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from comfyui_pcpo.method.samplers import SAMPLERS
 from comfyui_pcpo.metrics.features import Tiny, extract
 from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.plotting.grids import grid
@@ -16,7 +18,7 @@ from comfyui_pcpo.tiny.align import load_image_encoder
 from comfyui_pcpo.tiny.pipelines import load_tiny
 from comfyui_pcpo.tiny.polish import load_polish
 from comfyui_pcpo.tiny.tinyeval import REFERENCE_DRAWINGS, is_right, known_scene, suite_prompts
-from tools.tiny.card_text import CardFigures, CardRow, card_text
+from tools.tiny.card_text import Agreement, CardFigures, CardRow, card_text
 from tools.tiny.codec import psnr
 from tools.tiny.data import draw_scenes
 from tools.tiny.fit import StageSettings
@@ -25,12 +27,12 @@ from tools.tiny.latents import load_autoencoder
 from tools.tiny.measure import attribute_shares, drawn, generate, generate_with_noise, suites, verdicts
 from tools.tiny.templates import read_by_templates
 from tools.tiny.train_polish import polish_quality
+from trainer.evaluation.demo import DEMO_STEPS
 
 logger = logging.getLogger("tiny")
-# model -> (steps, guidance scale); guidance 1 is the model itself, without classifier-free guidance
-MODES = {"emoji-flow": ((12, 1.0), (20, 3.0)), "emoji-eps": ((12, 1.0), (20, 3.0))}
-STOCHASTIC = (("emoji-flow", "flow_sde"), ("emoji-flow", "dance_sde"), ("emoji-flow", "cps"), ("emoji-eps", "ddim"))
-SAMPLER_STEPS = 8  # the demo's
+FLOW_MODEL, EPS_MODEL = "emoji-flow", "emoji-eps"
+MODES = ((12, 1.0), (20, 3.0))  # steps, guidance scale; 1 is the model itself, without classifier-free guidance
+STOCHASTIC = [(FLOW_MODEL if sampler.kind == "flow" else EPS_MODEL, name) for name, sampler in SAMPLERS.items()]
 SAMPLES_PER_PROMPT = 2
 SAMPLE_PROMPTS = (
     "a big fox on a plain blue background",
@@ -59,24 +61,33 @@ class CardImages:
 
 def suite_rows(network: Tiny, name: str, prompts: list[str], root: Path) -> list[CardRow]:
     """Figures of drawings and of each model's images, for one suite of prompts."""
-    each = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
-    (reference,) = extract(network, drawn(each, seed=10))
+    each, reference = repeated(prompts), reference_features(network, prompts)
     images = {"drawings": drawn(each, seed=11)}
-    for model, modes in MODES.items():
-        for steps, guidance in modes:
+    for model in (FLOW_MODEL, EPS_MODEL):
+        for steps, guidance in MODES:
             images[label(model, steps, guidance)] = generate(model, each, steps, guidance, root)
     return [card_row(name, network, CardImages(source, shown, each), reference) for source, shown in images.items()]
 
 
 def sampler_rows(network: Tiny, prompts: list[str], root: Path) -> list[CardRow]:
     """Figures of the images that each stochastic sampler gives, without guidance."""
-    each = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
-    (reference,) = extract(network, drawn(each, seed=10))
+    each, reference = repeated(prompts), reference_features(network, prompts)
     rows = []
     for model, method in STOCHASTIC:
-        shown = generate_with_noise(model, each, method, SAMPLER_STEPS, root)
+        shown = generate_with_noise(model, each, method, DEMO_STEPS, root)
         rows.append(card_row("samplers", network, CardImages(f"{model}, {method}", shown, each), reference))
     return rows
+
+
+def repeated(prompts: Sequence[str]) -> list[str]:
+    """Every prompt as often as it is sampled, in order."""
+    return [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
+
+
+@torch.no_grad()
+def reference_features(network: Tiny, prompts: Sequence[str]) -> Tensor:
+    """Features of the drawings that distances are measured to, (B, D)."""
+    return extract(network, drawn(repeated(prompts), seed=10))[0]
 
 
 def card_row(name: str, network: Tiny, shown: CardImages, reference: Tensor) -> CardRow:
@@ -103,7 +114,8 @@ def write_drawing_features(network: Tiny, folder: Path) -> None:
 def tinyeval_images(prompts: list[str], root: Path) -> dict[str, Tensor]:
     """Drawings of the prompts, and each model's images without guidance."""
     images = {"drawings": drawn(prompts, seed=31)}
-    for model, ((steps, guidance), *_) in MODES.items():
+    steps, guidance = MODES[0]
+    for model in (FLOW_MODEL, EPS_MODEL):
         images[label(model, steps, guidance)] = generate(model, prompts, steps, guidance, root)
     return images
 
@@ -115,19 +127,18 @@ def tinyeval_row(source: str, correct: list[bool], prompts: list[str]) -> CardRo
     return CardRow(source, shares)
 
 
-def second_opinion(source: str, first: list[bool], images: Tensor, prompts: list[str]) -> str:
+def second_opinion(source: str, first: list[bool], images: Tensor, prompts: list[str]) -> Agreement:
     """How often template matching agrees with emoji-align (`first`) on whether an image is correct, and the others."""
     readings = [read_by_templates(image) for image in images.permute(0, 3, 1, 2)]
     second = [is_right(reading, known_scene(prompt)) for reading, prompt in zip(readings, prompts, strict=True)]
-    same = sum(a == b for a, b in zip(first, second, strict=True))
-    alone = sum(a and not b for a, b in zip(first, second, strict=True))
-    rest = f"{alone} correct for emoji-align only, {len(images) - same - alone} for templates only"
-    return f"{same} of {len(images)} ({source}; {rest})"
+    pairs = list(zip(first, second, strict=True))
+    both, reader, templates = ((True, True), (True, False), (False, True))
+    return Agreement(source, len(pairs), pairs.count(both), pairs.count(reader), pairs.count(templates))
 
 
 def parameter_counts(root: Path) -> dict[str, int]:
     """Number of parameters by model."""
-    flow, eps = (load_tiny(name, root) for name in MODES)
+    flow, eps = load_tiny(FLOW_MODEL, root), load_tiny(EPS_MODEL, root)
     models: dict[str, nn.Module] = {
         "`emoji-flow`": flow.transformer,
         "`emoji-eps`": eps.unet,
@@ -148,8 +159,8 @@ def reconstruction_psnr(folders: Folders, number: int = 48) -> float:
 
 def save_samples(root: Path, folder: Path) -> None:
     """A grid of each model's images, with guidance."""
-    each = [prompt for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_PER_PROMPT)]
-    for model, (*_, (steps, guidance)) in MODES.items():
+    each, (steps, guidance) = repeated(SAMPLE_PROMPTS), MODES[-1]
+    for model in (FLOW_MODEL, EPS_MODEL):
         images = generate(model, each, steps, guidance, root, seed=3)
         grid(images, each, columns=6, tile=160).save(folder / f"{model}.png")
 
@@ -159,7 +170,7 @@ def write_card(settings: StageSettings, folders: Folders) -> None:
     network = Tiny(load_image_encoder(folders.models / "emoji-align"))
     write_drawing_features(network, folders.models / "emoji-align")
     save_samples(folders.models, settings.work)
-    each = [prompt for prompt in suite_prompts() for _ in range(SAMPLES_PER_PROMPT)]
+    each = repeated(suite_prompts())
     images = tinyeval_images(each, folders.models)
     correct = {
         source: [verdict["all"] for verdict in verdicts(network.encoder, shown, each)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 
 from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, SHAPE_NAMES
 from comfyui_pcpo.tiny.tinyeval import TASKS
@@ -20,6 +21,17 @@ class CardRow:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """On how many of a source's images emoji-align and template matching find all that the prompt asks for."""
+
+    source: str
+    images: int
+    both: int
+    reader_only: int
+    templates_only: int
+
+
+@dataclass(frozen=True)
 class CardFigures:
     """All figures of the card."""
 
@@ -27,7 +39,7 @@ class CardFigures:
     suites: dict[str, list[CardRow]]
     samplers: list[CardRow]  # on the first suite
     tinyeval: list[CardRow]
-    agreement: list[str]  # of emoji-align with template matching, a phrase for each set of images
+    agreement: list[Agreement]
     psnr: float  # of the autoencoder, in dB
     polish: float  # R squared of emoji-polish
 
@@ -51,6 +63,7 @@ TRAINING = (  # copied by hand from the logs of the last training
     StageRun("eps", "--batch 32 --lr 2e-3 --float32 --muon", 250, 9983),
     StageRun("polish", "--batch 24 --lr 4e-3 --float32", 15, 800),
 )
+WIDTH = 120  # of a line
 SUITE_TITLES = {
     "equal": "One to three equal objects on a background colour never seen with them:",
     "pairs": "Two objects never seen in one image, side by side or above each other:",
@@ -63,6 +76,15 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is for labels."""
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def domain() -> str:
+    objects, shapes, colors = (", ".join(names) for names in (OBJECTS, SHAPE_NAMES, COLORS))
+    return fill(
+        f"Domain: {len(OBJECTS)} objects ({objects}) and coloured shapes ({shapes}); up to four in an image, of one or "
+        f"two kinds, one left of or above the other; on {len(COLORS)} colours ({colors}), plain, striped or dotted.",
+        WIDTH,
+    )
 
 
 def suite_table(rows: list[CardRow]) -> str:
@@ -78,6 +100,15 @@ def tinyeval_table(rows: list[CardRow]) -> str:
     return table(["", *names], [[row.label, *(f"{100 * row.shares[name]:.0f} %" for name in names)] for row in rows])
 
 
+def agreement_table(rows: list[Agreement]) -> str:
+    header = ("", "images", "correct for both", "emoji-align only", "templates only", "neither")
+    lines = []
+    for row in rows:
+        counts = row.both, row.reader_only, row.templates_only
+        lines.append([row.source, *map(str, (row.images, *counts, row.images - sum(counts)))])
+    return table(header, lines)
+
+
 def training_table() -> str:
     lines = []
     for run in TRAINING:
@@ -90,14 +121,12 @@ def training_table() -> str:
 def card_text(figures: CardFigures) -> str:
     suites = [f"{SUITE_TITLES[name]}\n\n{suite_table(rows)}" for name, rows in figures.suites.items()]
     return CARD.format(
-        objects=", ".join(OBJECTS),
-        shapes=", ".join(SHAPE_NAMES),
-        colors=", ".join(COLORS),
+        domain=domain(),
         parameters=table(["model", "parameters"], [[name, f"{n:,}"] for name, n in figures.parameters.items()]),
         suites="\n\n".join(suites),
         samplers=suite_table(figures.samplers),
         tinyeval=tinyeval_table(figures.tinyeval),
-        agreement="; ".join(figures.agreement),
+        agreement=agreement_table(figures.agreement),
         psnr=figures.psnr,
         polish=figures.polish,
         training=training_table(),
@@ -113,8 +142,7 @@ clean a drawing is.
 
 {parameters}
 
-Domain: 20 objects ({objects}) and coloured shapes ({shapes}); up to four in an image, of one or two
-kinds, one left of or above the other; on 8 colours ({colors}), plain, striped or dotted.
+{domain}
 
 ## Quality on held-out prompts
 
@@ -139,7 +167,9 @@ seeds.
 
 Reader and generators were trained on the same kind of drawings, so these figures measure prompt following inside this
 domain only. The reader was checked against template matching with the drawn sprites, which is not trained
-(`tools/tiny/templates.py`). They agree on whether an image is correct for {agreement}.
+(`tools/tiny/templates.py`). Images that show all that their prompt asks for, by either:
+
+{agreement}
 
 ## Autoencoder and emoji-polish
 

@@ -58,6 +58,7 @@ DEMO_PROMPTS = (
     "a blue square and an orange circle on a white background",
     "four foxes on a blue background",
 )
+DEMO_STEPS = 8
 IMAGES_PER_PROMPT = 2  # in the comparison
 PAIRS_SHOWN = 8  # in the image
 
@@ -73,7 +74,7 @@ def demo_config(reward: DemoReward, name: str, folder: Path, updates: int, seed:
         "rollout": {
             "prompts_per_update": 4,
             "group_size": 24,
-            "steps": 8,
+            "steps": DEMO_STEPS,
             "branch": 1,
             "branch_first": 3,
             "images_at_once": 96,
