@@ -15,19 +15,17 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.taesd.taesd import TAESD, Clamp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from comfyui_pcpo.tiny.pipelines import MODELS, SHARED
+from comfyui_pcpo.tiny.pipelines import MODELS, SHARED, load_tiny_autoencoder
 
 CLIP: dict[str, Any] = json.loads((SHARED / "text_encoder" / "config.json").read_text(encoding="utf-8"))
 TEXT = {
     "bos": CLIP["bos_token_id"], "eos": CLIP["eos_token_id"], "length": CLIP["max_position_embeddings"],
     "width": CLIP["hidden_size"], "vocabulary": CLIP["vocab_size"],
 }  # fmt: skip
-# layer in the diffusers file: layer in ComfyUI's TAESD; TAESD layers without an entry become identities
-ENCODER = {0: 0, 1: 1, 2: 2, 3: 3, 4: 6, 5: 7, 6: 10, 7: 11, 8: 14}
-DECODER = {0: 1, 2: 3, 3: 4, 4: 5, 6: 7, 7: 8, 8: 9, 9: 10, 11: 12, 12: 13, 14: 17, 15: 19}
 
 
 class EmojiLatent(comfy.latent_formats.LatentFormat):
@@ -177,33 +175,17 @@ def load_clip(name: str) -> comfy.sd.CLIP:
 
 
 def load_vae() -> comfy.sd.VAE:
-    state = _floats(SHARED / "vae" / "diffusion_pytorch_model.safetensors")
-    vae = comfy.sd.VAE(sd=taesd_state(state), dtype=torch.float32)
+    """A TAESD of ComfyUI's with the layers of ours, which are fewer and narrower."""
+    ours = load_tiny_autoencoder()
+    state = {
+        key: torch.zeros_like(value)
+        for key, value in TAESD(latent_channels=EmojiLatent.latent_channels).state_dict().items()
+    }
+    vae = comfy.sd.VAE(sd=state | {"vae_scale": torch.tensor(1.0)}, dtype=torch.float32)
     taesd = vae.first_stage_model
-    for layers, ours in ((taesd.taesd_encoder, ENCODER), (taesd.taesd_decoder, DECODER)):
-        for number in set(range(len(layers))) - set(ours.values()):
-            if list(layers[number].parameters()):  # a block of zeros, which would cost time to change nothing
-                layers[number] = nn.Identity()
+    taesd.taesd_encoder = ours.encoder.layers
+    taesd.taesd_decoder = nn.Sequential(Clamp(), *ours.decoder.layers)
     return vae
-
-
-def taesd_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The small VAE padded to TAESD's width with zeros and to its depth with identity blocks."""
-    channels = state["decoder.layers.0.weight"].shape[1]
-    full = {k: torch.zeros_like(v) for k, v in _taesd(channels).state_dict().items()}
-    for key, value in state.items():
-        side, _, layer, rest = key.split(".", 3)
-        names = ENCODER if side == "encoder" else DECODER
-        target = full[f"taesd_{side}.{names[int(layer)]}.{rest}"]
-        target[tuple(slice(n) for n in value.shape)] = value
-    full["vae_scale"] = torch.tensor(1.0)
-    return full
-
-
-def _taesd(channels: int) -> nn.Module:
-    from comfy.taesd.taesd import TAESD
-
-    return TAESD(latent_channels=channels)
 
 
 def rgb_factors(vae: comfy.sd.VAE) -> tuple[list[list[float]], list[float]]:

@@ -61,7 +61,7 @@ class CardImages:
 
 def suite_rows(network: Tiny, name: str, prompts: list[str], root: Path) -> list[CardRow]:
     """Figures of drawings and of each model's images, for one suite of prompts."""
-    each, reference = repeated(prompts), reference_features(network, prompts)
+    each, reference = each_sample(prompts), reference_features(network, prompts)
     images = {"drawings": drawn(each, seed=11)}
     for model in (FLOW_MODEL, EPS_MODEL):
         for steps, guidance in MODES:
@@ -71,7 +71,7 @@ def suite_rows(network: Tiny, name: str, prompts: list[str], root: Path) -> list
 
 def sampler_rows(network: Tiny, prompts: list[str], root: Path) -> list[CardRow]:
     """Figures of the images that each stochastic sampler gives, without guidance."""
-    each, reference = repeated(prompts), reference_features(network, prompts)
+    each, reference = each_sample(prompts), reference_features(network, prompts)
     rows = []
     for model, method in STOCHASTIC:
         shown = generate_with_noise(model, each, method, DEMO_STEPS, root)
@@ -79,7 +79,7 @@ def sampler_rows(network: Tiny, prompts: list[str], root: Path) -> list[CardRow]
     return rows
 
 
-def repeated(prompts: Sequence[str]) -> list[str]:
+def each_sample(prompts: Sequence[str]) -> list[str]:
     """Every prompt as often as it is sampled, in order."""
     return [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
 
@@ -87,7 +87,7 @@ def repeated(prompts: Sequence[str]) -> list[str]:
 @torch.no_grad()
 def reference_features(network: Tiny, prompts: Sequence[str]) -> Tensor:
     """Features of the drawings that distances are measured to, (B, D)."""
-    return extract(network, drawn(repeated(prompts), seed=10))[0]
+    return extract(network, drawn(each_sample(prompts), seed=10))[0]
 
 
 def card_row(name: str, network: Tiny, shown: CardImages, reference: Tensor) -> CardRow:
@@ -159,7 +159,7 @@ def reconstruction_psnr(folders: Folders, number: int = 48) -> float:
 
 def save_samples(root: Path, folder: Path) -> None:
     """A grid of each model's images, with guidance."""
-    each, (steps, guidance) = repeated(SAMPLE_PROMPTS), MODES[-1]
+    each, (steps, guidance) = each_sample(SAMPLE_PROMPTS), MODES[-1]
     for model in (FLOW_MODEL, EPS_MODEL):
         images = generate(model, each, steps, guidance, root, seed=3)
         grid(images, each, columns=6, tile=160).save(folder / f"{model}.png")
@@ -170,7 +170,7 @@ def write_card(settings: StageSettings, folders: Folders) -> None:
     network = Tiny(load_image_encoder(folders.models / "emoji-align"))
     write_drawing_features(network, folders.models / "emoji-align")
     save_samples(folders.models, settings.work)
-    each = repeated(suite_prompts())
+    each = each_sample(suite_prompts())
     images = tinyeval_images(each, folders.models)
     correct = {
         source: [verdict["all"] for verdict in verdicts(network.encoder, shown, each)]
