@@ -204,8 +204,7 @@ def test_the_gradient_of_the_prediction_equals_finite_differences(pipelines, mak
     h = 1e-2
     measured = (moved(h) - moved(-h)) / (2 * h)
     ratio = slope / float(measured)
-    # differences of float32 outputs are good to about a hundredth
-    assert abs(ratio - 1) > 0.05 if detach else abs(ratio - 1) < 0.03, ratio
+    assert abs(ratio - 1) > 0.05 if detach else abs(ratio - 1) < 3e-3, ratio
 
 
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
