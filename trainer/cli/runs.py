@@ -123,7 +123,7 @@ def print_check(check: "RunCheck", config: Config, as_json: bool) -> None:
 def demo_command(
     *,
     reward: DemoReward = "tinyeval",
-    updates: int = 22,
+    updates: int = 30,
     name: str | None = None,
     folder: Path = Path("output/pcpo"),
     seed: int = 0,

@@ -73,18 +73,18 @@ def demo_config(reward: DemoReward, name: str, folder: Path, updates: int, seed:
         "prompts": {"lines": list(DEMO_PROMPTS)},
         "rollout": {
             "prompts_per_update": 4,
-            "group_size": 24,
+            "group_size": 16,
             "steps": DEMO_STEPS,
             "branch": 1,
             "branch_first": 3,
-            "images_at_once": 96,
+            "images_at_once": 16,
         },
         "reward": {"weights": weights, "held_out": held_out},
         "objective": {"clip_range": 1e-3},
-        "optimizer": {"learning_rate": 6e-3, "minibatches": 1},
+        "optimizer": {"learning_rate": 4e-3, "minibatches": 1},
         "lora": {"rank": 4},
-        "guard": {"every": 8, "prompts": 8},
-        "run": {"name": name, "folder": str(folder), "updates": updates, "seed": seed, "save_every": 8},
+        "guard": {"every": 10, "prompts": 8},
+        "run": {"name": name, "folder": str(folder), "updates": updates, "seed": seed, "save_every": 10},
     }
     return build(tree, "demo")
 
