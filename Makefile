@@ -1,6 +1,6 @@
 # make demo       install into .venv once, then align the embedded model (no download of weights)
 # make test       the tests                   make test-fast   all but the slow ones, about a minute
-# make test-thorough   the few that `make test` leaves out because they repeat another with one more setting
+# make test-thorough   the few that `make test` leaves out, a minute or more each
 # make torture    200 random kills and signals: resumed runs equal uninterrupted ones
 # make lint       ruff                        make types       pyright
 # make clean      remove caches and builds    make distclean   the same and .venv

@@ -215,6 +215,7 @@ def test_polish_explains_most_of_how_degraded_unseen_drawings_are():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_every_stage_runs_and_the_card_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(tools.tiny.latents, "SHARD", 64)
     monkeypatch.setattr(tools.tiny.train_codec, "CODEC_DRAWINGS", 64)
