@@ -38,7 +38,7 @@ class Compare(io.ComfyNode):
                 RewardType.Input("reward", optional=True, tooltip="Scores the images of both sides."),
                 io.Latent.Input(
                     "latent_image", optional=True,
-                    tooltip="Sets the image size; without it, 64 px for the tiny models and 512 px for all others.",
+                    tooltip="Sets the image size; without it, 128 px for the tiny models and 512 px for all others.",
                 ),
             ],
             outputs=[

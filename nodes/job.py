@@ -28,6 +28,7 @@ from ..trainer.loop.scoring import ImageGroups, score, unattended
 from ..trainer.loop.state import make_training_state
 from ..trainer.runs.folder import RunFolder
 from ..trainer.runs.launch import Run
+from ..trainer.runs.rewards import require_prompts
 from .files import STARTED, free_run_name, has_updates, last_started, runs_folder
 from .host.policy import ComfyPolicy, with_policy
 from .host.presets import host_preset, training_room
@@ -100,6 +101,7 @@ def run_settings(folder: Path) -> dict[str, Any]:
 
 def try_once(policy: ComfyPolicy, rewards: dict[str, Reward], config: Config) -> None:
     """A plan, a prediction, an image and its scores before the run begins, so that no rollout is in vain."""
+    require_prompts(rewards, policy.lines)
     make_plan(policy, config, make_objective(config), policy.lines, 1)
     try:
         with torch.no_grad():

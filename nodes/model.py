@@ -22,7 +22,7 @@ class LoadTinyModel(io.ComfyNode):
             node_id="PCPOLoadTinyModel",
             display_name="Load Tiny Model",
             category="PCPO",
-            description="A complete text-to-image model that generates 64 x 64 emoji; ships with this pack.",
+            description="A complete text-to-image model that generates 128 x 128 emoji; ships with this pack.",
             search_aliases=["emoji", "demo model", "embedded model", "test model"],
             inputs=[
                 io.Combo.Input(
@@ -31,8 +31,10 @@ class LoadTinyModel(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The diffusion model, for 64 x 64 images."),
-                io.Clip.Output(display_name="clip", tooltip="Its text encoder, for prompts such as: a red fox."),
+                io.Model.Output(display_name="model", tooltip="The diffusion model, for 128 x 128 images."),
+                io.Clip.Output(
+                    display_name="clip", tooltip="Its text encoder, for prompts such as: a fox on a blue background.",
+                ),
                 io.Vae.Output(display_name="vae", tooltip="Its VAE."),
             ],
         )  # fmt: skip

@@ -14,6 +14,7 @@ from .comparison import REFERENCES, comparison_table, corrected_p_values, update
 from .evaluations_page import evaluations_page
 from .interval_plot import effects_figure, everywhere, summary_figure
 from .markdown import format_interval, format_list, format_p_value, markdown_table
+from .model_note import with_model_note
 from .protocol_page import protocol_page
 from .speed_page import speed_page
 from .tables import equal_settings_table, gain_table, health_table, tuning_table
@@ -74,7 +75,8 @@ def write_report(study_name: str, study: Study, out: Path, folder: Path) -> Path
     }
     for name, text in pages.items():
         if text:
-            (pages_folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+            noted = with_model_note(text, report.results)
+            (pages_folder / f"{name}.md").write_text(noted + "\n", encoding="utf-8")
     return write_summary(report, folder / "results.md")
 
 

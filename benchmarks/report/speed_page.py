@@ -11,6 +11,7 @@ from comfyui_pcpo.plotting.panels import Line, Panel, draw_panels
 
 from ..speed.loop_speed import AXES, BASE, LABELS, REPEATS, SPEED_MODELS
 from .markdown import format_number, markdown_table
+from .model_note import FORMER_PIXELS
 
 
 def growth_figure(rows: list[dict[str, Any]]) -> Image.Image:
@@ -51,13 +52,15 @@ def speed_page(out: Path, images: Path, where: str) -> str:
     ]
     outside = [100 * row["outside"] for row in rows]
     middle = f"{statistics.median(outside):.1f} %, from {min(outside):.1f} to {max(outside):.1f} %"
-    size = ", ".join(f"{LABELS.get(key, 'prompts')} {value}" for key, value in BASE.items())
+    counts = {key: value for key, value in BASE.items() if key not in ("height", "width")}
+    pixels = next((row.get("pixels", FORMER_PIXELS) for row in rows if row["axis"] != "pixels"), BASE["height"])
+    size = ", ".join([*(f"{LABELS.get(key, 'prompts')} {value}" for key, value in counts.items()), f"{pixels} pixels"])
     commit_line = (folder / "commit.txt").read_text(encoding="utf-8")
     return f"""# Speed and memory
 
 Commit {commit_line}. One CPU thread, CPU seconds of the process, medians of {REPEATS} updates, each followed by
 `benchmarks/speed/reference_loop.py`, which makes the same model calls forward and backward and nothing else. Rollout
-and update are separated by their shares of the wall-clock time. Unless the row states otherwise: {size}, 64 pixels.
+and update are separated by their shares of the wall-clock time. Unless the row states otherwise: {size}.
 Memory is the peak of the process after one update; in brackets, what the loop adds to the loaded model.
 
 Time outside model calls: median {middle}. Repeated measurements of one setting differ as much.

@@ -113,10 +113,11 @@ def _made(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
 
 
 def clip(width: int, projection: bool = False) -> Any:
+    tokenizer = clip_tokenizer()
     config = transformers.CLIPTextConfig(
-        vocab_size=218, hidden_size=width, intermediate_size=width, projection_dim=width, num_hidden_layers=2,
-        num_attention_heads=width // 64, max_position_embeddings=CLIP_LENGTH, bos_token_id=216, eos_token_id=217,
-        pad_token_id=217,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, projection_dim=width,
+        num_hidden_layers=2, num_attention_heads=width // 64, max_position_embeddings=CLIP_LENGTH,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
 

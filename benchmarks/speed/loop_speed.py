@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from comfyui_pcpo.tiny.align import PIXELS
 from trainer.cli.libraries import quiet_libraries
 from trainer.config.loading import build, merge
 from trainer.config.schema import Config
@@ -26,12 +27,12 @@ from .reference_loop import reference_seconds
 Point = tuple[str, str, int]  # model, axis, value on the axis
 SPEED_MODELS = ("emoji-flow", "emoji-eps")
 REPEATS = 9
-BASE = {"prompts_per_update": 2, "group_size": 8, "steps": 8, "images_at_once": 16}
+BASE = {"prompts_per_update": 2, "group_size": 8, "steps": 8, "images_at_once": 16, "height": PIXELS, "width": PIXELS}
 AXES: dict[str, tuple[int, ...]] = {
     "steps": (4, 8, 16),
     "group_size": (4, 8, 16),
     "images_at_once": (4, 8, 16),
-    "pixels": (64, 96, 128),
+    "pixels": (64, 128, 192),
 }
 LABELS = {
     "steps": "denoising steps",
@@ -88,7 +89,8 @@ def measure_point(model: str, axis: str, value: int, file: Path) -> None:
     """Entry point of a child process, whose peak memory is that of one measurement."""
     quiet_libraries()
     torch.set_num_threads(1)
-    row = {"model": model, "axis": axis, "value": value, **measure_loop(point_config(model, axis, value))}
+    config = point_config(model, axis, value)
+    row = {"model": model, "axis": axis, "value": value, "pixels": config.rollout.height, **measure_loop(config)}
     write_json(file, row)
 
 

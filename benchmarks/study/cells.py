@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from comfyui_pcpo.tiny.align import PIXELS
 from trainer.config.schema import Config
 from trainer.loop.align import Job, align
 from trainer.loop.state import make_training_state
@@ -115,4 +116,5 @@ def cell_result(cell: Cell, folder: RunFolder, rows: list[dict[str, Any]]) -> di
         "rows": rows,
         "seconds_per_update": statistics.median(sum(record[p] for p in parts) for record in records),
         "commit": commit(),
+        "pixels": PIXELS,
     }

@@ -1,24 +1,22 @@
 """Evaluation of a model: the same prompts and the same noise every time, sampled without noise (ODE)."""
 
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed, rollout
 from comfyui_pcpo.method.samplers import deterministic
+from comfyui_pcpo.metrics.features import extract, load_tiny_features
 from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.reward import load_reward
-from comfyui_pcpo.tiny.align import load_image_encoder
-from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, PATTERNS, Scene, parse
-from comfyui_pcpo.tiny.pipelines import MODELS
-from tools.tiny.card import features
-from tools.tiny.draw import draw, glyphs
+from comfyui_pcpo.tiny.pipelines import MODELS, SHARED
+from tools.tiny import measure as tiny
 from trainer.policy.base import Policy
 
 from .recipes import STUDY_PROMPTS, STUDY_REWARDS
@@ -46,15 +44,7 @@ def ode_images(
 
 def drawn_images(per_prompt: int, seed: int) -> Tensor:
     """Drawings of the prompts, every background equally likely, -> (B, H, W, 3)."""
-    rng, tiles, drawings = np.random.default_rng(seed), glyphs(), []
-    for prompt in STUDY_PROMPTS:
-        scene = parse(prompt)
-        assert scene is not None
-        for _ in range(per_prompt):
-            color, pattern = list(COLORS)[rng.integers(len(COLORS))], PATTERNS[rng.integers(len(PATTERNS))]
-            full = Scene(scene.objects, 1, ("small", "big")[rng.integers(2)], color, pattern)
-            drawings.append(np.asarray(draw(full, tiles, rng), np.float32) / 255)
-    return torch.from_numpy(np.stack(drawings))
+    return tiny.drawn([prompt for prompt in STUDY_PROMPTS for _ in range(per_prompt)], seed)
 
 
 @dataclass
@@ -67,7 +57,7 @@ class Evaluator:
     before: dict[str, float] | None = None  # evaluation of the model without LoRA, cached
 
     def __post_init__(self) -> None:
-        self.encoder = load_image_encoder(MODELS / "emoji-align")
+        self.network = load_tiny_features()
         self.rewards = {name: load_reward(name) for name in STUDY_REWARDS}
         self.texts = [prompt for prompt in STUDY_PROMPTS for _ in range(self.study.images_per_prompt)]
 
@@ -81,37 +71,34 @@ class Evaluator:
         for name, reward in self.rewards.items():
             scores = reward.score(images, self.texts)
             row[name], row[f"{name}_std"] = float(scores.mean()), float(scores.std(correction=0))
-        embedded = features(self.encoder, images)
+        (embedded,) = extract(self.network, images)
         row["fd_base"], row["fd_drawn"] = frechet(embedded, self.base), frechet(embedded, self.drawn)
         row["diversity"] = diversity(embedded, self.study.images_per_prompt)
-        row["object"], row["count"] = prompt_accuracy(self.encoder.read(embedded), self.texts)
-        return row
+        right = tiny.attribute_shares(tiny.verdicts(self.network.encoder, images, self.texts))
+        return {**row, "object": right["object"], "count": right["count"]}
 
 
-def prompt_accuracy(readings: dict[str, Tensor], prompts: list[str]) -> tuple[float, float]:
-    """Shares of images in which emoji-align recognises the prompt's kind of object and its number of objects."""
-    names, correct = list(OBJECTS), torch.zeros(len(prompts), 2)
-    for row, prompt in enumerate(prompts):
-        scene = parse(prompt)
-        assert scene is not None
-        wanted = {names.index(name) for name in scene.objects}
-        correct[row, 0] = set(readings["objects"][row].topk(len(wanted)).indices.tolist()) == wanted
-        correct[row, 1] = int(readings["total"][row].argmax()) + 1 == scene.total
-    return float(correct[:, 0].mean()), float(correct[:, 1].mean())
+def weights_checksum(name: str) -> str:
+    """Checksum of the weights that a model's reference features depend on: its own, the shared ones, emoji-align's."""
+    folders = [MODELS / part for part in (name, SHARED.name, "emoji-align")]
+    crc = 0
+    for file in (file for folder in folders for file in sorted(folder.rglob("*.safetensors"))):
+        crc = zlib.crc32(file.read_bytes(), crc)
+    return f"{crc:08x}"
 
 
 def make_evaluator(policy: Any, study: Study, cache: Path) -> Evaluator:
-    """The evaluator for a policy's model; features of the reference images are computed once and cached in a file."""
+    """The evaluator for a policy's model; features of the reference images are computed once for the weights in use."""
     name = policy.config.model.name
-    file = cache / f"{name}-{study.steps}-{study.reference_images}.safetensors"
+    file = cache / f"{name}-{weights_checksum(name)}-{study.steps}-{study.reference_images}.safetensors"
     if not file.is_file():
         per_prompt = study.reference_images // len(STUDY_PROMPTS)
         with policy.reference():
             base = ode_images(policy, per_prompt, REFERENCE_SEED, study.steps)
-        encoder = load_image_encoder(MODELS / "emoji-align")
+        network = load_tiny_features()
         state = {
-            "base": features(encoder, base),
-            "drawn": features(encoder, drawn_images(per_prompt, REFERENCE_SEED)),
+            "base": extract(network, base)[0],
+            "drawn": extract(network, drawn_images(per_prompt, REFERENCE_SEED))[0],
         }
         cache.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")

@@ -18,7 +18,6 @@ from comfyui_pcpo.reward.base import RewardFile, eight_bit
 from comfyui_pcpo.reward.weights.checkpoint import load_strict, read_state
 from comfyui_pcpo.reward.weights.preprocess import SIDE, bicubic
 from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
-from comfyui_pcpo.tiny.pipelines import MODELS
 
 RELEASE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
 INCEPTION = RewardFile(RELEASE, "weights-inception-2015-12-05-6726825d.pth", 95_600_000, "Apache-2.0")
@@ -113,7 +112,7 @@ class Tiny(nn.Module):
 
 
 def load_tiny_features() -> Tiny:
-    return Tiny(load_image_encoder(MODELS / "emoji-align"))
+    return Tiny(load_image_encoder())
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ INSET, BETWEEN = 10, 4  # beside a card's images, and between them
 HEAD = 20  # above the cards
 SCORE_FOOT, PLAIN_FOOT = 38, 12  # below a card's images, with and without scores
 CORNER, CARD_CORNER = 6, 10  # radii
+VERDICT = 20  # size of ticks and crosses
 
 Images = np.ndarray | Tensor
 SideScores = tuple[Sequence[float], Sequence[float]]
@@ -127,7 +128,10 @@ def grid(
 def before_after(
     before: Images, after: Images, prompts: Sequence[str], scores: SideScores | None = None, columns: int | None = None
 ) -> Image.Image:
-    """Pairs of images on cards with their prompt and scores, (B, H, W, 3) twice; 4 or 3 columns, without a hole."""
+    """Pairs of images on cards with their prompt and scores, (B, H, W, 3) twice; 4 or 3 columns, without a hole.
+
+    Scores may be verdicts (bool), which become ticks and crosses.
+    """
     pairs = to_pil_images(before), to_pil_images(after)
     count = len(pairs[0])
     lists = dict(zip(("before scores", "after scores"), scores or (), strict=False))
@@ -173,12 +177,18 @@ def _card(
 
 
 def _score_text(value: float) -> str:
+    if isinstance(value, bool):
+        return "\u2713" if value else "\u2717"
     return "no score" if not math.isfinite(value) else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def _draw_scores(canvas: Canvas, scores: tuple[float, float], middles: tuple[float, float], y: float) -> None:
-    """The two scores under their images; the second is green where it is higher."""
+    """The two scores under their images; the second is green where it is higher. Verdicts are ticks and crosses."""
     before, after = scores
+    if isinstance(before, bool) and isinstance(after, bool):
+        for middle, value in zip(middles, (before, after), strict=True):
+            canvas.text((middle, y), _score_text(value), BETTER if value else WORSE, VERDICT)
+        return
     old, new = _score_text(before), _score_text(after)
     color = MUTED if old == new else BETTER if after > before else WORSE if after < before else MUTED
     canvas.text((middles[0], y), old, MUTED, HEADING - 1)

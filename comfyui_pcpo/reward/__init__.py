@@ -23,6 +23,7 @@ from comfyui_pcpo.reward.weights.hub import download
 CLASSES: dict[str, str] = {  # name -> module of this package and class
     "alignment": "alignment:Alignment",
     "polish": "polish:Polish",
+    "tinyeval": "tinyeval:TinyEval",
     "hpsv2": "hpsv2:HPSv2",
     "hpsv2.1": "hpsv2:HPSv21",
     "hpsv3": "hpsv3:HPSv3",

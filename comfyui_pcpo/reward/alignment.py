@@ -17,14 +17,14 @@ class TinyEncoder(nn.Module):
         self.image, self.text = image, text
 
     def forward(self, images: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Cosine of images in [-1, 1] and their prompts, (B, 3, 64, 64), (B, L), (B, L) -> (B,)."""
+        """Cosine of images in [-1, 1] and their prompts, (B, 3, 128, 128), (B, L), (B, L) -> (B,)."""
         image = self.image.embed(self.image.encode(images))
         text = F.normalize(self.text(input_ids=tokens, attention_mask=mask).text_embeds.float(), dim=-1)
         return (image.float() * text).sum(-1)
 
 
 def encoder_input(images: Tensor) -> Tensor:
-    """Input of the embedded encoders, uint8 (B, H, W, 3) -> (B, 3, 64, 64) in [-1, 1]."""
+    """Input of the embedded encoders, uint8 (B, H, W, 3) -> (B, 3, 128, 128) in [-1, 1]."""
     pixels = images.permute(0, 3, 1, 2).float() / 255
     if pixels.shape[-2:] != (PIXELS, PIXELS):
         pixels = F.interpolate(pixels, (PIXELS, PIXELS), mode="bilinear", antialias=True)
@@ -45,7 +45,7 @@ class Alignment(Reward):
         folder = MODELS / "shared" / "text_encoder"
         text = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder)).float()
         text.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-        return TinyEncoder(load_image_encoder(MODELS / "emoji-align"), text)
+        return TinyEncoder(load_image_encoder(), text)
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         assert isinstance(self.model, TinyEncoder)

@@ -95,6 +95,9 @@ class Reward:
             f"{type(self).__name__} does not define score_batch. Define it to return one score per image."
         )
 
+    def require_prompts(self, prompts: list[str]) -> None:
+        """Raise RewardError for a prompt that the reward cannot score, before any image is generated for it."""
+
     def load(self) -> "Reward":
         """Load the weights if they are not loaded yet; `score` calls this."""
         if self.model is None:

@@ -13,7 +13,6 @@ from comfyui_pcpo.reward.group import GroupReward
 from comfyui_pcpo.reward.weights.checkpoint import load_strict, locate, read_state
 from comfyui_pcpo.reward.weights.preprocess import crop_round
 from comfyui_pcpo.tiny.align import load_image_encoder
-from comfyui_pcpo.tiny.pipelines import MODELS
 
 if TYPE_CHECKING:
     from comfyui_pcpo.tiny.align import AlignImageEncoder
@@ -71,7 +70,7 @@ class TinyDiversity(DiversityOf):
     memory = 2_000_000
 
     def build(self) -> nn.Module:
-        return load_image_encoder(MODELS / "emoji-align")
+        return load_image_encoder()
 
     def embed(self, images: Tensor) -> Tensor:
         return cast("AlignImageEncoder", self.model).encode(encoder_input(images))

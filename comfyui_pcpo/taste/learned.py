@@ -233,6 +233,11 @@ def check_encoder(taste: Taste, encoder: Encoder) -> None:
     """Raise RewardError unless the encoder is the one that the taste was learned on."""
     probe = encoder.probe()
     same = probe.shape == taste.probe.shape and torch.cosine_similarity(probe, taste.probe, 0) > SAME_PROBE
+    if not same and taste.encoder == encoder.name:
+        raise RewardError(
+            f"The taste was learned on another version of {encoder.name}, whose image features differ. Train it again "
+            "on the same votes."
+        )
     if not same:
         raise RewardError(
             f"The taste was learned on the image features of {taste.encoder}, and {encoder.name} has others. "

@@ -5,9 +5,21 @@ from typing import Any
 
 import torch
 
+from comfyui_pcpo.tiny.tail import with_tail
+
 MODELS = Path(__file__).parent / "models"
 SHARED = MODELS / "shared"
 EMBEDDED = ("emoji-flow", "emoji-eps")
+
+
+def load_tiny_autoencoder(shared: Path = SHARED) -> Any:
+    """AutoencoderTiny of both models, float32 on the CPU; its decoder ends with a Tail, which is faster."""
+    import diffusers as library
+
+    diffusers: Any = library
+    vae = diffusers.AutoencoderTiny.from_pretrained(shared / "vae", torch_dtype=torch.float32, use_safetensors=True)
+    vae.decoder.layers = with_tail(vae.decoder.layers)
+    return vae
 
 
 def load_tiny(name: str, root: Path = MODELS) -> Any:
@@ -24,7 +36,7 @@ def load_tiny(name: str, root: Path = MODELS) -> Any:
     shared = root / "shared"
     wide: dict[str, Any] = {"torch_dtype": torch.float32}
     strict = {**wide, "use_safetensors": True}
-    vae = diffusers.AutoencoderTiny.from_pretrained(shared / "vae", **strict)
+    vae = load_tiny_autoencoder(shared)
     tokenizer = CLIPTokenizer.from_pretrained(shared / "tokenizer")
     if name == "emoji-eps":
         return diffusers.StableDiffusionPipeline(

@@ -94,8 +94,8 @@ class ImageRequest:
 
 
 def empty_latent(model: Any) -> dict[str, Any]:
-    """A square latent: 64 pixels for the embedded models, 512 for all others."""
-    size = 8 if "pcpo_model" in model.attachments else 64
+    """A square latent: 128 pixels for the embedded models, 512 for all others."""
+    size = 16 if "pcpo_model" in model.attachments else 64
     return {"samples": torch.zeros(1, model.model.latent_format.latent_channels, size, size)}
 
 

@@ -1,5 +1,6 @@
 """The embedded models as ComfyUI classes: an MMDiT or a UNet, a CLIP text encoder and a TAESD-type VAE."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.taesd.taesd import TAESD, Clamp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from comfyui_pcpo.tiny.pipelines import MODELS, SHARED
+from comfyui_pcpo.tiny.pipelines import MODELS, SHARED, load_tiny_autoencoder
 
-TEXT = {"bos": 216, "eos": 217, "length": 16, "width": 128, "vocabulary": 218}
-# layer in ComfyUI's TAESD: layer in the diffusers file; TAESD layers without an entry become identities
-ENCODER = {0: 0, 1: 1, 2: 2, 3: 3, 4: 6, 5: 7, 6: 10, 7: 11, 8: 14}
-DECODER = {0: 1, 2: 3, 3: 4, 4: 5, 6: 7, 7: 8, 8: 9, 10: 12, 11: 13, 13: 17, 14: 18, 15: 19}
-WIDTH = 64
+CLIP: dict[str, Any] = json.loads((SHARED / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+TEXT = {
+    "bos": CLIP["bos_token_id"], "eos": CLIP["eos_token_id"], "length": CLIP["max_position_embeddings"],
+    "width": CLIP["hidden_size"], "vocabulary": CLIP["vocab_size"],
+}  # fmt: skip
 
 
 class EmojiLatent(comfy.latent_formats.LatentFormat):
@@ -47,16 +49,16 @@ class EmojiEps(comfy.supported_models_base.BASE):
 
 
 EPS_CONFIG: dict[str, Any] = {
-    "image_size": 8,
+    "image_size": 16,
     "in_channels": 16,
     "out_channels": 16,
-    "model_channels": 64,
-    "num_res_blocks": [1, 1],
-    "channel_mult": [1, 2],
-    "transformer_depth": [0, 1],
-    "transformer_depth_output": [0, 0, 1, 1],
+    "model_channels": 32,
+    "num_res_blocks": [1, 1, 1],
+    "channel_mult": [1, 3, 4],
+    "transformer_depth": [0, 1, 1],
+    "transformer_depth_output": [0, 0, 1, 1, 1, 1],
     "transformer_depth_middle": 1,
-    "context_dim": 128,
+    "context_dim": CLIP["hidden_size"],
     "use_spatial_transformer": True,
     "use_linear_in_transformer": False,
     "legacy": False,
@@ -83,8 +85,11 @@ class EmojiEncoder(comfy.sd1_clip.SDClipModel):
 
     def __init__(self, flow: bool, device: Any, dtype: Any, model_options: dict[str, Any]):
         config = {
-            "hidden_size": TEXT["width"], "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512,
-            "hidden_act": "quick_gelu", "max_position_embeddings": TEXT["length"], "eos_token_id": TEXT["eos"],
+            key: CLIP[key]
+            for key in (
+                "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+                "max_position_embeddings", "eos_token_id",
+            )
         }  # fmt: skip
         tokens = {"start": TEXT["bos"], "end": TEXT["eos"], "pad": TEXT["eos"]}
         super().__init__(
@@ -143,10 +148,21 @@ def load_model(name: str) -> ModelPatcher:
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model(state, "")
     model.load_model_weights(state, "")
+    if name == "emoji-eps":
+        set_groups(model)
     patcher = ModelPatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
     patcher.cached_patcher_init = (load_model, (name,))
     patcher.set_attachments("pcpo_model", name)
     return patcher
+
+
+def set_groups(model: nn.Module) -> None:
+    """ComfyUI's UNet has 32 groups in every norm; in 32 channels that would be one group per channel."""
+    path = MODELS / "emoji-eps" / "unet" / "config.json"
+    groups = json.loads(path.read_text(encoding="utf-8"))["norm_num_groups"]
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = groups
 
 
 def load_clip(name: str) -> comfy.sd.CLIP:
@@ -159,27 +175,17 @@ def load_clip(name: str) -> comfy.sd.CLIP:
 
 
 def load_vae() -> comfy.sd.VAE:
-    state = _floats(SHARED / "vae" / "diffusion_pytorch_model.safetensors")
-    return comfy.sd.VAE(sd=taesd_state(state), dtype=torch.float32)
-
-
-def taesd_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The small VAE padded to TAESD's width with zeros and to its depth with identity blocks."""
-    channels = state["decoder.layers.0.weight"].shape[1]
-    full = {k: torch.zeros_like(v) for k, v in _taesd(channels).state_dict().items()}
-    for key, value in state.items():
-        side, _, layer, rest = key.split(".", 3)
-        names = ENCODER if side == "encoder" else DECODER
-        target = full[f"taesd_{side}.{names[int(layer)]}.{rest}"]
-        target[tuple(slice(n) for n in value.shape)] = value
-    full["vae_scale"] = torch.tensor(1.0)
-    return full
-
-
-def _taesd(channels: int) -> nn.Module:
-    from comfy.taesd.taesd import TAESD
-
-    return TAESD(latent_channels=channels)
+    """A TAESD of ComfyUI's with the layers of ours, which are fewer and narrower."""
+    ours = load_tiny_autoencoder()
+    state = {
+        key: torch.zeros_like(value)
+        for key, value in TAESD(latent_channels=EmojiLatent.latent_channels).state_dict().items()
+    }
+    vae = comfy.sd.VAE(sd=state | {"vae_scale": torch.tensor(1.0)}, dtype=torch.float32)
+    taesd = vae.first_stage_model
+    taesd.taesd_encoder = ours.encoder.layers
+    taesd.taesd_decoder = nn.Sequential(Clamp(), *ours.decoder.layers)
+    return vae
 
 
 def rgb_factors(vae: comfy.sd.VAE) -> tuple[list[list[float]], list[float]]:

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.report.collect import collect
 from benchmarks.report.evaluations_page import evaluations_page
+from benchmarks.report.model_note import with_model_note
 from benchmarks.report.pages import BEGIN, END, write_report
 from benchmarks.study.studies import STUDIES
 
@@ -40,7 +41,8 @@ def made(runs, tmp_path_factory):
     shutil.copy(DOCS / "results.md", folder)
     write_report("medium", STUDIES["medium"], runs, folder)
     other = collect(STUDIES["evaluations"], unpacked("evaluations", tmp_path_factory))
-    (folder / "results" / EVALUATIONS).write_text(evaluations_page(other) + "\n", encoding="utf-8")
+    page = with_model_note(evaluations_page(other), other)
+    (folder / "results" / EVALUATIONS).write_text(page + "\n", encoding="utf-8")
     return folder
 
 

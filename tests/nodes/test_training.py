@@ -339,7 +339,7 @@ def test_compare_shows_the_same_noise_on_both_sides(flow):
     lora = flow.train("compared", updates=1)[0]
     still = {k: torch.zeros_like(v) for k, v in lora.items()}
     before, after, grid, report = call("PCPOCompare", flow.model, still, flow.vae, flow.prompts, 0, 4, 1.0, flow.reward)
-    assert torch.equal(before, after) and before.shape[0] == 2 and grid.shape[0] == 1
+    assert torch.equal(before, after) and before.shape == (2, 128, 128, 3) and grid.shape[0] == 1
     assert "before" in report
 
 

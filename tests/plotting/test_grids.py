@@ -79,6 +79,15 @@ def test_a_higher_score_is_green_and_a_lower_one_is_not():
     assert near(down, WORSE).any() and not near(down, BETTER).any()
 
 
+def test_verdicts_are_a_green_tick_and_an_orange_cross():
+    grey = plain((90, 90, 90), 1)
+    image = before_after(grey, grey, ["p"], ([False], [True]), columns=1)
+    ticks, crosses = (np.argwhere(near(image, color))[:, 1] for color in (BETTER, WORSE))
+    assert len(ticks) and len(crosses) and crosses.max() < ticks.min()
+    both_wrong = before_after(grey, grey, ["p"], ([False], [False]), columns=1)
+    assert near(both_wrong, WORSE).any() and not near(both_wrong, BETTER).any()
+
+
 def test_scores_may_be_nan():
     image = before_after(plain((9, 9, 9)), plain((9, 9, 9)), ["p"] * 4, ([math.nan] * 4, [1.0] * 4))
     assert not near(image, BETTER).any()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from comfyui_pcpo.tiny.captions import parse
+from comfyui_pcpo.tiny.tinyeval import TASKS, suite
 from trainer.config.loading import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +24,18 @@ def test_links_and_paths_of_a_page_exist(page: str):
     links = [(ROOT / page).parent / link for link in LINK.findall(text) if not re.match(r"\w+:", link)]
     paths = [ROOT / path for path in PATH.findall(text)]
     assert [str(path) for path in (*links, *paths) if not path.exists()] == []
+
+
+def test_every_example_of_tinyeval_is_in_the_suite():
+    rows = re.findall(r"^\| ([a-z ]+) \| `([^`]+)` \|$", (ROOT / "docs/evaluation.md").read_text("utf-8"), re.MULTILINE)
+    assert [task for task, _ in rows] == list(TASKS)
+    assert [prompt for task, prompt in rows if prompt not in suite()[task]] == []
+
+
+def test_the_node_pages_prompts_are_in_the_embedded_models_domain():
+    text = (ROOT / "web/docs/PCPOLoadTinyModel.md").read_text(encoding="utf-8")
+    prompts = re.findall(r"`(an? [^`]+|two [^`]+)`", text)
+    assert len(prompts) == 3 and all(parse(prompt) for prompt in prompts)
 
 
 def test_the_paper_page_names_existing_tests_and_functions():

@@ -16,7 +16,7 @@ BELOW = {
     "trainer": {"comfyui_pcpo"},
     "nodes": {"comfyui_pcpo", "trainer"},
     "benchmarks": {"comfyui_pcpo", "trainer", "tools"},  # tools.tiny draws the reference images
-    "tools": {"comfyui_pcpo"},
+    "tools": {"comfyui_pcpo", "trainer"},
 }
 """Each package with those that it may import besides itself. benchmarks and tools are not shipped."""
 HOST = {"comfy", "comfy_api", "comfy_extras", "folder_paths"}

@@ -19,10 +19,11 @@ FLOW = {"base_image_seq_len": 4, "max_image_seq_len": 64, "base_shift": 0.5, "ma
 
 def clip(width: int, projection: bool = False, act: str = "quick_gelu") -> Any:
     """A CLIP text encoder; `projection` adds the one that SDXL and SD3 pool with."""
+    tokenizer = clip_tokenizer()
     config = transformers.CLIPTextConfig(
-        vocab_size=218, hidden_size=width, intermediate_size=2 * width, projection_dim=width, hidden_act=act,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=width, hidden_act=act,
         num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16,
-        bos_token_id=216, eos_token_id=217, pad_token_id=217,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
 

@@ -10,13 +10,13 @@ from voters import Voter
 from comfyui_pcpo.reward import load_reward
 from comfyui_pcpo.taste.human import Question
 from comfyui_pcpo.taste.votes import VoteFolder
-from tools.tiny.data import draw_pictures
+from tools.tiny.data import draw_scenes
 from trainer.cli.main import main
 
 
 @pytest.fixture(scope="module")
 def drawings() -> torch.Tensor:
-    return draw_pictures(160, seed=7).pixels.permute(0, 2, 3, 1).contiguous()
+    return draw_scenes(160, seed=7).pixels.permute(0, 2, 3, 1).contiguous()
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,11 @@ def write_pairs(path, pairs) -> None:
 
 
 def test_liked_and_disliked_folders_become_a_reward(files, tmp_path, capsys):
-    liked, disliked = linked(tmp_path / "yes", files[:30]), linked(tmp_path / "no", files[-30:])
+    liked, disliked = linked(tmp_path / "yes", files[:60:2]), linked(tmp_path / "no", files[100::2])
     out = tmp_path / "mine.safetensors"
     assert main(["taste", "train", "--liked", str(liked), "--disliked", str(disliked), "--out", str(out)]) == 0
     assert "60 votes: agrees with" in capsys.readouterr().out
-    write_pairs(tmp_path / "test.csv", zip(files[31:70], files[90:129], strict=True))
+    write_pairs(tmp_path / "test.csv", zip(files[1:60:2], files[101::2], strict=True))
     assert agreement(capsys, out, "--pairs", tmp_path / "test.csv") > 0.8
     assert main(["score", str(files[0]), "--reward", str(out), "--json"]) == 0
     best = json.loads(capsys.readouterr().out)[0]["scores"][str(out)]

@@ -12,7 +12,7 @@ from comfyui_pcpo.taste.encoders import COLOR_STATISTICS, Encoder, load_encoder,
 from comfyui_pcpo.taste.human import HumanVote, Question, Reply, VoteSettings
 from comfyui_pcpo.taste.learned import Learned, TasteReport, TasteReward, check_encoder, learn, load_taste, taste_reward
 from comfyui_pcpo.taste.votes import VoteError, VoteFolder
-from tools.tiny.data import draw_pictures
+from tools.tiny.data import draw_scenes
 
 GROUP, VOTES = 6, 40
 
@@ -30,7 +30,7 @@ def encoder() -> Encoder:
 @pytest.fixture(scope="module")
 def drawings() -> torch.Tensor:
     """uint8 (N, H, W, 3)."""
-    return draw_pictures(500, seed=5).pixels.permute(0, 2, 3, 1).contiguous()
+    return draw_scenes(500, seed=5).pixels.permute(0, 2, 3, 1).contiguous()
 
 
 def voted(drawings: torch.Tensor, voter: Voter, folder: VoteFolder, votes: int = VOTES) -> None:
@@ -123,6 +123,9 @@ def test_another_encoder_is_refused(drawings, encoder, tmp_path):
     other = Encoder("other", lambda images: -encoder.encode(images))
     with pytest.raises(RewardError, match="learned on the image features of emoji-align, and other has others"):
         check_encoder(taste, other)
+    retrained = Encoder(encoder.name, other.encode)
+    with pytest.raises(RewardError, match="learned on another version of emoji-align, whose image features differ"):
+        check_encoder(taste, retrained)
     check_encoder(taste, encoder)
     assert isinstance(TasteReward(taste, encoder=encoder).load(), TasteReward)
 

@@ -99,10 +99,10 @@ def test_options_lists_every_option(capsys):
 def test_the_demo_ends_with_the_gain_and_what_it_made(tmp_path, capsys):
     assert main(["demo", "--updates", "1", "--folder", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rewards = ("colorfulness", "alignment")
-    color, alignment = (next(line.split() for line in lines if line.startswith(f"  {name} ")) for name in rewards)
-    assert float(color[1]) == pytest.approx(0.389, abs=0.02) and color[-1] == "(trained)"
-    assert alignment[-2:] == ["(held", "out)"]
+    names = ("hard tasks", "tinyeval", "polish", "diversity")
+    hard, trained, held, variety = (next(line for line in lines if line.startswith(f"  {name} ")) for name in names)
+    assert hard.endswith(" points") and "% ->" in hard
+    assert trained.endswith("(trained)") and held.endswith("(held out)") and variety.endswith(" x")
     for name in ("before_after.png", "curves.png", "lora.safetensors"):
         assert str((tmp_path / "demo" / name).resolve()) in " ".join(lines)
     before_after = Image.open(tmp_path / "demo" / "before_after.png")

@@ -45,7 +45,7 @@ def test_a_scheduled_weight_by_hand():
 
 @pytest.mark.slow
 def test_the_weights_of_a_run_follow_from_its_means(make_config, learn):
-    name = "jpeg_incompressibility"
+    name = "jpeg_compressibility"
     reward = CONSTRAINED | {"constraints": [name]}
     state, updates = learn(make_config(reward=reward, rollout={"group_size": 4}, run={"updates": 4}))
     rows = [update.metrics for update in updates]

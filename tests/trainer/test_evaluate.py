@@ -12,13 +12,18 @@ from running import start_run
 from scipy import stats
 
 from comfyui_pcpo.reward import load_reward
+from comfyui_pcpo.tiny.align import load_image_encoder
+from comfyui_pcpo.tiny.tinyeval import TASKS, suite
 from tests.golden import metric_recipe as recipe
 from tests.golden import reward_recipe as gold
+from tools.tiny.measure import drawn
 from trainer.cli.main import main
+from trainer.config.loading import build
 from trainer.config.schema import ConfigError
-from trainer.evaluation.evaluate import count_images, evaluate
+from trainer.evaluation.demo import PAIRS_SHOWN, chosen
+from trainer.evaluation.evaluate import configured, count_images, evaluate, set_reference
 from trainer.evaluation.image_files import batches, image_files
-from trainer.evaluation.metrics import Meter, Networks, Tally
+from trainer.evaluation.metrics import Meter, Networks, Tally, judged
 from trainer.evaluation.options import EvaluationOptions
 from trainer.evaluation.report import Metric
 from trainer.runs.folder import RunFolder
@@ -31,8 +36,6 @@ PROMPTS = ["a fox", "two frogs"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of emoji-flow whose LoRA moves the pictures plainly."""
-    from trainer.config.loading import build
-
     torch.set_num_threads(1)
     tree = {
         "model": {"device": "cpu"},
@@ -261,3 +264,63 @@ def test_a_models_folder_is_evaluated_without_a_lora(tmp_path, prompts, capsys):
     assert main([*arguments, "--seeds", "2", "--images", "2", "--steps", "2", "--out", str(out)]) == 0
     assert {p.name for p in out.iterdir()} == {"evaluation.json", "samples.png"}
     assert capsys.readouterr().out.splitlines()[0].split() == ["metric", "before"]
+
+
+@pytest.fixture(scope="module")
+def by_suite(run):
+    """The evaluation on one prompt of each task."""
+    with pytest.MonkeyPatch.context() as patch:
+        prompts = tuple(prompts[0] for prompts in suite().values())
+        patch.setattr("trainer.evaluation.evaluate.suite_prompts", lambda: prompts)
+        assert count_images(str(run.path), small(suite="tinyeval")) == 2 * 2 * 2 * len(TASKS)
+        return evaluate(str(run.path), small(suite="tinyeval", rewards=("redness",)))
+
+
+def test_the_suite_adds_the_share_of_right_images_by_task(by_suite):
+    names = [f"TinyEval, {task}" for task in (*TASKS, "hard tasks", "all tasks")]
+    assert [m.name for m in by_suite.metrics] == ["redness", "tiny FD", "tiny diversity", *names]
+    for name in names:
+        shares = metric(by_suite, name)
+        assert shares.role == "share of right images" and not shares.lower
+        assert all(0 <= share <= 1 for share in (*shares.before, *shares.after))
+    assert by_suite.prompts == [prompts[0] for prompts in suite().values()]
+
+
+def test_the_suites_reference_is_its_drawings(by_suite):
+    assert "tiny FD is the distance to drawings of the suite's prompts" in by_suite.notes
+    assert all(value > 0 for value in metric(by_suite, "tiny FD").before)
+
+
+def test_the_suite_without_a_reference_names_the_distances_that_are_missing():
+    meter = Meter({}, Networks(dict.fromkeys(("tiny FD", "FID", "FD-DINOv2"), torch.nn.Identity())))
+    note = set_reference(meter, small(suite="tinyeval"))
+    assert note.endswith("of the suite's prompts; no --reference, so no FID or FD-DINOv2")
+    assert set(meter.reference) == {"tiny FD"}
+
+
+def test_the_suite_is_refused_for_a_model_that_is_not_embedded():
+    config = build({"model": {"name": "sd"}, "prompts": {"lines": PROMPTS}}, "test")
+    with pytest.raises(ConfigError, match=r"--suite tinyeval judges images of the embedded models .* model is sd\."):
+        configured(config, small(suite="tinyeval"))
+
+
+@pytest.mark.parametrize("side", [128, 64])
+def test_an_image_is_right_exactly_if_its_tinyeval_reward_is_1(side):
+    prompts = ["a fox on a plain blue background", "two frogs on a dotted red background", "a pig above a star"]
+    drawings = drawn([*prompts, *prompts], seed=0).permute(0, 3, 1, 2)
+    images = torch.nn.functional.interpolate(drawings, (side, side), mode="area").permute(0, 2, 3, 1)
+    asked = [*prompts, *reversed(prompts)]
+    right = judged(load_image_encoder(), images, asked)
+    assert right == (load_reward("tinyeval").score(images, asked) == 1).tolist()
+    assert True in right and False in right
+
+
+def test_the_demo_shows_one_image_of_a_prompt_and_first_what_was_wrong():
+    right = [True] * 160
+    right[6] = right[7] = right[43] = False  # the fourth prompt; only the second image of the 22nd
+    rows = chosen(right, tasks=4)
+    assert rows == [0, 6, 40, 42, 80, 82, 120, 122]
+    right[80:100] = [False] * 20  # ten prompts of the third task
+    rows = chosen(right, tasks=4)
+    assert rows == [6, 80, 82, 84, 86, 88, 90, 92]
+    assert len(rows) == PAIRS_SHOWN

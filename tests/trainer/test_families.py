@@ -1,6 +1,7 @@
 """Every family, from prompt to trained LoRA, on a tiny pipeline of its own classes."""
 
 import copy
+import math
 from typing import Any
 
 import diffusers
@@ -177,7 +178,7 @@ def test_the_update_repeats_the_rollouts_output_in_bfloat16_with_checkpointing(p
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_the_gradient_of_the_prediction_equals_finite_differences(pipelines, make_config, family, detach):
-    """Along a random direction of the LoRA; a detached unconditional branch leaves its share out."""
+    """Along the gradient, where the slope is not small; a detached unconditional branch leaves its share out."""
     sections = {"cfg": 2.0, "detach_unconditional": detach}
     policy = policy_of(pipelines[family], make_config, rollout=sections, lora={"targets": "all"})
     generator = torch.Generator().manual_seed(0)
@@ -186,10 +187,10 @@ def test_the_gradient_of_the_prediction_equals_finite_differences(pipelines, mak
     condition = policy.encode(PROMPTS)
     x = torch.randn(2, *policy.latent_shape, generator=generator)
     probe = torch.randn(x.shape, generator=generator)
-    direction = [torch.randn(p.shape, generator=generator) for p in policy.trainable()]
     out = policy.predict(x, 500, condition)
     grads = torch.autograd.grad((out * probe).sum(), policy.trainable(), materialize_grads=True)
-    slope = sum((g * d).sum() for g, d in zip(grads, direction, strict=True))
+    slope = math.sqrt(sum(float(g.square().sum()) for g in grads))
+    direction = [g / slope for g in grads]
 
     def moved(step):
         with torch.no_grad():
@@ -200,11 +201,10 @@ def test_the_gradient_of_the_prediction_equals_finite_differences(pipelines, mak
                 p -= step * d
         return value
 
-    h = 2e-3
+    h = 1e-2
     measured = (moved(h) - moved(-h)) / (2 * h)
-    ratio = float(slope / measured)
-    # differences of float32 outputs are good to about a hundredth
-    assert abs(ratio - 1) > 0.05 if detach else abs(ratio - 1) < 0.03, ratio
+    ratio = slope / float(measured)
+    assert abs(ratio - 1) > 0.05 if detach else abs(ratio - 1) < 3e-3, ratio
 
 
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])

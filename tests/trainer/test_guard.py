@@ -38,7 +38,7 @@ HELD_OUT = {"reward": {"held_out": ["alignment"]}}
 HACKED = {
     "reward": {"weights": {"redness": 1.0}, "held_out": ["alignment"]},
     "rollout": {"group_size": 4},
-    "optimizer": {"learning_rate": 0.02},
+    "optimizer": {"learning_rate": 0.005},
     "objective": {"clip_range": 0.1},
     "guard": {"every": 1, "prompts": 3, "images": 2, "tolerance": 0.05, "patience": 2},
     "run": {"updates": 12, "save_every": 100},
@@ -128,8 +128,10 @@ def test_the_guard_is_on_with_loose_limits_in_every_ready_configuration(file):
     assert config.guard.tolerance == GuardConfig().tolerance >= 0.8
 
 
-def test_the_guard_is_on_in_the_demo_and_off_by_default(tmp_path):
-    assert 0 < demo_config("demo", tmp_path, updates=30, seed=0).guard.every <= 10
+@pytest.mark.parametrize("reward", ["tinyeval", "colorfulness"])
+def test_the_guard_is_on_in_the_demo_and_off_by_default(tmp_path, reward):
+    demo = demo_config(reward, "demo", tmp_path, updates=30, seed=0)
+    assert 0 < demo.guard.every <= 10 and reward not in demo.reward.held_out
     assert GuardConfig().every == 0
 
 
@@ -325,3 +327,14 @@ def test_the_curves_have_a_guard_panel_only_where_it_measured(hacked):
     assert [line.label for line in panel.lines] == ["alignment (std)", "diversity (share)"]
     assert list(panel.lines[0].y) == [-row["guard"]["lost"]["alignment"] for row in records]
     assert curve_panels([{k: v for k, v in row.items() if k != "guard"} for row in records], 0.6, ["guard"]) == []
+
+
+def test_the_demo_trains_no_combination_that_it_is_measured_on():
+    from comfyui_pcpo.tiny.captions import is_held_out
+    from comfyui_pcpo.tiny.tinyeval import HARD, known_scene, suite_prompts, task_of
+    from trainer.evaluation.demo import DEMO_PROMPTS
+
+    scenes = [known_scene(prompt) for prompt in DEMO_PROMPTS]
+    assert not any(is_held_out(scene) for scene in scenes)
+    assert {task_of(scene) for scene in scenes} == set(HARD)
+    assert set(DEMO_PROMPTS).isdisjoint(suite_prompts())

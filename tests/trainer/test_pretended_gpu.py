@@ -77,7 +77,7 @@ def ours(places):
 
 
 @pytest.mark.skipif(FRESH in os.environ, reason="is that process")
-@pytest.mark.parametrize("runs", ["offloaded or sd15", pytest.param("fp8-resident", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("runs", ["sd15 or flux-offloaded", pytest.param("not sd15", marks=pytest.mark.thorough)])
 def test_gradients_in_a_process_of_their_own(runs):
     """PyTorch counts the devices once, at the first gradient of a process, which has to see the pretended one."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", __file__, "-k", f"continuation and ({runs})"]

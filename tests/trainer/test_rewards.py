@@ -12,6 +12,7 @@ from comfyui_pcpo.reward.color import Colorfulness
 from trainer.config.loading import dump, load
 from trainer.config.schema import ConfigError
 from trainer.loop.scoring import ImageGroups, Stopwatch, on_its_device, score
+from trainer.runs.check import check_run
 from trainer.runs.rewards import load_rewards
 
 pytestmark = pytest.mark.slow
@@ -52,6 +53,15 @@ def test_rewards_go_where_the_model_is_unless_told_otherwise(make_config):
     assert load_rewards(make_config())["colorfulness"].device.type == "cpu"
     with pytest.raises(ConfigError, match=r"reward.device toaster is not a device"):
         load_rewards(make_config(reward={"device": "toaster"}))
+
+
+def test_a_prompt_that_a_reward_cannot_score_is_refused_before_the_run_begins(make_config, tmp_path):
+    config = make_config(prompts={"lines": ["a fox", "a zebra"]}, reward={"held_out": ["tinyeval"]})
+    with pytest.raises(ConfigError, match="reward tinyeval: 'a zebra' is not a prompt"):
+        start_run(config)
+    assert not (tmp_path / "run").exists()
+    assert [problem for problem in check_run(config).problems if "'a zebra' is not a prompt" in problem]
+    assert not check_run(make_config(prompts={"lines": ["a fox"]}, reward={"held_out": ["tinyeval"]})).problems
 
 
 def test_an_absent_weight_file_is_named_before_the_folder_is_made(make_config, tmp_path):

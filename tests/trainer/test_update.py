@@ -172,10 +172,10 @@ def test_the_watched_kl_is_that_of_the_lora_that_sampled(make_config, learn):
     assert second > 1e-6
 
 
-@pytest.mark.parametrize("branch", [0, 1])
+@pytest.mark.parametrize("branch", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_the_watched_kl_costs_at_most_two_percent_of_an_update(model, learn, tmp_path, branch):
     """On the demo's settings, counted in the model itself, averaged over the updates between two measurements."""
-    demo = demo_config("run", tmp_path, updates=1, seed=0)
+    demo = demo_config("tinyeval", "run", tmp_path, updates=1, seed=0)
     counts = {}
     for images in (0, demo.objective.kl_images):
         sections = {"objective": {"kl_images": images, "kl_every": 1}, "rollout": {"branch": branch}}

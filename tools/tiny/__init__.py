@@ -1,1 +1,1 @@
-"""How the embedded models were made: `python -m tools.tiny --help`."""
+"""Makes the embedded models of comfyui_pcpo.tiny; run `python -m tools.tiny --help`."""

@@ -1,178 +1,188 @@
-"""Measures the embedded models on prompts that training never showed, and writes the model card and its picture."""
+"""Stage `card`: measures the embedded models on held-out prompts; writes the model card and grids."""
 
-import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from comfyui_pcpo.metrics import frechet as distance
+from comfyui_pcpo.method.samplers import SAMPLERS
+from comfyui_pcpo.metrics.features import Tiny, extract
+from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.plotting.grids import grid
-from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
-from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, PATTERNS, Scene, held_out_prompts, parse
-from comfyui_pcpo.tiny.pipelines import MODELS, load_tiny
+from comfyui_pcpo.tiny import tinyeval
+from comfyui_pcpo.tiny.align import load_image_encoder
+from comfyui_pcpo.tiny.pipelines import load_tiny
 from comfyui_pcpo.tiny.polish import load_polish
-from tools.tiny.codec import fit_linear
-from tools.tiny.data import draw_pictures
-from tools.tiny.draw import draw, glyphs
-from tools.tiny.spoil import spoiled
+from comfyui_pcpo.tiny.tinyeval import REFERENCE_DRAWINGS, is_right, known_scene, suite_prompts
+from tools.tiny.card_text import Agreement, CardFigures, CardRow, card_text
+from tools.tiny.codec import psnr
+from tools.tiny.data import draw_scenes
+from tools.tiny.fit import StageSettings
+from tools.tiny.folders import Folders
+from tools.tiny.latents import load_autoencoder
+from tools.tiny.measure import attribute_shares, drawn, generate, generate_with_noise, suites, verdicts
+from tools.tiny.templates import read_by_templates
+from tools.tiny.train_polish import polish_quality
+from trainer.evaluation.demo import DEMO_STEPS
 
-logger = logging.getLogger("make")
-SETTINGS = {"emoji-flow": (20, 3.0), "emoji-eps": (50, 4.0)}  # steps, guidance scale
-SHOWN = (
+logger = logging.getLogger("tiny")
+FLOW_MODEL, EPS_MODEL = "emoji-flow", "emoji-eps"
+MODES = ((12, 1.0), (20, 3.0))  # steps, guidance scale; 1 is the model itself, without classifier-free guidance
+STOCHASTIC = [(FLOW_MODEL if sampler.kind == "flow" else EPS_MODEL, name) for name, sampler in SAMPLERS.items()]
+SAMPLES_PER_PROMPT = 2
+SAMPLE_PROMPTS = (
     "a big fox on a plain blue background",
     "two pandas on a striped pink background",
+    "a fox left of a panda",
+    "a star above a house",
+    "a blue circle left of a yellow triangle on a plain white background",
+    "two foxes and a star on a plain green background",
     "a big rocket on a dotted yellow background",
-    "three mushrooms on a plain green background",
-    "a frog and a donut on a plain purple background",
+    "four mushrooms on a plain green background",
+    "a frog above a donut on a plain purple background",
     "a big house on a striped orange background",
-    "two hearts on a dotted white background",
-    "a big octopus on a plain yellow background",
-    "a sunflower and a butterfly on a plain blue background",
-    "three cacti on a striped pink background",
-    "a small star on a dotted purple background",
-    "a big pig on a plain green background",
+    "two hearts and two stars on a dotted white background",
+    "a red square above an octopus on a plain yellow background",
 )
 
 
-def generate(name: str, prompts: Sequence[str], seed: int, root: Path = MODELS) -> Tensor:
-    """Pictures of the plain diffusers pipeline, -> (B, H, W, 3) in [0, 1]."""
-    pipeline = load_tiny(name, root)
-    pipeline.set_progress_bar_config(disable=True)
-    steps, scale = SETTINGS[name]
-    more = {"max_sequence_length": 0} if name == "emoji-flow" else {}
-    pictures = []
-    for start in range(0, len(prompts), 48):
-        part = list(prompts[start : start + 48])
-        generator = torch.Generator().manual_seed(seed + start)
-        found = pipeline(
-            part, num_inference_steps=steps, guidance_scale=scale, generator=generator, output_type="np", **more
-        )
-        pictures.append(torch.from_numpy(found.images))
-    return torch.cat(pictures)
+@dataclass(frozen=True)
+class CardImages:
+    """Images that a table has figures of."""
+
+    source: str
+    images: Tensor  # (B, H, W, 3)
+    prompts: list[str]  # (B,)
 
 
-def reality(prompts: Sequence[str], seed: int) -> Tensor:
-    """Drawn pictures of the prompts, what is unsaid chosen at random, -> (B, H, W, 3) in [0, 1]."""
-    rng, pictures = np.random.default_rng(seed), glyphs()
-    drawn = []
-    for prompt in prompts:
-        scene = parse(prompt)
-        assert scene is not None
-        size = scene.size or ("small", "big")[rng.integers(2)]
-        pattern = scene.pattern or PATTERNS[rng.integers(3)]
-        full = Scene(scene.objects, scene.count, size if scene.total == 1 else None, scene.color, pattern)
-        drawn.append(np.asarray(draw(full, pictures, rng), np.float32) / 255)
-    return torch.from_numpy(np.stack(drawn))
+def suite_rows(network: Tiny, name: str, prompts: list[str], root: Path) -> list[CardRow]:
+    """Figures of drawings and of each model's images, for one suite of prompts."""
+    each, reference = each_sample(prompts), reference_features(network, prompts)
+    images = {"drawings": drawn(each, seed=11)}
+    for model in (FLOW_MODEL, EPS_MODEL):
+        for steps, guidance in MODES:
+            images[label(model, steps, guidance)] = generate(model, each, steps, guidance, root)
+    return [card_row(name, network, CardImages(source, shown, each), reference) for source, shown in images.items()]
+
+
+def sampler_rows(network: Tiny, prompts: list[str], root: Path) -> list[CardRow]:
+    """Figures of the images that each stochastic sampler gives, without guidance."""
+    each, reference = each_sample(prompts), reference_features(network, prompts)
+    rows = []
+    for model, method in STOCHASTIC:
+        shown = generate_with_noise(model, each, method, DEMO_STEPS, root)
+        rows.append(card_row("samplers", network, CardImages(f"{model}, {method}", shown, each), reference))
+    return rows
+
+
+def each_sample(prompts: Sequence[str]) -> list[str]:
+    """Every prompt as often as it is sampled, in order."""
+    return [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
 
 
 @torch.no_grad()
-def features(encoder: AlignImageEncoder, images: Tensor) -> Tensor:
-    """emoji-align's features, (B, H, W, 3) -> (B, 128)."""
-    return torch.cat([encoder.encode(x.permute(0, 3, 1, 2) * 2 - 1) for x in images.split(64)])
+def reference_features(network: Tiny, prompts: Sequence[str]) -> Tensor:
+    """Features of the drawings that distances are measured to, (B, D)."""
+    return extract(network, drawn(each_sample(prompts), seed=10))[0]
 
 
-def read_right(encoder: AlignImageEncoder, found: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-    """Share of pictures whose object, count, background colour and pattern (where said) are read as asked for."""
-    read = encoder.read(found)
-    names, colors = list(OBJECTS), list(COLORS)
-    right: dict[str, list[bool]] = {"object": [], "count": [], "background": [], "pattern": []}
-    for row, prompt in enumerate(prompts):
-        scene = parse(prompt)
-        assert scene is not None and scene.color is not None
-        asked = {names.index(name) for name in scene.objects}
-        best = set(read["objects"][row].topk(len(asked)).indices.tolist())
-        right["object"].append(asked == best)
-        right["count"].append(int(read["total"][row].argmax()) + 1 == scene.total)
-        right["background"].append(int(read["color"][row].argmax()) == colors.index(scene.color))
-        if scene.pattern is not None:
-            right["pattern"].append(int(read["pattern"][row].argmax()) == PATTERNS.index(scene.pattern))
-    return {name: sum(values) / len(values) for name, values in right.items()}
+def card_row(name: str, network: Tiny, shown: CardImages, reference: Tensor) -> CardRow:
+    """What one table says of images, SAMPLES_PER_PROMPT of each prompt; `reference` has features of drawings."""
+    (features,) = extract(network, shown.images)
+    shares = attribute_shares(verdicts(network.encoder, shown.images, shown.prompts))
+    spread = diversity(features, SAMPLES_PER_PROMPT)
+    row = CardRow(shown.source, shares, frechet(features, reference), spread)
+    logger.info("%s: %s", name, row)
+    return row
 
 
-def polish_quality(root: Path, number: int = 800) -> float:
-    """Share of the variance of cleanness that emoji-polish explains, on drawings that it never saw (R squared)."""
-    images = draw_pictures(number, seed=12).images(torch.arange(number))
-    with torch.random.fork_rng():
-        torch.manual_seed(12)
-        copies, clean = spoiled(images, fit_linear(images))
-    judge = load_polish(root / "emoji-polish")
-    found = torch.cat([judge(x) for x in copies.split(100)])
-    return 1 - float((found - clean).square().mean() / clean.var(correction=0))
+def label(model: str, steps: int, guidance: float) -> str:
+    return f"{model}, {steps} steps, guidance {guidance:g}"
 
 
-def write_card(args: argparse.Namespace) -> None:
-    """Measure everything; writes models/README.md and docs/images/emoji-*.png."""
-    encoder = load_image_encoder(args.models / "emoji-align")
-    prompts = [prompt for prompt in held_out_prompts()[:: args.every] for _ in range(2)]
-    drawn = features(encoder, reality(prompts, seed=10))
-    rows = {"drawn pictures": (read_right(encoder, drawn, prompts), 0.0, distance.diversity(drawn, 2))}
-    again = features(encoder, reality(prompts, seed=11))
-    rows["drawn pictures"] = (rows["drawn pictures"][0], distance.frechet(drawn, again), rows["drawn pictures"][2])
-    args.images.mkdir(parents=True, exist_ok=True)
-    for name in SETTINGS:
-        found = features(encoder, generate(name, prompts, 0, args.models))
-        rows[name] = (
-            read_right(encoder, found, prompts), distance.frechet(found, drawn), distance.diversity(found, 2)
-        )  # fmt: skip
-        logger.info("%s %s", name, rows[name])
-        shown = [prompt for prompt in SHOWN for _ in range(3)]
-        pictures = generate(name, shown, 3, args.models)
-        grid(pictures, shown, columns=6, tile=128).save(args.images / f"{name}.png")
-    (args.models / "README.md").write_text(card_text(rows, len(prompts), polish_quality(args.models)), encoding="utf-8")
+def write_drawing_features(network: Tiny, folder: Path) -> None:
+    """The reference of TinyEval's distances: features of drawings of its prompts, read back by `drawing_features`."""
+    each = [prompt for prompt in suite_prompts() for _ in range(REFERENCE_DRAWINGS)]
+    (features,) = extract(network, drawn(each, seed=30))
+    save_file({"features": features.half()}, folder / "drawings.safetensors")
 
 
-def card_text(rows: dict[str, tuple[dict[str, float], float, float]], count: int, polish: float) -> str:
-    table = "\n".join(
-        f"| {name} | {100 * r['object']:.1f} % | {100 * r['count']:.1f} % | {100 * r['background']:.1f} % | "
-        f"{100 * r['pattern']:.1f} % | {far:.2f} | {apart:.3f} |"
-        for name, (r, far, apart) in rows.items()
+def tinyeval_images(prompts: list[str], root: Path) -> dict[str, Tensor]:
+    """Drawings of the prompts, and each model's images without guidance."""
+    images = {"drawings": drawn(prompts, seed=31)}
+    steps, guidance = MODES[0]
+    for model in (FLOW_MODEL, EPS_MODEL):
+        images[label(model, steps, guidance)] = generate(model, prompts, steps, guidance, root)
+    return images
+
+
+def tinyeval_row(source: str, correct: list[bool], prompts: list[str]) -> CardRow:
+    """TinyEval's shares of correct images."""
+    shares = tinyeval.shares(correct, prompts)
+    logger.info("TinyEval, %s: %s", source, shares)
+    return CardRow(source, shares)
+
+
+def second_opinion(source: str, first: list[bool], images: Tensor, prompts: list[str]) -> Agreement:
+    """How often template matching agrees with emoji-align (`first`) on whether an image is correct, and the others."""
+    readings = [read_by_templates(image) for image in images.permute(0, 3, 1, 2)]
+    second = [is_right(reading, known_scene(prompt)) for reading, prompt in zip(readings, prompts, strict=True)]
+    pairs = list(zip(first, second, strict=True))
+    both, reader, templates = ((True, True), (True, False), (False, True))
+    return Agreement(source, len(pairs), pairs.count(both), pairs.count(reader), pairs.count(templates))
+
+
+def parameter_counts(root: Path) -> dict[str, int]:
+    """Number of parameters by model."""
+    flow, eps = load_tiny(FLOW_MODEL, root), load_tiny(EPS_MODEL, root)
+    models: dict[str, nn.Module] = {
+        "`emoji-flow`": flow.transformer,
+        "`emoji-eps`": eps.unet,
+        "autoencoder": flow.vae,
+        "text encoder": flow.text_encoder,
+        "`emoji-align`": load_image_encoder(root / "emoji-align"),
+        "`emoji-polish`": load_polish(root / "emoji-polish"),
+    }
+    return {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in models.items()}
+
+
+@torch.no_grad()
+def reconstruction_psnr(folders: Folders, number: int = 48) -> float:
+    """The autoencoder's peak signal-to-noise ratio on new drawings, in dB."""
+    vae, images = load_autoencoder(folders), draw_scenes(number, seed=100).images(torch.arange(number))
+    return psnr(vae.decode(vae.encode(images).latents).sample, images)
+
+
+def save_samples(root: Path, folder: Path) -> None:
+    """A grid of each model's images, with guidance."""
+    each, (steps, guidance) = each_sample(SAMPLE_PROMPTS), MODES[-1]
+    for model in (FLOW_MODEL, EPS_MODEL):
+        images = generate(model, each, steps, guidance, root, seed=3)
+        grid(images, each, columns=6, tile=160).save(folder / f"{model}.png")
+
+
+def write_card(settings: StageSettings, folders: Folders) -> None:
+    """Measure everything; write README.md beside the models and grids into the work folder."""
+    network = Tiny(load_image_encoder(folders.models / "emoji-align"))
+    write_drawing_features(network, folders.models / "emoji-align")
+    save_samples(folders.models, settings.work)
+    each = each_sample(suite_prompts())
+    images = tinyeval_images(each, folders.models)
+    correct = {
+        source: [verdict["all"] for verdict in verdicts(network.encoder, shown, each)]
+        for source, shown in images.items()
+    }
+    figures = CardFigures(
+        parameter_counts(folders.models),
+        {name: suite_rows(network, name, prompts, folders.models) for name, prompts in suites().items()},
+        sampler_rows(network, suites()["equal"], folders.models),
+        [tinyeval_row(source, verdict, each) for source, verdict in correct.items()],
+        [second_opinion(source, correct[source], shown, each) for source, shown in images.items()],
+        reconstruction_psnr(folders),
+        polish_quality(folders),
     )
-    settings = ", ".join(f"{name}: {steps} steps, guidance {scale:g}" for name, (steps, scale) in SETTINGS.items())
-    return f"""# The embedded models
-
-Tiny text-to-image models, really trained, 64x64 pixels: `emoji-flow` (SD3-type flow transformer, 3.8 M parameters),
-`emoji-eps` (SD1.5-type epsilon UNet), one 8x autoencoder with 16 latent channels, one CLIP-type text encoder, and
-`emoji-align`, which compares pictures with captions and reads object, count, background and pattern from a picture, and
-`emoji-polish`, 52,000 parameters that judge how clean a drawing is.
-They know {len(OBJECTS)} objects ({", ".join(OBJECTS)}), one to three of them or a pair, on {len(COLORS)} colours
-({", ".join(COLORS)}), plain, striped or dotted.
-
-## Quality on prompts never seen in training
-
-{count} pictures of held-out combinations of object and background colour, read by emoji-align, and the Frechet distance
-of its features to drawn pictures ("tiny FD"); diversity is the mean cosine distance between pictures of one prompt. The
-first row is what emoji-align makes of drawn pictures: the ceiling. Plain diffusers pipelines; {settings}.
-
-| | object | count | background | pattern | tiny FD | diversity |
-|---|---|---|---|---|---|---|
-{table}
-
-The reader and the generators were trained on the same kind of pictures, so these figures measure prompt following
-inside this little world and say nothing beyond it.
-
-emoji-polish says how far a drawing was spoiled by blur, noise, a ghost image, fading or disturbed latents: R squared
-{polish:.2f} on 800 drawings that it never saw.
-
-## How they were made
-
-50,000 pictures drawn from the glyphs of Noto Color Emoji (SIL Open Font License 1.1), captions with attributes left out
-at random, 10 % empty captions for classifier-free guidance. A closed-form linear codec fixes the latents; the
-generators train on them while the autoencoder learns to match it. The commands, on two CPU cores:
-
-    python -m tools.tiny text    --work build/tiny --minutes 1.3
-    python -m tools.tiny align   --work build/tiny --minutes 11
-    python -m tools.tiny polish  --work build/tiny --minutes 5 --pictures 12000 --lr 2e-3
-    python -m tools.tiny decoder --work build/tiny --minutes 50 --batch 24 --lr 2e-3
-    python -m tools.tiny flow    --work build/tiny --minutes 45 --lr 1.5e-3
-    python -m tools.tiny eps     --work build/tiny --minutes 60
-    python -m tools.tiny card    --work build/tiny
-
-Minutes are wall-clock, with three stages at a time on two cores. The shipped weights were trained in two or three
-pieces (`--go-on`) that add up to these minutes. They are stored as float16 and run in float32.
-
-Licence: Apache-2.0, as the rest of the project. The glyphs that the models imitate are Google's Noto Color Emoji.
-"""
+    (folders.models / "README.md").write_text(card_text(figures), encoding="utf-8")

@@ -1,67 +1,79 @@
-"""The training pictures: drawn once, kept as uint8, captioned afresh at every visit."""
+"""The training images: random scenes, drawn once and kept as uint8."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, PATTERNS, SIZES, Scene, forget
-from tools.tiny.draw import draw, glyphs, random_scene
+from comfyui_pcpo.tiny.captions import (
+    COLORS,
+    OBJECTS,
+    PATTERNS,
+    RELATIONS,
+    SHAPE_NAMES,
+    Scene,
+    Thing,
+    is_held_out,
+    is_valid,
+)
+from tools.tiny.draw import Box, arrange, paint
 
-UNSAID = -1
+# counts of the things in a scene, and how often each such scene is drawn
+GROUPS = {(1,): 0.3, (2,): 0.08, (3,): 0.08, (4,): 0.06, (1, 1): 0.36, (2, 1): 0.06, (2, 2): 0.03, (3, 1): 0.03}
 
 
 @dataclass
-class Pictures:
-    """Pictures uint8 (N, 3, 64, 64) with the scenes they show."""
+class Drawings:
+    """Images uint8 (N, 3, 128, 128), the scenes that they show, and where everything is."""
 
     pixels: Tensor
     scenes: list[Scene]
+    boxes: list[list[Box]]
 
     def images(self, index: Tensor) -> Tensor:
-        """(K,) -> (K, 3, 64, 64) float in [-1, 1]."""
+        """(K,) -> (K, 3, 128, 128) float in [-1, 1]."""
         return self.pixels[index].float().div_(127.5).sub_(1)
 
 
-def draw_pictures(number: int, seed: int) -> Pictures:
-    """Draw `number` random pictures whose scenes are not held out."""
+def random_thing(rng: np.random.Generator, count: int, ground: str) -> Thing:
+    """An object, or two times in five a shape that stands out from the ground's colour."""
+    if rng.random() < 0.6:
+        return Thing(list(OBJECTS)[rng.integers(len(OBJECTS))], count)
+    colors = [color for color in COLORS if color != ground]
+    return Thing(list(SHAPE_NAMES)[rng.integers(len(SHAPE_NAMES))], count, None, colors[rng.integers(len(colors))])
+
+
+def random_scene(rng: np.random.Generator) -> Scene:
+    """A valid scene with everything said that its drawing shows, except for the relation of `and` pairs."""
+    colors, groups = list(COLORS), list(GROUPS)
+    while True:
+        color = colors[rng.integers(len(colors))]
+        pattern = PATTERNS[rng.choice(3, p=(0.5, 0.25, 0.25))]
+        counts = groups[rng.choice(len(groups), p=list(GROUPS.values()))]
+        things = tuple(random_thing(rng, counts[i], color) for i in rng.permutation(len(counts)))
+        relation = RELATIONS[rng.integers(2)] if counts == (1, 1) else None
+        if counts == (1,):
+            things = (replace(things[0], size=("small", "big")[rng.integers(2)]),)
+        scene = Scene(things, relation, color, pattern)
+        if is_valid(scene):
+            return scene
+
+
+def trained(scene: Scene) -> bool:
+    """Whether generators and text encoder may see the scene."""
+    return not is_held_out(scene)
+
+
+def draw_scenes(number: int, seed: int, allowed: Callable[[Scene], bool] = trained) -> Drawings:
+    """Draw `number` random scenes that are allowed."""
     rng = np.random.default_rng(seed)
-    pictures = glyphs()
-    scenes = [random_scene(rng) for _ in range(number)]
-    pixels = np.stack([np.asarray(draw(scene, pictures, rng)) for scene in scenes])
-    return Pictures(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), scenes)
-
-
-def say(scene: Scene, rng: np.random.Generator) -> Scene:
-    """What a caption tells of a picture: size, colour and pattern are each left unsaid now and then."""
-    size, color, pattern = rng.random(3) < (0.6, 0.8, 0.65)
-    return forget(scene, bool(size), bool(color), bool(pattern))
-
-
-def labels(scenes: list[Scene]) -> dict[str, Tensor]:
-    """Attributes as numbers, -1 where unsaid: objects (N, 20) multi-hot, total, size, color, pattern (N,)."""
-    names, colors = list(OBJECTS), list(COLORS)
-    hot = torch.zeros(len(scenes), len(names))
-    for row, scene in enumerate(scenes):
-        hot[row, [names.index(name) for name in scene.objects]] = 1.0
-
-    def index(values: list[str | None], table: list[str]) -> Tensor:
-        return torch.tensor([UNSAID if value is None else table.index(value) for value in values])
-
-    return {
-        "objects": hot,
-        "total": torch.tensor([scene.total - 1 for scene in scenes]),
-        "size": index([scene.size for scene in scenes], list(SIZES)),
-        "color": index([scene.color for scene in scenes], colors),
-        "pattern": index([scene.pattern for scene in scenes], list(PATTERNS)),
-    }
-
-
-def compatible(pictures: dict[str, Tensor], said: dict[str, Tensor]) -> Tensor:
-    """Which caption fits which picture, (B,) x (K,) -> (B, K) bool: everything said is true of the picture."""
-    fits = (pictures["objects"][:, None] == said["objects"][None]).all(-1)
-    fits &= pictures["total"][:, None] == said["total"][None]
-    for key in ("size", "color", "pattern"):
-        fits &= (said[key][None] == UNSAID) | (pictures[key][:, None] == said[key][None])
-    return fits
+    scenes: list[Scene] = []
+    while len(scenes) < number:
+        scene = random_scene(rng)
+        if allowed(scene):
+            scenes.append(scene)
+    boxes = [arrange(scene, rng) for scene in scenes]
+    pixels = np.stack([np.asarray(paint(scene, found)) for scene, found in zip(scenes, boxes, strict=True)])
+    return Drawings(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), scenes, boxes)

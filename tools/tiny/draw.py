@@ -1,21 +1,33 @@
-"""Draws a `Scene` with the glyphs of Noto Color Emoji (SIL Open Font License), 64x64 pixels."""
+"""Draws a `Scene` with the glyphs of Noto Color Emoji (SIL Open Font License), 128x128 pixels, anti-aliased."""
 
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from comfyui_pcpo.tiny.align import PIXELS
-from comfyui_pcpo.tiny.captions import COLORS, COUNTS, OBJECTS, PATTERNS, Scene, is_held_out
+from comfyui_pcpo.tiny.captions import COLORS, OBJECTS, Scene
 
 GLYPH = 109  # the only size that the font's bitmaps come in
 TILE = 144
+FINE = 8  # shapes are drawn this much larger, then reduced
 SHEET = Path(__file__).parent / "glyphs.png"
-PLACES = {  # (number of objects) -> (size, centres)
-    2: (29, ((16, 32), (48, 32))),
-    3: (26, ((32, 17), (16, 46), (48, 46))),
-}
-SINGLE = {"small": 28, "big": 48, None: 38}
+SINGLE = {"small": 52, "big": 96}
+BESIDE, STACKED = ((34, 64), (94, 64)), ((64, 34), (64, 94))
+PLACES = {3: ((64, 35), (34, 92), (94, 92)), 4: ((34, 34), (94, 34), (34, 94), (94, 94))}
+GROUP_WIDTHS = {2: 56, 3: 50, 4: 48}
+
+
+@dataclass(frozen=True)
+class Box:
+    """One drawn object or shape: its kind (see captions.KINDS), centre and longer side in pixels."""
+
+    kind: str
+    x: int
+    y: int
+    width: int
 
 
 def draw_sheet(font: Path) -> Image.Image:
@@ -32,59 +44,86 @@ def draw_sheet(font: Path) -> Image.Image:
     return sheet
 
 
+@cache
 def glyphs() -> dict[str, Image.Image]:
-    """One tightly cropped RGBA picture per object, from the sheet beside this file."""
+    """One tightly cropped RGBA image per object, from the sheet beside this file."""
     sheet = Image.open(SHEET).convert("RGBA")
     tiles = [sheet.crop((n * TILE, 0, (n + 1) * TILE, TILE)) for n in range(len(OBJECTS))]
     return {name: tile.crop(tile.getbbox()) for name, tile in zip(OBJECTS, tiles, strict=True)}
 
 
+@cache
+def sprite(kind: str, width: int) -> Image.Image:
+    """RGBA image of a kind whose longer side is `width`."""
+    if kind not in OBJECTS:
+        color, shape = kind.split()
+        return draw_shape(shape, color).resize((width, width), Image.Resampling.LANCZOS)
+    glyph = glyphs()[kind]
+    scale = width / max(glyph.size)
+    return glyph.resize((round(glyph.width * scale), round(glyph.height * scale)), Image.Resampling.LANCZOS)
+
+
+def draw_shape(shape: str, color: str) -> Image.Image:
+    """A filled shape with a darker outline, large enough to be reduced without jagged edges."""
+    size, edge = FINE * 64, FINE * 3
+    tile = Image.new("RGBA", (size, size))
+    pen, fill = ImageDraw.Draw(tile), COLORS[color]
+    outline = tuple(round(0.72 * value) for value in fill)
+    if shape == "circle":
+        pen.ellipse((0, 0, size - 1, size - 1), fill=fill, outline=outline, width=edge)
+    elif shape == "square":
+        pen.rounded_rectangle((0, 0, size - 1, size - 1), size // 12, fill=fill, outline=outline, width=edge)
+    else:
+        corners = [(size / 2, size * 0.05), (size - 1, size * 0.93), (0, size * 0.93)]
+        middle = np.mean(corners, 0)
+        pen.polygon(corners, fill=outline)
+        pen.polygon([tuple(middle + 0.84 * (np.array(corner) - middle)) for corner in corners], fill=fill)
+    return tile
+
+
+@cache
 def background(color: str, pattern: str) -> Image.Image:
-    """A plain, striped (diagonal) or dotted ground; the second tone is a third of the way to white, or to grey."""
+    """A plain, striped (diagonal) or dotted ground; the second tone is lighter, or greyish on white."""
     base = np.array(COLORS[color], np.float32)
     light = base + (np.array((150, 170, 190)) - base) * 0.45 if color == "white" else base + (255 - base) * 0.45
     yy, xx = np.mgrid[0:PIXELS, 0:PIXELS]
-    if pattern == "striped":
-        mask = ((xx + yy) % 16) < 8
+    if pattern == "striped":  # distance to the stripe's edge in pixels, then one pixel of smooth edge
+        inside = (8 - np.abs((xx + yy) % 32 - 15.5)) / 2**0.5
     elif pattern == "dotted":
-        mask = ((xx % 16 - 7.5) ** 2 + (yy % 16 - 7.5) ** 2) < 16
+        inside = 8 - np.hypot(xx % 32 - 15.5, yy % 32 - 15.5)
     else:
-        mask = np.zeros((PIXELS, PIXELS), bool)
-    return Image.fromarray(np.where(mask[..., None], light, base).round().astype(np.uint8))
+        inside = np.full((PIXELS, PIXELS), -1.0)
+    mask = np.clip(inside + 0.5, 0, 1)[..., None]
+    return Image.fromarray((base + (light - base) * mask).round().astype(np.uint8))
 
 
-def draw(scene: Scene, pictures: dict[str, Image.Image], rng: np.random.Generator) -> Image.Image:
-    """Picture of a fully specified scene; objects move by a few pixels from picture to picture."""
+def arrange(scene: Scene, rng: np.random.Generator) -> list[Box]:
+    """Places for everything in the scene; by default, a single thing is big, and two are side by side, in order."""
+    kinds = [thing.kind for thing in scene.things for _ in range(thing.count)]
+    if scene.total == 1:
+        small = scene.things[0].size == "small"
+        width, centres, jitter = SINGLE["small" if small else "big"], ((64, 64),), 9 if small else 3
+    elif scene.total == 2:
+        width, centres, jitter = GROUP_WIDTHS[2], STACKED if scene.relation == "above" else BESIDE, 3
+    else:
+        width, centres, jitter = GROUP_WIDTHS[scene.total], PLACES[scene.total], 2
+    if scene.total > 2:
+        kinds = [kinds[i] for i in rng.permutation(len(kinds))]
+    moves = rng.integers(-jitter, jitter + 1, (len(kinds), 2)).tolist()
+    return [Box(kind, x + dx, y + dy, width) for kind, (x, y), (dx, dy) in zip(kinds, centres, moves, strict=True)]
+
+
+def paint(scene: Scene, boxes: list[Box]) -> Image.Image:
+    """Image of a scene whose background is fully said."""
     if scene.color is None or scene.pattern is None:
         raise ValueError(f"{scene} has no background. Give a colour and a pattern.")
-    canvas = background(scene.color, scene.pattern)
-    if scene.total == 1:
-        size, centres, jitter = SINGLE[scene.size], ((32, 32),), 5 if scene.size == "small" else 2
-    else:
-        (size, centres), jitter = PLACES[scene.total], 1
-    names = scene.objects if len(scene.objects) == scene.total else scene.objects * scene.total
-    for name, (x, y) in zip(names, centres, strict=True):
-        glyph = pictures[name]
-        scale = size / max(glyph.size)
-        small = glyph.resize((round(glyph.width * scale), round(glyph.height * scale)), Image.Resampling.LANCZOS)
-        dx, dy = rng.integers(-jitter, jitter + 1, 2)
-        canvas.paste(small, (x + int(dx) - small.width // 2, y + int(dy) - small.height // 2), small)
+    canvas = background(scene.color, scene.pattern).copy()
+    for box in boxes:
+        image = sprite(box.kind, box.width)
+        canvas.paste(image, (box.x - image.width // 2, box.y - image.height // 2), image)
     return canvas
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
-    """A fully specified scene that is not held out: half single objects, the rest two, three or a pair."""
-    names, colors = list(OBJECTS), list(COLORS)
-    while True:
-        color = colors[rng.integers(len(colors))]
-        pattern = PATTERNS[rng.choice(3, p=(0.5, 0.25, 0.25))]
-        kind = rng.random()
-        first, second = rng.choice(len(names), 2, replace=False)
-        if kind < 0.5:
-            scene = Scene((names[first],), 1, ("small", "big")[rng.integers(2)], color, pattern)
-        elif kind < 0.85:
-            scene = Scene((names[first],), int(rng.integers(2, max(COUNTS) + 1)), None, color, pattern)
-        else:
-            scene = Scene((names[first], names[second]), 1, None, color, pattern)
-        if not is_held_out(scene):
-            return scene
+def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """Image of a scene; objects move by a few pixels from image to image."""
+    return paint(scene, arrange(scene, rng))

@@ -12,7 +12,7 @@ from transformers import CLIPTextModelWithProjection
 from tools.tiny.codec import CHANNELS
 from tools.tiny.text import WIDTH
 
-LATENT = 8
+LATENT = 16  # of 128x128 images
 SD15 = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -30,6 +30,7 @@ def make_flow() -> SD3Transformer2DModel:
         caption_projection_dim=64 * depth,
         pooled_projection_dim=2 * WIDTH,
         pos_embed_max_size=LATENT,
+        qk_norm="rms_norm",
     )
 
 
@@ -38,13 +39,13 @@ def make_eps() -> UNet2DConditionModel:
         sample_size=LATENT,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        block_out_channels=(64, 128),
+        block_out_channels=(32, 96, 128),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=WIDTH,
         attention_head_dim=4,  # diffusers' name for the number of heads
-        norm_num_groups=32,
+        norm_num_groups=4,  # 32 groups of one channel would take out its mean: the background
     )
 
 
@@ -70,12 +71,12 @@ def flow_loss(text: CLIPTextModelWithProjection) -> Callable[[SD3Transformer2DMo
 
 
 def eps_loss(text: CLIPTextModelWithProjection) -> Callable[[UNet2DConditionModel, Tensor, Tensor], Tensor]:
-    """Noise prediction on SD1.5's schedule; the error counts as that of the picture (1 / alpha_bar, at most 16).
+    """Noise prediction on SD1.5's schedule; the error counts as that of the image (1 / alpha_bar, at most 100).
 
     Unweighted, the noisiest steps, which decide the background's colour, would hardly count.
     """
     schedule: Any = DDPMScheduler(**SD15)
-    weights = (1 / schedule.alphas_cumprod).clamp(max=16)
+    weights = (1 / schedule.alphas_cumprod).clamp(max=100)
     weights = weights / weights.mean()
 
     def loss(model: UNet2DConditionModel, latents: Tensor, tokens: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from comfyui_pcpo.tiny.captions import VOCABULARY
 
-WIDTH, LENGTH = 128, 16
+WIDTH, LENGTH = 128, 16  # a token per word; start and end leave room for 14 words
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -59,3 +61,15 @@ def make_text_encoder(tokenizer: Any) -> CLIPTextModelWithProjection:
         pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModelWithProjection(config)
+
+
+def load_text(shared: Path) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
+    """Tokenizer and trained text encoder, in float32, without gradients."""
+    tokenizer = CLIPTokenizer.from_pretrained(shared / "tokenizer")
+    encoder = CLIPTextModelWithProjection.from_pretrained(shared / "text_encoder", torch_dtype=torch.float32)
+    return tokenizer, encoder.eval().requires_grad_(False)
+
+
+def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token ids, (B,) -> (B, 16)."""
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids

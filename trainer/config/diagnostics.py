@@ -47,12 +47,12 @@ def without_effect(config: Config) -> list[str]:
 
 def unknown_words(config: Config) -> list[str]:
     """A sentence if prompts of an embedded model contain words it was not trained on."""
-    from comfyui_pcpo.tiny.captions import OBJECTS, VOCABULARY
+    from comfyui_pcpo.tiny.captions import OBJECTS, SHAPE_NAMES, VOCABULARY
     from comfyui_pcpo.tiny.pipelines import EMBEDDED  # imports torch
 
     if config.model.name not in EMBEDDED:
         return []
     words = {word for line in config.prompts.collect() for word in re.findall(r"[a-z]+", line.lower())}
     unknown = sorted(words - set(VOCABULARY))
-    known = f"Known objects: {', '.join(OBJECTS)}."
+    known = f"Known objects: {', '.join((*OBJECTS, *SHAPE_NAMES))}."
     return [f"{config.model.name} was not trained on: {', '.join(unknown)}. {known}"] if unknown else []

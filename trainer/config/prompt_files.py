@@ -11,7 +11,7 @@ from .errors import ConfigError
 from .text_files import parse_csv, read_text
 
 
-def read_prompts(file: Path) -> list[str]:
+def read_prompt_file(file: Path) -> list[str]:
     """The prompts of a file. Raises ConfigError with the line that cannot be read.
 
     .jsonl: a string or an object {"prompt": ..., metadata} per line; .csv with a column `prompt`: the other columns are

@@ -12,7 +12,7 @@ from comfyui_pcpo.method.samplers import SAMPLERS
 from comfyui_pcpo.method.surrogate import FORMS
 
 from .errors import ConfigError
-from .prompt_files import parse_lines, read_prompts
+from .prompt_files import parse_lines, read_prompt_file
 
 if TYPE_CHECKING:
     MethodName = ObjectiveName = CreditName = FormName = LossWeightName = LikelihoodName = str
@@ -101,7 +101,7 @@ class PromptsConfig(Section):
     def collect(self) -> list[str]:
         """The prompts of `lines`, then of `file` if it exists, without blank lines and comments."""
         prompts = parse_lines(list(self.lines))
-        return prompts + read_prompts(self.file) if self.file is not None and self.file.is_file() else prompts
+        return prompts + read_prompt_file(self.file) if self.file is not None and self.file.is_file() else prompts
 
     def read(self) -> list[str]:
         """As `collect`. Raises ConfigError if the file is missing or broken, or there are no prompts."""

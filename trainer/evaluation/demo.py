@@ -1,94 +1,161 @@
-"""The demo: align the embedded model in a minute or two, and compare it with the model before."""
+"""The demo: align the embedded model in three minutes, and compare it with the model before on held-out prompts."""
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from comfyui_pcpo.method.guidance import ImplicitReward
+from comfyui_pcpo.metrics.features import Tiny, extract
+from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.plotting.grids import before_after
+from comfyui_pcpo.reward import Reward
+from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
+from comfyui_pcpo.tiny.tinyeval import HARD, drawing_features, shares, suite_prompts
 
-from ..config.loading import build, with_options
+from ..config.loading import build
 from ..config.schema import Config
 from ..runs.folder import RunFolder
 from ..runs.rewards import load_rewards
+from .metrics import judged
+from .options import DemoReward
 from .sampling import Draw, Guide, sample, sampling_policy
 
+# combinations that the model was trained on, of the kinds that it often gets wrong
 DEMO_PROMPTS = (
-    "a fox",
-    "a panda",
-    "a frog",
-    "a rocket",
-    "a house",
-    "a pig",
-    "a tree",
-    "a mushroom",
+    "a fox and a panda",
+    "a star and a rocket",
+    "a donut and a pizza",
+    "a cactus and a house",
+    "a pig and a tree",
+    "a car and a balloon",
+    "an octopus and a heart",
+    "a banana and a frog",
+    "a mushroom and a star",
+    "a sunflower and a pig",
+    "a frog above an apple",
+    "a pig above a star",
+    "a balloon above a car",
+    "a tree above a rocket",
+    "a heart above a pizza",
+    "an octopus above a house",
+    "a heart left of a banana",
+    "a pig left of a cactus",
+    "a pizza left of a panda",
+    "a house left of a fox",
+    "a star left of a mushroom",
+    "a car left of a butterfly",
+    "a red circle and a blue square on a white background",
+    "a yellow triangle and a green circle on a pink background",
+    "an orange square and a purple circle on a white background",
+    "a pink circle and a green square on a white background",
+    "a green triangle and a white circle on a purple background",
+    "a red triangle and a white circle on a green background",
+    "a yellow square and a pink circle on a white background",
+    "a purple circle and an orange triangle on a green background",
+    "a blue square and an orange circle on a white background",
+    "four foxes on a blue background",
 )
-COMPARED_WITH = {"steps": 20, "cfg": 2.5}  # as one would use the model: more steps than in training, and guidance
+DEMO_STEPS = 8
+IMAGES_PER_PROMPT = 2  # in the comparison
+PAIRS_SHOWN = 8  # in the image
 
 
-def demo_config(name: str, folder: Path, updates: int, seed: int) -> Config:
-    """More colourful images with full PCPO on emoji-flow; alignment, held out, measures the side effects.
-
-    The default of thirty updates stops before colourfulness dissolves the objects, which happens at about forty.
-    """
+def demo_config(reward: DemoReward, name: str, folder: Path, updates: int, seed: int) -> Config:
+    """PCPO on emoji-flow: `tinyeval` rewards following the prompt, `colorfulness` is easily hacked."""
+    if reward == "tinyeval":  # right images of a prompt tend to look alike
+        weights, held_out = {reward: 1.0, "tiny_diversity": 0.2}, ["polish"]
+    else:
+        weights, held_out = {reward: 1.0}, ["tinyeval", "polish"]
     tree = {
         "prompts": {"lines": list(DEMO_PROMPTS)},
-        "rollout": {"prompts_per_update": 4, "group_size": 8, "steps": 10, "images_at_once": 16},
-        "reward": {"weights": {"colorfulness": 1.0}, "held_out": ["alignment"]},
+        "rollout": {
+            "prompts_per_update": 4,
+            "group_size": 16,
+            "steps": DEMO_STEPS,
+            "branch": 1,
+            "branch_first": 3,
+            "images_at_once": 16,
+        },
+        "reward": {"weights": weights, "held_out": held_out},
         "objective": {"clip_range": 1e-3},
-        "optimizer": {"learning_rate": 4e-3},
-        "lora": {"rank": 8},
-        "guard": {"every": 5},
+        "optimizer": {"learning_rate": 4e-3, "minibatches": 1},
+        "lora": {"rank": 4},
+        "guard": {"every": 10, "prompts": 8},
         "run": {"name": name, "folder": str(folder), "updates": updates, "seed": seed, "save_every": 10},
     }
     return build(tree, "demo")
 
 
 @dataclass(frozen=True)
+class Side:
+    """Images of the hard tasks' prompts, (B, H, W, 3), and what is measured on them."""
+
+    images: Tensor
+    right: list[bool]  # whether an image shows all that its prompt asks for
+    shares: dict[str, float]  # of right images, by task
+    rewards: dict[str, float]  # means
+    diversity: float
+    distance: float  # tiny FD to drawings
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """The same prompts and noise without and with the LoRA."""
+    """The same prompts and noise without and with the LoRA of update `update`."""
 
-    before: Tensor  # (B, H, W, 3)
-    after: Tensor
-    scores: dict[str, tuple[Tensor, Tensor]]  # reward -> before (B,), after (B,)
+    before: Side
+    after: Side
     prompts: list[str]  # (B,)
-    update: int  # the one whose LoRA it is
-
-    def gain(self, reward: str) -> tuple[float, float, float]:
-        """Mean before, mean after, and the difference in standard deviations of before."""
-        before, after = self.scores[reward]
-        spread = float(before.std(correction=0))
-        difference = float(after.mean() - before.mean())
-        return float(before.mean()), float(after.mean()), difference / spread if spread else float("nan")
+    update: int
 
 
-def compare_with_base(config: Config, folder: RunFolder, seed: int, images: int) -> Comparison:
-    """Sample `images` per prompt of the run from the base and with the LoRA that it ended with, and score them."""
-    config = with_options(config, {"rollout": COMPARED_WITH})
-    prompts = config.prompts.read()
-    settings = Draw(seed, config.rollout.steps, each=images)
+@dataclass(frozen=True)
+class Measures:
+    """The networks that measure both sides."""
+
+    reader: AlignImageEncoder
+    rewards: dict[str, Reward]
+
+
+def compare_with_base(config: Config, folder: RunFolder, seed: int) -> Comparison:
+    """Sample the hard tasks from the base model and with the LoRA that a run ended with, and measure both."""
+    prompts = list(suite_prompts(HARD))
+    texts = [prompt for prompt in prompts for _ in range(IMAGES_PER_PROMPT)]
+    settings = Draw(seed, config.rollout.steps, each=IMAGES_PER_PROMPT)
     guide = Guide(folder.lora("final"), ImplicitReward(1.0))
-    policy = sampling_policy(config, [guide.pairs])
-    before = sample(policy, prompts, [], settings)
-    after = sample(policy, prompts, [guide], settings)
-    texts = [prompt for prompt in prompts for _ in range(images)]
-    rewards = load_rewards(config)
-    scores = {name: (r.score(before, texts, images), r.score(after, texts, images)) for name, r in rewards.items()}
-    return Comparison(before, after, scores, texts, int(folder.checkpoint("final").name))
+    policy, measures = sampling_policy(config, [guide.pairs]), Measures(load_image_encoder(), load_rewards(config))
+    before, after = (
+        measure_side(measures, sample(policy, prompts, guides, settings), texts) for guides in ([], [guide])
+    )
+    return Comparison(before, after, texts, int(folder.checkpoint("final").name))
 
 
-def save_comparison(comparison: Comparison, reward: str, path: Path, most: int = 8) -> None:
-    """Save before and after of one image per prompt, at most `most` of them."""
-    first: dict[str, int] = {}
-    for row, prompt in enumerate(comparison.prompts):
-        first.setdefault(prompt, row)
-    rows = torch.tensor(list(first.values())[:most])
-    before, after = comparison.scores[reward]
-    before_after(
-        comparison.before[rows],
-        comparison.after[rows],
-        [comparison.prompts[i] for i in rows.tolist()],
-        (before[rows].tolist(), after[rows].tolist()),
-    ).save(path)
+def measure_side(measures: Measures, images: Tensor, texts: list[str]) -> Side:
+    """Everything that is reported of one side's images, (B, H, W, 3)."""
+    features = extract(Tiny(measures.reader), images)[0]
+    right = judged(measures.reader, images, texts)
+    rewards = {name: float(r.score(images, texts, IMAGES_PER_PROMPT).mean()) for name, r in measures.rewards.items()}
+    distance = frechet(features, drawing_features(HARD))
+    return Side(images, right, shares(right, texts), rewards, diversity(features, IMAGES_PER_PROMPT), distance)
+
+
+def save_comparison(comparison: Comparison, path: Path) -> None:
+    """Save PAIRS_SHOWN pairs of images, first those that were wrong before training."""
+    before, after = comparison.before, comparison.after
+    rows = chosen(before.right, len(HARD))
+    verdicts = [before.right[i] for i in rows], [after.right[i] for i in rows]
+    prompts = [comparison.prompts[i] for i in rows]
+    before_after(before.images[rows], after.images[rows], prompts, verdicts).save(path)
+
+
+def chosen(right: list[bool], tasks: int) -> list[int]:
+    """Rows to show, each the first image of its prompt: first those wrong before training, of every task in turn.
+
+    What they show after training plays no part.
+    """
+    parts = torch.arange(0, len(right), IMAGES_PER_PROMPT).chunk(tasks)
+    turns = [sorted(part.tolist(), key=lambda i: right[i]) for part in parts]
+    rows = sorted(chain.from_iterable(zip(*turns, strict=True)), key=lambda i: right[i])
+    return sorted(rows[:PAIRS_SHOWN])

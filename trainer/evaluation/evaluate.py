@@ -9,7 +9,9 @@ import torch
 
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.method.rollout import derive_seed
+from comfyui_pcpo.tiny.align import load_image_encoder
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
+from comfyui_pcpo.tiny.tinyeval import drawing_features, suite_prompts
 
 from ..config.loading import with_options
 from ..config.schema import Config, ConfigError
@@ -18,8 +20,8 @@ from ..policy.encoded import Encoded
 from ..policy.families import denoiser_of
 from ..policy.loading import load_configured
 from ..runs.folder import RunFolder
-from ..runs.rewards import make_reward, reward_settings
-from .metrics import Meter, Tally, load_networks
+from ..runs.rewards import make_reward, require_prompts, reward_settings
+from .metrics import TINYEVAL, Meter, Tally, load_networks
 from .options import EvaluationOptions
 from .report import MOST_SHOWN, Metric, Report, Shown, save_images
 from .sampling import Draw, Guide, decoded, sample_latents, sampling_policy
@@ -93,6 +95,13 @@ def configured(config: Config, options: EvaluationOptions) -> Config:
     changes = {"rollout": {"cfg": options.cfg}, "reward": {"folder": options.folder}}
     if options.prompts is not None:
         changes["prompts"] = {"file": options.prompts, "lines": ()}
+    if options.suite is not None:
+        if config.model.name not in EMBEDDED:
+            raise ConfigError(
+                f"--suite {options.suite} judges images of the embedded models ({', '.join(EMBEDDED)}) only, and the "
+                f"model is {config.model.name}. Name prompts with --prompts, and rewards with --rewards."
+            )
+        changes["prompts"] = {"file": None, "lines": suite_prompts()}
     return with_options(config, changes)
 
 
@@ -111,6 +120,7 @@ def prepare(
             pairs = read_pairs(opened.path, module_names(denoiser_of(pipeline)))
         guides = [Guide(pairs, ImplicitReward(1.0))]
     meter, notes = make_meter(opened, config, options)
+    require_prompts(meter.rewards, prompts)
     policy = sampling_policy(config, [guide.pairs for guide in guides], pipeline)
     return EvalContext(options, policy, guides, prompts, policy.encode(prompts), meter, images_folder, tick), notes
 
@@ -123,15 +133,27 @@ def make_meter(opened: Source, config: Config, options: EvaluationOptions) -> tu
         reward.to("cpu").load()
     networks = load_networks(tiny, options, settings.device)
     meter, notes = Meter(rewards, networks, config.reward.offload, settings.images_at_once), []
-    if options.reference is None:
-        notes.append("no --reference, so no Frechet distance")
-    elif not networks.by_name:
-        notes.append("neither --inception nor --dino, so no Frechet distance")
-    else:
-        notes.append(f"{meter.set_reference(options.reference)} images in {options.reference}")
+    if options.suite is not None:
+        meter.reader = load_image_encoder()
+    notes.append(set_reference(meter, options))
     if options.images == 1:
         notes.append("one image per prompt, so no diversity")
     return meter, notes
+
+
+def set_reference(meter: Meter, options: EvaluationOptions) -> str:
+    """Set what distances are measured to, -> a note that names it and the distances left out."""
+    names = meter.networks.by_name
+    if options.reference is not None:
+        if not names:
+            return "neither --inception nor --dino, so no Frechet distance"
+        return f"{meter.set_reference(options.reference)} images in {options.reference}"
+    if options.suite is None:
+        return "no --reference, so no Frechet distance"
+    meter.reference["tiny FD"] = drawing_features()
+    left_out = " or ".join(name for name in names if name not in meter.reference)
+    note = "tiny FD is the distance to drawings of the suite's prompts"
+    return f"{note}; no --reference, so no {left_out}" if left_out else note
 
 
 def reward_names(opened: Source, options: EvaluationOptions) -> list[str]:
@@ -150,6 +172,8 @@ def reward_names(opened: Source, options: EvaluationOptions) -> list[str]:
 
 def role(name: str, opened: Source) -> str:
     """What a metric stands for: trained or held out for the rewards of a LoRA, else its kind."""
+    if name.startswith(TINYEVAL):
+        return "share of right images"
     if opened.path is None or name in ROLES:
         return ROLES.get(name, "reward")
     return "trained" if name in opened.config.reward.weights else "held out"

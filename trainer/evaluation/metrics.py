@@ -10,12 +10,17 @@ from comfyui_pcpo.metrics.features import extract, load_dino, load_inception, lo
 from comfyui_pcpo.metrics.frechet import diversity, frechet, inception_score
 from comfyui_pcpo.metrics.lpips import Lpips
 from comfyui_pcpo.reward import Reward
+from comfyui_pcpo.reward.alignment import encoder_input
+from comfyui_pcpo.reward.base import eight_bit
+from comfyui_pcpo.tiny.align import AlignImageEncoder
+from comfyui_pcpo.tiny.tinyeval import is_right, read_and_parse, shares
 
 from ..loop.records import finite_mean
 from ..loop.scoring import ImageGroups, score
 from .image_files import batches, image_files
 from .options import EvaluationOptions
 
+TINYEVAL = "TinyEval, "  # before a task, in the names of metrics
 LOWER = ("tiny FD", "FID", "FD-DINOv2")
 
 
@@ -47,6 +52,7 @@ class Meter:
     offload: bool = True
     at_once: int = 16
     reference: dict[str, Tensor] = field(default_factory=dict)  # network -> features (N, D)
+    reader: AlignImageEncoder | None = None  # judges images as TinyEval does
 
     def set_reference(self, folder: Path) -> int:
         """Use a folder of images as the reference of all distances, -> their number."""
@@ -69,6 +75,8 @@ class Tally:
         self.features: dict[str, list[Tensor]] = {name: [] for name in meter.networks.by_name}
         self.logits: list[Tensor] = []
         self.lpips: list[Tensor] = []  # mean within each group
+        self.right: list[bool] = []  # by TinyEval
+        self.prompts: list[str] = []
 
     def add(self, images: Tensor, prompts: list[str]) -> None:
         """Add images of complete groups, (P * G, H, W, 3), and their prompts (P * G,)."""
@@ -80,6 +88,9 @@ class Tally:
             features, *logits = extract(network, images, meter.at_once)
             self.features[name].append(features)
             self.logits += logits
+        if meter.reader is not None:
+            self.right += judged(meter.reader, images, prompts)
+            self.prompts += prompts
         if meter.networks.lpips is not None and self.group > 1:
             self.lpips += pairwise(meter.networks.lpips, images, self.group)
 
@@ -92,6 +103,8 @@ class Tally:
                 metrics[name] = frechet(features, self.meter.reference[name])
             if name == "tiny FD" and self.group > 1:
                 metrics["tiny diversity"] = diversity(features, self.group)
+        if self.right:
+            metrics |= {TINYEVAL + task: share for task, share in shares(self.right, self.prompts).items()}
         if self.logits:
             metrics["Inception Score"] = inception_score(torch.cat(self.logits))
         if self.lpips:
@@ -101,6 +114,11 @@ class Tally:
     def failed(self) -> dict[str, int]:
         """Number of failed scores by reward."""
         return {name: int((~torch.cat(parts).isfinite()).sum()) for name, parts in self.scores.items()}
+
+
+def judged(reader: AlignImageEncoder, images: Tensor, prompts: list[str]) -> list[bool]:
+    """Whether each image shows all that its prompt asks for, of any size, (B, H, W, 3) -> B verdicts."""
+    return [is_right(*read) for read in read_and_parse(reader, encoder_input(eight_bit(images)), prompts)]
 
 
 @torch.no_grad()

@@ -3,8 +3,11 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..config.errors import ConfigError
+
+DemoReward = Literal["tinyeval", "colorfulness"]
 
 RANGES: dict[str, tuple[float, float]] = {
     "seeds": (1, 10_000),
@@ -66,6 +69,9 @@ class EvaluationOptions:
     ----------
     prompts
         Text file with one prompt per line; default: the run's prompts.
+    suite
+        tinyeval: 120 prompts in six tasks, none of whose combinations the embedded models were trained on; adds the
+        share of right images per task.
     rewards
         Rewards to measure; default: the run's training and held-out rewards.
     reference
@@ -93,6 +99,7 @@ class EvaluationOptions:
     """
 
     prompts: Path | None = None
+    suite: Literal["tinyeval"] | None = None
     rewards: tuple[str, ...] | None = None
     reference: Path | None = None
     seeds: int = 4
@@ -108,6 +115,10 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         check_ranges(vars(self))
+        if self.suite is not None and self.prompts is not None:
+            raise ConfigError(
+                f"--suite {self.suite} has its own prompts, but --prompts {self.prompts} is given too. Use one of them."
+            )
         if self.images == self.seeds == 1:
             raise ConfigError(
                 "--images 1 and --seeds 1 give a single image per prompt, too few for statistics. Use 2 or more of one."

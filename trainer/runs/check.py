@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from comfyui_pcpo.reward import RewardError, RewardSettings
+from comfyui_pcpo.reward import Reward, RewardError, RewardSettings
 
 from ..config.schema import Config, ConfigError
 from ..memory.estimate import Budget, budget
 from ..policy.device import pick_device
 from ..policy.loading import make_shapes
-from .rewards import WEIGHTS, make_reward, reward_settings
+from .rewards import WEIGHTS, make_reward, require_prompts, reward_settings
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,11 @@ class RunCheck:
 
 def check_run(config: Config) -> RunCheck:
     """Try all that training loads, of the model only shapes; what is missing is a problem instead of an exception."""
-    problems, prompts, costs = check_rewards(config), [], None
+    rewards, problems = check_rewards(config)
+    prompts, costs = [], None
     try:
         prompts = config.prompts.read()
+        require_prompts(rewards, prompts)
     except ConfigError as error:
         problems.append(str(error))
     try:
@@ -36,9 +38,9 @@ def check_run(config: Config) -> RunCheck:
     return RunCheck(prompts, costs, list(dict.fromkeys(problems)))
 
 
-def check_rewards(config: Config) -> list[str]:
-    """Problems with the device and with the files of the rewards."""
-    problems = []
+def check_rewards(config: Config) -> tuple[dict[str, Reward], list[str]]:
+    """The rewards that load, and the problems with the device and with the files of the others."""
+    rewards, problems = {}, []
     try:
         pick_device(config.model.device)
         settings = reward_settings(config)
@@ -47,7 +49,7 @@ def check_rewards(config: Config) -> list[str]:
         settings = RewardSettings(config.reward.folder or WEIGHTS)
     for name in config.reward.names:
         try:
-            make_reward(name, settings).to("cpu").load()
+            rewards[name] = make_reward(name, settings).to("cpu").load()
         except (ConfigError, RewardError) as error:
             problems.append(str(error))
-    return problems
+    return rewards, problems

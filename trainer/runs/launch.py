@@ -20,7 +20,7 @@ from ..loop.state import TrainingState, make_training_state
 from ..policy.loading import make_policy
 from .folder import NotSaved, RunFolder, writing
 from .identity import RunRecord, identity_of, require_accepted
-from .rewards import read_rewards
+from .rewards import read_rewards, require_prompts
 from .rows import row_problems
 from .tensorboard import make_board, write_board
 
@@ -220,6 +220,7 @@ def resume_run(path: Path, options: ResumeOptions = ResumeOptions(), tick: Calla
 
 def _loaded(folder: RunFolder, config: Config, tick: Callable[[], None]) -> tuple[RunFolder, TrainingState, Job]:
     prompts, rewards = config.prompts.read(), read_rewards(config)
+    require_prompts(rewards, prompts)
     join()
     job = Job(config, prompts, rewards, Processes(), tick)
     return folder, make_training_state(make_policy(config), config), job

@@ -1,10 +1,12 @@
 """The rewards that a configuration names."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from comfyui_pcpo.reward import Reward, RewardError, RewardSettings, construct, import_reward, load_reward
+from comfyui_pcpo.reward.base import blamed
 from comfyui_pcpo.taste.learned import taste_reward
 
 from ..config.schema import Config, ConfigError
@@ -36,6 +38,16 @@ def load_rewards(config: Config) -> dict[str, Reward]:
     """The trained and the held-out rewards, by name, their weights not read yet."""
     settings = reward_settings(config)
     return {name: make_reward(name, settings) for name in config.reward.names}
+
+
+def require_prompts(rewards: Mapping[str, Reward], prompts: Sequence[str]) -> None:
+    """Raise ConfigError for a prompt that one of the rewards cannot score."""
+    for reward in rewards.values():
+        try:
+            with blamed(reward):
+                reward.require_prompts(list(prompts))
+        except RewardError as error:
+            raise ConfigError(str(error)) from None
 
 
 def read_rewards(config: Config) -> dict[str, Reward]:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .model_patcher import ModelPatcher
 from .supported_models_base import ClipTarget
+from .taesd.taesd import TAESD
 
 class CLIP:
     cond_stage_model: Any
@@ -13,6 +14,7 @@ class CLIP:
     ) -> None: ...
 
 class VAE:
+    first_stage_model: TAESD
     def __init__(self, sd: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> None: ...
     def encode(self, pixel_samples: Tensor) -> Tensor: ...
     def decode(self, samples_in: Tensor) -> Tensor: ...
