@@ -14,10 +14,9 @@ EMBEDDED = ("emoji-flow", "emoji-eps")
 
 def load_tiny_autoencoder(shared: Path = SHARED) -> Any:
     """AutoencoderTiny of both models, float32 on the CPU; its decoder ends with a Tail, which is faster."""
-    import diffusers as library
+    from diffusers import AutoencoderTiny
 
-    diffusers: Any = library
-    vae = diffusers.AutoencoderTiny.from_pretrained(shared / "vae", torch_dtype=torch.float32, use_safetensors=True)
+    vae: Any = AutoencoderTiny.from_pretrained(shared / "vae", torch_dtype=torch.float32, use_safetensors=True)
     vae.decoder.layers = with_tail(vae.decoder.layers)
     return vae
 

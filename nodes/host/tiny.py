@@ -177,11 +177,9 @@ def load_clip(name: str) -> comfy.sd.CLIP:
 def load_vae() -> comfy.sd.VAE:
     """A TAESD of ComfyUI's with the layers of ours, which are fewer and narrower."""
     ours = load_tiny_autoencoder()
-    state = {
-        key: torch.zeros_like(value)
-        for key, value in TAESD(latent_channels=EmojiLatent.latent_channels).state_dict().items()
-    }
-    vae = comfy.sd.VAE(sd=state | {"vae_scale": torch.tensor(1.0)}, dtype=torch.float32)
+    stock = TAESD(latent_channels=EmojiLatent.latent_channels).state_dict()
+    blank = {key: torch.zeros_like(value) for key, value in stock.items()}
+    vae = comfy.sd.VAE(sd={**blank, "vae_scale": torch.tensor(1.0)}, dtype=torch.float32)
     taesd = vae.first_stage_model
     taesd.taesd_encoder = ours.encoder.layers
     taesd.taesd_decoder = nn.Sequential(Clamp(), *ours.decoder.layers)

@@ -15,7 +15,7 @@ from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.tiny import tinyeval
 from comfyui_pcpo.tiny.align import load_image_encoder
-from comfyui_pcpo.tiny.pipelines import load_tiny
+from comfyui_pcpo.tiny.pipelines import EMBEDDED, load_tiny
 from comfyui_pcpo.tiny.polish import load_polish
 from comfyui_pcpo.tiny.tinyeval import REFERENCE_DRAWINGS, is_right, known_scene, suite_prompts
 from tools.tiny.card_text import Agreement, CardFigures, CardRow, card_text
@@ -30,7 +30,7 @@ from tools.tiny.train_polish import polish_quality
 from trainer.evaluation.demo import DEMO_STEPS
 
 logger = logging.getLogger("tiny")
-FLOW_MODEL, EPS_MODEL = "emoji-flow", "emoji-eps"
+FLOW_MODEL, EPS_MODEL = EMBEDDED
 MODES = ((12, 1.0), (20, 3.0))  # steps, guidance scale; 1 is the model itself, without classifier-free guidance
 STOCHASTIC = [(FLOW_MODEL if sampler.kind == "flow" else EPS_MODEL, name) for name, sampler in SAMPLERS.items()]
 SAMPLES_PER_PROMPT = 2
@@ -63,7 +63,7 @@ def suite_rows(network: Tiny, name: str, prompts: list[str], root: Path) -> list
     """Figures of drawings and of each model's images, for one suite of prompts."""
     each, reference = each_sample(prompts), reference_features(network, prompts)
     images = {"drawings": drawn(each, seed=11)}
-    for model in (FLOW_MODEL, EPS_MODEL):
+    for model in EMBEDDED:
         for steps, guidance in MODES:
             images[label(model, steps, guidance)] = generate(model, each, steps, guidance, root)
     return [card_row(name, network, CardImages(source, shown, each), reference) for source, shown in images.items()]
@@ -115,7 +115,7 @@ def tinyeval_images(prompts: list[str], root: Path) -> dict[str, Tensor]:
     """Drawings of the prompts, and each model's images without guidance."""
     images = {"drawings": drawn(prompts, seed=31)}
     steps, guidance = MODES[0]
-    for model in (FLOW_MODEL, EPS_MODEL):
+    for model in EMBEDDED:
         images[label(model, steps, guidance)] = generate(model, prompts, steps, guidance, root)
     return images
 
@@ -138,7 +138,7 @@ def second_opinion(source: str, first: list[bool], images: Tensor, prompts: list
 
 def parameter_counts(root: Path) -> dict[str, int]:
     """Number of parameters by model."""
-    flow, eps = load_tiny(FLOW_MODEL, root), load_tiny(EPS_MODEL, root)
+    flow, eps = (load_tiny(name, root) for name in EMBEDDED)
     models: dict[str, nn.Module] = {
         "`emoji-flow`": flow.transformer,
         "`emoji-eps`": eps.unet,
@@ -160,7 +160,7 @@ def reconstruction_psnr(folders: Folders, number: int = 48) -> float:
 def save_samples(root: Path, folder: Path) -> None:
     """A grid of each model's images, with guidance."""
     each, (steps, guidance) = each_sample(SAMPLE_PROMPTS), MODES[-1]
-    for model in (FLOW_MODEL, EPS_MODEL):
+    for model in EMBEDDED:
         images = generate(model, each, steps, guidance, root, seed=3)
         grid(images, each, columns=6, tile=160).save(folder / f"{model}.png")
 
