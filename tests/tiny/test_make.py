@@ -215,12 +215,11 @@ def test_polish_explains_most_of_how_degraded_unseen_drawings_are():
 
 
 @pytest.mark.slow
-@pytest.mark.thorough
 def test_every_stage_runs_and_the_card_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(tools.tiny.latents, "SHARD", 64)
-    monkeypatch.setattr(tools.tiny.train_codec, "CODEC_DRAWINGS", 64)
+    monkeypatch.setattr(tools.tiny.latents, "SHARD", 16)
+    monkeypatch.setattr(tools.tiny.train_codec, "CODEC_DRAWINGS", 16)
     models = tmp_path / "models"
-    common = ["--work", str(tmp_path), "--models", str(models), "--images", "64", "--batch", "8", "--threads", "1"]
+    common = ["--work", str(tmp_path), "--models", str(models), "--images", "16", "--batch", "8", "--threads", "1"]
     for stage in ("codec", "text", "align", "polish", "flow", "eps"):
         main([stage, *common, "--minutes", "0.005"])
     main(["flow", *common, "--minutes", "0.001", "--resume"])

@@ -14,6 +14,8 @@ from running import start_run
 
 from benchmarks.pretend.phases import pretend_run
 from benchmarks.speed.full_size_models import SHAPES
+from comfyui_pcpo.tiny.align import PIXELS
+from comfyui_pcpo.tiny.pipelines import EMBEDDED
 from trainer.cli.main import main
 from trainer.config.loading import dump
 from trainer.evaluation.evaluate import evaluate
@@ -32,10 +34,12 @@ FLOAT32 = {"precision": "float32"}
 STEPS = 2
 TWINS = ("sd21", "sd35", "flux2")  # of the same classes as sd15, sd3 and flux2-klein
 GUIDED = ("sd15", "sdxl", "sd3", "qwen-image", "z-image")  # others without, which takes half the time
+SIDES = {"qwen-image-2.1": 64, **dict.fromkeys(EMBEDDED, PIXELS)}  # of others it is tiny_pipelines.SIDE
 SAMPLED = ("sd15", "flux", "qwen-image", "z-image")  # one of each kind of text inputs
 FAMILIES = [name for name in tiny_pipelines.PIPELINES if name not in TWINS]
 RUNS = [pytest.param(name, OFFLOADED, id=f"{name}-offloaded") for name in FAMILIES]
 RUNS += [pytest.param(n, RESIDENT, id=f"{n}-fp8-resident") for n in FAMILIES]
+RUNS += [pytest.param(n, FLOAT32, id=n) for n in EMBEDDED]
 FRESH = "PCPO_FRESH_PROCESS"  # set in a process that has computed no gradient before
 fresh = pytest.mark.skipif(FRESH not in os.environ, reason="run by test_gradients_in_a_process_of_their_own")
 
@@ -46,12 +50,12 @@ def gpu_config(make_config, tmp_path):
 
     def config(family, model, **sections):
         folder = tmp_path / "models" / family
-        if not folder.is_dir():
+        if family not in EMBEDDED and not folder.is_dir():
             tiny_pipelines.save(family, tmp_path / "models")
-        side = dict.fromkeys(("height", "width"), 64 if family == "qwen-image-2.1" else tiny_pipelines.SIDE)
+        side = dict.fromkeys(("height", "width"), SIDES.get(family, tiny_pipelines.SIDE))
         cfg = {"cfg": 2.0 if family in GUIDED else 1.0}
         return make_config(
-            str(folder),
+            family if family in EMBEDDED else str(folder),
             model={"device": "cuda", **model},
             rollout={"prompts_per_update": 1, "steps": STEPS, "images_at_once": 2, **side, **cfg},
             optimizer={"ema_decay": 0.9, "ema_every": 1},

@@ -151,7 +151,7 @@ def parameter_counts(root: Path) -> dict[str, int]:
 
 
 @torch.no_grad()
-def reconstruction_psnr(folders: Folders, number: int = 48) -> float:
+def reconstruction_psnr(folders: Folders, number: int) -> float:
     """The autoencoder's peak signal-to-noise ratio on new drawings, in dB."""
     vae, images = load_autoencoder(folders), draw_scenes(number, seed=100).images(torch.arange(number))
     return psnr(vae.decode(vae.encode(images).latents).sample, images)
@@ -182,7 +182,7 @@ def write_card(settings: StageSettings, folders: Folders) -> None:
         sampler_rows(network, suites()["equal"], folders.models),
         [tinyeval_row(source, verdict, each) for source, verdict in correct.items()],
         [second_opinion(source, correct[source], shown, each) for source, shown in images.items()],
-        reconstruction_psnr(folders),
-        polish_quality(folders),
+        reconstruction_psnr(folders, settings.at_most(48)),
+        polish_quality(folders, settings.at_most(400)),
     )
     (folders.models / "README.md").write_text(card_text(figures), encoding="utf-8")

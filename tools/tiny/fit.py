@@ -31,6 +31,10 @@ class StageSettings:
     muon: bool = False
     compiled: bool = False  # torch.compile
 
+    def at_most(self, number: int) -> int:
+        """Of `number` drawings to measure with, as many as there are drawings to train on."""
+        return min(number, self.images)
+
 
 @dataclass
 class Training:

@@ -124,7 +124,7 @@ def train_align(settings: StageSettings, folders: Folders) -> None:
     model = AlignImageEncoder(AlignConfig()).to(memory_format=torch.channels_last)
     nn.init.constant_(model.heat.bias, -4.0)  # type: ignore[arg-type]
     loss = AlignLoss(draw_scenes(settings.images, seed=50, allowed=lambda scene: True), settings, folders)
-    test = draw_scenes(200, seed=60, allowed=lambda scene: True)
+    test = draw_scenes(settings.at_most(200), seed=60, allowed=lambda scene: True)
     folder = folders.models / "emoji-align"
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -133,7 +133,7 @@ def train_align(settings: StageSettings, folders: Folders) -> None:
         save_config(model.config, folder)
         state = {key: value.half().contiguous() for key, value in average.state_dict().items()}
         save_file(state, folder / "model.safetensors")
-        readings = read_images(average, test.images(torch.arange(200)))
+        readings = read_images(average, test.images(torch.arange(len(test.scenes))))
         right = [all(judge(r, s).values()) for r, s in zip(readings, test.scenes, strict=True)]
         return f"{100 * sum(right) / len(right):.1f} % of drawings read without an error"
 

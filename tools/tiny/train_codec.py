@@ -42,7 +42,8 @@ def train_decoder(settings: StageSettings, folders: Folders) -> None:
 
 def fit_autoencoder(name: str, vae: Any, drawings: Drawings, settings: StageSettings, folders: Folders) -> None:
     vae.to(memory_format=torch.channels_last)
-    test = draw_scenes(48, seed=100).images(torch.arange(48))
+    number = settings.at_most(48)
+    test = draw_scenes(number, seed=100).images(torch.arange(number))
     order = batch_indices(len(drawings.scenes), settings.batch)
 
     def loss() -> Tensor:

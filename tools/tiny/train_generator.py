@@ -43,7 +43,7 @@ def train_generator(name: str, model: Any, settings: StageSettings, folders: Fol
     tokenizer, text = load_text(folders.shared)
     objective: Any = flow_loss(text) if name == "flow" else eps_loss(text)
     order = batch_indices(len(known.scenes), settings.batch)
-    test = encode_drawings(load_autoencoder(folders), 128, seed=1000)
+    test = encode_drawings(load_autoencoder(folders), settings.at_most(128), seed=1000)
     test_tokens = tokens(tokenizer, words(test.scenes, np.random.default_rng(0)))
 
     def loss() -> Tensor:

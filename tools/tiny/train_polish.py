@@ -26,17 +26,18 @@ def r_squared(network: nn.Module, images: Tensor, vae: nn.Module) -> float:
 
 
 @torch.no_grad()
-def polish_quality(folders: Folders, number: int = 400) -> float:
+def polish_quality(folders: Folders, number: int) -> float:
     """R squared of the trained network on new drawings, of combinations that were held out."""
     images = draw_scenes(number, seed=90, allowed=is_held_out).images(torch.arange(number))
     return r_squared(load_polish(folders.models / "emoji-polish"), images, load_autoencoder(folders))
 
 
 def train_polish(settings: StageSettings, folders: Folders) -> None:
-    drawings = draw_scenes(min(POLISH_DRAWINGS, settings.images), seed=70)
+    drawings = draw_scenes(settings.at_most(POLISH_DRAWINGS), seed=70)
     vae, model = load_autoencoder(folders), PolishNet()
     order = batch_indices(len(drawings.scenes), settings.batch)
-    test = draw_scenes(100, seed=80).images(torch.arange(100))
+    number = settings.at_most(100)
+    test = draw_scenes(number, seed=80).images(torch.arange(number))
     folder = folders.models / "emoji-polish"
     folder.mkdir(parents=True, exist_ok=True)
 
