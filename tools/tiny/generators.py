@@ -74,10 +74,10 @@ def flow_loss(text: CLIPTextModelWithProjection) -> Callable[[SD3Transformer2DMo
 def eps_loss(text: CLIPTextModelWithProjection) -> Callable[[UNet2DConditionModel, Tensor, Tensor], Tensor]:
     """Noise prediction on SD1.5's schedule; the error counts as that of the image (1 / alpha_bar, at most 100).
 
-    Unweighted, the noisiest steps, which decide the background's colour, would hardly count. At the steps where sampling
-    may start, three inputs in ten are pure noise, as they are then: what SD1.5's schedule leaves of the image at its
-    last step would otherwise be looked for in the mean of the noise. Half of the steps are drawn from the noisiest
-    three tenths, at a smaller weight, which changes the variance of the loss and not its mean.
+    Unweighted, the noisiest steps, which decide the background's colour, would hardly count. At the steps where
+    sampling may start, three inputs in ten are pure noise, as they are then: what SD1.5's schedule leaves of the image
+    at its last step would otherwise be looked for in the mean of the noise. Half of the steps are drawn from the
+    noisiest three tenths, at a smaller weight, which changes the variance of the loss and not its mean.
     """
     schedule: Any = DDPMScheduler(**SD15)
     density = torch.full((1000,), 0.5)
