@@ -25,10 +25,10 @@ demo: install
 	$(BIN)/python -m trainer demo
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not thorough"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not thorough"
 
 test-fast: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-thorough: install
 	$(BIN)/python -m pytest -q -n 2 -m thorough

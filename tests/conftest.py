@@ -15,6 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("emoji-flow", "emoji-eps")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first: at the end of a parallel run there are only short ones to share out."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Sums in one order, and no two tests fighting for the same cores."""
@@ -41,7 +46,7 @@ def make_config(tmp_path: Path) -> Callable[..., Any]:
         small = {
             "model": {"name": model, "device": "cpu"},
             "prompts": {"lines": ["a fox", "a red star", "two frogs"]},
-            "rollout": {"prompts_per_update": 1, "group_size": 2, "steps": 3},
+            "rollout": {"prompts_per_update": 1, "group_size": 2, "steps": 3, "height": 64, "width": 64},
             "reward": {"weights": {"colorfulness": 1.0}},
             "objective": {"last_step": True},
             "lora": {"rank": 2},

@@ -28,10 +28,10 @@ def configuration(folder):
             "model": {"name": "emoji-flow"},
             "prompts": {"lines": PROMPTS},
             "rollout": {"group_size": GROUP, "prompts_per_update": 4, "steps": 8, "branch": 2},
-            "optimizer": {"learning_rate": 3e-3},
+            "optimizer": {"learning_rate": 5e-3},
             "reward": {"weights": {"human_vote": 1.0}},
             "guard": {"every": 6, "images": 2, "prompts": 4, "action": "warn"},
-            "run": {"folder": str(folder), "updates": 24, "save_every": 100, "preview_every": 0},
+            "run": {"folder": str(folder), "updates": 12, "save_every": 100, "preview_every": 0},
         },
         "test",
     )
