@@ -29,12 +29,6 @@ def at_reach(updates: Sequence[float], values: Sequence[float], goal: float, oth
     return float(np.interp(when, updates, others)) if math.isfinite(when) else math.nan
 
 
-def mean_height(updates: Sequence[float], values: Sequence[float]) -> float:
-    """Area under a curve over its length, by trapezoids: early gains count for longer than late ones."""
-    x, y = np.asarray(updates, float), np.asarray(values, float)
-    return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0]))
-
-
 @dataclass(frozen=True)
 class Interval:
     """An estimate with its 95 % interval."""
