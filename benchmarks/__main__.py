@@ -93,7 +93,7 @@ def archive(
     to
         Folder of the file.
     """
-    from .study.archive import archive as write_archive
+    from .study.archive import write_archive
     from .study.studies import STUDIES
 
     file = to / f"{study}.tar.xz"

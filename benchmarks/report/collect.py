@@ -53,7 +53,7 @@ class CellRun:
         return steps, rows
 
 
-Measure = Callable[[CellRun], float]
+RunMeasure = Callable[[CellRun], float]
 
 
 def run_gain(run: CellRun) -> float:

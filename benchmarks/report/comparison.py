@@ -8,13 +8,13 @@ from typing import TypeVar
 from ..study.mixed_model import MixedModel, fit_mixed_model
 from ..study.outcome import GOAL
 from ..study.statistics import Interval, bootstrap, holm, median, t_interval, t_test
-from .collect import CellRun, Measure, StudyResults, run_gain
+from .collect import CellRun, RunMeasure, StudyResults, run_gain
 
-Key = TypeVar("Key", bound=Hashable)
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedDifference:
     """Differences between two methods: one per seed, the mean over the tasks in which both finished every seed."""
 
     differences: list[float]
@@ -39,18 +39,18 @@ def pairs(results: StudyResults, first: str, second: str) -> list[tuple[CellRun,
     ]
 
 
-def compare(results: StudyResults, first: str, second: str, of: Measure = run_gain) -> Comparison:
+def paired_difference(results: StudyResults, first: str, second: str, of: RunMeasure = run_gain) -> PairedDifference:
     """Both run a seed with the same prompts and noise; seeds are the independent draws, tasks are not."""
     by_seed: dict[int, list[float]] = {}
     for mine, other in pairs(results, first, second):
         by_seed.setdefault(mine.seed, []).append(of(mine) - of(other))
     every = [difference for own in by_seed.values() for difference in own]
-    return Comparison(
+    return PairedDifference(
         [sum(own) / len(own) for _, own in sorted(by_seed.items())], sum(d > 0 for d in every), len(every)
     )
 
 
-def corrected_p_values(differences: Iterable[tuple[Key, Sequence[float]]]) -> dict[Key, float]:
+def corrected_p_values(differences: Iterable[tuple[_Key, Sequence[float]]]) -> dict[_Key, float]:
     """p-values of zero means by Student's t, corrected by Holm's method as one family."""
     named = list(differences)
     return dict(zip([key for key, _ in named], holm([t_test(values) for _, values in named]), strict=True))

@@ -11,12 +11,12 @@ from comfyui_pcpo.plotting import style
 from comfyui_pcpo.plotting.panels import Line, LineStyle, Panel, draw_panels
 from comfyui_pcpo.plotting.style import GRID, HEADING, INK, PALETTE, TEXT, TITLE, text_look
 
-from ..study.methods import CREDITS, STUDY_METHODS
+from ..study.methods import CREDIT_METHODS, STUDY_METHODS
 from ..study.outcome import gains_within_limits, lost_diversity
 from ..study.recipes import RECIPES
 from .collect import CellRun, StudyResults, TaskResults
 
-_CREDIT_COLORS = dict(zip(CREDITS, (6, 0, 2, 1, 4), strict=True))
+_CREDIT_COLORS = dict(zip(CREDIT_METHODS, (6, 0, 2, 1, 4), strict=True))
 LOOKS: dict[str, tuple[int, LineStyle]] = {
     "ppo": (6, "line"),
     "ppo-early": (6, "dashed"),

@@ -9,15 +9,15 @@ from ..study.methods import OURS, STUDY_METHODS
 from ..study.outcome import FAR, GOAL, GOALS, Price, at_distance, at_lost_diversity, distance, lost_diversity
 from ..study.statistics import bootstrap, median, t_interval
 from .collect import CellRun, StudyResults, TaskResults
-from .comparison import Comparison, compare, corrected_p_values, mixed_model, times_cheaper
+from .comparison import PairedDifference, corrected_p_values, mixed_model, paired_difference, times_cheaper
 from .frontier_figure import task_figure
 from .markdown import format_interval, format_number, format_p_value, markdown_table
 from .prompts_page import mean_change
 
-INTRO = f"""Every method has the setting that the tuning seeds chose for it ([tuning](tuning.md)). Compared is the
-gain in reward within limits: at which diversity has fallen by 10 % or the tiny FD to the base model is {FAR:g} times
-what new noise alone gives, whichever comes first, in standard deviations of the base model's rewards. A run that
-reaches neither counts with its last gain."""
+FRONTIER_INTRO = f"""Every method has the setting that the tuning seeds chose for it ([tuning](tuning.md)). Compared
+is the gain in reward within limits: at which diversity has fallen by 10 % or the tiny FD to the base model is
+{FAR:g} times what new noise alone gives, whichever comes first, in standard deviations of the base model's rewards.
+A run that reaches neither counts with its last gain."""
 COMPARED = f""""Difference (mixed model)": random intercepts for each seed of each task, REML, all finished runs.
 "Difference (by seeds)": the mean over the tasks in which both methods have finished every seed, Student's t over seeds;
 p-values of this column are corrected by Holm's method over both tables. Both generalise to new seeds, not to other
@@ -36,7 +36,7 @@ def frontier_page(results: StudyResults, images: Path, where: str) -> str:
     return "\n\n".join(
         [
             "# Who gains most at the same price?",
-            INTRO,
+            FRONTIER_INTRO,
             f"![Reward gained against diversity lost, by task]({where}/{results.name}-tasks.png)",
             "## Over all tasks",
             *comparison_tables(results),
@@ -48,7 +48,7 @@ def frontier_page(results: StudyResults, images: Path, where: str) -> str:
     )
 
 
-def frontier_family(results: StudyResults) -> dict[tuple[str, str], tuple[Comparison, float]]:
+def frontier_family(results: StudyResults) -> dict[tuple[str, str], tuple[PairedDifference, float]]:
     """Every method against native PPO and against PCPO, with p-values corrected as one family."""
     references = [results.study.baseline, OURS]
     keys = [
@@ -57,7 +57,7 @@ def frontier_family(results: StudyResults) -> dict[tuple[str, str], tuple[Compar
         for name in results.methods
         if name not in references[: number + 1] and reference in results.methods
     ]
-    compared = {key: compare(results, *key) for key in keys}
+    compared = {key: paired_difference(results, *key) for key in keys}
     p = corrected_p_values((key, one.differences) for key, one in compared.items())
     return {key: (one, p[key]) for key, one in compared.items()}
 

@@ -9,11 +9,12 @@ from .collect import CellRun, StudyResults, TaskResults
 from .comparison import corrected_p_values
 from .markdown import format_interval, format_number, format_p_value, markdown_table
 
-INTRO = """The guard only measures until it stops a run, so one run that goes on shows both outcomes: "with" is the
-update that the guard keeps, "without" the last one. Where no update is within its limits, it keeps the base model. It
-watches the held-out rewards {held_out} and diversity, on prompts of the training and with its default tolerance of
-{tolerance:g}; the tables show what the study measures, from other noise. Losses are in standard deviations of the base
-model's scores. p-values test the difference that the guard makes, and are corrected by Holm's method over the page."""
+GUARD_INTRO = """The guard only measures until it stops a run, so one run that goes on shows both outcomes: "with" is
+the update that the guard keeps, "without" the last one. Where no update is within its limits, it keeps the base
+model. It watches the held-out rewards {held_out} and diversity, on prompts of the training and with its default
+tolerance of {tolerance:g}; the tables show what the study measures, from other noise. Losses are in standard
+deviations of the base model's scores. p-values test the difference that the guard makes, and are corrected by Holm's
+method over the page."""
 
 MEASURES: dict[str, tuple[int, Callable[[CellRun, int], float]]] = {  # title -> (digits, of a run's evaluation)
     "gain in the reward": (2, lambda run, k: run.gains[k]),
@@ -44,7 +45,7 @@ def within(run: CellRun, k: int) -> bool:
 def guard_page(results: StudyResults) -> str:
     runs = [run for task in results.measured for name in task.measured for run in task.runs[name]]
     tolerance = runs[0].result["config"]["guard"]["tolerance"]
-    intro = INTRO.format(held_out=" and ".join(results.study.held_out), tolerance=tolerance)
+    intro = GUARD_INTRO.format(held_out=" and ".join(results.study.held_out), tolerance=tolerance)
     family = corrected_p_values(
         ((task.task.name, name, title), _differences(task.runs[name], title))
         for task in results.measured

@@ -12,12 +12,12 @@ from .collect import CellRun, StudyResults, TaskResults
 from .comparison import corrected_p_values
 from .markdown import format_interval, format_number, format_p_value, markdown_table
 
-INTRO = f"""TinyEval's hard tasks: {", ".join(HARD)}; 20 prompts each, one image per prompt from fixed noise, none of
-their combinations trained. Numbers are per cent of right images, means over seeds with Student's 95 % interval.
-"Change" is that over the whole training, "within the limits" the change where diversity or distance reach their
-limits. p-values test a change of 0 and are corrected by Holm's method over the page."""
+PROMPTS_INTRO = f"""TinyEval's hard tasks: {", ".join(HARD)}; 20 prompts each, one image per prompt from fixed noise,
+none of their combinations trained. Numbers are per cent of right images, means over seeds with Student's 95 %
+interval. "Change" is that over the whole training, "within the limits" the change where diversity or distance reach
+their limits. p-values test a change of 0 and are corrected by Holm's method over the page."""
 
-Key = tuple[str, str]  # task and method
+TaskMethod = tuple[str, str]  # task and method
 
 
 def prompts_page(results: StudyResults) -> str:
@@ -29,10 +29,10 @@ def prompts_page(results: StudyResults) -> str:
     )
     tasks = sorted(results.measured, key=lambda task: task.task.reward != FOLLOWING)
     tables = [f"## {task.task.title}\n\n{following_table(task, family)}" for task in tasks]
-    return "\n\n".join(["# Does it follow prompts better?", INTRO, *tables])
+    return "\n\n".join(["# Does it follow prompts better?", PROMPTS_INTRO, *tables])
 
 
-def following_table(task: TaskResults, p: dict[Key, float]) -> str:
+def following_table(task: TaskResults, p: dict[TaskMethod, float]) -> str:
     """TinyEval by method: all hard tasks before, their change, and each task after training."""
     base = next(iter(task.runs[task.measured[0]])).rows[0]
     rows = [["base model", "-", _percent(base, "hard tasks"), "-", "-", "-", *(_percent(base, t) for t in HARD)]]

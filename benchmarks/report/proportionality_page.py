@@ -5,13 +5,13 @@ import numpy as np
 from ..study.methods import STUDY_METHODS
 from ..study.statistics import t_interval
 from .collect import StudyResults, TaskResults, by_step
-from .comparison import Comparison, compare, corrected_p_values
+from .comparison import PairedDifference, corrected_p_values, paired_difference
 from .markdown import format_interval, format_p_value, markdown_table
 
-INTRO = """The log-hinge objective under every credit of the denoising steps, with and without branching; everything
-else is equal. Compared is the gain within the limits of diversity and distance, by seeds, against native credit with
-the same rollouts. p-values are corrected by Holm's method over the page. On ddim the grid is even in time, so credit
-in proportion to time is the uniform one, which is therefore only run on flow models."""
+CREDIT_INTRO = """The log-hinge objective under every credit of the denoising steps, with and without branching;
+everything else is equal. Compared is the gain within the limits of diversity and distance, by seeds, against native
+credit with the same rollouts. p-values are corrected by Holm's method over the page. On ddim the grid is even in
+time, so credit in proportion to time is the uniform one, which is therefore only run on flow models."""
 HEALTH = """Gradient norm per step: the largest over the smallest of the trained steps, means over updates and seeds;
 clip fraction: per step, from the least to the most clipped one."""
 BRANCHED = "-branch-1"  # how the names of methods with branching end
@@ -22,14 +22,14 @@ def native_of(name: str, baseline: str) -> str:
     return baseline + BRANCHED if name.endswith(BRANCHED) else baseline
 
 
-def credit_comparisons(results: StudyResults) -> dict[tuple[str, str], tuple[Comparison, float]]:
+def credit_comparisons(results: StudyResults) -> dict[tuple[str, str], tuple[PairedDifference, float]]:
     """(task, method) -> comparison with native credit and its corrected p-value; the task "" is all of them."""
     baseline = results.study.baseline
     one_task = {
         task.task.name: StudyResults(results.name, results.study, results.out, [task]) for task in results.tasks
     }
     compared = {
-        (task, name): compare(some, name, native_of(name, baseline))
+        (task, name): paired_difference(some, name, native_of(name, baseline))
         for task, some in {"": results, **one_task}.items()
         for name in results.methods
         if name != native_of(name, baseline)
@@ -40,13 +40,13 @@ def credit_comparisons(results: StudyResults) -> dict[tuple[str, str], tuple[Com
 
 def proportionality_page(results: StudyResults) -> str:
     family = credit_comparisons(results)
-    parts = ["# Is proportionality what helps?", INTRO, "## Over all tasks", overall_table(results, family)]
+    parts = ["# Is proportionality what helps?", CREDIT_INTRO, "## Over all tasks", overall_table(results, family)]
     for task in results.measured:
         parts += [f"## {task.task.title}", task_table(task, family), health_table(task)]
     return "\n\n".join([*parts, HEALTH])
 
 
-def overall_table(results: StudyResults, family: dict[tuple[str, str], tuple[Comparison, float]]) -> str:
+def overall_table(results: StudyResults, family: dict[tuple[str, str], tuple[PairedDifference, float]]) -> str:
     """Every credit against the native one, over the tasks in which both are finished."""
     rows = []
     for name in (name for name in results.methods if ("", name) in family):
@@ -55,7 +55,7 @@ def overall_table(results: StudyResults, family: dict[tuple[str, str], tuple[Com
     return markdown_table(["against native credit", "difference (by seeds)", "p (Holm)", "better in"], rows)
 
 
-def task_table(task: TaskResults, family: dict[tuple[str, str], tuple[Comparison, float]]) -> str:
+def task_table(task: TaskResults, family: dict[tuple[str, str], tuple[PairedDifference, float]]) -> str:
     rows = []
     for name in task.measured:
         runs, compared = task.runs[name], ["-", "-"]

@@ -8,7 +8,7 @@ from ..study.studies import Setting, Study
 from .collect import StudyResults, TaskResults
 from .markdown import format_number, markdown_table
 
-INTRO = """Gain within the limits of diversity and distance, by learning rate and KL weight, on the tuning seeds
+TUNING_INTRO = """Gain within the limits of diversity and distance, by learning rate and KL weight, on the tuning seeds
 only, which are not reported. Each further seed is run with the best settings so far (successive halving); in
 brackets: the number of seeds, if fewer than the chosen setting's. The chosen setting is bold, and has the highest
 mean over all tuning seeds."""
@@ -34,7 +34,7 @@ def tuning_page(studies: Sequence[StudyResults]) -> str:
         for task in tasks:
             parts.append(f"## {results.name}: {task.task.title}")
             parts += [tuning_table(results.study, task), edge_note(results.study, task)]
-    return "\n\n".join(["# Tuning", INTRO, *(part for part in parts if part)]) if parts else ""
+    return "\n\n".join(["# Tuning", TUNING_INTRO, *(part for part in parts if part)]) if parts else ""
 
 
 def tuning_table(study: Study, task: TaskResults) -> str:

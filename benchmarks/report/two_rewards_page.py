@@ -10,10 +10,10 @@ from comfyui_pcpo.plotting.panels import Line, LineStyle, Panel, draw_panels
 from trainer.config.schema import ConfigError
 
 from ..study.methods import OURS, STUDY_METHODS
-from ..study.outcome import gain
+from ..study.outcome import Row, gain
 from ..study.recipes import RECIPES
 from ..study.statistics import value_range
-from ..study.two_rewards import DOUBLE, FIRST, MIXES, RECIPE, SECOND, Row, Weights
+from ..study.two_rewards import DOUBLE, FIRST, MIXES, RECIPE, SECOND, Weights
 from .markdown import format_interval, markdown_table
 
 TITLES = {"irg": "IRG", "sum": "LoRA weights summed", "both": "trained on both"}
@@ -27,7 +27,7 @@ def weighted_mean(row: Row, before: Row) -> float:
 
 
 def points(rows: list[Row], way: str) -> dict[Weights, list[Row]]:
-    """Rows of one way to combine the rewards by weights, one per seed."""
+    """EvaluationRows of one way to combine the rewards by weights, one per seed."""
     by_weights: dict[Weights, list[Row]] = {}
     for row in rows:
         if row["way"] == way:

@@ -18,7 +18,7 @@ def archived_files(study: Study, out: Path) -> Iterator[Path]:
     yield from sorted([*out.glob("guidance.json"), *out.glob("speed/*.json"), *out.glob("speed/commit.txt")])
 
 
-def archive(study: Study, out: Path, file: Path) -> int:
+def write_archive(study: Study, out: Path, file: Path) -> int:
     """Write the finished cells of a study's folder, -> their number. Equal runs give equal files."""
     files = list(archived_files(study, out))
     if not files:

@@ -27,7 +27,7 @@ from .recipes import STUDY_REWARDS
 from .studies import Study
 
 EVALUATION_SEED, REFERENCE_SEED, TINYEVAL_SEED = 9001, 9002, 9003  # of the noise, unlike those of any run
-AT_ONCE = 32
+EVALUATED_AT_ONCE = 32
 
 
 @torch.no_grad()
@@ -40,9 +40,9 @@ def ode_images(policy: Policy, per_prompt: int, seed: int, steps: int, prompts: 
     def predict(x: Tensor, t: float, rows: Tensor) -> Tensor:
         return policy.predict(x.to(policy.device), t, condition.rows(rows.tolist()))
 
-    chunks = list(torch.arange(len(prompts) * per_prompt).split(AT_ONCE))
+    chunks = list(torch.arange(len(prompts) * per_prompt).split(EVALUATED_AT_ONCE))
     final = rollout(predict, grid, deterministic(grid), noise, chunks).final
-    return torch.cat([policy.decode(x) for x in final.split(AT_ONCE)])
+    return torch.cat([policy.decode(x) for x in final.split(EVALUATED_AT_ONCE)])
 
 
 @dataclass(frozen=True)

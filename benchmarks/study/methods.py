@@ -41,7 +41,7 @@ PCPO = StudyMethod("PCPO", published("pcpo", "log_hinge"))
 NATIVE: Tree = {"name": "log_hinge", "credit": "native"}
 
 # one objective, the log-hinge, under every credit; the last step is never trained, as in all published recipes
-CREDITS = {
+CREDIT_METHODS = {
     "native": StudyMethod("native", NATIVE),
     "proportionate": replace(PCPO, title="proportionate"),
     # on ddim's even grid the same as proportionate
@@ -67,7 +67,7 @@ STUDY_METHODS = {
     "awm-options": StudyMethod(
         "AWM, new options", {"name": "awm", **SHARED_OPTIONS, "likelihood": "adaptive"}, NO_NOISE
     ),
-    **CREDITS,
-    **{f"{name}-branch-1": branched(method, 1) for name, method in CREDITS.items()},
+    **CREDIT_METHODS,
+    **{f"{name}-branch-1": branched(method, 1) for name, method in CREDIT_METHODS.items()},
 }
 OURS = "pcpo"

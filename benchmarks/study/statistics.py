@@ -23,12 +23,6 @@ def first_reach(updates: Sequence[float], values: Sequence[float], goal: float) 
     return math.inf
 
 
-def at_reach(updates: Sequence[float], values: Sequence[float], goal: float, others: Sequence[float]) -> float:
-    """Value of another curve where the first one reaches `goal`; NaN if it never does."""
-    when = first_reach(updates, values, goal)
-    return float(np.interp(when, updates, others)) if math.isfinite(when) else math.nan
-
-
 @dataclass(frozen=True)
 class Interval:
     """An estimate with its 95 % interval."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
 
-from .methods import CREDITS, Tree
+from .methods import CREDIT_METHODS, Tree
 from .recipes import HACKED
 
 
@@ -54,10 +54,6 @@ class Study:
     held_out: tuple[str, ...] = ()  # rewards that the guard watches
 
     @property
-    def images_per_update(self) -> int:
-        return self.prompts_per_update * self.group_size
-
-    @property
     def tuning_seeds(self) -> tuple[int, ...]:
         return tuple(rung.seed for rung in self.tuning)
 
@@ -105,13 +101,13 @@ STUDIES = {
             *("nft-options", "awm", "awm-options"),
         ),
         sweep={"flow": settings(FLOW_RATES, KL_WEIGHTS), "ddim": settings(DDIM_RATES, KL_WEIGHTS)},
-        tuning=(Rung(100, 12), Rung(101, 3), Rung(102, 2)),
+        tuning=(Rung(100, 12), Rung(101, 2), Rung(102, 2)),
         seeds=(0, 1, 2, 3, 4),
         prompts_per_update=2,
         group_size=8,
         steps=8,
-        updates=20,
-        evaluate_every=5,
+        updates=16,
+        evaluate_every=4,
         images=64,
         reference_images=256,
     ),
@@ -122,8 +118,8 @@ STUDIES = {
             ("dance-ddim", "colorfulness"),
             ("dance-ddim-50", "colorfulness"),
         ),
-        methods=tuple(f"{name}-branch-1" for name in CREDITS),
-        later=tuple(CREDITS),
+        methods=tuple(f"{name}-branch-1" for name in CREDIT_METHODS),
+        later=tuple(CREDIT_METHODS),
         sweep={"flow": settings(FLOW_RATES), "ddim": settings(DDIM_RATES)},
         tuning=(Rung(100, 4), Rung(101, 2), Rung(102, 2)),
         baseline="native",
@@ -131,8 +127,8 @@ STUDIES = {
         prompts_per_update=2,
         group_size=8,
         steps=10,
-        updates=20,
-        evaluate_every=5,
+        updates=16,
+        evaluate_every=4,
         images=64,
         reference_images=256,
     ),

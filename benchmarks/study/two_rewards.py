@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,12 +18,12 @@ from .evaluator import EVALUATION_SEED, make_evaluator, study_evaluation
 from .files import commit, read_json, write_json
 from .grid import Cell, StudyTask
 from .methods import OURS
+from .outcome import Row
 from .recipes import STUDY_PROMPTS
 from .studies import Setting, Study
 from .work import if_free, share
 
 Weights = tuple[float, float]
-Row = dict[str, Any]
 
 FIRST, SECOND = "colorfulness", "polish"
 RECIPE = "flow-grpo"

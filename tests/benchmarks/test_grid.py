@@ -10,7 +10,7 @@ from benchmarks.report.collect import collect
 from benchmarks.report.tuning_page import edge_note, edges, tuning_table
 from benchmarks.study.cell_config import cell_config
 from benchmarks.study.grid import Cell, StudyTask, evaluation_updates, study_tasks, task_methods, task_sweep
-from benchmarks.study.methods import CLIP_RANGE, CREDITS, STUDY_METHODS
+from benchmarks.study.methods import CLIP_RANGE, CREDIT_METHODS, STUDY_METHODS
 from benchmarks.study.recipes import FOLLOWING, RECIPES, STUDY_REWARDS, training_prompts
 from benchmarks.study.studies import STUDIES, Rung, Setting
 from benchmarks.study.tuning import tune
@@ -86,7 +86,7 @@ def test_credits_differ_in_what_their_names_say(task, tmp_path):
     for branch in ("", "-branch-1"):
         by_credit = {
             name: trained_steps(study, task, name + branch, tmp_path)
-            for name in CREDITS
+            for name in CREDIT_METHODS
             if name in task_methods(study, task)
         }
         assert by_credit["native"] == by_credit["proportionate"] == list(range(steps - 1))

@@ -7,9 +7,9 @@ from benchmark_grids import NINE, ONE_SEED, TASK, fill, reported, small, write
 
 from benchmarks.report import frontier_page, guard_page, prompts_page
 from benchmarks.report.collect import collect
-from benchmarks.report.comparison import compare, times_cheaper
+from benchmarks.report.comparison import paired_difference, times_cheaper
 from benchmarks.report.frontier_figure import LOOKS, mean_path, mean_progress, shown_tasks, summary_figure
-from benchmarks.report.pages import BEGIN, END, NOTHING, write_report
+from benchmarks.report.pages import BEGIN, END, NOTHING_MEASURED, write_report
 from benchmarks.report.proportionality_page import credit_comparisons, proportionality_page
 from benchmarks.study.grid import StudyTask
 from benchmarks.study.methods import STUDY_METHODS
@@ -57,7 +57,7 @@ def test_without_any_run_the_report_says_so(tmp_path):
     pages = written_pages({"frontier": small(tuning=ONE_SEED, sweep=NINE)}, tmp_path)
     assert set(pages) == {"README"}
     assert "| frontier, flow-grpo/colorfulness | 0 of 18 | 0 of 2 | all |" in pages["README"]
-    assert NOTHING in (tmp_path / "results.md").read_text()
+    assert NOTHING_MEASURED in (tmp_path / "results.md").read_text()
 
 
 def test_a_partial_study_is_reported_with_its_missing_runs(tmp_path):
@@ -122,14 +122,14 @@ def test_differences_are_averaged_over_whole_tasks_before_seeds_are_compared(tmp
     for cell in reported(study, tmp_path, last, "pcpo")[1:]:
         (cell.folder(tmp_path) / "result.json").unlink()  # the third task has one seed of PCPO: it does not count yet
     results = collect("quick", study, tmp_path)
-    one = compare(results, "pcpo", "ppo")
+    one = paired_difference(results, "pcpo", "ppo")
     assert one.differences == pytest.approx([0.3, 0.6, 0.9])
     assert one.better_in == "6/6"
-    assert compare(results, "nft", "ppo").better_in == "9/9"
+    assert paired_difference(results, "nft", "ppo").better_in == "9/9"
     family = frontier_page.frontier_family(results)
     keys = [("pcpo", "ppo"), ("nft", "ppo"), ("nft", "pcpo")]
     assert list(family) == keys
-    corrected = holm([t_test(compare(results, *key).differences) for key in keys])
+    corrected = holm([t_test(paired_difference(results, *key).differences) for key in keys])
     assert [family[key][1] for key in keys] == pytest.approx(corrected)
 
 

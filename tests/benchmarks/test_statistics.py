@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks.report.collect import CellRun, by_step
 from benchmarks.study.mixed_model import fit_mixed_model
-from benchmarks.study.statistics import at_reach, bootstrap, first_reach, holm, median, t_interval, t_test
+from benchmarks.study.statistics import bootstrap, first_reach, holm, median, t_interval, t_test
 
 
 def test_a_target_is_reached_on_the_straight_line_between_two_evaluations():
@@ -21,11 +21,6 @@ def test_a_target_is_reached_on_the_straight_line_between_two_evaluations():
 
 def test_a_curve_that_falls_again_has_reached_its_target():
     assert first_reach([0, 2, 4], [0.0, 1.0, 0.0], 0.5) == 1
-
-
-def test_values_at_matched_reward_are_read_where_the_reward_is_reached():
-    assert at_reach([0, 4, 8], [0.0, 0.2, 0.6], 0.4, [10, 20, 30]) == pytest.approx(25)
-    assert math.isnan(at_reach([0, 4], [0.0, 0.2], 0.4, [10, 20]))
 
 
 def test_limits_of_a_mean_equal_scipys():

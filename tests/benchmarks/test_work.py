@@ -12,7 +12,7 @@ from benchmarks.speed import loop_speed
 from benchmarks.study import cells, two_rewards
 from benchmarks.study import evaluator as evaluating
 from benchmarks.study import work as working
-from benchmarks.study.archive import archive
+from benchmarks.study.archive import write_archive
 from benchmarks.study.cell_config import cell_config
 from benchmarks.study.evaluator import EVALUATION_SEED, Evaluation, make_evaluator
 from benchmarks.study.grid import Cell
@@ -212,7 +212,7 @@ def test_speed_is_measured_by_one_process_at_a_time(tmp_path, monkeypatch):
 def test_an_archive_holds_what_is_finished_and_a_study_continues_from_it(done, tmp_path):
     study, out, _ = done
     file, again = tmp_path / "grid.tar.xz", tmp_path / "again.tar.xz"
-    assert archive(study, out, file) == archive(study, out, again) == 2
+    assert write_archive(study, out, file) == write_archive(study, out, again) == 2
     assert file.read_bytes() == again.read_bytes()
     shutil.unpack_archive(file, tmp_path)
     unpacked = tmp_path / out.name
@@ -222,7 +222,7 @@ def test_an_archive_holds_what_is_finished_and_a_study_continues_from_it(done, t
     (cell,) = reported(study, unpacked, method="pcpo")
     assert read_result(cell, study, unpacked) == read_result(cell, study, out)
     with pytest.raises(ConfigError, match="has no finished runs"):
-        archive(study, tmp_path / "nothing", file)
+        write_archive(study, tmp_path / "nothing", file)
 
 
 def test_an_interrupted_cell_ends_like_an_uninterrupted_one(done, tmp_path, monkeypatch):
