@@ -20,33 +20,37 @@ benchmark_app = App(
 )
 
 
+Studies = Literal["quick", "frontier", "proportionality", "guard"]
+
+
 @benchmark_app.default
 def benchmark(
     *,
-    study: Literal["quick", "evaluations", "medium", "full"] = "quick",
+    study: Studies = "quick",
     out: Path = Path("output/benchmark"),
-    part: Literal["all", "convergence", "guidance", "speed", "report"] = "all",
+    part: Literal["all", "runs", "guidance", "speed", "report"] = "all",
     docs: Path | None = None,
 ) -> None:
-    """Run a study; an interrupted study is resumed.
+    """Run a study; an interrupted study is resumed, and reported as far as it is finished.
 
     Several processes may share one folder: each cell is run by one of them.
 
     Parameters
     ----------
     study
-        quick takes minutes, evaluations (reward gained per model evaluation) and medium hours, full days of one CPU
-        core.
+        quick takes minutes; frontier (who gains most at the same price, and who follows prompts), proportionality
+        (credit of the steps) and guard (against reward hacking) take hours of one CPU core and are reported together.
     out
         Folder of the results.
     part
-        convergence, guidance (two rewards combined), speed, or report (pages and figures of the finished parts only).
+        runs, guidance (two rewards combined), speed, or report (pages and figures of what is finished). all leaves out
+        guidance and speed for proportionality and guard.
     docs
         Write the report into this folder, such as docs; the folder of the results if omitted.
     """
     from trainer.cli.libraries import quiet_libraries
 
-    from .report.pages import write_report
+    from .report.pages import REPORTED, write_report
     from .speed.loop_speed import run_speed
     from .study.files import commit
     from .study.studies import STUDIES
@@ -57,15 +61,44 @@ def benchmark(
     design, folder = STUDIES[study], out.resolve() / study
     folder.mkdir(parents=True, exist_ok=True)
     commit()  # cached before the checkout can change
-    if part in ("all", "convergence"):
+    if part in ("all", "runs"):
         done, total = progress(design, folder)
         tqdm.write(f"{done} of {total} cells in {folder} are finished")
         work(design, folder, tqdm.write)
-    if part in ("all", "guidance"):
+    everything = part == "all" and study in ("quick", "frontier")
+    if everything or part == "guidance":
         run_two_rewards(design, folder, tqdm.write)
-    if part in ("all", "speed"):
+    if everything or part == "speed":
         run_speed(folder, tqdm.write)
-    tqdm.write(str(write_report(study, design, folder, (docs or folder).resolve())))
+    names = REPORTED if study in REPORTED else (study,)
+    reported = write_report({name: STUDIES[name] for name in names}, out.resolve(), (docs or folder).resolve())
+    tqdm.write(str(reported))
+
+
+@benchmark_app.command
+def archive(
+    *,
+    study: Studies,
+    out: Path = Path("output/benchmark"),
+    to: Path = Path("benchmarks/results"),
+) -> None:
+    """Write a study's finished runs to one file, STUDY.tar.xz; unpacked into --out, it is reported and continued.
+
+    Parameters
+    ----------
+    study
+        Whose runs.
+    out
+        Folder of the results.
+    to
+        Folder of the file.
+    """
+    from .study.archive import write_archive
+    from .study.studies import STUDIES
+
+    file = to / f"{study}.tar.xz"
+    count = write_archive(STUDIES[study], out.resolve() / study, file)
+    tqdm.write(f"{count} finished runs in {file}")
 
 
 @benchmark_app.command

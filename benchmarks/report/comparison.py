@@ -1,60 +1,85 @@
-"""Methods compared with a reference method over all tasks."""
+"""Two methods compared over tasks and seeds, and all comparisons of a page corrected together."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
-from ..study.methods import BASELINE, OURS, STUDY_METHODS
 from ..study.mixed_model import MixedModel, fit_mixed_model
-from ..study.statistics import bootstrap, holm, median, t_interval, t_test
-from .collect import GOALS, TaskResults, by_seed, paired_runs
-from .markdown import format_interval, format_p_value, markdown_table
+from ..study.outcome import GOAL
+from ..study.statistics import Interval, bootstrap, holm, median, t_interval, t_test
+from .collect import CellRun, RunMeasure, StudyResults, run_gain
 
-REFERENCES = (BASELINE, OURS)
-
-
-def corrected_p_values(results: Sequence[TaskResults]) -> dict[tuple[str, str], float]:
-    """p-value by seeds of every method against native PPO and against PCPO, all in one Holm family."""
-    names = [name for name in STUDY_METHODS if any(name in task.runs for task in results)]
-    pairs = [(name, BASELINE) for name in names if name != BASELINE]
-    pairs += [(name, OURS) for name in names if name not in REFERENCES]
-    corrected = holm([t_test(by_seed(results, *pair)) for pair in pairs])
-    p_values = dict(zip(pairs, corrected, strict=True))
-    return p_values | {(second, first): p for (first, second), p in p_values.items()}
+_Key = TypeVar("_Key", bound=Hashable)
 
 
-def comparison_table(results: Sequence[TaskResults], reference: str) -> tuple[str, MixedModel]:
-    """Every method against the reference over all tasks: by the mixed model, and by seeds averaged over the tasks."""
-    model = fit_mixed_model([row for task in results for row in task.rows()], reference)
-    p, lines = corrected_p_values(results), []
-    for name in (name for name in STUDY_METHODS if name in model.effects):
-        by_model = [format_interval(model.effects[name]), format_p_value(model.p[name])]
-        by_seeds = [format_interval(t_interval(by_seed(results, name, reference))), format_p_value(p[name, reference])]
-        counts = [wins(results, name, reference), updates_saved(results, name, reference)]
-        final = format_interval(t_interval(by_seed(results, name, reference, lambda run: run.gains[-1])))
-        lines.append([STUDY_METHODS[name].title, *by_model, *by_seeds, *counts, final])
-    head = [f"against {STUDY_METHODS[reference].title}", "difference (mixed model)", "p", "difference (by seeds)"]
-    head += ["p (Holm)", "better in", f"updates saved to +{GOALS[0]:g}", "final gain, all images"]
-    return markdown_table(head, lines), model
+@dataclass(frozen=True)
+class PairedDifference:
+    """Differences between two methods: one per seed, the mean over the tasks in which both finished every seed."""
+
+    differences: list[float]
+    wins: int  # pairs of seed and task with a larger value of the first method
+    pairs: int
+
+    @property
+    def interval(self) -> Interval:
+        return t_interval(self.differences)
+
+    @property
+    def better_in(self) -> str:
+        return f"{self.wins}/{self.pairs}" if self.pairs else "-"
 
 
-def wins(results: Sequence[TaskResults], name: str, reference: str) -> str:
-    """In how many pairs of seed and task the method has the larger mean kept gain, out of how many."""
-    differences = [mine.mean_kept_gain - other.mean_kept_gain for mine, other in paired_runs(results, name, reference)]
-    return f"{sum(difference > 0 for difference in differences)}/{len(differences)}"
+def pairs(results: StudyResults, first: str, second: str) -> list[tuple[CellRun, CellRun]]:
+    """Runs of two methods paired by seed, in every task in which both finished every seed."""
+    return [
+        (mine, other)
+        for task in results.whole(first, second)
+        for mine, other in zip(task.runs[first], task.runs[second], strict=True)
+    ]
 
 
-def updates_saved(results: Sequence[TaskResults], name: str, reference: str) -> str:
-    """Median share of updates saved up to the first goal, over the pairs in which at least one run reaches it.
-
-    A reference that never reaches it counts with all its updates, which underestimates the saving.
-    """
-    saved = []
-    for mine, other in paired_runs(results, name, reference):
-        own, others = mine.reach(GOALS[0]), other.reach(GOALS[0])
-        if min(own, others) < math.inf:
-            saved.append(1 - own / min(others, other.updates[-1]))
-    middle = bootstrap(saved, median)
-    low, value, high = (
-        f"{round(100 * v)} %" if math.isfinite(v) else "never" for v in (middle.low, middle.value, middle.high)
+def paired_difference(results: StudyResults, first: str, second: str, of: RunMeasure = run_gain) -> PairedDifference:
+    """Both run a seed with the same prompts and noise; seeds are the independent draws, tasks are not."""
+    by_seed: dict[int, list[float]] = {}
+    for mine, other in pairs(results, first, second):
+        by_seed.setdefault(mine.seed, []).append(of(mine) - of(other))
+    every = [difference for own in by_seed.values() for difference in own]
+    return PairedDifference(
+        [sum(own) / len(own) for _, own in sorted(by_seed.items())], sum(d > 0 for d in every), len(every)
     )
-    return f"{value} [{low}, {high}] of {len(saved)}" if len(saved) > 1 else "-"
+
+
+def corrected_p_values(differences: Iterable[tuple[_Key, Sequence[float]]]) -> dict[_Key, float]:
+    """p-values of zero means by Student's t, corrected by Holm's method as one family."""
+    named = list(differences)
+    return dict(zip([key for key, _ in named], holm([t_test(values) for _, values in named]), strict=True))
+
+
+def mixed_model(results: StudyResults, reference: str) -> MixedModel:
+    """Gains of all finished runs; a block is a seed of a task, also one that lacks a method."""
+    rows = [
+        (run.method, f"{run.task.name}/{run.seed}", run.gain)
+        for task in results.tasks
+        for runs in task.runs.values()
+        for run in runs
+    ]
+    return fit_mixed_model(rows, reference)
+
+
+def times_cheaper(results: StudyResults, name: str, reference: str, goal: float = GOAL) -> str:
+    """How many times the model evaluations to a gain the reference needs, the median over pairs of seed and task.
+
+    Pairs in which neither reaches it are left out. A reference that never does counts with all it has spent, which
+    underestimates the ratio; a method that never does counts as 0.
+    """
+    ratios = []
+    for mine, other in pairs(results, name, reference):
+        own, others = mine.price(goal), other.price(goal)
+        if min(own, others) < math.inf:
+            ratios.append(min(others, other.rows[-1]["model_evaluations"]) / own)
+    middle = bootstrap(ratios, median)
+    if not ratios:
+        return "-"
+    limits = "" if math.isnan(middle.low) else f" [{middle.low:.1f}, {middle.high:.1f}]"
+    return f"{middle.value:.1f}{limits} of {len(ratios)}"

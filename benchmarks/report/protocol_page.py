@@ -1,69 +1,92 @@
-"""The page that describes how the numbers were measured."""
+"""The page that describes how the numbers are measured, fixed before any run, and how much of it is finished."""
 
 from collections.abc import Sequence
 
-from ..study.kept_gain import KEEPS
-from ..study.recipes import STUDY_PROMPTS
-from ..study.studies import Study
-from .collect import TaskResults
-from .markdown import format_list
+from ..study.grid import study_tasks, task_methods
+from ..study.methods import CLIP_RANGE, STUDY_METHODS
+from ..study.outcome import FAR, GOALS
+from ..study.studies import Setting, Study
+from ..study.tuning import planned_runs
+from .collect import StudyResults
+from .markdown import format_list, markdown_table
+
+EVALUATION = f"""**Evaluation.** Before training and every few updates, the model generates images of its training
+prompts without noise (ODE), from the same initial noise each time. Gains are in standard deviations of the base model's
+rewards in this evaluation. Diversity is the mean cosine distance between images of a prompt, distance the Frechet
+distance to images of the base model (tiny FD), both in emoji-align's features. "Distance, x" is relative to what images
+of the base model themselves have. Runs that are reported, not those of the tuning, are also evaluated on TinyEval's
+hard tasks, whose prompts are never trained.
+
+**Outcome.** The gain within limits: where 10 % of the diversity is lost or the distance reaches {FAR:g} x, whichever
+comes first, interpolated between evaluations; the last gain of a run that reaches neither. Both limits are needed:
+images that are all alike have lost diversity, destroyed ones may have gained some. A gain's price is what is spent
+until the gain ({format_list(GOALS)}) is reached within the limits. A run whose gradient overflows counts as having lost
+all diversity from there on.
+
+**Settings.** Learning rate and KL weight are tuned for each method and task over the same sweep, on seeds that are not
+reported, by the outcome above. The clip range is {CLIP_RANGE:g} for every method that clips: the trainer's default on
+the embedded models, wider than the published 1e-4 because their latents are smaller. GRPO-Guard's credit is not
+rescaled, so this clip range is narrower for it than for the others. For a given seed, all methods of a task use the
+same prompts and noise, except AWM and DiffusionNFT, which sample without noise in training and never share the first
+noise within a group. No guidance; LoRA of rank 8; two optimizer steps per update; the last denoising step is never
+trained.
+
+**Numbers.** Brackets are 95 % intervals over seeds: Student's t for means, bootstrap for medians. p-values are
+corrected by Holm's method, all comparisons of a page as one family. emoji-align reads the images, and the rewards
+`alignment` and `tinyeval` are its readings too."""
 
 
-def protocol_page(study_name: str, study: Study, results: Sequence[TaskResults], pages: Sequence[str]) -> str:
-    """Runs, evaluation, gains, settings and statistics, and the list of pages."""
-    links = "\n".join(f"- [{name}]({name}.md)" for name in pages)
-    return "\n\n".join(
-        [
-            "# How the results were measured",
-            f"    python -m benchmarks --study {study_name}",
-            _runs_paragraph(study, results),
-            _gains_paragraph(study),
-            _settings_paragraph(study),
-            _numbers_paragraph(study),
-            f"## Pages\n\n{links}",
-        ]
-    )
+def protocol_page(studies: Sequence[StudyResults], pages: Sequence[str]) -> str:
+    """Protocol, what is finished, and the list of pages."""
+    links = "\n".join(f"- [{name}]({name}.md)" for name in pages) or "Nothing has been measured yet."
+    designs = "\n\n".join(study_paragraph(one.name, one.study) for one in studies)
+    parts = ["# How the results are measured", EVALUATION, "## Studies", designs, "## Finished runs"]
+    return "\n\n".join([*parts, finished_table(studies), commits(studies), f"## Pages\n\n{links}"])
 
 
-def _runs_paragraph(study: Study, results: Sequence[TaskResults]) -> str:
-    runs = [run for task in results for of_method in task.runs.values() for run in of_method]
-    commits = format_list(sorted({run.result["commit"] for run in runs}))
+def study_paragraph(name: str, study: Study) -> str:
+    """One study's sizes, sweep and seeds."""
     size = f"{study.updates} updates of {study.prompts_per_update} prompts x {study.group_size} images"
-    return (
-        f"""**Runs.** {size}, {study.steps} denoising steps, LoRA of rank 8, no guidance. Commits: {commits or "-"}."""
+    steps = f"{study.steps} denoising steps (dance-ddim-50: 50)" if _has_own_steps(study) else f"{study.steps} steps"
+    sweeps = "; ".join(f"{kind}: {_sweep(settings)}" for kind, settings in study.sweep.items())
+    rungs = format_list([f"{rung.settings} on seed {rung.seed}" for rung in study.tuning])
+    tuning = f"settings on the tuning seeds: {rungs}" if study.tuning else "no tuning"
+    evaluation = (
+        f"evaluated every {study.evaluate_every} with {study.images} images, distance to {study.reference_images}"
     )
+    seeds = f"reported seeds {format_list(study.seeds)}"
+    return f"**{name}.** {size}, {steps}, {evaluation}. Sweep ({sweeps}); {tuning}; {seeds}."
 
 
-def _gains_paragraph(study: Study) -> str:
-    images = len(STUDY_PROMPTS) * study.images_per_prompt
-    return f"""**Evaluation.** Before training and every {study.evaluate_every} updates, the model generates {images}
-images of the training prompts, sampled without noise (ODE) and from the same initial noise each time. Gains are in
-standard deviations of the base model's rewards in this evaluation.
-
-**Kept gain.** A gain counts only while the images show their objects. If an evaluation has less than
-{100 * KEEPS:.0f} % of the base model's correct objects, the *kept gain* remains that of the last evaluation above this
-limit, as with early stopping. The *mean kept gain* is its mean over training (the area under its curve). Settings are
-chosen and methods are compared by it. It counts objects only: a model that generates the same image of the right object
-over and over loses nothing. Such a loss is visible in the column "diversity", but not in the kept gain."""
+def _has_own_steps(study: Study) -> bool:
+    return any(recipe == "dance-ddim-50" for recipe, _ in study.tasks)
 
 
-def _settings_paragraph(study: Study) -> str:
-    sweeps = "; ".join(
-        f"{kind}: " + ", ".join(f"({rate:g}, {clip:g})" for rate, clip in sweep) for kind, sweep in study.sweep.items()
+def _sweep(settings: Sequence[Setting]) -> str:
+    rates, weights = (
+        format_list([f"{value:g}" for value in dict.fromkeys(values)])
+        for values in ([one.learning_rate for one in settings], [one.kl_weight for one in settings])
     )
-    tuning = format_list(study.tuning_seeds) or "none: there is one setting"
-    return f"""**Settings.** Learning rate and clip range ({sweeps})
-were chosen for each method and task on the tuning seeds ({tuning}), which are not reported. Reported seeds:
-{format_list(study.seeds)}. For a given seed, all methods of a task use the same prompts and noise, except AWM and
-DiffusionNFT, which also sample without noise in training and never share the first noise within a group."""
+    return f"learning rates {rates}; KL weights {weights}"
 
 
-def _numbers_paragraph(study: Study) -> str:
-    images = len(STUDY_PROMPTS) * study.images_per_prompt
-    return f"""**Numbers.** Brackets are 95 % intervals over seeds: Student's t for means, bootstrap for medians. Times
-are interpolated linearly between evaluations, so times below {study.evaluate_every} updates are estimates. tempflow and
-guard are the same credit (see docs/paper.md). Correct objects, correct counts, tiny FD and diversity are measured by
-emoji-align, whose cosine similarity is also the reward `alignment`. Tiny FD compares {images} images with
-{study.reference_images}; compare it within a table only. With two minibatches, the first one is trained at a ratio of
-1, so the clip fraction is at most 50 %. Seconds are wall-clock time with other processes running; compare updates and
-images instead."""
+def finished_table(studies: Sequence[StudyResults]) -> str:
+    """Reported and tuning runs by study and task, and the methods without all of their seeds."""
+    rows = []
+    for results in studies:
+        for task, one in zip(study_tasks(results.study), results.tasks, strict=True):
+            methods, seeds = task_methods(results.study, task), len(results.study.seeds)
+            tuned = sum(planned_runs(results.study, task) - tuning.remaining for tuning in one.tuning.values())
+            titles = [STUDY_METHODS[name].title for name in methods if len(one.runs[name]) < seeds]
+            missing = "all" if len(titles) == len(methods) else "; ".join(titles)
+            reported = f"{sum(map(len, one.runs.values()))} of {seeds * len(methods)}"
+            tuning = f"{tuned} of {planned_runs(results.study, task) * len(methods)}"
+            rows.append([f"{results.name}, {task.name}", tuning, reported, missing or "-"])
+    return markdown_table(["study, task", "tuning runs", "reported runs", "methods without all seeds"], rows)
+
+
+def commits(studies: Sequence[StudyResults]) -> str:
+    made = {
+        run.result["commit"] for one in studies for task in one.tasks for runs in task.runs.values() for run in runs
+    }
+    return f"Commits of the reported runs: {format_list(sorted(made)) or 'none'}."

@@ -11,7 +11,6 @@ from comfyui_pcpo.plotting.panels import Line, Panel, draw_panels
 
 from ..speed.loop_speed import AXES, BASE, LABELS, REPEATS, SPEED_MODELS
 from .markdown import format_number, markdown_table
-from .model_note import FORMER_PIXELS
 
 
 def growth_figure(rows: list[dict[str, Any]]) -> Image.Image:
@@ -53,8 +52,9 @@ def speed_page(out: Path, images: Path, where: str) -> str:
     outside = [100 * row["outside"] for row in rows]
     middle = f"{statistics.median(outside):.1f} %, from {min(outside):.1f} to {max(outside):.1f} %"
     counts = {key: value for key, value in BASE.items() if key not in ("height", "width")}
-    pixels = next((row.get("pixels", FORMER_PIXELS) for row in rows if row["axis"] != "pixels"), BASE["height"])
-    size = ", ".join([*(f"{LABELS.get(key, 'prompts')} {value}" for key, value in counts.items()), f"{pixels} pixels"])
+    size = ", ".join(
+        [*(f"{LABELS.get(key, 'prompts')} {value}" for key, value in counts.items()), f"{BASE['height']} pixels"]
+    )
     commit_line = (folder / "commit.txt").read_text(encoding="utf-8")
     return f"""# Speed and memory
 

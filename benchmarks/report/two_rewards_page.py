@@ -9,15 +9,15 @@ from PIL import Image
 from comfyui_pcpo.plotting.panels import Line, LineStyle, Panel, draw_panels
 from trainer.config.schema import ConfigError
 
-from ..study.kept_gain import gain
 from ..study.methods import OURS, STUDY_METHODS
+from ..study.outcome import Row, gain
 from ..study.recipes import RECIPES
 from ..study.statistics import value_range
-from ..study.two_rewards import DOUBLE, FIRST, MIXES, RECIPE, SECOND, Row, Weights
+from ..study.two_rewards import DOUBLE, FIRST, MIXES, RECIPE, SECOND, Weights
 from .markdown import format_interval, markdown_table
 
 TITLES = {"irg": "IRG", "sum": "LoRA weights summed", "both": "trained on both"}
-COLUMNS = (("object", "correct object", 3), ("alignment", "alignment", 3), ("fd_base", "FD to base model", 0))
+COLUMNS = (("right", "right images", 3), ("alignment", "alignment", 3), ("fd_base", "FD to base model", 0))
 
 
 def weighted_mean(row: Row, before: Row) -> float:
@@ -27,7 +27,7 @@ def weighted_mean(row: Row, before: Row) -> float:
 
 
 def points(rows: list[Row], way: str) -> dict[Weights, list[Row]]:
-    """Rows of one way to combine the rewards by weights, one per seed."""
+    """EvaluationRows of one way to combine the rewards by weights, one per seed."""
     by_weights: dict[Weights, list[Row]] = {}
     for row in rows:
         if row["way"] == way:
@@ -37,8 +37,8 @@ def points(rows: list[Row], way: str) -> dict[Weights, list[Row]]:
 
 
 def front_figure(front: Row) -> Image.Image:
-    """First reward against the second along each front, and the correct objects; means over seeds."""
-    before, lines, objects = front["before"], [], []
+    """First reward against the second along each front, and the right images; means over seeds."""
+    before, lines, right = front["before"], [], []
     looks: tuple[tuple[str, tuple[Weights, ...], str, LineStyle], ...] = (
         ("both", MIXES, "", "points"),
         ("irg", MIXES, "", "points"),
@@ -54,16 +54,16 @@ def front_figure(front: Row) -> Image.Image:
             for of in (
                 lambda row: gain(row, before, FIRST),
                 lambda row: gain(row, before, SECOND),
-                lambda row: row["object"],
+                lambda row: row["right"],
             )
         )
         lines.append(Line(title, x, y, style=style, color=color))
-        objects.append(Line(title, [w[0] / sum(w) for w in weights], kept, style=style, color=color))
+        right.append(Line(title, [w[0] / sum(w) for w in weights], kept, style=style, color=color))
     seeds = f"{len({row['seed'] for row in front['rows']})} seeds, means"
     return draw_panels(
         [
             Panel("Front of two rewards", f"gain in {FIRST}, std", f"gain in {SECOND}, std", lines, note=seeds),
-            Panel("Correct object", f"share of {FIRST}", "share of images", objects, hlines=(before["object"],)),
+            Panel("Right images", f"share of {FIRST}", "share of images", right, hlines=(before["right"],)),
         ],
         size=(560, 420),
     )
@@ -99,9 +99,8 @@ def two_rewards_page(out: Path, images: Path, where: str) -> str:
             f"Remove it and {out / 'guidance'} to run the experiment again."
         )
     front_figure(front).save(images / "guidance.png")
-    rate, clip = front["setting"]
     seeds = len({row["seed"] for row in front["rows"]})
-    how = f"{RECIPES[RECIPE].title}, learning rate {rate:g}, clip range {clip:g}"
+    how = f"{RECIPES[RECIPE].title}, learning rate {front['setting']['learning_rate']:g}"
     return f"""# Two rewards at once
 
 Two LoRAs trained by {STUDY_METHODS[OURS].title} ({how}),

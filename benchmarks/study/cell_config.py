@@ -1,55 +1,54 @@
 """The trainer's configuration of a cell, and the check that a result belongs to it."""
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from comfyui_pcpo.method.ddim_variance import smallest_target
 from trainer.config.loading import build, merge
 from trainer.config.schema import Config, ConfigError
-from trainer.policy.loading import make_policy
 
-from .grid import Cell
-from .methods import STUDY_METHODS, StudyMethod, Tree
-from .recipes import RECIPES, STUDY_PROMPTS
+from .grid import Cell, StudyTask
+from .methods import CLIP_RANGE, STUDY_METHODS, StudyMethod, Tree
+from .recipes import RECIPES, training_prompts
 from .studies import Study
 
 
-@cache
-def least_target(model: str, steps: int) -> float:
-    """The smallest w* that every step of the model's ddim grid can reach."""
-    config = build({"model": {"name": model, "device": "cpu"}}, model)
-    return smallest_target(make_policy(config).grid(steps))
-
-
-def rollout_section(study: Study, recipe_name: str, method: StudyMethod) -> Tree:
+def rollout_section(study: Study, task: StudyTask, method: StudyMethod) -> Tree:
     """The recipe's rollout section with the method's changes applied."""
-    recipe = RECIPES[recipe_name]
     size = {"prompts_per_update": study.prompts_per_update, "group_size": study.group_size, "steps": study.steps}
-    section = {**size, **recipe.rollout, **method.rollout, "images_at_once": 16}
-    if method.target_scale:
-        least = least_target(recipe.model, study.steps)
-        section["target_weight"] = round(method.target_scale * least * (1 + 1e-6) + 5e-5, 4)
-    return section
+    return {**size, **RECIPES[task.recipe].rollout, **method.rollout, "images_at_once": 16}
+
+
+def objective_section(method: StudyMethod, steps: int) -> Tree:
+    """The method's objective; the KL, which costs model evaluations, is measured only where it is trained."""
+    fewer = {"first_steps": round(method.first_share * steps)} if method.first_share < 1 else {}
+    return {**method.objective, **fewer, "clip_range": CLIP_RANGE, "kl_images": 0}
 
 
 def cell_config(cell: Cell, study: Study, out: Path) -> Config:
     """The recipe with the method's objective, at the cell's setting and seed."""
-    recipe, method = RECIPES[cell.task.recipe], STUDY_METHODS[cell.method]
-    folder = cell.folder(out)
+    recipe, method, folder = RECIPES[cell.task.recipe], STUDY_METHODS[cell.method], cell.folder(out)
+    rollout = rollout_section(study, cell.task, method)
     tree = {
         "model": {"name": recipe.model},
-        "prompts": {"lines": list(STUDY_PROMPTS)},
-        "rollout": rollout_section(study, cell.task.recipe, method),
-        "reward": {"weights": {cell.task.reward: 1.0}},
+        "prompts": {"lines": list(training_prompts(cell.task.reward))},
+        "rollout": rollout,
+        "reward": {
+            "weights": {cell.task.reward: 1.0},
+            "held_out": [name for name in study.held_out if name != cell.task.reward],
+        },
         "advantage": recipe.advantage,
-        "objective": {**method.objective, "clip_range": cell.clip_range},
+        "objective": objective_section(method, rollout["steps"]),
         "lora": {"rank": 8, "targets": "all" if recipe.kind == "ddim" else "linear"},
-        "optimizer": {**method.optimizer, "learning_rate": cell.learning_rate, "minibatches": 2},
+        "optimizer": {**method.optimizer, "minibatches": 2},
+        "guard": study.guard,
         "run": {"name": folder.name, "folder": str(folder.parent), "seed": cell.seed},
     }
-    length = {"updates": study.updates, "preview_every": 0, "save_every": study.evaluate_every}
-    return build(merge(tree, {"run": length}), cell.name)
+    setting = {
+        "objective": {"kl_weight": cell.setting.kl_weight},
+        "optimizer": {"learning_rate": cell.setting.learning_rate},
+        "run": {"updates": study.updates, "preview_every": 0, "save_every": study.evaluate_every},
+    }
+    return build(merge(tree, setting), cell.name)
 
 
 def identity(config: Config) -> dict[str, Any]:

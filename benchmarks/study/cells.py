@@ -1,17 +1,16 @@
 """One cell of the grid: an ordinary training run with evaluations; it resumes, and its result is written at once."""
 
 import shutil
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from comfyui_pcpo.tiny.align import PIXELS
 from trainer.config.schema import Config
-from trainer.loop.align import Job, align
-from trainer.loop.state import make_training_state
-from trainer.policy.base import Policy
+from trainer.loop.align import Job, Update, align
+from trainer.loop.state import TrainingState, make_training_state
 from trainer.policy.loading import make_policy
 from trainer.runs.folder import RunFolder
 from trainer.runs.launch import begin
@@ -19,15 +18,36 @@ from trainer.runs.rewards import load_rewards
 from trainer.runs.rows import finite
 
 from .cell_config import cell_config, identity, require_same
-from .evaluator import Evaluator, make_evaluator
+from .evaluator import shared_evaluator, study_evaluation
 from .files import commit, read_json, write_json
 from .grid import Cell, evaluation_updates
-from .kept_gain import gain
+from .guarded import guard_outcome, make_cell_guard
+from .outcome import Row, gain_within_limits
 from .studies import Study
 
 Say = Callable[[str], None]
-JOURNAL = "examinations.json"  # the evaluations of a run; the name and the keys are those of archived results
-_evaluators: dict[tuple[str, int, int, int], Evaluator] = {}
+JOURNAL = "evaluations.json"
+
+
+@dataclass
+class Spent:
+    """What a run has spent on its updates, without evaluations."""
+
+    model_evaluations: int = 0  # latents that the model predicted
+    images: int = 0
+    cpu_seconds: float = 0.0
+
+    def metered(self, updates: Iterator[Update]) -> Iterator[Update]:
+        """The updates, each added up as it is finished."""
+        while True:
+            start = time.process_time()
+            update = next(updates, None)
+            if update is None:
+                return
+            self.cpu_seconds += time.process_time() - start
+            self.model_evaluations += sum(update.metrics["model_evaluations"].values())
+            self.images += len(update.images)
+            yield update
 
 
 def run_cell(cell: Cell, study: Study, out: Path, say: Say) -> None:
@@ -36,46 +56,51 @@ def run_cell(cell: Cell, study: Study, out: Path, say: Say) -> None:
     folder = RunFolder(cell.folder(out))
     config = cell_config(cell, study, out)
     try:
-        rows = run_evaluated(config, folder, study, out)
+        rows = run_evaluated(config, folder, study, out, tinyeval=cell.seed not in study.tuning_seeds)
     except FloatingPointError as error:
         say(f"{cell.task.name} {cell.name}: {error}")
         rows = diverged(read_json(folder.path / JOURNAL, []), study)
-    result = cell_result(cell, folder, rows)
-    result["config"] = identity(config)
+    result = cell_result(cell, folder, config, rows)
     write_json(folder.path / "result.json", finite(result))
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    say(f"{cell.task.name} {cell.name}: {result['gains'][-1]:+.2f} std in {time.perf_counter() - start:.0f} s")
+    reached = gain_within_limits(rows, cell.task.reward)
+    say(f"{cell.task.name} {cell.name}: {reached:+.2f} std in {time.perf_counter() - start:.0f} s")
 
 
-def run_evaluated(config: Config, folder: RunFolder, study: Study, out: Path) -> list[dict[str, Any]]:
+def run_evaluated(config: Config, folder: RunFolder, study: Study, out: Path, tinyeval: bool = False) -> list[Row]:
     """Run, or resume from the last checkpoint, -> one row per evaluation, the first before any update."""
     policy = make_policy(config)
-    key = (config.model.name, study.steps, study.images_per_prompt, study.reference_images)
-    if key not in _evaluators:
-        _evaluators[key] = make_evaluator(policy, study, out / "reference")
-    evaluator, state = _evaluators[key], make_training_state(policy, config)
+    evaluation = study_evaluation(study, config.prompts.lines)
+    evaluator, state = shared_evaluator(policy, evaluation, out / "reference"), make_training_state(policy, config)
     rows = resumable(folder, config)
     begin(folder, state, config, "latest" if folder.config_file.is_file() else None)
     if not rows:
-        rows = [{"update": 0, **base_evaluation(evaluator, policy)}]
+        rows = [{"update": 0, **asdict(Spent()), **evaluator.evaluate_base(policy, tinyeval)}]
         write_json(folder.path / JOURNAL, rows)
-    for update in align(state, Job(config, config.prompts.read(), load_rewards(config))):
+    spent = Spent(**{name: rows[-1][name] for name in asdict(Spent())})
+    for update in spent.metered(align(state, cell_job(state, config, folder))):
         folder.record(update)
         if update.number in evaluation_updates(study):
-            rows.append({"update": update.number, **evaluator.evaluate_policy(policy)})
+            evaluated = evaluator.evaluate_policy(policy, tinyeval)
+            rows.append({"update": update.number, **asdict(spent), **evaluated})
             write_json(folder.path / JOURNAL, rows)
             folder.save(state, config)
     return rows
 
 
-def diverged(rows: list[dict[str, Any]], study: Study) -> list[dict[str, Any]]:
-    """Evaluations of a run whose gradient overflowed: after its last one, no image counts as correct."""
+def cell_job(state: TrainingState, config: Config, folder: RunFolder) -> Job:
+    job = Job(config, config.prompts.read(), load_rewards(config))
+    return make_cell_guard(state.policy, job, folder) if config.guard.every else job
+
+
+def diverged(rows: list[Row], study: Study) -> list[Row]:
+    """Evaluations of a run whose gradient overflowed: after its last one, no diversity is left."""
     return rows + [
-        {**rows[-1], "update": u, "object": 0.0} for u in evaluation_updates(study) if u > rows[-1]["update"]
+        {**rows[-1], "update": u, "diversity": 0.0} for u in evaluation_updates(study) if u > rows[-1]["update"]
     ]
 
 
-def resumable(folder: RunFolder, config: Config) -> list[dict[str, Any]]:
+def resumable(folder: RunFolder, config: Config) -> list[Row]:
     """Evaluations up to the last checkpoint; a folder that lost some is cleared, so that its run restarts."""
     if folder.config_file.is_file():
         require_same(folder.config(), config, folder.path)
@@ -96,25 +121,15 @@ def clear(folder: RunFolder) -> None:
             entry.unlink()
 
 
-def base_evaluation(evaluator: Evaluator, policy: Policy) -> dict[str, float]:
-    """Evaluation of the model without LoRA, computed once per evaluator."""
-    if evaluator.before is None:
-        with policy.reference():
-            evaluator.before = evaluator.evaluate_policy(policy)
-    return evaluator.before
-
-
-def cell_result(cell: Cell, folder: RunFolder, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Content of result.json: gains in standard deviations over the base model's images, seconds, commit."""
-    name, records = cell.task.reward, folder.records()
-    parts = ("seconds_rollout", "seconds_reward", "seconds_update")
+def cell_result(cell: Cell, folder: RunFolder, config: Config, rows: list[Row]) -> dict[str, Any]:
+    """Content of result.json."""
+    guard = {"guard": guard_outcome(folder.records(), config.guard)} if config.guard.every else {}
     return {
-        "cell": {"task": cell.task.name, "contender": cell.method, "seed": cell.seed},
-        "setting": [cell.learning_rate, cell.clip_range],
-        "updates": [row["update"] for row in rows],
-        "gains": [gain(row, rows[0], name) for row in rows],
+        "cell": {"task": cell.task.name, "method": cell.method, "seed": cell.seed},
+        "setting": asdict(cell.setting),
         "rows": rows,
-        "seconds_per_update": statistics.median(sum(record[p] for p in parts) for record in records),
+        **guard,
         "commit": commit(),
         "pixels": PIXELS,
+        "config": identity(config),
     }

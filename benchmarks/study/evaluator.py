@@ -2,7 +2,8 @@
 
 import os
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,22 @@ from comfyui_pcpo.method.samplers import deterministic
 from comfyui_pcpo.metrics.features import extract, load_tiny_features
 from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.reward import load_reward
+from comfyui_pcpo.reward.alignment import encoder_input
+from comfyui_pcpo.reward.base import eight_bit
 from comfyui_pcpo.tiny.pipelines import MODELS, SHARED
-from tools.tiny import measure as tiny
+from comfyui_pcpo.tiny.tinyeval import HARD, PROMPTS_PER_TASK, is_right, read_and_parse, shares, suite_prompts
+from tools.tiny.measure import drawn
 from trainer.policy.base import Policy
 
-from .recipes import STUDY_PROMPTS, STUDY_REWARDS
+from .recipes import STUDY_REWARDS
 from .studies import Study
 
-EVALUATION_SEED, REFERENCE_SEED = 9001, 9002  # of the noise, unlike those of any run
+EVALUATION_SEED, REFERENCE_SEED, TINYEVAL_SEED = 9001, 9002, 9003  # of the noise, unlike those of any run
+EVALUATED_AT_ONCE = 32
 
 
 @torch.no_grad()
-def ode_images(
-    policy: Policy, per_prompt: int, seed: int, steps: int, prompts: tuple[str, ...] = STUDY_PROMPTS
-) -> Tensor:
+def ode_images(policy: Policy, per_prompt: int, seed: int, steps: int, prompts: Sequence[str]) -> Tensor:
     """`per_prompt` images of each prompt by the ODE, -> (B, H, W, 3); the noise depends on seed and prompt only."""
     grid = policy.grid(steps)
     condition = policy.encode(list(prompts)).rows([p for p in range(len(prompts)) for _ in range(per_prompt)])
@@ -37,72 +40,119 @@ def ode_images(
     def predict(x: Tensor, t: float, rows: Tensor) -> Tensor:
         return policy.predict(x.to(policy.device), t, condition.rows(rows.tolist()))
 
-    chunks = list(torch.arange(len(prompts) * per_prompt).split(32))
+    chunks = list(torch.arange(len(prompts) * per_prompt).split(EVALUATED_AT_ONCE))
     final = rollout(predict, grid, deterministic(grid), noise, chunks).final
-    return torch.cat([policy.decode(x) for x in final.split(32)])
+    return torch.cat([policy.decode(x) for x in final.split(EVALUATED_AT_ONCE)])
 
 
-def drawn_images(per_prompt: int, seed: int) -> Tensor:
-    """Drawings of the prompts, every background equally likely, -> (B, H, W, 3)."""
-    return tiny.drawn([prompt for prompt in STUDY_PROMPTS for _ in range(per_prompt)], seed)
+@dataclass(frozen=True)
+class Evaluation:
+    """What is generated in an evaluation."""
+
+    images: int  # at most, equally many of each prompt and at least two
+    reference_images: int
+    steps: int
+    prompts: tuple[str, ...]
+    tinyeval_prompts: int = PROMPTS_PER_TASK  # of each hard task
+
+    @property
+    def per_prompt(self) -> int:
+        return max(2, self.images // len(self.prompts))
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompt of each image."""
+        return [prompt for prompt in self.prompts for _ in range(self.per_prompt)]
+
+
+def study_evaluation(study: Study, prompts: tuple[str, ...]) -> Evaluation:
+    return Evaluation(study.images, study.reference_images, study.steps, prompts, study.tinyeval_prompts)
 
 
 @dataclass
 class Evaluator:
     """Evaluates policies and images; `base` and `drawn` are features of the reference images, (N, 128) each."""
 
-    study: Study
+    evaluation: Evaluation
     base: Tensor
     drawn: Tensor
-    before: dict[str, float] | None = None  # evaluation of the model without LoRA, cached
+    before: dict[bool, dict[str, Any]] = field(default_factory=dict)  # of the model without LoRA, by `tinyeval`
 
     def __post_init__(self) -> None:
         self.network = load_tiny_features()
         self.rewards = {name: load_reward(name) for name in STUDY_REWARDS}
-        self.texts = [prompt for prompt in STUDY_PROMPTS for _ in range(self.study.images_per_prompt)]
 
-    def evaluate_policy(self, policy: Policy) -> dict[str, float]:
-        """Mean and standard deviation of every reward, tiny FD, diversity, share of images with the correct object."""
-        return self.evaluate_images(ode_images(policy, self.study.images_per_prompt, EVALUATION_SEED, self.study.steps))
+    def evaluate_base(self, policy: Policy, tinyeval: bool = False) -> dict[str, Any]:
+        """Evaluation of the model without LoRA, computed once."""
+        if tinyeval not in self.before:
+            with policy.reference():
+                self.before[tinyeval] = self.evaluate_policy(policy, tinyeval)
+        return self.before[tinyeval]
 
-    def evaluate_images(self, images: Tensor) -> dict[str, float]:
-        """The same of given images, ordered by prompt, (B, H, W, 3)."""
-        row: dict[str, float] = {}
+    def evaluate_policy(self, policy: Policy, tinyeval: bool = False) -> dict[str, Any]:
+        """The measures of images of the training prompts; with `tinyeval`, right images of prompts never trained."""
+        e = self.evaluation
+        row = self.evaluate_images(ode_images(policy, e.per_prompt, EVALUATION_SEED, e.steps, e.prompts))
+        return {**row, "tinyeval_shares": self.tinyeval_shares(policy)} if tinyeval else row
+
+    def evaluate_images(self, images: Tensor) -> dict[str, Any]:
+        """Mean and standard deviation of every reward, tiny FD, diversity, share of right images, (B, H, W, 3)."""
+        row: dict[str, Any] = {}
         for name, reward in self.rewards.items():
-            scores = reward.score(images, self.texts)
+            scores = reward.score(images, self.evaluation.texts)
             row[name], row[f"{name}_std"] = float(scores.mean()), float(scores.std(correction=0))
         (embedded,) = extract(self.network, images)
         row["fd_base"], row["fd_drawn"] = frechet(embedded, self.base), frechet(embedded, self.drawn)
-        row["diversity"] = diversity(embedded, self.study.images_per_prompt)
-        right = tiny.attribute_shares(tiny.verdicts(self.network.encoder, images, self.texts))
-        return {**row, "object": right["object"], "count": right["count"]}
+        row["diversity"] = diversity(embedded, self.evaluation.per_prompt)
+        right = self.right(images, self.evaluation.texts)
+        return {**row, "right": sum(right) / len(right)}
+
+    def tinyeval_shares(self, policy: Policy) -> dict[str, float]:
+        """TinyEval's hard tasks and their mean, one image per prompt."""
+        prompts = suite_prompts(HARD)[:: PROMPTS_PER_TASK // self.evaluation.tinyeval_prompts]
+        images = ode_images(policy, 1, TINYEVAL_SEED, self.evaluation.steps, prompts)
+        return shares(self.right(images, prompts), prompts)
+
+    def right(self, images: Tensor, texts: Sequence[str]) -> list[bool]:
+        """Whether each image shows all that its prompt asks for, (B, H, W, 3) -> B."""
+        read = read_and_parse(self.network.encoder, encoder_input(eight_bit(images)), texts)
+        return [is_right(reading, scene) for reading, scene in read]
 
 
-def weights_checksum(name: str) -> str:
-    """Checksum of the weights that a model's reference features depend on: its own, the shared ones, emoji-align's."""
+def checksum(name: str, evaluation: Evaluation) -> str:
+    """Checksum of what a model's reference features depend on: weights, its own and shared ones, and prompts."""
     folders = [MODELS / part for part in (name, SHARED.name, "emoji-align")]
-    crc = 0
+    crc = zlib.crc32("\n".join(evaluation.prompts).encode())
     for file in (file for folder in folders for file in sorted(folder.rglob("*.safetensors"))):
         crc = zlib.crc32(file.read_bytes(), crc)
     return f"{crc:08x}"
 
 
-def make_evaluator(policy: Any, study: Study, cache: Path) -> Evaluator:
+def make_evaluator(policy: Any, evaluation: Evaluation, cache: Path) -> Evaluator:
     """The evaluator for a policy's model; features of the reference images are computed once for the weights in use."""
-    name = policy.config.model.name
-    file = cache / f"{name}-{weights_checksum(name)}-{study.steps}-{study.reference_images}.safetensors"
+    name, count = policy.config.model.name, evaluation.reference_images
+    file = cache / f"{name}-{checksum(name, evaluation)}-{evaluation.steps}-{count}.safetensors"
     if not file.is_file():
-        per_prompt = study.reference_images // len(STUDY_PROMPTS)
+        per_prompt = count // len(evaluation.prompts)
         with policy.reference():
-            base = ode_images(policy, per_prompt, REFERENCE_SEED, study.steps)
+            base = ode_images(policy, per_prompt, REFERENCE_SEED, evaluation.steps, evaluation.prompts)
+        drawings = drawn([prompt for prompt in evaluation.prompts for _ in range(per_prompt)], REFERENCE_SEED)
         network = load_tiny_features()
-        state = {
-            "base": extract(network, base)[0],
-            "drawn": extract(network, drawn_images(per_prompt, REFERENCE_SEED))[0],
-        }
+        state = {"base": extract(network, base)[0], "drawn": extract(network, drawings)[0]}
         cache.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         save_file(state, temporary)
         temporary.replace(file)
     state = load_file(file)
-    return Evaluator(study, state["base"], state["drawn"])
+    return Evaluator(evaluation, state["base"], state["drawn"])
+
+
+_evaluators: dict[tuple[str, Evaluation], Evaluator] = {}
+
+
+def shared_evaluator(policy: Any, evaluation: Evaluation, cache: Path) -> Evaluator:
+    """The same evaluator for all runs of a process with the same model and evaluation."""
+    key = (policy.config.model.name, evaluation)
+    if key not in _evaluators:
+        _evaluators[key] = make_evaluator(policy, evaluation, cache)
+    return _evaluators[key]

@@ -15,10 +15,13 @@ def commit(root: Path = REPOSITORY) -> str:
     if commit_file.is_file():
         return commit_file.read_text(encoding="utf-8").strip()[:12]
     git = root / ".git"
+    if git.is_file():  # a linked worktree
+        git = root / git.read_text(encoding="utf-8").removeprefix("gitdir: ").strip()
     head = (git / "HEAD").read_text(encoding="utf-8").strip() if (git / "HEAD").is_file() else ""
     if not head.startswith("ref: "):
         return head[:12] or "unknown"
-    loose, packed = git / head[5:], git / "packed-refs"
+    common = git / (git / "commondir").read_text(encoding="utf-8").strip() if (git / "commondir").is_file() else git
+    loose, packed = common / head[5:], common / "packed-refs"
     if loose.is_file():
         return loose.read_text(encoding="utf-8").strip()[:12]
     lines = packed.read_text(encoding="utf-8").splitlines() if packed.is_file() else []

@@ -1,11 +1,23 @@
-"""Published recipes on the embedded models: sampler and advantage of each, and the prompts and rewards of the study."""
+"""Published recipes on the embedded models: the sampler and advantage of each, prompts and rewards of the studies."""
 
 from dataclasses import dataclass
+
+from trainer.evaluation.demo import DEMO_PROMPTS
 
 from .methods import Tree
 
 STUDY_PROMPTS = ("a fox", "a panda", "a frog", "a rocket", "a house", "a butterfly", "a star", "a mushroom")
-STUDY_REWARDS = ("colorfulness", "alignment", "polish", "jpeg_compressibility")
+STUDY_REWARDS = ("colorfulness", "alignment", "polish", "jpeg_compressibility", "redness", "tinyeval")  # evaluated
+FOLLOWING = "tinyeval"  # the reward of following the prompt
+HACKED = ("colorfulness", "redness", "jpeg_compressibility")  # rewards that any flat or loud image satisfies
+
+
+def training_prompts(reward: str) -> tuple[str, ...]:
+    """Combinations of several things for the reward of following the prompt, single objects for the others.
+
+    Neither has a combination that TinyEval holds out.
+    """
+    return DEMO_PROMPTS if reward == FOLLOWING else STUDY_PROMPTS
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,8 @@ class Recipe:
         return "ddim" if self.rollout["method"] == "ddim" else "flow"
 
 
+DANCE_DDIM: Tree = {"method": "ddim", "noise_level": 1.0, "shared_noise": True}
+
 RECIPES = {
     "flow-grpo": Recipe(
         "Flow-GRPO",
@@ -42,18 +56,12 @@ RECIPES = {
         {"method": "dance_sde", "noise_level": 0.3, "shared_noise": True},
         {"kind": "group"},
     ),
-    "dance-ddim": Recipe(
+    "dance-ddim": Recipe("DanceGRPO", "ddim, eta 1, shared first noise", "emoji-eps", DANCE_DDIM, {"kind": "group"}),
+    "dance-ddim-50": Recipe(
         "DanceGRPO",
-        "ddim, eta 1, shared first noise",
+        "ddim, eta 1, 50 steps, shared first noise",
         "emoji-eps",
-        {"method": "ddim", "noise_level": 1.0, "shared_noise": True},
+        {**DANCE_DDIM, "steps": 50},
         {"kind": "group"},
-    ),
-    "ddpo": Recipe(
-        "DDPO",
-        "ddim, eta 1",
-        "emoji-eps",
-        {"method": "ddim", "noise_level": 1.0},
-        {"kind": "window", "window": 32, "min_count": 16},
     ),
 }

@@ -23,18 +23,6 @@ def first_reach(updates: Sequence[float], values: Sequence[float], goal: float) 
     return math.inf
 
 
-def at_reach(updates: Sequence[float], values: Sequence[float], goal: float, others: Sequence[float]) -> float:
-    """Value of another curve where the first one reaches `goal`; NaN if it never does."""
-    when = first_reach(updates, values, goal)
-    return float(np.interp(when, updates, others)) if math.isfinite(when) else math.nan
-
-
-def mean_height(updates: Sequence[float], values: Sequence[float]) -> float:
-    """Area under a curve over its length, by trapezoids: early gains count for longer than late ones."""
-    x, y = np.asarray(updates, float), np.asarray(values, float)
-    return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0]))
-
-
 @dataclass(frozen=True)
 class Interval:
     """An estimate with its 95 % interval."""

@@ -1,12 +1,34 @@
-"""The studies by size: which tasks, methods, settings and seeds each of them runs."""
+"""The studies by question: which tasks, methods, settings and seeds each of them runs."""
 
 from dataclasses import dataclass, field
 from itertools import product
+from typing import NamedTuple
 
-from .methods import CORE, STUDY_METHODS
-from .recipes import RECIPES, STUDY_REWARDS
+from .methods import CREDIT_METHODS, Tree
+from .recipes import HACKED
 
-Setting = tuple[float, float]  # learning rate, clip range
+
+@dataclass(frozen=True)
+class Setting:
+    """What is tuned of a method; everything else of it is fixed."""
+
+    learning_rate: float
+    kl_weight: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"lr{self.learning_rate:g}-kl{self.kl_weight:g}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.learning_rate:g}, {self.kl_weight:g}"
+
+
+class Rung(NamedTuple):
+    """A tuning seed, and how many of a method's settings are run on it: the best ones on the seeds before."""
+
+    seed: int
+    settings: int
 
 
 @dataclass(frozen=True)
@@ -16,107 +38,114 @@ class Study:
     tasks: tuple[tuple[str, str], ...]
     methods: tuple[str, ...]
     sweep: dict[str, tuple[Setting, ...]]  # by kind of model: the settings that every method is tuned over
-    tuning_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
     prompts_per_update: int
     group_size: int
-    steps: int
+    steps: int  # of a rollout, unless the recipe has its own, and of an evaluation
     updates: int
     evaluate_every: int  # updates between evaluations
-    images_per_prompt: int  # of an evaluation
+    images: int  # of the training prompts, in an evaluation
     reference_images: int  # that the Frechet distance is computed against
-    skips: tuple[tuple[str, str], ...] = ()  # pairs of recipe and method that are left out
-    common: dict[str, Setting] = field(default_factory=dict)  # by recipe: one setting of the sweep for all methods
-    tuned_as: dict[str, str] = field(default_factory=dict)  # recipes that reuse the settings chosen for another one
-    fresh_seeds: tuple[int, ...] = ()  # for PCPO and its baseline at the common setting once more
+    tinyeval_prompts: int = 20  # of each of TinyEval's hard tasks, in an evaluation of a reported run
+    later: tuple[str, ...] = ()  # methods that are run once the others are finished in every task
+    tuning: tuple[Rung, ...] = ()  # empty: the first setting of the sweep
+    baseline: str = "ppo"  # that the others are compared with
+    guard: Tree = field(default_factory=dict)  # the configuration's section
+    held_out: tuple[str, ...] = ()  # rewards that the guard watches
 
     @property
-    def images_per_update(self) -> int:
-        return self.prompts_per_update * self.group_size
+    def tuning_seeds(self) -> tuple[int, ...]:
+        return tuple(rung.seed for rung in self.tuning)
 
+    @property
+    def waves(self) -> tuple[tuple[str, ...], ...]:
+        """The methods in the order in which they are run."""
+        return tuple(methods for methods in (self.methods, self.later) if methods)
+
+    @property
+    def every_method(self) -> tuple[str, ...]:
+        return (*self.methods, *self.later)
+
+
+def settings(learning_rates: tuple[float, ...], kl_weights: tuple[float, ...] = (0.0,)) -> tuple[Setting, ...]:
+    return tuple(Setting(*pair) for pair in product(learning_rates, kl_weights))
+
+
+FLOW_RATES, DDIM_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (2e-4, 6e-4, 2e-3, 6e-3)
+KL_WEIGHTS = (0.0, 0.03, 0.3)
 
 STUDIES = {
     "quick": Study(
         tasks=(("flow-grpo", "colorfulness"), ("dance-ddim", "colorfulness")),
-        methods=("ppo", "log-hinge", "pcpo"),
-        sweep={"flow": ((6e-3, 1e-3),), "ddim": ((3e-3, 1e-3),)},
-        tuning_seeds=(),
+        methods=("ppo", "pcpo", "pcpo-branch-1"),
+        sweep={"flow": (Setting(6e-3),), "ddim": (Setting(3e-3),)},
         seeds=(0, 1),
         prompts_per_update=2,
         group_size=8,
         steps=8,
         updates=8,
         evaluate_every=4,
-        images_per_prompt=4,
+        images=32,
         reference_images=64,
     ),
-    "evaluations": Study(  # reward gained per model evaluation, at one setting for all methods
+    "frontier": Study(  # who gains most at the same price, and who follows prompts better
         tasks=(
             ("flow-grpo", "colorfulness"),
-            ("flow-grpo", "alignment"),
+            ("flow-grpo", "tinyeval"),
             ("dance-ddim", "colorfulness"),
-            ("dance-ddim", "alignment"),
+            ("dance-ddim", "tinyeval"),
         ),
-        methods=(
-            *("ppo", "pcpo", "pcpo-branch-1", "pcpo-branch-2", "pcpo-branch-3"),
-            *("nft", "nft-options", "awm", "awm-options"),
+        methods=("ppo", "pcpo", "pcpo-branch-1", "pcpo-branch-2", "nft"),
+        later=(
+            *("ppo-early", "pcpo-branch-3", "tempflow-grpo", "grpo-guard"),
+            *("nft-options", "awm", "awm-options"),
         ),
-        sweep={"flow": ((5e-3, 5e-3),), "ddim": ((2e-3, 5e-3),)},
-        tuning_seeds=(),
-        seeds=(20, 21, 22),
-        prompts_per_update=2,
-        group_size=8,
-        steps=8,
-        updates=20,
-        evaluate_every=5,
-        images_per_prompt=8,
-        reference_images=256,
-    ),
-    "medium": Study(
-        tasks=(
-            ("flow-grpo", "colorfulness"),
-            ("flow-grpo", "alignment"),
-            ("flow-grpo", "polish"),
-            ("dance-ddim", "colorfulness"),
-            ("dance-sde", "jpeg_compressibility"),
-            ("ddpo", "colorfulness"),
-        ),
-        methods=CORE,
-        sweep={
-            "flow": ((5e-3, 1e-3), (5e-3, 5e-3), (1.2e-2, 5e-3)),
-            "ddim": ((2e-3, 5e-3), (5e-3, 5e-3), (2e-3, 1e-3)),
-        },
-        tuning_seeds=(100,),
+        sweep={"flow": settings(FLOW_RATES, KL_WEIGHTS), "ddim": settings(DDIM_RATES, KL_WEIGHTS)},
+        tuning=(Rung(100, 12), Rung(101, 2), Rung(102, 2)),
         seeds=(0, 1, 2, 3, 4),
         prompts_per_update=2,
         group_size=8,
         steps=8,
-        updates=20,
+        updates=16,
         evaluate_every=4,
-        images_per_prompt=8,
+        images=64,
         reference_images=256,
-        skips=(("ddpo", "pcpo-paper"), ("ddpo", "pcpo-uniform")),
-        common={"flow-grpo": (5e-3, 5e-3)},
-        tuned_as={"ddpo": "dance-ddim"},
-        fresh_seeds=(5, 6, 7, 8, 9),
     ),
-    "full": Study(
-        tasks=tuple((recipe, reward) for reward in STUDY_REWARDS for recipe in RECIPES),
-        methods=tuple(STUDY_METHODS),
-        sweep={
-            "flow": tuple(product((2e-3, 5e-3, 1.2e-2), (1e-3, 5e-3, 2e-2))),
-            "ddim": tuple(product((1e-3, 2e-3, 5e-3), (1e-3, 5e-3, 2e-2))),
-        },
-        common={"flow-grpo": (5e-3, 5e-3), "dance-sde": (5e-3, 5e-3), "dance-ddim": (2e-3, 5e-3), "ddpo": (2e-3, 5e-3)},
-        fresh_seeds=(8, 9, 10, 11, 12, 13, 14, 15),
-        tuning_seeds=(100, 101, 102),
-        seeds=(0, 1, 2, 3, 4, 5, 6, 7),
-        prompts_per_update=4,
+    "proportionality": Study(  # whether credit in proportion to time is what helps
+        tasks=(
+            ("flow-grpo", "colorfulness"),
+            ("dance-sde", "colorfulness"),
+            ("dance-ddim", "colorfulness"),
+            ("dance-ddim-50", "colorfulness"),
+        ),
+        methods=tuple(f"{name}-branch-1" for name in CREDIT_METHODS),
+        later=tuple(CREDIT_METHODS),
+        sweep={"flow": settings(FLOW_RATES), "ddim": settings(DDIM_RATES)},
+        tuning=(Rung(100, 4), Rung(101, 2), Rung(102, 2)),
+        baseline="native",
+        seeds=(0, 1, 2, 3, 4),
+        prompts_per_update=2,
         group_size=8,
         steps=10,
+        updates=16,
+        evaluate_every=4,
+        images=64,
+        reference_images=256,
+    ),
+    "guard": Study(  # whether the guard keeps what it promises, on rewards that images are easily sacrificed for
+        tasks=tuple(("flow-grpo", reward) for reward in HACKED),
+        methods=("pcpo-branch-1", "nft"),
+        sweep={"flow": (Setting(1e-3),)},
+        baseline="pcpo-branch-1",
+        seeds=(0, 1, 2, 3, 4),
+        prompts_per_update=2,
+        group_size=8,
+        steps=8,
         updates=60,
         evaluate_every=5,
-        images_per_prompt=16,
-        reference_images=512,
+        images=64,
+        reference_images=256,
+        guard={"every": 5, "action": "warn"},  # what it would have stopped is recorded; the run goes on without it
+        held_out=("tinyeval", "polish"),
     ),
 }

@@ -10,8 +10,8 @@ from trainer.config.loading import build
 from trainer.config.schema import ConfigError
 
 from .cell_config import cell_config, require_same
-from .grid import Cell, StudyTask, method_settings, task_methods, tuning_task
-from .kept_gain import kept_share, mean_kept_gain
+from .grid import Cell, StudyTask, task_sweep
+from .outcome import gain_within_limits
 from .studies import Setting, Study
 
 
@@ -37,37 +37,41 @@ def finished(cells: Sequence[Cell], study: Study, out: Path) -> Iterator[tuple[C
 
 
 @dataclass(frozen=True)
-class TuningResult:
-    """Means of one setting over the finished tuning seeds."""
+class Tuning:
+    """How far the tuning of a method is in a task."""
 
-    seeds: int
-    gain: float  # mean kept gain
-    kept: float  # share of the base model's correct objects at the end
-
-
-def tuning_results(study: Study, task: StudyTask, method: str, out: Path) -> dict[Setting, TuningResult]:
-    """A method's settings with at least one finished tuning seed."""
-    task, by_setting = tuning_task(study, task), {}
-    for setting in method_settings(study, task, method):
-        cells = [Cell(task, method, *setting, seed) for seed in study.tuning_seeds]
-        results = [result for _, result in finished(cells, study, out)]
-        if results:
-            gains = [mean_kept_gain(result) for result in results]
-            kept = [kept_share(result["rows"][-1], result["rows"][0]) for result in results]
-            by_setting[setting] = TuningResult(len(results), sum(gains) / len(gains), sum(kept) / len(kept))
-    return by_setting
+    gains: dict[Setting, list[float]]  # of the finished seeds
+    due: list[Cell]  # the runs that come next
+    remaining: int  # runs, those included
+    chosen: Setting | None  # None while runs remain
 
 
-def choose(study: Study, task: StudyTask, out: Path) -> dict[str, Setting] | None:
-    """Each method's setting with the highest mean kept gain on the tuning seeds; None while cells are missing."""
-    chosen = {}
-    for method in task_methods(study, task):
-        options = method_settings(study, task, method)
-        results = tuning_results(study, task, method, out)
-        if not study.tuning_seeds:
-            chosen[method] = options[0]
-            continue
-        if len(results) < len(options) or any(one.seeds < len(study.tuning_seeds) for one in results.values()):
-            return None
-        chosen[method] = max(options, key=lambda setting: results[setting].gain)
-    return chosen
+def planned_runs(study: Study, task: StudyTask) -> int:
+    """Tuning runs of each method of a task."""
+    return sum(min(rung.settings, len(task_sweep(study, task))) for rung in study.tuning)
+
+
+def tune(study: Study, task: StudyTask, method: str, out: Path) -> Tuning:
+    """Successive halving (Jamieson and Talwalkar, AISTATS 2016) over the tuning seeds, by gain within limits.
+
+    Each further seed is run with the best settings so far only. Chosen is the best mean over all tuning seeds.
+    """
+    options = list(task_sweep(study, task))
+    gains: dict[Setting, list[float]] = {setting: [] for setting in options}
+
+    def mean(setting: Setting) -> float:
+        return sum(gains[setting]) / max(1, len(gains[setting]))
+
+    for number, rung in enumerate(study.tuning):
+        options = sorted(options, key=mean, reverse=True)[: rung.settings]
+        due = []
+        for cell in [Cell(task, method, setting, rung.seed) for setting in options]:
+            result = read_result(cell, study, out)
+            if result is None:
+                due.append(cell)
+            else:
+                gains[cell.setting].append(gain_within_limits(result["rows"], task.reward))
+        if due:
+            later = sum(min(rung.settings, len(gains)) for rung in study.tuning[number + 1 :])
+            return Tuning(gains, due, len(due) + later, None)
+    return Tuning(gains, [], 0, max(options, key=mean))

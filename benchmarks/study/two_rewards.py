@@ -1,8 +1,7 @@
 """Two rewards at inference: implicit reward guidance (IRG), summed LoRA weights, and training on both rewards."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,22 +14,23 @@ from trainer.runs.folder import RunFolder
 
 from .cell_config import cell_config, require_same
 from .cells import Say, run_evaluated
-from .evaluator import EVALUATION_SEED, make_evaluator
+from .evaluator import EVALUATION_SEED, make_evaluator, study_evaluation
 from .files import commit, read_json, write_json
 from .grid import Cell, StudyTask
 from .methods import OURS
-from .recipes import RECIPES, STUDY_PROMPTS
+from .outcome import Row
+from .recipes import STUDY_PROMPTS
 from .studies import Setting, Study
 from .work import if_free, share
 
 Weights = tuple[float, float]
-Row = dict[str, Any]
 
 FIRST, SECOND = "colorfulness", "polish"
 RECIPE = "flow-grpo"
 MIXES: tuple[Weights, ...] = ((1.0, 0.0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.0, 1.0))
 DOUBLE = tuple((2 * first, 2 * second) for first, second in MIXES)  # at inference only; training ignores the scale
 SEEDS = 3  # of the study's reported seeds
+SETTING = Setting(3e-3)  # the trainer's default for the embedded models, the same for all mixes
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def write_front(file: Path, study: Study, out: Path, say: Say) -> None:
         rows.append({"way": "both", "weights": mix.weights, "seed": mix.seed, **trained[-1]})
     for seed in study.seeds[:SEEDS]:
         rows += [{"seed": seed, **row} for row in read_json(front_file(seed, out), [])]
-    about = {"rewards": [FIRST, SECOND], "setting": mix_setting(study), "commit": commit()}
+    about = {"rewards": [FIRST, SECOND], "setting": asdict(SETTING), "commit": commit()}
     write_json(file, {"before": before, "rows": rows, **about})
     say(f"guidance: {len(rows)} points of the front written to {file}")
 
@@ -123,13 +123,8 @@ def train_if_free(mix: Mix, study: Study, out: Path, say: Say) -> bool:
     return if_free(folder.path, job)
 
 
-def mix_setting(study: Study) -> Setting:
-    """One setting for all mixes: the common one of all methods, else the first of the sweep."""
-    return study.common.get(RECIPE) or study.sweep[RECIPES[RECIPE].kind][0]
-
-
 def mix_config(mix: Mix, study: Study, out: Path) -> Config:
-    cell = Cell(StudyTask(RECIPE, FIRST), OURS, *mix_setting(study), mix.seed)
+    cell = Cell(StudyTask(RECIPE, FIRST), OURS, SETTING, mix.seed)
     config = cell_config(cell, study, out)
     weights = {name: weight for name, weight in zip((FIRST, SECOND), mix.weights, strict=True) if weight}
     name = f"mix-{mix.weights[0]:g}-{mix.weights[1]:g}-seed{mix.seed}"
@@ -156,8 +151,9 @@ def compose(config: Config, files: list[Path], study: Study, out: Path) -> list[
     """Evaluate both LoRAs composed at every mix and at double weights, by guidance and by summed weights."""
     policy = sampling_policy(config, [])
     loras = [read_pairs(file, policy.module_names()) for file in files]
-    evaluator = make_evaluator(policy, study, out / "reference")
-    draw = Draw(EVALUATION_SEED, study.steps, each=study.images_per_prompt)
+    evaluation = study_evaluation(study, STUDY_PROMPTS)
+    evaluator = make_evaluator(policy, evaluation, out / "reference")
+    draw = Draw(EVALUATION_SEED, study.steps, each=evaluation.per_prompt)
     rows = []
     for weights in (*MIXES, *DOUBLE):
         guides = [Guide(pairs, ImplicitReward(w)) for pairs, w in zip(loras, weights, strict=True)]

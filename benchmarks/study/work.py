@@ -10,32 +10,35 @@ from trainer.config.schema import ConfigError
 from trainer.runs.folder import RunFolder
 
 from .cells import Say, run_cell
-from .grid import Cell, common_settings, fresh_cells, reported_cells, study_tasks, task_methods, tuning_cells
+from .grid import Cell, StudyTask, reported_cells, study_tasks, task_methods
 from .studies import Study
-from .tuning import choose, read_result
+from .tuning import planned_runs, read_result, tune
 
 WAIT = 5.0  # seconds between two checks of cells that other processes hold
 Item = TypeVar("Item")
 
 
 def work(study: Study, out: Path, say: Say) -> None:
-    """Run every unfinished cell: per task the tuning seeds, then the reported ones; then the common setting."""
-    for task in study_tasks(study):
-        run_cells(tuning_cells(study, task), study, out, say)
-        chosen = choose(study, task, out)
-        assert chosen is not None
-        run_cells(reported_cells(study, task, chosen), study, out, say)
-    for task in study_tasks(study):
-        run_cells(reported_cells(study, task, common_settings(study, task)), study, out, say)
-        run_cells(fresh_cells(study, task), study, out, say)
+    """Run every unfinished cell: wave after wave of methods, and in each task after task."""
+    for wave in study.waves:
+        for task in study_tasks(study):
+            names = [name for name in task_methods(study, task) if name in wave]
+            share(
+                lambda task=task, names=names: due_cells(study, task, names, out),
+                lambda cell: run_if_free(cell, study, out, say),
+            )
 
 
-def run_cells(cells: list[Cell], study: Study, out: Path, say: Say) -> None:
-    """Run unlocked cells until all are finished, by this process or by others."""
-    share(
-        lambda: [cell for cell in cells if read_result(cell, study, out) is None],
-        lambda cell: run_if_free(cell, study, out, say),
-    )
+def due_cells(study: Study, task: StudyTask, methods: Sequence[str], out: Path) -> list[Cell]:
+    """The runs of a task that can be started: of methods that are still tuned, then reported ones, by seed."""
+    tuned, reported = [], []
+    for method in methods:
+        tuning = tune(study, task, method, out)
+        tuned += tuning.due
+        if tuning.chosen is not None:
+            cells = reported_cells(study, task, method, tuning.chosen)
+            reported += [cell for cell in cells if read_result(cell, study, out) is None]
+    return tuned + sorted(reported, key=lambda cell: study.seeds.index(cell.seed))
 
 
 def share(missing: Callable[[], Sequence[Item]], attempt: Callable[[Item], bool]) -> None:
@@ -68,11 +71,16 @@ def run_if_free(cell: Cell, study: Study, out: Path, say: Say) -> bool:
 
 
 def progress(study: Study, out: Path) -> tuple[int, int]:
-    """(finished cells, all cells); reported cells without a chosen setting are counted as unfinished."""
-    cells, unknown = set(), 0
+    """(finished cells, all cells)."""
+    total = remaining = 0
     for task in study_tasks(study):
-        chosen = choose(study, task, out)
-        cells.update(tuning_cells(study, task), reported_cells(study, task, chosen or {}))
-        cells.update(reported_cells(study, task, common_settings(study, task)), fresh_cells(study, task))
-        unknown += 0 if chosen else len(study.seeds) * len(task_methods(study, task))
-    return sum(read_result(cell, study, out) is not None for cell in cells), len(cells) + unknown
+        for method in task_methods(study, task):
+            tuning = tune(study, task, method, out)
+            total += planned_runs(study, task) + len(study.seeds)
+            remaining += tuning.remaining
+            if tuning.chosen is None:
+                remaining += len(study.seeds)
+            else:
+                cells = reported_cells(study, task, method, tuning.chosen)
+                remaining += sum(read_result(cell, study, out) is None for cell in cells)
+    return total - remaining, total

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from benchmark_grids import TASK, small
+from benchmark_grids import SETTING, TASK, small
 
 from benchmarks.speed.reference_loop import bare_rollout, bare_update
 from benchmarks.study import two_rewards
 from benchmarks.study.cell_config import cell_config
-from benchmarks.study.evaluator import EVALUATION_SEED, make_evaluator, ode_images
+from benchmarks.study.evaluator import EVALUATION_SEED, Evaluation, make_evaluator, ode_images
 from benchmarks.study.grid import Cell
 from benchmarks.study.recipes import STUDY_PROMPTS
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.tiny.align import load_image_encoder
+from comfyui_pcpo.tiny.tinyeval import HARD, suite_prompts
 from tools.tiny.measure import attribute_shares, drawn, verdicts
 from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
 from trainer.policy.loading import make_policy
@@ -29,20 +30,37 @@ def test_the_evaluation_recognises_drawings():
 
 
 def test_the_evaluation_finds_the_base_model_near_itself_and_far_from_noise(tmp_path):
-    study = small(images_per_prompt=4, reference_images=64, steps=6)
-    policy = make_policy(cell_config(Cell(TASK, "ppo", 1e-3, 1e-3, 0), study, tmp_path))
-    evaluator = make_evaluator(policy, study, tmp_path)
+    evaluation = Evaluation(images=32, reference_images=64, steps=6, prompts=STUDY_PROMPTS)
+    policy = make_policy(cell_config(Cell(TASK, "ppo", SETTING, 0), small(), tmp_path))
+    evaluator = make_evaluator(policy, evaluation, tmp_path)
     own = evaluator.evaluate_policy(policy)
     generator = torch.Generator().manual_seed(0)
-    noise = evaluator.evaluate_images(torch.rand(len(STUDY_PROMPTS) * 4, 128, 128, 3, generator=generator))
+    noise = evaluator.evaluate_images(torch.rand(len(evaluation.texts), 128, 128, 3, generator=generator))
     assert own["fd_base"] < 0.2 * noise["fd_base"]
-    assert own["object"] > 0.5 > noise["object"]
-    assert own == make_evaluator(policy, study, tmp_path).evaluate_policy(policy)
+    assert own["right"] > 0.5 > noise["right"]
+    assert own == make_evaluator(policy, evaluation, tmp_path).evaluate_policy(policy)
+
+
+def test_tinyeval_reads_one_image_of_each_hard_prompt(tmp_path):
+    """Drawings of the prompts are all right, and all wrong for the other prompts."""
+    policy = make_policy(cell_config(Cell(TASK, "ppo", SETTING, 0), small(), tmp_path))
+    evaluator = make_evaluator(policy, Evaluation(16, 16, 2, STUDY_PROMPTS, tinyeval_prompts=2), tmp_path)
+    found = evaluator.tinyeval_shares(policy)
+    assert set(found) == {*HARD, "hard tasks"}
+    assert found["hard tasks"] == pytest.approx(sum(found[task] for task in HARD) / len(HARD))
+    prompts = suite_prompts(HARD)[::10]
+    assert all(evaluator.right(drawn(prompts, seed=0), prompts))
+    assert not any(evaluator.right(drawn(prompts, seed=0), (*prompts[1:], prompts[0])))
+
+
+def test_many_prompts_get_two_images_each_so_that_their_diversity_is_defined():
+    evaluation = Evaluation(images=16, reference_images=64, steps=2, prompts=tuple("abcdefghij"))
+    assert evaluation.texts == [prompt for prompt in "abcdefghij" for _ in range(2)]
 
 
 def test_guidance_by_one_lora_and_a_sum_of_one_lora_agree(tmp_path):
     """The two ways of composing meet at the ends of the front, and differ between them."""
-    config = cell_config(Cell(TASK, "pcpo", 1e-3, 1e-3, 0), small(), tmp_path)
+    config = cell_config(Cell(TASK, "pcpo", SETTING, 0), small(), tmp_path)
     generator = torch.Generator().manual_seed(0)
     policy = sampling_policy(config, [])
     pairs = [
@@ -62,14 +80,14 @@ def test_guidance_by_one_lora_and_a_sum_of_one_lora_agree(tmp_path):
 
 
 def test_evaluation_and_sampling_generate_the_same_images(tmp_path):
-    config = cell_config(Cell(TASK, "ppo", 1e-3, 1e-3, 0), small(), tmp_path)
+    config = cell_config(Cell(TASK, "ppo", SETTING, 0), small(), tmp_path)
     policy = make_policy(config)
     sampled = sample(policy, STUDY_PROMPTS, [], Draw(EVALUATION_SEED, 3, each=2))
-    torch.testing.assert_close(sampled, ode_images(policy, 2, EVALUATION_SEED, 3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(sampled, ode_images(policy, 2, EVALUATION_SEED, 3, STUDY_PROMPTS), atol=1e-4, rtol=0)
 
 
 def test_the_reference_loop_makes_exactly_the_requested_model_calls(tmp_path):
-    policy = make_policy(cell_config(Cell(TASK, "ppo", 1e-3, 1e-3, 0), small(), tmp_path))
+    policy = make_policy(cell_config(Cell(TASK, "ppo", SETTING, 0), small(), tmp_path))
     calls = []
     policy.denoiser.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     condition, chunks = policy.encode(list(STUDY_PROMPTS)), list(torch.arange(4).split(2))

@@ -1,23 +1,24 @@
-"""The grid of a study: valid cells, settings chosen on tuning seeds, gains that count only with their objects."""
+"""The grid of a study: valid cells, one sweep for all methods, settings chosen on tuning seeds."""
 
 import dataclasses
 import functools
-import math
 
 import pytest
-from benchmark_grids import FOUR, TASK, small, write
+from benchmark_grids import NINE, ONE_SEED, TASK, small, write
 
-from benchmarks.report import tables
 from benchmarks.report.collect import collect
+from benchmarks.report.tuning_page import edge_note, edges, tuning_table
 from benchmarks.study.cell_config import cell_config
-from benchmarks.study.grid import Cell, StudyTask, method_settings, reported_cells, task_methods, tuning_cells
-from benchmarks.study.kept_gain import kept_gains
-from benchmarks.study.methods import STUDY_METHODS
-from benchmarks.study.recipes import RECIPES, STUDY_REWARDS
-from benchmarks.study.studies import STUDIES
-from benchmarks.study.tuning import choose
-from benchmarks.study.work import progress
+from benchmarks.study.grid import Cell, StudyTask, evaluation_updates, study_tasks, task_methods, task_sweep
+from benchmarks.study.methods import CLIP_RANGE, CREDIT_METHODS, STUDY_METHODS
+from benchmarks.study.recipes import FOLLOWING, RECIPES, STUDY_REWARDS, training_prompts
+from benchmarks.study.studies import STUDIES, Rung, Setting
+from benchmarks.study.tuning import tune
+from benchmarks.study.work import due_cells, progress
+from comfyui_pcpo.tiny.captions import is_held_out
+from comfyui_pcpo.tiny.tinyeval import HARD, known_scene, suite_prompts, task_of
 from trainer.config.loading import build
+from trainer.config.presets import PRESETS
 from trainer.loop.objectives import make_objective
 from trainer.loop.plan import make_plan
 from trainer.policy.loading import make_policy
@@ -28,24 +29,30 @@ def policy_of(model: str):
     return make_policy(build({"model": {"name": model, "device": "cpu"}}, "test"))
 
 
+def cell(method: str, task: StudyTask = TASK) -> Cell:
+    return Cell(task, method, Setting(2e-3, 0.4), 0)
+
+
+def trained_steps(study, task, method, tmp_path):
+    config = cell_config(cell(method, task), study, tmp_path)
+    return make_plan(policy_of(config.model.name), config, make_objective(config), ["a fox"], 1).steps.trainable
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_cell_of_a_study_is_a_valid_run_whose_sampler_fits_its_model(name, tmp_path):
     study = STUDIES[name]
-    for recipe in {recipe for recipe, _ in study.tasks}:
-        for method in task_methods(study, StudyTask(recipe, STUDY_REWARDS[0])):
-            config = cell_config(Cell(StudyTask(recipe, STUDY_REWARDS[0]), method, 1e-3, 1e-3, 0), study, tmp_path)
-            policy = policy_of(config.model.name)
-            trained = make_plan(policy, config, make_objective(config), ["a fox"], 1).trained
-            assert trained
-            assert config.reward.weights == {STUDY_REWARDS[0]: 1.0}
+    for task in study_tasks(study):
+        for method in task_methods(study, task):
+            assert trained_steps(study, task, method, tmp_path)
+            assert cell_config(cell(method, task), study, tmp_path).reward.weights == {task.reward: 1.0}
 
 
 def test_methods_differ_only_in_their_objective_and_rollout(tmp_path):
     study = small(methods=tuple(STUDY_METHODS))
-    base = cell_config(Cell(TASK, "ppo", 1e-3, 1e-3, 0), study, tmp_path)
+    base = cell_config(cell("ppo"), study, tmp_path)
     for name in task_methods(study, TASK):
-        config = cell_config(Cell(TASK, name, 1e-3, 1e-3, 0), study, tmp_path)
-        for section in ("model", "prompts", "reward", "advantage", "lora"):
+        config = cell_config(cell(name), study, tmp_path)
+        for section in ("model", "prompts", "reward", "advantage", "lora", "guard"):
             assert getattr(config, section) == getattr(base, section)
         for section in ("rollout", "optimizer"):
             same = getattr(base, section)
@@ -56,14 +63,44 @@ def test_methods_differ_only_in_their_objective_and_rollout(tmp_path):
 def test_published_methods_run_as_published(tmp_path):
     study = small(methods=tuple(STUDY_METHODS))
     objectives = {
-        name: cell_config(Cell(TASK, name, 1e-3, 1e-3, 0), study, tmp_path).objective
-        for name in ("pcpo", "tempflow-grpo", "grpo-guard")
+        name: cell_config(cell(name), study, tmp_path).objective for name in ("pcpo", "tempflow-grpo", "grpo-guard")
     }
     assert (objectives["pcpo"].credit, objectives["pcpo"].form) == ("proportionate", "exact")
     tempflow = objectives["tempflow-grpo"]
     assert (tempflow.credit, tempflow.loss_weight) == ("native", "tempflow")  # outside the clip
     guard = objectives["grpo-guard"]
     assert (guard.credit, guard.form, guard.rescale_credit) == ("guard_dt", "linear", False)
+
+
+def test_a_setting_is_the_learning_rate_and_the_kl_weight_and_the_clip_range_is_the_trainers(tmp_path):
+    config = cell_config(cell("pcpo"), small(), tmp_path)
+    assert (config.optimizer.learning_rate, config.objective.kl_weight) == (2e-3, 0.4)
+    assert config.objective.clip_range == CLIP_RANGE == PRESETS["embedded"].clip_range
+
+
+@pytest.mark.parametrize("task", study_tasks(STUDIES["proportionality"]), ids=lambda task: task.recipe)
+def test_credits_differ_in_what_their_names_say(task, tmp_path):
+    """Of T steps the last is never trained; 40 % are the first 4 of 10 and 20 of 50."""
+    study = STUDIES["proportionality"]
+    steps = RECIPES[task.recipe].rollout.get("steps", study.steps)
+    for branch in ("", "-branch-1"):
+        by_credit = {
+            name: trained_steps(study, task, name + branch, tmp_path)
+            for name in CREDIT_METHODS
+            if name in task_methods(study, task)
+        }
+        assert by_credit["native"] == by_credit["proportionate"] == list(range(steps - 1))
+        assert by_credit["early"] == list(range(steps - 2))
+        assert by_credit["first-steps"] == list(range(2 * steps // 5))
+    assert ("uniform" in task_methods(study, task)) == (RECIPES[task.recipe].kind == "flow")
+
+
+def test_proportionate_credit_is_the_uniform_one_on_ddim_and_not_on_flow(tmp_path):
+    for task in (StudyTask("dance-ddim", "colorfulness"), TASK):
+        config = cell_config(cell("proportionate", task), STUDIES["proportionality"], tmp_path)
+        weights = make_plan(policy_of(config.model.name), config, make_objective(config), ["a fox"], 1).steps.weights
+        same = bool((weights[:-1] - weights[0]).abs().max() < 1e-9)
+        assert same == (task != TASK)
 
 
 def test_methods_without_noise_never_share_the_first_latent_of_a_group():
@@ -74,89 +111,93 @@ def test_methods_without_noise_never_share_the_first_latent_of_a_group():
             assert not (rollout["noise_level"] == 0 and rollout.get("shared_noise"))
 
 
-@pytest.mark.parametrize("task", [StudyTask("flow-grpo", "polish"), StudyTask("ddpo", "colorfulness")])
-def test_every_method_is_tuned_over_the_same_settings(task):
-    study = STUDIES["medium"]
-    sweep = study.sweep[RECIPES[task.recipe].kind]
-    for name in task_methods(study, task):
-        options = method_settings(study, task, name)
-        if STUDY_METHODS[name].clips:
-            assert options == list(sweep)
-        else:
-            assert [rate for rate, _ in options] == list(dict.fromkeys(rate for rate, _ in sweep))
-            assert set(options) <= set(sweep)
+def test_no_training_prompt_is_one_of_tinyeval_or_has_a_combination_that_it_holds_out():
+    for reward in STUDY_REWARDS:
+        prompts = training_prompts(reward)
+        assert not set(prompts) & set(suite_prompts())
+        assert not any(is_held_out(known_scene(prompt)) for prompt in prompts)
+    assert {task_of(known_scene(prompt)) for prompt in training_prompts(FOLLOWING)} == set(HARD)
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_settings_are_never_chosen_on_reported_seeds(name):
-    assert not set(STUDIES[name].tuning_seeds) & set(STUDIES[name].seeds)
+def test_settings_are_never_chosen_on_reported_seeds_and_the_first_rung_has_the_whole_sweep(name):
+    study = STUDIES[name]
+    assert not set(study.tuning_seeds) & set(study.seeds)
+    for sweep in study.sweep.values():
+        assert len(set(sweep)) == len(sweep) == (study.tuning[0].settings if study.tuning else 1)
 
 
-def test_the_setting_with_the_highest_mean_kept_gain_over_the_tuning_seeds_is_chosen(tmp_path):
-    study = small(sweep=FOUR, tuning_seeds=(100, 101))
-    assert choose(study, TASK, tmp_path) is None
-    best = {"ppo": (1e-2, 1e-4), "pcpo": (1e-3, 1e-3)}
-    for cell in tuning_cells(study, TASK):
-        right = (cell.learning_rate, cell.clip_range) == best[cell.method]
-        # one lucky seed of another setting must not win
-        lucky = cell.seed == 100 and cell.learning_rate == 1e-2 and cell.clip_range == 1e-3
-        write(cell, study, tmp_path, 1.0 if right else 1.5 if lucky else 0.1)
-    assert choose(study, TASK, tmp_path) == best
+def test_a_guarded_run_is_evaluated_wherever_the_guard_measures():
+    study = STUDIES["guard"]
+    measured = [u for u in range(1, study.updates + 1) if u % study.guard["every"] == 0 or u == study.updates]
+    assert set(measured) <= set(evaluation_updates(study))
 
 
-def test_gains_without_the_objects_do_not_count(tmp_path):
-    study = small(seeds=(0, 1))
-    for cell in reported_cells(study, TASK, choose(study, TASK, tmp_path) or {}):
-        write(cell, study, tmp_path, 2.0, kept=0.89 if cell.method == "pcpo" else 0.91)
-    runs = collect(study, tmp_path)[0].runs
-    lost, kept = runs["pcpo"][0], runs["ppo"][0]
-    assert (kept.kept, lost.kept) == ([0, 1, 2], [0, 1, 1])
-    assert (kept.mean_kept_gain, lost.mean_kept_gain) == pytest.approx((1.0, 0.75))
-    assert (kept.reach(1.5), lost.reach(1.5)) == (7.5, math.inf)
-    assert (kept.gain_in("polish"), lost.gain_in("polish")) == pytest.approx((0, 1))
-    assert (kept.share, lost.share) == pytest.approx((0.91, 0.89))
+def test_each_further_tuning_seed_is_run_with_the_best_settings_so_far(tmp_path):
+    study = small(sweep=NINE, tuning=(Rung(100, 9), Rung(101, 2)))
+    sweep = task_sweep(study, TASK)
+    lucky, right = sweep[3], sweep[4]
+    first = tune(study, TASK, "ppo", tmp_path)
+    assert [(one.setting, one.seed) for one in first.due] == [(setting, 100) for setting in sweep]
+    assert (first.remaining, first.chosen) == (11, None)
+    for one in first.due:
+        write(one, study, tmp_path, {lucky: 1.5, right: 1.0}.get(one.setting, 0.1))
+    second = tune(study, TASK, "ppo", tmp_path)
+    assert [(one.setting, one.seed) for one in second.due] == [(lucky, 101), (right, 101)]
+    for one in second.due:
+        write(one, study, tmp_path, 1.0 if one.setting == right else 0.2)
+    last = tune(study, TASK, "ppo", tmp_path)
+    assert (last.due, last.remaining, last.chosen) == ([], 0, right)
 
 
-def test_gains_count_again_once_the_objects_are_back():
-    result = {"gains": [0.0, 0.5, 1.0, 1.5], "rows": [{"object": share} for share in (0.8, 0.8, 0.7, 0.73)]}
-    assert kept_gains(result) == [0.0, 0.5, 0.5, 1.5]
+def test_a_setting_is_not_chosen_for_gains_that_lose_the_diversity(tmp_path):
+    study = small(sweep=NINE, tuning=ONE_SEED)
+    for one in tune(study, TASK, "pcpo", tmp_path).due:
+        fast = one.setting.learning_rate == 1e-1
+        write(one, study, tmp_path, 2.0 if fast else 1.0 + one.setting.kl_weight / 10, diversity=0.5 if fast else 1.0)
+    assert tune(study, TASK, "pcpo", tmp_path).chosen == Setting(1e-3, 1.0)
+    table = tuning_table(study, collect("quick", study, tmp_path).tasks[0])
+    assert "| PCPO | 1.00 | 1.01 | **1.10** | 1.00 | 1.01 | 1.10 | 0.40 | 0.40 | 0.40 |" in table
 
 
-def test_a_setting_is_not_chosen_for_gains_that_lose_the_objects(tmp_path):
-    study = small(sweep=FOUR, tuning_seeds=(100,))
-    for cell in tuning_cells(study, TASK):
-        fast = cell.learning_rate == 1e-2
-        write(cell, study, tmp_path, (1.2 if fast else 1.0) + cell.clip_range, kept=0.5 if fast else 1.0)
-    assert set(choose(study, TASK, tmp_path).values()) == {(1e-3, 1e-3)}
-    assert "| PCPO | 0.50 | **0.50** | 0.45 (50 %) | 0.45 (50 %) |" in tables.tuning_table(study, TASK, tmp_path)
+def test_a_kl_weight_of_0_is_no_edge_of_the_sweep():
+    sweep = NINE["flow"]
+    assert edges(Setting(1e-2, 0.0), sweep) == edges(Setting(1e-2, 0.1), sweep) == []
+    assert edges(Setting(1e-3, 1.0), sweep) == ["the lowest learning rate", "the largest KL weight"]
+    assert edges(Setting(1e-1, 0.0), sweep) == ["the highest learning rate"]
+    assert edges(Setting(1e-2, 0.0), [Setting(1e-2, 0.0)]) == []
 
 
-def test_methods_are_compared_with_native_ppo_at_equal_settings(tmp_path):
-    study = small(sweep=FOUR, tuning_seeds=(100,))
-    for cell in tuning_cells(study, TASK):
-        write(cell, study, tmp_path, {1e-4: 1.0, 1e-3: 0.2}[cell.clip_range] if cell.method == "pcpo" else 0.4)
-    # the mean height of a line is half its end: +0.3 twice, -0.1 twice
-    assert "| PCPO | 2/4, +0.10 |" in tables.equal_settings_table(study, [TASK], tmp_path)
+def test_the_report_names_choices_on_an_edge_and_methods_that_are_still_tuned(tmp_path):
+    study = small(sweep=NINE, tuning=ONE_SEED, methods=("ppo", "pcpo", "nft"))
+    for method, sign in (("ppo", 1), ("pcpo", -1)):
+        for one in tune(study, TASK, method, tmp_path).due:
+            write(one, study, tmp_path, sign * one.setting.learning_rate)
+    note = edge_note(study, collect("quick", study, tmp_path).tasks[0])
+    assert "Chosen at the highest learning rate of the sweep: native PPO." in note
+    assert "Chosen at the lowest learning rate of the sweep: PCPO." in note
+    assert note.endswith("Tuning not finished: DiffusionNFT.")
 
 
-def test_each_task_has_its_own_settings_and_a_study_skips_pairs(tmp_path):
-    first, second = StudyTask("flow-grpo", "colorfulness"), StudyTask("dance-sde", "polish")
-    study = small(
-        tasks=((first.recipe, first.reward), (second.recipe, second.reward)),
-        methods=("ppo", "pcpo", "awm"),
-        skips=(("dance-sde", "awm"),),
-        sweep={"flow": ((1e-3, 1e-3), (1e-2, 1e-3))},
-        tuning_seeds=(100,),
-    )
-    for cell in tuning_cells(study, first):
-        write(cell, study, tmp_path, cell.learning_rate)
-    assert choose(study, first, tmp_path) == dict.fromkeys(("ppo", "pcpo", "awm"), (1e-2, 1e-3))
-    assert choose(study, second, tmp_path) is None
-    assert task_methods(study, second) == ["ppo", "pcpo"]
-    assert progress(study, tmp_path) == (6, 6 + 3 + 4 + 2)
-    study = dataclasses.replace(
-        study, tasks=(study.tasks[0], ("dance-sde", "colorfulness")), tuned_as={"dance-sde": "flow-grpo"}
-    )
-    chosen = choose(study, StudyTask("dance-sde", "colorfulness"), tmp_path)
-    assert chosen == dict.fromkeys(("ppo", "pcpo"), (1e-2, 1e-3))
-    assert progress(study, tmp_path) == (6, 6 + 3 + 2)
+def test_methods_of_the_first_wave_come_first_and_a_method_is_reported_once_it_is_tuned(tmp_path):
+    study = small(methods=("ppo", "pcpo"), later=("nft",), sweep=NINE, tuning=ONE_SEED, seeds=(0, 1))
+    assert study.waves == (("ppo", "pcpo"), ("nft",))
+    assert progress(study, tmp_path) == (0, 3 * (9 + 2))
+    for one in tune(study, TASK, "pcpo", tmp_path).due:
+        write(one, study, tmp_path, one.setting.learning_rate)
+    due = due_cells(study, TASK, ("ppo", "pcpo"), tmp_path)
+    assert [one.method for one in due] == ["ppo"] * 9 + ["pcpo"] * 2
+    assert [one.seed for one in due[9:]] == [0, 1]
+    write(due[-1], study, tmp_path, 0.5)
+    assert progress(study, tmp_path) == (10, 33)
+
+
+def test_each_task_is_tuned_by_itself(tmp_path):
+    other = StudyTask("dance-sde", "polish")
+    study = small(tasks=((TASK.recipe, TASK.reward), (other.recipe, other.reward)), sweep=NINE, tuning=ONE_SEED)
+    for one in tune(study, TASK, "ppo", tmp_path).due:
+        write(one, study, tmp_path, 1.0)
+    assert tune(study, TASK, "ppo", tmp_path).chosen is not None
+    assert tune(study, other, "ppo", tmp_path).chosen is None
+    ddim = dataclasses.replace(study, tasks=(("dance-ddim", "colorfulness"),), methods=("ppo", "tempflow-grpo"))
+    assert task_methods(ddim, study_tasks(ddim)[0]) == ["ppo"]

@@ -1,130 +1,195 @@
-"""The report of a study shows what was measured, against hand-computed values."""
+"""The report of a study shows what was measured, as far as it is finished, against hand-computed values."""
 
-import dataclasses
-import json
 import math
 
 import pytest
-from benchmark_grids import FOUR, TASK, fill, small, write
+from benchmark_grids import NINE, ONE_SEED, TASK, fill, reported, small, write
 
-from benchmarks.report import comparison
-from benchmarks.report.collect import by_seed, collect, collect_common
-from benchmarks.report.figures import LOOKS
-from benchmarks.report.pages import BEGIN, END, write_report
-from benchmarks.study.grid import common_settings, fresh_cells, reported_cells
+from benchmarks.report import frontier_page, guard_page, prompts_page
+from benchmarks.report.collect import collect
+from benchmarks.report.comparison import paired_difference, times_cheaper
+from benchmarks.report.frontier_figure import LOOKS, mean_path, mean_progress, shown_tasks, summary_figure
+from benchmarks.report.pages import BEGIN, END, NOTHING_MEASURED, write_report
+from benchmarks.report.proportionality_page import credit_comparisons, proportionality_page
+from benchmarks.study.grid import StudyTask
 from benchmarks.study.methods import STUDY_METHODS
 from benchmarks.study.statistics import holm, t_test
+from benchmarks.study.tuning import tune
+
+SEEDS = (0, 1, 2, 3, 4)
+SLOPES = {"ppo": 0.4, "pcpo": 0.6, "nft": 0.9}
+
+
+def by_slope(cell):
+    """Equal differences between methods in every seed."""
+    return SLOPES[cell.method] + 0.01 * cell.seed
+
+
+def written_pages(studies, out):
+    write_report(studies, out, out)
+    return {file.stem: file.read_text() for file in (out / "results").iterdir()}
 
 
 def test_the_report_shows_the_measurements_and_keeps_handwritten_text(tmp_path):
-    study = small(seeds=(0, 1, 2, 3, 4), methods=("ppo", "pcpo", "nft"))
-    slope = {"ppo": 0.4, "pcpo": 0.6, "nft": 0.9}
-    fill(study, tmp_path, lambda cell: slope[cell.method] + 0.01 * cell.seed)
+    study = small(seeds=SEEDS, methods=tuple(SLOPES))
+    fill(study, tmp_path / "quick", by_slope)
     (tmp_path / "results.md").write_text(f"# Results\n\nPCPO wins.\n\n{BEGIN}\n{END}\n\n## Limits\n")
     for _ in range(2):
-        write_report("quick", study, tmp_path, tmp_path)
+        pages = written_pages({"quick": study}, tmp_path)
     summary = (tmp_path / "results.md").read_text()
     assert summary.startswith("# Results\n\nPCPO wins.\n\n" + BEGIN) and summary.endswith(END + "\n\n## Limits\n")
     assert summary.count(BEGIN) == summary.count(END) == 1
-    assert "| PCPO | 0.20 [0.20, 0.20] | 0.10 [0.10, 0.10] | < 0.001 | 5/5 | 5 of 5 |" in summary
-    pages = {file.stem: file.read_text() for file in (tmp_path / "results").iterdir()}
-    assert set(pages) == {"README", "all-tasks", "flow-grpo-colorfulness"}
-    text = pages["flow-grpo-colorfulness"]
-    assert "| PCPO | 0.006, 0.001 | 5 | 0.31 [0.30, 0.32] | 0.62 [" in text
-    assert "| DiffusionNFT | 0.006, - | 5 | 0.46 [0.45, 0.47] | 0.92 [" in text
-    beaten = "| native PPO | -0.10 [-0.10, -0.10] | < 0.001 | -0.10 [-0.10, -0.10] | < 0.001 | 0/5 |"
-    assert beaten in pages["all-tasks"].split("against PCPO")[1]
-    # +0.25 of 0.62 in the median seed, on a line that ends at update 10
-    assert f"| PCPO | {10 * 0.25 / 0.62:.1f} [" in text
-    assert {f.name for f in (tmp_path / "images" / "results").iterdir()} == {
-        "effects.png",
-        "summary.png",
-        *(f"flow-grpo-colorfulness-{kind}.png" for kind in ("convergence", "health", "matched")),
-    }
+    assert "| native PPO | 5 of 5 | 0.42 | - | - | - | - |" in summary
+    assert "| PCPO | 5 of 5 | 0.62 | 0.20 [0.20, 0.20] | < 0.001 |" in summary
+    assert set(pages) == {"README", "frontier", "following-prompts"}
+    text = pages["frontier"]
+    assert (
+        "| PCPO | 0.006, 0 | 5 | 0.62 [0.60, 0.64] | 0.62 [0.60, 0.64] | 0.62 [0.60, 0.64] | 0.62 [0.60, 0.64] | 100"
+        in text
+    )
+    beaten = "| native PPO | -0.20 [-0.20, -0.20] | < 0.001 | -0.20 [-0.20, -0.20] | < 0.001 | 0/5 |"
+    assert beaten not in text  # one comparison is stated once, in the table against native PPO
+    assert "| DiffusionNFT | 0.30 [0.30, 0.30] | < 0.001 | 0.30 [0.30, 0.30] | < 0.001 | 5/5 |" in text
+    assert {f.name for f in (tmp_path / "images" / "results").iterdir()} == {"frontier.png", "quick-tasks.png"}
 
 
-def test_updates_saved_counts_the_seeds_in_which_either_method_reaches_the_goal(tmp_path):
-    study = small(seeds=(0, 1, 2, 3, 4), methods=("ppo", "pcpo", "nft"))
-    ends = {"ppo": (0.5, 0.5, 0.5, 0.1, 0.1), "pcpo": (1.0, 1.0, 0.25, 0.5, 0.1), "nft": (0.1,) * 5}
+def test_without_any_run_the_report_says_so(tmp_path):
+    pages = written_pages({"frontier": small(tuning=ONE_SEED, sweep=NINE)}, tmp_path)
+    assert set(pages) == {"README"}
+    assert "| frontier, flow-grpo/colorfulness | 0 of 18 | 0 of 2 | all |" in pages["README"]
+    assert NOTHING_MEASURED in (tmp_path / "results.md").read_text()
+
+
+def test_a_partial_study_is_reported_with_its_missing_runs(tmp_path):
+    """PCPO has two of five seeds, DiffusionNFT none, and the second task none: no comparison is made yet."""
+    other = ("dance-sde", "polish")
+    study = small(seeds=SEEDS, methods=tuple(SLOPES), tasks=((TASK.recipe, TASK.reward), other))
+    out = tmp_path / "frontier"
+    for method, count in (("ppo", 5), ("pcpo", 2)):
+        for cell in reported(study, out, method=method)[:count]:
+            write(cell, study, out, by_slope(cell))
+    pages = written_pages({"frontier": study}, tmp_path)
+    assert "| frontier, flow-grpo/colorfulness | 0 of 0 | 7 of 15 | PCPO; DiffusionNFT |" in pages["README"]
+    assert "| frontier, dance-sde/polish | 0 of 0 | 0 of 15 | all |" in pages["README"]
+    summary = (tmp_path / "results.md").read_text()
+    assert "| native PPO | 5 of 10 | 0.42 |" in summary and "| PCPO | 2 of 10 | 0.60 | - | - | - | - |" in summary
+    assert "DiffusionNFT" not in summary
+    assert "| PCPO | 0.006, 0 | 2 | 0.60 [" in pages["frontier"]
+    assert "dance-sde" not in pages["frontier"]
+
+
+def test_lines_of_the_figure_are_means_over_the_same_tasks(tmp_path):
+    """Of two tasks of a recipe, the second has no run of PCPO yet."""
+    study = small(tasks=(("flow-grpo", "colorfulness"), ("flow-grpo", "tinyeval")))
+    fill(study, tmp_path, lambda cell: 1.0)
+    (missing,) = reported(study, tmp_path, StudyTask("flow-grpo", "tinyeval"), "pcpo")
+    assert len(shown_tasks(collect("quick", study, tmp_path), "flow-grpo")) == 2
+    (missing.folder(tmp_path) / "result.json").unlink()
+    shown = shown_tasks(collect("quick", study, tmp_path), "flow-grpo")
+    assert [task.task.reward for task in shown] == ["colorfulness"]
+
+
+def test_a_gains_price_is_that_within_the_limits(tmp_path):
+    """2,000 model evaluations in all; a tenth of the diversity is lost after 400, at a fifth of the final gain."""
+    study = small(seeds=SEEDS)
+    fill(study, tmp_path, lambda cell: {"ppo": 1.0, "pcpo": 2.0}[cell.method], diversity=0.5)
+    ppo, pcpo = (collect("quick", study, tmp_path).tasks[0].runs[name][0] for name in ("ppo", "pcpo"))
+    assert (ppo.gain, pcpo.gain) == pytest.approx((0.2, 0.4))
+    assert (ppo.price(0.25), pcpo.price(0.25)) == (math.inf, pytest.approx(250))
+    table = frontier_page.price_table(collect("quick", study, tmp_path).tasks[0])
+    never, always = " never (0/5) |", "(5/5) |"
+    assert f"| native PPO | 200 [200, 200] {always}{4 * never}" in table
+    costs = [f"{value} [{value}, {value}] {always}" for value in (100, 250, 20)]
+    assert f"| PCPO | {costs[0]} {costs[1]}{never} {costs[2]}" in table
+
+
+def test_evaluations_saved_count_the_pairs_in_which_either_method_reaches_the_gain(tmp_path):
+    study = small(seeds=SEEDS, methods=tuple(SLOPES))
+    ends = {"ppo": (1.0, 1.0, 1.0, 0.1, 0.1), "pcpo": (2.0, 2.0, 0.5, 1.0, 0.1), "nft": (0.1,) * 5}
     fill(study, tmp_path, lambda cell: ends[cell.method][cell.seed])
-    results = collect(study, tmp_path)
-    # half the updates twice, twice the updates once, once alone (in half of the other's updates), once neither
-    assert comparison.updates_saved(results, "pcpo", "ppo") == "50 % [-100 %, 50 %] of 4"
-    assert comparison.updates_saved(results, "nft", "ppo") == "never [never, never] of 3"
-    assert comparison.updates_saved(results, "ppo", "ppo") == "0 % [0 %, 0 %] of 3"
-    assert comparison.updates_saved(results, "nft", "nft") == "-"
+    results = collect("quick", study, tmp_path)
+    # twice: half the evaluations; once: twice as many; once alone, in half of the other's evaluations; once neither
+    assert times_cheaper(results, "pcpo", "ppo", 0.5) == "2.0 [0.5, 2.0] of 4"
+    assert times_cheaper(results, "nft", "ppo", 0.5) == "0.0 [0.0, 0.0] of 3"
+    assert times_cheaper(results, "nft", "nft", 0.5) == "-"
 
 
-def test_all_methods_are_also_compared_at_one_setting(tmp_path):
-    study = small(sweep=FOUR, tuning_seeds=(100,), methods=("ppo", "pcpo", "nft"), common={"flow-grpo": (1e-2, 1e-3)})
-    fill(study, tmp_path, lambda cell: 1.0 if cell.learning_rate == 1e-3 else 0.1)
-    common = common_settings(study, TASK)
-    assert common == {"ppo": (1e-2, 1e-3), "pcpo": (1e-2, 1e-3), "nft": (1e-2, 1e-4)}
-    assert collect_common(study, tmp_path) == []
-    for cell in reported_cells(study, TASK, common):
-        write(cell, study, tmp_path, 0.4 if cell.method == "pcpo" else 0.2)
-    assert [len(runs) for runs in collect_common(study, tmp_path)[0].runs.values()] == [1, 1, 1]
-    study = dataclasses.replace(study, fresh_seeds=(5, 6))
-    for cell in fresh_cells(study, TASK):
-        write(cell, study, tmp_path, (0.5 if cell.method == "pcpo" else 0.1) + 0.1 * cell.seed)
-    write_report("quick", study, tmp_path, tmp_path)
-    text = (tmp_path / "results" / "common-setting.md").read_text()
-    assert "| PCPO | 0.10 |" in text
-    assert "Seeds 5, 6 took" in text and "PCPO against native PPO on them: 0.20 [0.20, 0.20] by seeds" in text
-    assert common_settings(small(), TASK) == {}
+def test_differences_are_averaged_over_whole_tasks_before_seeds_are_compared(tmp_path):
+    pairs = (("flow-grpo", "colorfulness"), ("dance-sde", "colorfulness"), ("dance-ddim", "colorfulness"))
+    study = small(tasks=pairs, seeds=(0, 1, 2), methods=tuple(SLOPES))
+    fill(study, tmp_path, lambda c: SLOPES[c.method] * (1 + c.seed) * (2 if c.task.recipe == "dance-sde" else 1))
+    last = StudyTask("dance-ddim", "colorfulness")
+    for cell in reported(study, tmp_path, last, "pcpo")[1:]:
+        (cell.folder(tmp_path) / "result.json").unlink()  # the third task has one seed of PCPO: it does not count yet
+    results = collect("quick", study, tmp_path)
+    one = paired_difference(results, "pcpo", "ppo")
+    assert one.differences == pytest.approx([0.3, 0.6, 0.9])
+    assert one.better_in == "6/6"
+    assert paired_difference(results, "nft", "ppo").better_in == "9/9"
+    family = frontier_page.frontier_family(results)
+    keys = [("pcpo", "ppo"), ("nft", "ppo"), ("nft", "pcpo")]
+    assert list(family) == keys
+    corrected = holm([t_test(paired_difference(results, *key).differences) for key in keys])
+    assert [family[key][1] for key in keys] == pytest.approx(corrected)
 
 
-def test_matched_reward_is_read_where_each_seed_reaches_it(tmp_path):
-    study = small(seeds=(0, 1))
-    fill(study, tmp_path, lambda cell: 0.5 if cell.method == "pcpo" else 0.2)
-    results = collect(study, tmp_path)[0]
-    assert [run.matched("fd_base", 0.25) for run in results.runs["pcpo"]] == pytest.approx([105, 105])
-    assert all(math.isnan(run.matched("fd_base", 0.25)) for run in results.runs["ppo"])
-    assert results.runs["pcpo"][0].mean_kept_gain == pytest.approx(0.25)
-    assert results.runs["pcpo"][0].rollout_reward == pytest.approx(0.95)
-
-
-def test_the_report_states_choices_at_an_end_of_the_sweep(tmp_path):
-    study = small(sweep=FOUR, tuning_seeds=(100,))
-    fill(study, tmp_path, lambda cell: cell.learning_rate * (1 if cell.method == "pcpo" else -1) + cell.clip_range)
-    write_report("quick", study, tmp_path, tmp_path)
-    text = (tmp_path / "results" / "flow-grpo-colorfulness.md").read_text()
-    assert "Chosen at the upper end of the learning rates: PCPO.\n" in text
-    assert "Chosen at the lower end of the learning rates: native PPO.\n" in text
-    assert "Chosen at the upper end of the clip ranges: native PPO, PCPO.\n" in text
-
-
-def test_differences_are_averaged_over_tasks_before_seeds_are_compared(tmp_path):
-    pairs = (("flow-grpo", "colorfulness"), ("dance-sde", "polish"))
-    study = small(tasks=pairs, seeds=(0, 1, 2), methods=("ppo", "pcpo", "nft"))
-    slope = {"ppo": 0.0, "pcpo": 0.2, "nft": 0.6}
-    fill(study, tmp_path, lambda c: slope[c.method] * (1 + c.seed) * (2 if c.task.recipe == "dance-sde" else 1))
-    results = collect(study, tmp_path)
-    assert by_seed(results, "pcpo", "ppo") == pytest.approx([0.15, 0.3, 0.45])
-    family = [t_test(by_seed(results, *pair)) for pair in (("pcpo", "ppo"), ("nft", "ppo"), ("nft", "pcpo"))]
-    p = comparison.corrected_p_values(results)
-    assert [p["pcpo", "ppo"], p["nft", "ppo"], p["nft", "pcpo"]] == pytest.approx(holm(family))
-    assert p["ppo", "pcpo"] == p["pcpo", "ppo"]
-    text, _ = comparison.comparison_table(results, "ppo")
-    assert f"| 0.30 [-0.07, 0.67] | {p['pcpo', 'ppo']:.3f} | 6/6 |" in text
-
-
-def test_gain_per_1000_model_evaluations_counts_rollouts_and_gradient_steps(tmp_path):
-    study = small(seeds=(0, 1, 2), methods=("ppo", "pcpo-branch-1"))
-    fill(study, tmp_path, lambda cell: {"ppo": 0.6, "pcpo-branch-1": 0.5}[cell.method] + 0.001 * cell.seed)
-    assert "model-evaluations" not in written_pages(study, tmp_path)  # these records do not count them
-    for file in tmp_path.rglob("metrics.jsonl"):
-        rollout = 20 if "branch" in str(file) else 120
-        counted = {"model_evaluations": {"rollout": rollout, "update": 80, "reference": 999}}
-        lines = [json.dumps(json.loads(line) | counted) for line in file.read_text().splitlines()]
-        file.write_text("\n".join(lines) + "\n")
-    page = written_pages(study, tmp_path)["model-evaluations"]
-    assert "| native PPO | 0.30 [0.30, 0.30] |" in page  # 0.6 in 10 updates of 200
-    assert "| PCPO, branch of 1 | 0.50 [0.50, 0.50] |" in page
+def test_the_figure_has_the_mean_path_of_every_method(tmp_path):
+    study = small(seeds=(0, 1), methods=tuple(SLOPES))
+    fill(study, tmp_path, lambda cell: 1.0 + cell.seed, diversity=0.8)
+    results = collect("quick", study, tmp_path)
+    lost, gained = mean_path(results.tasks[0].runs["pcpo"])
+    assert (lost, gained) == (pytest.approx([0, 10, 20]), pytest.approx([0, 0.75, 1.5]))
+    spent, kept = mean_progress(results.tasks[0].runs["pcpo"])
+    assert (spent, kept) == (pytest.approx([0, 1, 2]), pytest.approx([0, 0.75, 0.75]))
+    width, height = summary_figure(results).size
+    assert width > height > 300
+    assert shown_tasks(results, TASK.recipe) == results.tasks
     assert set(STUDY_METHODS) == set(LOOKS)  # every method has its line in the figures
-    assert "| PCPO, branch of 1 | 3 | 100 | 2.00 | 0.50 | 0.50 | 100 | 1.00 |" in page
 
 
-def written_pages(study, out):
-    write_report("quick", study, out, out)
-    return {file.stem: file.read_text() for file in (out / "results").iterdir()}
+def test_prompt_following_is_compared_before_and_after_where_diversity_is_left(tmp_path):
+    study = small(seeds=SEEDS, tasks=(("flow-grpo", "tinyeval"),), methods=("ppo", "pcpo"))
+    fill(study, tmp_path, lambda cell: 1.0, hard=0.7, diversity=0.8)
+    page = prompts_page.prompts_page(collect("quick", study, tmp_path))
+    assert "| base model | - | 50 | - | - | - | 50 | 50 | 50 | 50 |" in page
+    assert "| PCPO | 5 | 70 [70, 70] | 20.0 [20.0, 20.0] | < 0.001 | 10.0 [10.0, 10.0] |" in page
+    assert prompts_page.mean_change(collect("quick", study, tmp_path), "pcpo") == "20.0 [20.0, 20.0]"
+
+
+def test_credits_are_compared_with_the_native_one_of_the_same_rollouts(tmp_path):
+    names = ("native", "proportionate", "native-branch-1", "proportionate-branch-1")
+    study = small(seeds=SEEDS, methods=names, baseline="native")
+    slopes = dict(zip(names, (0.1, 0.3, 0.5, 1.0), strict=True))
+    fill(study, tmp_path, lambda cell: slopes[cell.method] + 0.01 * cell.seed)
+    results = collect("proportionality", study, tmp_path)
+    family = credit_comparisons(results)
+    assert set(family) == {(task, f"proportionate{end}") for task in ("", TASK.name) for end in ("", "-branch-1")}
+    assert family["", "proportionate"][0].interval.value == pytest.approx(0.2)
+    assert family["", "proportionate-branch-1"][0].interval.value == pytest.approx(0.5)
+    page = proportionality_page(results)
+    assert "| proportionate | 0.006, 0 | 5 | 0.32 [0.30, 0.34] | 0.20 [0.20, 0.20] | < 0.001 | 2000" in page
+    assert "| native | 2.0 | 10.0 to 30.0 |" in page
+
+
+def test_a_guards_outcome_is_the_evaluation_of_the_update_that_it_keeps(tmp_path):
+    """It keeps update 5 of 10, halfway: the reward was raised to 1 of 2, and 30 % of diversity lost instead of 60."""
+    study = small(seeds=(0, 1), methods=("ppo",), guard={"every": 1, "tolerance": 0.5}, held_out=("polish",))
+    fill(study, tmp_path, lambda cell: 2.0 + 0.2 * cell.seed, diversity=0.4, hard=0.1)
+    results = collect("guard", study, tmp_path)
+    page = guard_page.guard_page(results)
+    assert "| colorfulness, native PPO | 0 of 2 | 5.0 | 2 of 2 | 0 of 2 | 20 % |" in page
+    assert "| native PPO, gain in the reward | 2 | 0.00 | 2.10 [" in page and "| 1.05 [" in page
+    assert "| native PPO, diversity left, % | 2 | 100 | 40 [40, 40] | 70 [70, 70] |" in page
+    assert "| native PPO, TinyEval, hard tasks, % | 2 | 50 | 10 [10, 10] | 30 [30, 30] |" in page
+    run = results.tasks[0].runs["ppo"][0]
+    run.result["guard"]["kept"] = None
+    assert guard_page.kept_evaluation(run) == 0  # the base model
+
+
+def test_tuning_is_reported_before_it_is_finished(tmp_path):
+    study = small(sweep=NINE, tuning=ONE_SEED)
+    for cell in tune(study, TASK, "ppo", tmp_path / "frontier").due[:2]:
+        write(cell, study, tmp_path / "frontier", 0.5)
+    page = written_pages({"frontier": study}, tmp_path)["tuning"]
+    assert "| native PPO | 0.50 | 0.50 | - | - | - | - | - | - | - |" in page
+    assert "Tuning not finished: native PPO; PCPO." in page

@@ -5,11 +5,12 @@ import math
 
 import numpy as np
 import pytest
+from benchmark_grids import TASK
 from scipy import stats
 
 from benchmarks.report.collect import CellRun, by_step
 from benchmarks.study.mixed_model import fit_mixed_model
-from benchmarks.study.statistics import at_reach, bootstrap, first_reach, holm, mean_height, median, t_interval, t_test
+from benchmarks.study.statistics import bootstrap, first_reach, holm, median, t_interval, t_test
 
 
 def test_a_target_is_reached_on_the_straight_line_between_two_evaluations():
@@ -20,15 +21,6 @@ def test_a_target_is_reached_on_the_straight_line_between_two_evaluations():
 
 def test_a_curve_that_falls_again_has_reached_its_target():
     assert first_reach([0, 2, 4], [0.0, 1.0, 0.0], 0.5) == 1
-
-
-def test_values_at_matched_reward_are_read_where_the_reward_is_reached():
-    assert at_reach([0, 4, 8], [0.0, 0.2, 0.6], 0.4, [10, 20, 30]) == pytest.approx(25)
-    assert math.isnan(at_reach([0, 4], [0.0, 0.2], 0.4, [10, 20]))
-
-
-def test_area_is_the_mean_height():
-    assert mean_height([0, 1, 3], [0.0, 1.0, 1.0]) == pytest.approx((0.5 + 2) / 3)
 
 
 def test_limits_of_a_mean_equal_scipys():
@@ -119,7 +111,7 @@ def test_metrics_by_step_join_runs_whose_windows_fell_on_other_steps(tmp_path):
             for n, (s, v) in enumerate(zip(steps, values, strict=True), 1)
         ]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
-        return CellRun("window", 0, {}, tmp_path / name)
+        return CellRun(TASK, "window", 0, {}, tmp_path / name)
 
     steps, means = by_step([run("a", [0, 1, 1], [1.0, 2.0, 4.0]), run("b", [1, 3], [5.0, 7.0])], "grad_norm")
     assert steps == [0, 1, 3] and means.tolist() == [1.0, 4.0, 7.0]

@@ -1,0 +1,125 @@
+"""Reward gained per model evaluation, the figure of the summary; and against diversity lost, task by task."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from comfyui_pcpo.plotting import style
+from comfyui_pcpo.plotting.panels import Line, LineStyle, Panel, draw_panels
+from comfyui_pcpo.plotting.style import GRID, HEADING, INK, PALETTE, TEXT, TITLE, text_look
+
+from ..study.methods import CREDIT_METHODS, STUDY_METHODS
+from ..study.outcome import gains_within_limits, lost_diversity
+from ..study.recipes import RECIPES
+from .collect import CellRun, StudyResults, TaskResults
+
+_CREDIT_COLORS = dict(zip(CREDIT_METHODS, (6, 0, 2, 1, 4), strict=True))
+LOOKS: dict[str, tuple[int, LineStyle]] = {
+    "ppo": (6, "line"),
+    "ppo-early": (6, "dashed"),
+    "pcpo": (0, "line"),
+    "pcpo-branch-1": (2, "line"),
+    "pcpo-branch-2": (5, "line"),
+    "pcpo-branch-3": (5, "dashed"),
+    "tempflow-grpo": (3, "line"),
+    "grpo-guard": (3, "dashed"),
+    "nft": (1, "line"),
+    "nft-options": (1, "dashed"),
+    "awm": (4, "line"),
+    "awm-options": (4, "dashed"),
+    **{name: (color, "line") for name, color in _CREDIT_COLORS.items()},
+    **{f"{name}-branch-1": (color, "dashed") for name, color in _CREDIT_COLORS.items()},
+}
+X_LABEL, Y_LABEL = "diversity lost, %", "reward gained, std of the base model's"
+PANEL, LEFT, TOP, BOTTOM, LABELS = (400, 300), 66, 92, 52, 150  # pixels; LABELS beside each panel
+LABEL_ROW = 16  # between two labels
+
+
+def mean_path(runs: Sequence[CellRun]) -> tuple[list[float], list[float]]:
+    """Diversity lost in per cent and reward gained, evaluation by evaluation, means over runs."""
+    lost = np.array([lost_diversity(run.rows) for run in runs]).mean(0)
+    return (100 * lost).tolist(), np.array([run.gains for run in runs]).mean(0).tolist()
+
+
+def mean_progress(runs: Sequence[CellRun]) -> tuple[list[float], list[float]]:
+    """Model evaluations in thousands and gain within the limits, evaluation by evaluation, means over runs."""
+    spent = np.array([[row["model_evaluations"] for row in run.rows] for run in runs]).mean(0) / 1000
+    return spent.tolist(), np.array([gains_within_limits(run.rows, run.task.reward) for run in runs]).mean(0).tolist()
+
+
+def summary_figure(results: StudyResults) -> Image.Image:
+    """One panel per recipe, with a labelled line for each method of the first wave: means over rewards and seeds."""
+    recipes = [recipe for recipe in RECIPES if any(task.task.recipe == recipe for task in results.measured)]
+    size = LEFT + PANEL[0] + LABELS
+    figure = style.new_figure(size * len(recipes), TOP + PANEL[1] + BOTTOM)
+    look = {"x": 0.01, "ha": "left", "va": "top"}
+    figure.suptitle("More reward for less work: up and to the left is better", y=0.98, **look, **text_look(TITLE, INK))
+    note = "Counted while images stay varied and near the base model's; a line is level once they no longer do."
+    figure.text(y=0.905, s=note, **look, **text_look())
+    for column, recipe in enumerate(recipes):
+        axes = style.add_axes(figure, column * size + LEFT, TOP, *PANEL)
+        _draw_recipe(axes, results, recipe)
+    return style.render(figure)
+
+
+def shown_tasks(results: StudyResults, recipe: str) -> list[TaskResults]:
+    """The recipe's tasks that all methods of the first wave have finished, else the first task with a finished run.
+
+    So lines are means over the same tasks.
+    """
+    own = [task for task in results.whole(*results.study.methods) if task.task.recipe == recipe]
+    return own or [next(task for task in results.measured if task.task.recipe == recipe)]
+
+
+def _draw_recipe(axes: Any, results: StudyResults, recipe: str) -> None:
+    tasks = shown_tasks(results, recipe)
+    rewards = " and ".join(task.task.reward for task in tasks)
+    axes.set_title(f"{RECIPES[recipe].model}, {rewards}", loc="left", **text_look(HEADING, INK))
+    axes.grid(axis="x", color=GRID)
+    ends = []
+    for name in results.study.methods:
+        runs = [run for task in tasks for run in task.runs[name]]
+        if runs:
+            x, y = mean_progress(runs)
+            color = PALETTE[LOOKS[name][0]]
+            axes.plot(x, y, color=color, linewidth=style.LINE, marker="o", markersize=style.SMALL_DOT)
+            ends.append(End(x[-1], y[-1], STUDY_METHODS[name].title, color))
+    axes.set_xlabel("model evaluations, thousands", **text_look(TEXT))
+    axes.set_ylabel(Y_LABEL, **text_look(TEXT))
+    _label_ends(axes, ends)
+
+
+@dataclass(frozen=True)
+class End:
+    """Where a line ends, and its name."""
+
+    x: float
+    y: float
+    title: str
+    color: str
+
+
+def _label_ends(axes: Any, ends: list[End]) -> None:
+    """Names at the ends of the lines, moved up where they would overlap."""
+    low, high = axes.get_ylim()
+    row, height = LABEL_ROW / PANEL[1] * (high - low), -np.inf
+    for end in sorted(ends, key=lambda end: end.y):
+        height = max(end.y, height + row)
+        axes.annotate(
+            end.title, (end.x, height), (8, 0), textcoords="offset points", va="center", **text_look(TEXT, end.color)
+        )
+
+
+def task_figure(results: StudyResults) -> Image.Image:
+    """All methods in a panel per task, means over seeds."""
+    panels = []
+    for task in results.measured:
+        lines = []
+        for name in task.measured:
+            color, look = LOOKS[name]
+            lines.append(Line(STUDY_METHODS[name].title, *mean_path(task.runs[name]), style=look, color=color))
+        panels.append(Panel(f"{task.task.recipe}, {task.task.reward}", X_LABEL, Y_LABEL, lines))
+    return draw_panels(panels, columns=2)

@@ -1,0 +1,73 @@
+"""The page on tuning: the gain of every setting on the tuning seeds, and which choices lie on an edge of the sweep."""
+
+from collections.abc import Sequence
+
+from ..study.grid import task_sweep
+from ..study.methods import STUDY_METHODS
+from ..study.studies import Setting, Study
+from .collect import StudyResults, TaskResults
+from .markdown import format_number, markdown_table
+
+TUNING_INTRO = """Gain within the limits of diversity and distance, by learning rate and KL weight, on the tuning seeds
+only, which are not reported. Each further seed is run with the best settings so far (successive halving); in
+brackets: the number of seeds, if fewer than the chosen setting's. The chosen setting is bold, and has the highest
+mean over all tuning seeds."""
+
+
+def edges(setting: Setting, sweep: Sequence[Setting]) -> list[str]:
+    """The edges of the sweep that a setting lies on; a KL weight of 0 is the natural end and no edge."""
+    rates = [one.learning_rate for one in sweep]
+    found = []
+    if min(rates) < max(rates):
+        found += ["the lowest learning rate"] if setting.learning_rate == min(rates) else []
+        found += ["the highest learning rate"] if setting.learning_rate == max(rates) else []
+    if setting.kl_weight == max(one.kl_weight for one in sweep) > 0:
+        found.append("the largest KL weight")
+    return found
+
+
+def tuning_page(studies: Sequence[StudyResults]) -> str:
+    """Every task with a finished tuning run; empty without any."""
+    parts = []
+    for results in studies:
+        tasks = [task for task in results.tasks if any(any(t.gains.values()) for t in task.tuning.values())]
+        for task in tasks:
+            parts.append(f"## {results.name}: {task.task.title}")
+            parts += [tuning_table(results.study, task), edge_note(results.study, task)]
+    return "\n\n".join(["# Tuning", TUNING_INTRO, *(part for part in parts if part)]) if parts else ""
+
+
+def tuning_table(study: Study, task: TaskResults) -> str:
+    sweep = task_sweep(study, task.task)
+    rows = [
+        [STUDY_METHODS[name].title, *(_cell(task, name, setting) for setting in sweep)]
+        for name, tuning in task.tuning.items()
+        if any(tuning.gains.values())
+    ]
+    return markdown_table(["", *(setting.title for setting in sweep)], rows)
+
+
+def _cell(task: TaskResults, name: str, setting: Setting) -> str:
+    tuning = task.tuning[name]
+    gains = tuning.gains[setting]
+    if not gains:
+        return "-"
+    number = format_number(sum(gains) / len(gains))
+    if setting == tuning.chosen:
+        return f"**{number}**"
+    most = max(len(own) for own in tuning.gains.values())
+    return number if len(gains) == most else f"{number} ({len(gains)})"
+
+
+def edge_note(study: Study, task: TaskResults) -> str:
+    """The choices on an edge, outside of which a better setting may lie, and the methods that are still tuned."""
+    sweep = task_sweep(study, task.task)
+    titles: dict[str, list[str]] = {}
+    for name, setting in task.chosen.items() if len(sweep) > 1 else ():
+        for edge in edges(setting, sweep):
+            titles.setdefault(edge, []).append(STUDY_METHODS[name].title)
+    lines = [f"Chosen at {edge} of the sweep: {'; '.join(names)}." for edge, names in titles.items()]
+    open_ = [STUDY_METHODS[name].title for name, tuning in task.tuning.items() if tuning.chosen is None]
+    if open_:
+        lines.append(f"Tuning not finished: {'; '.join(open_)}.")
+    return " ".join(lines) or "No choice lies on an edge of the sweep."

@@ -1,0 +1,39 @@
+"""A study's finished runs as one file, from which it is reported and continued."""
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.config.schema import ConfigError
+
+from .studies import Study
+
+
+def archived_files(study: Study, out: Path) -> Iterator[Path]:
+    """Results of the finished cells, metrics of the reported ones, the front of two rewards, and the measured speed."""
+    for result in sorted(out.glob("cells/*/*/*/*/result.json")):
+        yield result
+        if not result.parent.name.endswith(tuple(f"-seed{seed}" for seed in study.tuning_seeds)):
+            yield result.with_name("metrics.jsonl")
+    yield from sorted([*out.glob("guidance.json"), *out.glob("speed/*.json"), *out.glob("speed/commit.txt")])
+
+
+def write_archive(study: Study, out: Path, file: Path) -> int:
+    """Write the finished cells of a study's folder, -> their number. Equal runs give equal files."""
+    files = list(archived_files(study, out))
+    if not files:
+        raise ConfigError(f"{out} has no finished runs. Give the --out and the --study of a run.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    with tarfile.open(temporary, "w:xz") as tar:
+        for path in files:
+            tar.add(path, f"{out.name}/{path.relative_to(out).as_posix()}", recursive=False, filter=anonymous)
+    temporary.replace(file)
+    return sum(path.name == "result.json" for path in files)
+
+
+def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """The entry without owner and time."""
+    entry.uid = entry.gid = entry.mtime = 0
+    entry.uname = entry.gname = ""
+    return entry
