@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed, rollout
 from comfyui_pcpo.method.samplers import deterministic, transitions
+from comfyui_pcpo.tiny.align import PIXELS
 from trainer.config.schema import ConfigError
 from trainer.evaluation.images import sample_images
 from trainer.evaluation.options import SamplingOptions
@@ -32,7 +33,9 @@ def names_of(model):
 @pytest.fixture
 def trained(make_config, model) -> RunFolder:
     """A run whose LoRA moves the model plainly, with an alpha that is not the rank."""
-    config = make_config(model, lora={"alpha": 1.0, "targets": "all"}, optimizer={"learning_rate": 0.03})
+    size = {"height": PIXELS, "width": PIXELS}  # at which the base model samples
+    lora, optimizer = {"alpha": 1.0, "targets": "all"}, {"learning_rate": 0.03}
+    config = make_config(model, rollout=size, lora=lora, optimizer=optimizer)
     folder, updates = start_run(config)
     list(updates)
     return folder
