@@ -60,7 +60,7 @@ TRAINING = (  # copied by hand from the logs of the last training
     StageRun("decoder", "--batch 16 --lr 1.5e-3 --float32", 57, 4092),
     StageRun("flow", "--batch 64 --lr 2e-3 --float32 --muon --compile", 253, 11_710),
     StageRun("align", minutes=38, steps=1568),
-    StageRun("eps", "--batch 32 --lr 2e-3 --float32 --muon", 310, 12_844),
+    StageRun("eps", "--batch 32 --lr 2e-3 --float32 --muon", 368, 14_867),
     StageRun("polish", "--batch 24 --lr 4e-3 --float32", 15, 800),
 )
 WIDTH = 120  # of a line
