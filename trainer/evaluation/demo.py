@@ -67,8 +67,10 @@ def demo_config(reward: DemoReward, name: str, folder: Path, updates: int, seed:
     """PCPO on emoji-flow: `tinyeval` rewards following the prompt, `colorfulness` is easily hacked."""
     if reward == "tinyeval":  # right images of a prompt tend to look alike
         weights, held_out = {reward: 1.0, "tiny_diversity": 0.2}, ["polish"]
+        learning_rate, kl_weight, guard = 6e-3, 0.3, {"every": 10, "prompts": 8}  # without the KL, polish falls
     else:
         weights, held_out = {reward: 1.0}, ["tinyeval", "polish"]
+        learning_rate, kl_weight, guard = 2e-3, 0.0, {"every": 5, "prompts": 8, "tolerance": 0.4}
     tree = {
         "prompts": {"lines": list(DEMO_PROMPTS)},
         "rollout": {
@@ -80,11 +82,11 @@ def demo_config(reward: DemoReward, name: str, folder: Path, updates: int, seed:
             "images_at_once": 16,
         },
         "reward": {"weights": weights, "held_out": held_out},
-        "objective": {"clip_range": 1e-3, "kl_weight": 0.3},  # without it, images lose polish from 5e-3 on
-        "optimizer": {"learning_rate": 6e-3, "minibatches": 1},
+        "objective": {"clip_range": 1e-3, "kl_weight": kl_weight},
+        "optimizer": {"learning_rate": learning_rate, "minibatches": 1},
         "lora": {"rank": 4},
-        "guard": {"every": 10, "prompts": 8},
-        "run": {"name": name, "folder": str(folder), "updates": updates, "seed": seed, "save_every": 10},
+        "guard": guard,
+        "run": {"name": name, "folder": str(folder), "updates": updates, "seed": seed, "save_every": guard["every"]},
     }
     return build(tree, "demo")
 
