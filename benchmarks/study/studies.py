@@ -71,7 +71,7 @@ def settings(learning_rates: tuple[float, ...], kl_weights: tuple[float, ...] = 
     return tuple(Setting(*pair) for pair in product(learning_rates, kl_weights))
 
 
-FLOW_RATES, DDIM_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (2e-4, 6e-4, 2e-3, 6e-3)
+FLOW_RATES, DDIM_RATES = (1e-3, 3e-3, 1e-2, 3e-2), (2e-4, 6e-4, 2e-3, 6e-3)
 KL_WEIGHTS = (0.0, 0.03, 0.3)
 
 STUDIES = {

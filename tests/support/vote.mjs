@@ -45,12 +45,12 @@ try {
       const images = page.locator('.pcpo-vote .images button');
       await page.waitForFunction(() => [...document.querySelectorAll('.pcpo-vote .images img')].every(i => i.complete && i.naturalWidth) && document.querySelectorAll('.pcpo-vote .images img').length > 1, null, { timeout: 60000 });
       last = asked.id;
-      if (asked.number === 2 && !result.undone) {
+      if (asked.number >= 2 && !result.undone) {
         await page.locator('.pcpo-vote footer button', { hasText: 'Undo' }).click();
         result.undone++;
         continue;
       }
-      if (asked.number === 4 && !result.reopened) { // close the page in the middle of a question and come back
+      if (asked.number >= 4 && !result.reopened) { // close the page in the middle of a question and come back
         await page.screenshot({ path: path.join(out, 'voting.png') });
         await page.close();
         page = await open();
