@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ..study.grid import study_tasks, task_methods
 from ..study.methods import CLIP_RANGE, STUDY_METHODS
 from ..study.outcome import FAR, GOALS
+from ..study.recipes import RECIPES
 from ..study.studies import Setting, Study
 from ..study.tuning import planned_runs
 from .collect import StudyResults
@@ -47,7 +48,8 @@ def protocol_page(studies: Sequence[StudyResults], pages: Sequence[str]) -> str:
 def study_paragraph(name: str, study: Study) -> str:
     """One study's sizes, sweep and seeds."""
     size = f"{study.updates} updates of {study.prompts_per_update} prompts x {study.group_size} images"
-    steps = f"{study.steps} denoising steps (dance-ddim-50: 50)" if _has_own_steps(study) else f"{study.steps} steps"
+    own = [f"{recipe}: {steps}" for recipe, _ in study.tasks if (steps := RECIPES[recipe].rollout.get("steps"))]
+    steps = f"{study.steps} denoising steps ({'; '.join(own)})" if own else f"{study.steps} steps"
     sweeps = "; ".join(f"{kind}: {_sweep(settings)}" for kind, settings in study.sweep.items())
     rungs = format_list([f"{rung.settings} on seed {rung.seed}" for rung in study.tuning])
     tuning = f"settings on the tuning seeds: {rungs}" if study.tuning else "no tuning"
@@ -56,10 +58,6 @@ def study_paragraph(name: str, study: Study) -> str:
     )
     seeds = f"reported seeds {format_list(study.seeds)}"
     return f"**{name}.** {size}, {steps}, {evaluation}. Sweep ({sweeps}); {tuning}; {seeds}."
-
-
-def _has_own_steps(study: Study) -> bool:
-    return any(recipe == "dance-ddim-50" for recipe, _ in study.tasks)
 
 
 def _sweep(settings: Sequence[Setting]) -> str:

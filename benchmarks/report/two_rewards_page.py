@@ -27,7 +27,7 @@ def weighted_mean(row: Row, before: Row) -> float:
 
 
 def points(rows: list[Row], way: str) -> dict[Weights, list[Row]]:
-    """EvaluationRows of one way to combine the rewards by weights, one per seed."""
+    """Rows of one way to combine the rewards by weights, one per seed."""
     by_weights: dict[Weights, list[Row]] = {}
     for row in rows:
         if row["way"] == way:

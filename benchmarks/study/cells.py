@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from trainer.loop.align import Job, Update, align
 from trainer.loop.state import TrainingState, make_training_state
 from trainer.policy.loading import make_policy
 from trainer.runs.folder import RunFolder
-from trainer.runs.launch import begin
+from trainer.runs.launch import begin, guard_after
 from trainer.runs.rewards import load_rewards
 from trainer.runs.rows import finite
 
@@ -21,7 +21,7 @@ from .cell_config import cell_config, identity, require_same
 from .evaluator import shared_evaluator, study_evaluation
 from .files import commit, read_json, write_json
 from .grid import Cell, evaluation_updates
-from .guarded import guard_outcome, make_cell_guard
+from .guarded import guard_outcome
 from .outcome import Row, gain_within_limits
 from .studies import Study
 
@@ -90,7 +90,8 @@ def run_evaluated(config: Config, folder: RunFolder, study: Study, out: Path, ti
 
 def cell_job(state: TrainingState, config: Config, folder: RunFolder) -> Job:
     job = Job(config, config.prompts.read(), load_rewards(config))
-    return make_cell_guard(state.policy, job, folder) if config.guard.every else job
+    guard = guard_after(folder.records(), state.policy, job, folder) if config.guard.every else None
+    return replace(job, guard=guard)
 
 
 def diverged(rows: list[Row], study: Study) -> list[Row]:

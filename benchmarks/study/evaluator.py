@@ -16,11 +16,10 @@ from comfyui_pcpo.method.samplers import deterministic
 from comfyui_pcpo.metrics.features import extract, load_tiny_features
 from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.reward import load_reward
-from comfyui_pcpo.reward.alignment import encoder_input
-from comfyui_pcpo.reward.base import eight_bit
 from comfyui_pcpo.tiny.pipelines import MODELS, SHARED
-from comfyui_pcpo.tiny.tinyeval import HARD, PROMPTS_PER_TASK, is_right, read_and_parse, shares, suite_prompts
+from comfyui_pcpo.tiny.tinyeval import HARD, PROMPTS_PER_TASK, shares, suite_prompts
 from tools.tiny.measure import drawn
+from trainer.evaluation.metrics import judged
 from trainer.policy.base import Policy
 
 from .recipes import STUDY_REWARDS
@@ -104,19 +103,14 @@ class Evaluator:
         (embedded,) = extract(self.network, images)
         row["fd_base"], row["fd_drawn"] = frechet(embedded, self.base), frechet(embedded, self.drawn)
         row["diversity"] = diversity(embedded, self.evaluation.per_prompt)
-        right = self.right(images, self.evaluation.texts)
+        right = judged(self.network.encoder, images, self.evaluation.texts)
         return {**row, "right": sum(right) / len(right)}
 
     def tinyeval_shares(self, policy: Policy) -> dict[str, float]:
         """TinyEval's hard tasks and their mean, one image per prompt."""
         prompts = suite_prompts(HARD)[:: PROMPTS_PER_TASK // self.evaluation.tinyeval_prompts]
         images = ode_images(policy, 1, TINYEVAL_SEED, self.evaluation.steps, prompts)
-        return shares(self.right(images, prompts), prompts)
-
-    def right(self, images: Tensor, texts: Sequence[str]) -> list[bool]:
-        """Whether each image shows all that its prompt asks for, (B, H, W, 3) -> B."""
-        read = read_and_parse(self.network.encoder, encoder_input(eight_bit(images)), texts)
-        return [is_right(reading, scene) for reading, scene in read]
+        return shares(judged(self.network.encoder, images, prompts), prompts)
 
 
 def checksum(name: str, evaluation: Evaluation) -> str:

@@ -1,24 +1,10 @@
 """A run under the guard: what it measures, when it would have stopped the run, and which update it keeps."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from trainer.config.guard_section import GuardConfig
-from trainer.guard.guard import make_guard
-from trainer.guard.limits import GuardVerdict, next_verdict, replay
-from trainer.guard.probe import Probe
-from trainer.loop.align import Job
-from trainer.policy.base import Policy
-from trainer.runs.folder import RunFolder
-
-
-def make_cell_guard(policy: Policy, job: Job, folder: RunFolder) -> Job:
-    """The job with its guard, as it was after the recorded updates."""
-    probe = Probe(policy, job.config, list(job.prompts), job.rewards, job.processes, job.tick)
-    guard = make_guard(probe, folder.guard_file, renew=False, write=True)
-    guard.verdict = replay(folder.records(), job.config.guard)
-    return replace(job, guard=guard)
+from trainer.guard.limits import GuardVerdict, next_verdict
 
 
 def guard_outcome(records: Sequence[dict[str, Any]], guard: GuardConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.tiny.align import load_image_encoder
 from comfyui_pcpo.tiny.tinyeval import HARD, suite_prompts
 from tools.tiny.measure import attribute_shares, drawn, verdicts
+from trainer.evaluation.metrics import judged
 from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
 from trainer.policy.loading import make_policy
 
@@ -49,8 +50,8 @@ def test_tinyeval_reads_one_image_of_each_hard_prompt(tmp_path):
     assert set(found) == {*HARD, "hard tasks"}
     assert found["hard tasks"] == pytest.approx(sum(found[task] for task in HARD) / len(HARD))
     prompts = suite_prompts(HARD)[::10]
-    assert all(evaluator.right(drawn(prompts, seed=0), prompts))
-    assert not any(evaluator.right(drawn(prompts, seed=0), (*prompts[1:], prompts[0])))
+    assert all(judged(evaluator.network.encoder, drawn(prompts, seed=0), prompts))
+    assert not any(judged(evaluator.network.encoder, drawn(prompts, seed=0), (*prompts[1:], prompts[0])))
 
 
 def test_many_prompts_get_two_images_each_so_that_their_diversity_is_defined():

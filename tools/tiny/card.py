@@ -153,7 +153,7 @@ def parameter_counts(root: Path) -> dict[str, int]:
 @torch.no_grad()
 def reconstruction_psnr(folders: Folders, number: int) -> float:
     """The autoencoder's peak signal-to-noise ratio on new drawings, in dB."""
-    vae, images = load_autoencoder(folders), draw_scenes(number, seed=100).images(torch.arange(number))
+    vae, images = load_autoencoder(folders), draw_scenes(number, seed=100).every_image
     return psnr(vae.decode(vae.encode(images).latents).sample, images)
 
 

@@ -32,6 +32,11 @@ class Drawings:
     scenes: list[Scene]
     boxes: list[list[Box]]
 
+    @property
+    def every_image(self) -> Tensor:
+        """(N, 3, 128, 128) float in [-1, 1]."""
+        return self.images(torch.arange(len(self.scenes)))
+
     def images(self, index: Tensor) -> Tensor:
         """(K,) -> (K, 3, 128, 128) float in [-1, 1]."""
         return self.pixels[index].float().div_(127.5).sub_(1)

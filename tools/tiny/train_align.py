@@ -133,7 +133,7 @@ def train_align(settings: StageSettings, folders: Folders) -> None:
         save_config(model.config, folder)
         state = {key: value.half().contiguous() for key, value in average.state_dict().items()}
         save_file(state, folder / "model.safetensors")
-        readings = read_images(average, test.images(torch.arange(len(test.scenes))))
+        readings = read_images(average, test.every_image)
         right = [all(judge(r, s).values()) for r, s in zip(readings, test.scenes, strict=True)]
         return f"{100 * sum(right) / len(right):.1f} % of drawings read without an error"
 

@@ -42,8 +42,7 @@ def train_decoder(settings: StageSettings, folders: Folders) -> None:
 
 def fit_autoencoder(name: str, vae: Any, drawings: Drawings, settings: StageSettings, folders: Folders) -> None:
     vae.to(memory_format=torch.channels_last)
-    number = settings.at_most(48)
-    test = draw_scenes(number, seed=100).images(torch.arange(number))
+    test = draw_scenes(settings.at_most(48), seed=100).every_image
     order = batch_indices(len(drawings.scenes), settings.batch)
 
     def loss() -> Tensor:

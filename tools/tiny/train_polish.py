@@ -28,7 +28,7 @@ def r_squared(network: nn.Module, images: Tensor, vae: nn.Module) -> float:
 @torch.no_grad()
 def polish_quality(folders: Folders, number: int) -> float:
     """R squared of the trained network on new drawings, of combinations that were held out."""
-    images = draw_scenes(number, seed=90, allowed=is_held_out).images(torch.arange(number))
+    images = draw_scenes(number, seed=90, allowed=is_held_out).every_image
     return r_squared(load_polish(folders.models / "emoji-polish"), images, load_autoencoder(folders))
 
 
@@ -36,8 +36,7 @@ def train_polish(settings: StageSettings, folders: Folders) -> None:
     drawings = draw_scenes(settings.at_most(POLISH_DRAWINGS), seed=70)
     vae, model = load_autoencoder(folders), PolishNet()
     order = batch_indices(len(drawings.scenes), settings.batch)
-    number = settings.at_most(100)
-    test = draw_scenes(number, seed=80).images(torch.arange(number))
+    test = draw_scenes(settings.at_most(100), seed=80).every_image
     folder = folders.models / "emoji-polish"
     folder.mkdir(parents=True, exist_ok=True)
 

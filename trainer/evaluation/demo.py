@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from comfyui_pcpo.reward import Reward
 from comfyui_pcpo.tiny.align import AlignImageEncoder, load_image_encoder
 from comfyui_pcpo.tiny.tinyeval import HARD, drawing_features, shares, suite_prompts
 
-from ..config.loading import build
+from ..config.loading import build, merge
 from ..config.schema import Config
 from ..runs.folder import RunFolder
 from ..runs.rewards import load_rewards
@@ -63,15 +64,29 @@ IMAGES_PER_PROMPT = 2  # in the comparison
 PAIRS_SHOWN = 8  # in the image
 
 
+DEMO_SECTIONS: dict[DemoReward, dict[str, Any]] = {  # of the configuration, by the reward that is trained
+    "tinyeval": {
+        "reward": {  # right images of a prompt tend to look alike
+            "weights": {"tinyeval": 1.0, "tiny_diversity": 0.2},
+            "held_out": ["polish"],
+        },
+        "objective": {"kl_weight": 0.3},  # without it, polish falls at this learning rate
+        "optimizer": {"learning_rate": 6e-3},
+        "guard": {"every": 10},
+        "run": {"save_every": 10},
+    },
+    "colorfulness": {
+        "reward": {"weights": {"colorfulness": 1.0}, "held_out": ["tinyeval", "polish"]},
+        "optimizer": {"learning_rate": 2e-3},
+        "guard": {"every": 5, "tolerance": 0.4},
+        "run": {"save_every": 5},
+    },
+}
+
+
 def demo_config(reward: DemoReward, name: str, folder: Path, updates: int, seed: int) -> Config:
     """PCPO on emoji-flow: `tinyeval` rewards following the prompt, `colorfulness` is easily hacked."""
-    if reward == "tinyeval":  # right images of a prompt tend to look alike
-        weights, held_out = {reward: 1.0, "tiny_diversity": 0.2}, ["polish"]
-        learning_rate, kl_weight, guard = 6e-3, 0.3, {"every": 10, "prompts": 8}  # without the KL, polish falls
-    else:
-        weights, held_out = {reward: 1.0}, ["tinyeval", "polish"]
-        learning_rate, kl_weight, guard = 2e-3, 0.0, {"every": 5, "prompts": 8, "tolerance": 0.4}
-    tree = {
+    common = {
         "prompts": {"lines": list(DEMO_PROMPTS)},
         "rollout": {
             "prompts_per_update": 4,
@@ -81,14 +96,13 @@ def demo_config(reward: DemoReward, name: str, folder: Path, updates: int, seed:
             "branch_first": 3,
             "images_at_once": 16,
         },
-        "reward": {"weights": weights, "held_out": held_out},
-        "objective": {"clip_range": 1e-3, "kl_weight": kl_weight},
-        "optimizer": {"learning_rate": learning_rate, "minibatches": 1},
+        "objective": {"clip_range": 1e-3},
+        "optimizer": {"minibatches": 1},
         "lora": {"rank": 4},
-        "guard": guard,
-        "run": {"name": name, "folder": str(folder), "updates": updates, "seed": seed, "save_every": guard["every"]},
+        "guard": {"prompts": 8},
+        "run": {"name": name, "folder": str(folder), "updates": updates, "seed": seed},
     }
-    return build(tree, "demo")
+    return build(merge(common, DEMO_SECTIONS[reward]), "demo")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The metrics of `evaluate` on one set of images: rewards, distance to a reference, diversity."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,7 +117,7 @@ class Tally:
         return {name: int((~torch.cat(parts).isfinite()).sum()) for name, parts in self.scores.items()}
 
 
-def judged(reader: AlignImageEncoder, images: Tensor, prompts: list[str]) -> list[bool]:
+def judged(reader: AlignImageEncoder, images: Tensor, prompts: Sequence[str]) -> list[bool]:
     """Whether each image shows all that its prompt asks for, of any size, (B, H, W, 3) -> B verdicts."""
     return [is_right(*read) for read in read_and_parse(reader, encoder_input(eight_bit(images)), prompts)]
 

@@ -1,6 +1,6 @@
 """Start, resume and continue a run: written once, for the command line, the ComfyUI node and the benchmark."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..loop.align import Job, Update
 from ..loop.distributed import Processes, join
 from ..loop.interrupts import interrupts
 from ..loop.state import TrainingState, make_training_state
+from ..policy.base import Policy
 from ..policy.loading import make_policy
 from .folder import NotSaved, RunFolder, writing
 from .identity import RunRecord, identity_of, require_accepted
@@ -82,10 +83,8 @@ class Run:
         if not self.config.guard.every:
             return
         job, new = self.job, self.checkpoint is None
-        probe = Probe(self.state.policy, self.config, list(job.prompts), job.rewards, job.processes, job.tick)
-        self.guard = make_guard(probe, self.folder.guard_file, renew=new, write=job.processes.main)
         records = [] if new else [row for row in self.folder.records() if row["update"] <= self.state.done]
-        self.guard.verdict = replay(records, self.config.guard)
+        self.guard = guard_after(records, self.state.policy, job, self.folder, renew=new)
         if self.guard.stopped:
             raise ConfigError(
                 f"{self.folder.path} was stopped by its guard: {self.guard.verdict.reason}. Resume from an earlier "
@@ -166,6 +165,16 @@ def begin(folder: RunFolder, state: TrainingState, config: Config, checkpoint: s
             folder.keep_records(state.done)
             folder.keep_checkpoints(state.done)
             folder.remove_leftovers()
+
+
+def guard_after(
+    records: Sequence[dict[str, Any]], policy: Policy, job: Job, folder: RunFolder, renew: bool = False
+) -> Guard:
+    """A job's guard, as it was after the recorded updates; `renew` measures the base model anew."""
+    probe = Probe(policy, job.config, list(job.prompts), job.rewards, job.processes, job.tick)
+    guard = make_guard(probe, folder.guard_file, renew=renew, write=job.processes.main)
+    guard.verdict = replay(records, job.config.guard)
+    return guard
 
 
 def close(folder: RunFolder, config: Config) -> None:
