@@ -53,6 +53,8 @@ class DiffusersPolicy:
         modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         for part in modules:
             part.requires_grad_(False).eval()
+        if self.device.type == "cpu":
+            order_channels_last(self.denoiser, pipeline.vae)
         self._add_lora(more)
         store(self.denoiser, self.dtype, config.model.quantize)
         self.offloader = self._settle(modules)
@@ -66,8 +68,6 @@ class DiffusersPolicy:
         pipeline, m = self.pipeline, self.config.model
         if pipeline.vae.dtype != torch.float32:
             pipeline.vae.float()  # decoding in half precision is visible, and overflows in SDXL's
-        if self.device.type == "cpu":
-            order_channels_last(pipeline.vae)
         text = [part for part in modules if part is not self.denoiser and part is not pipeline.vae]
         factors = [m for layer in self._layers().values() for m in (layer.lora_A, layer.lora_B)]
         for module in factors:
@@ -85,6 +85,8 @@ class DiffusersPolicy:
     def _add_lora(self, more: Collection[str]) -> None:
         from peft import LoraConfig
 
+        from .lora_forward import sum_in_one_pass
+
         lora = self.config.lora
         modules = [n for n in self.module_names() if is_target(n, lora.targets) or n in more]
         alpha: Any = lora.effective_alpha  # peft declares int and takes any number
@@ -97,6 +99,7 @@ class DiffusersPolicy:
             p.data = p.data.float()
         for layer in self._layers().values():
             layer.cast_input_dtype_enabled = False  # autocast computes the LoRA in the model's precision: no wide copy
+            sum_in_one_pass(layer, "pcpo")
 
     def grid(self, steps: int) -> Grid:
         return self.adapter.grid(steps)
@@ -191,10 +194,11 @@ def module_names(denoiser: nn.Module) -> list[str]:
     return [n.removesuffix(".base_layer") for n in modules if ".lora_" not in n]
 
 
-def order_channels_last(vae: nn.Module) -> None:
-    """Convert the weights to channels-last, with which a CPU decodes in 40 % less time.
+def order_channels_last(*models: nn.Module) -> None:
+    """Convert the weights to channels-last: a CPU decodes in 40 % less time, and trains a UNet in 5 to 10 % less.
 
-    Video VAEs are left alone: the format does not exist for 5-D weights.
+    Video models are left alone: the format does not exist for 5-D weights.
     """
-    if pretended_mode([vae]) is None and not any(p.ndim == 5 for p in vae.parameters()):
-        vae.to(memory_format=torch.channels_last)
+    for model in models:
+        if pretended_mode([model]) is None and not any(p.ndim == 5 for p in model.parameters()):
+            model.to(memory_format=torch.channels_last)
