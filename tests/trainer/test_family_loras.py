@@ -92,7 +92,7 @@ def test_a_file_loads_in_diffusers_as_the_trained_policy(pipelines, family, layo
     plain.load_lora_weights(str(tmp_path), weight_name=path.name, adapter_name="run")
     torch.testing.assert_close(predicted_plain(untrained), expected, rtol=1e-4, atol=1e-4)
     plain.set_adapters(["run"], [0.0])
-    assert torch.equal(predicted_plain(untrained), base)
+    torch.testing.assert_close(predicted_plain(untrained), base, rtol=1e-5, atol=1e-5)  # another order of memory
 
 
 def predicted_plain(policy):

@@ -98,11 +98,11 @@ def test_an_exported_lora_reloads_in_diffusers_as_the_trained_policy(trained, mo
         with torch.no_grad():
             return denoiser(**{key: x, "timestep": torch.tensor([500.0])}, **text).sample
 
-    torch.testing.assert_close(predict(), base, rtol=0, atol=0)
+    torch.testing.assert_close(predict(), base, rtol=1e-5, atol=1e-5)  # another order of memory
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="run")
     torch.testing.assert_close(predict(), expected, rtol=1e-4, atol=1e-4)
     pipeline.set_adapters(["run"], [0.0])
-    torch.testing.assert_close(predict(), base, rtol=0, atol=0)
+    torch.testing.assert_close(predict(), base, rtol=1e-5, atol=1e-5)  # another order of memory
 
 
 def test_the_runs_own_lora_file_is_its_comfyui_export(trained):

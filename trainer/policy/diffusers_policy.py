@@ -54,7 +54,7 @@ class DiffusersPolicy:
         for part in modules:
             part.requires_grad_(False).eval()
         if self.device.type == "cpu":
-            order_channels_last(self.denoiser, pipeline.vae)
+            order_channels_last(pipeline.vae, *([] if sharded(config.model) else [self.denoiser]))
         self._add_lora(more)
         store(self.denoiser, self.dtype, config.model.quantize)
         self.offloader = self._settle(modules)
@@ -197,7 +197,7 @@ def module_names(denoiser: nn.Module) -> list[str]:
 def order_channels_last(*models: nn.Module) -> None:
     """Convert the weights to channels-last: a CPU decodes in 40 % less time, and trains a UNet in 5 to 10 % less.
 
-    Video models are left alone: the format does not exist for 5-D weights.
+    Video models are left alone: the format does not exist for 5-D weights. A sharded model keeps the usual one.
     """
     for model in models:
         if pretended_mode([model]) is None and not any(p.ndim == 5 for p in model.parameters()):
