@@ -32,7 +32,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    # the embedded models: this project's own studies, docs/results.md
+    # the embedded models: what worked in the demo and the studies of docs/results.md
     "embedded": Preset(clip_range=1e-3, rank=8, targets="linear", learning_rate=3e-3, side=None, gib_per_image=0.01),
     # DDPO: 50 steps, guidance 5, eta 1, LoRA of rank 4 at 3e-4, clip range 1e-4
     "sd15": Preset(steps=50, cfg=5.0, rank=4, gib_per_image=0.5),
