@@ -55,6 +55,15 @@ def test_a_checkpoint_file_is_checked_by_its_header(make_config, tmp_path):
     assert "is not an intact safetensors file" in check_run(config).problems[0]
 
 
+@pytest.mark.parametrize("base", ["sd15", "models/pipelines/sd15", r"models\sd15", "~/sd15"])
+def test_a_folder_of_configurations_that_does_not_exist_is_not_asked_of_the_hub(make_config, tmp_path, base):
+    file = original_layout.write(tiny_pipelines.build("sd15"), tmp_path / "model.safetensors")
+    config = make_config(str(file), model={"config": base}, rollout=SIZE)
+    for make in (make_shapes, make_policy):
+        with pytest.raises(ConfigError, match="is no folder"):
+            make(config)
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "another shape"])
 def test_weight_files_that_cannot_be_loaded_are_named(make_config, tmp_path, damage):
     folder = tiny_pipelines.save("sd15", tmp_path)

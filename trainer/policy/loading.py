@@ -15,7 +15,7 @@ from .diffusers_policy import PRECISIONS, DiffusersPolicy, module_names
 from .families import denoiser_of
 from .lora_pairs import padded, read_lora
 from .shapes import load_shapes
-from .single_file import left_out, load_checkpoint, precisions
+from .single_file import is_hub_name, left_out, load_checkpoint, precisions
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -52,8 +52,8 @@ def load_pipeline(name: str, base: str | None = None, dtype: torch.dtype = torch
 
 def refuse_impossible_name(name: str) -> None:
     """Raise ConfigError for what is neither a file or folder nor an owner's repository, without asking the hub."""
-    if Path(name).suffix != ".safetensors" and "/" not in name and not Path(name).exists():
-        raise ConfigError(_not_loaded(name, None, ValueError("there is no such folder, and names on the hub have a /")))
+    if Path(name).suffix != ".safetensors" and not is_hub_name(name) and not Path(name).exists():
+        raise ConfigError(_not_loaded(name, None, ValueError("there is no such folder, and hub names are owner/name")))
 
 
 def _not_loaded(name: str, base: str | None, error: Exception) -> str:

@@ -4,6 +4,7 @@ Of SD and SDXL files everything is used. Of SD3 and FLUX files only the transfor
 pipeline's folder or the hub: they are the same in every checkpoint, and many files lack them.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -125,11 +126,20 @@ def checkpoint_kind(keys: set[str], path: Path) -> CheckpointKind:
     )
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether this can be a repository on the hub: owner/name. All else is the path of a file or folder."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
+
+
 def check_base(base: str, kind: CheckpointKind) -> None:
-    """Refuse a folder that is no pipeline, or one of another kind; a hub name is left to diffusers."""
+    """Refuse what is no folder, no pipeline, or one of another kind; a hub name is left to diffusers."""
     import diffusers
 
     if not Path(base).is_dir():
+        if not is_hub_name(base):
+            raise ConfigError(
+                f"model.config {base} is no folder. Give the folder of a diffusers pipeline, or a hub name: owner/name."
+            )
         return
     if not (Path(base) / "model_index.json").is_file():
         raise ConfigError(f"model.config {base} has no model_index.json. Give a folder of a diffusers pipeline.")
