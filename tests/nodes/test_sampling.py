@@ -83,7 +83,8 @@ def test_deterministic_sample_equals_the_diffusers_pipeline(tiny, side):
 def test_noise_level_0_equals_the_stock_deterministic_sampler(tiny, scheduler):
     sigmas = tiny.sigmas(scheduler)
     result, expected = tiny.ours(steps.StepChoice(noise_level=0.0), sigmas, cfg=3.0), tiny.stock(sigmas)
-    assert biggest(result, expected) < 1e-4 * expected.abs().max().item()  # guidance 3 multiplies rounding
+    bound = 2e-5 if (tiny.name, scheduler) == ("emoji-eps", "karras") else 1e-5  # rounding: 1.5e-5, else below 1e-5
+    assert biggest(result, expected) < bound * expected.abs().max().item()
 
 
 def test_the_same_seed_gives_the_same_image_and_another_does_not(tiny):

@@ -27,12 +27,12 @@ def pair(kind: str, alpha: float) -> tuple[nn.Module, nn.Module, Tensor]:
     config = LoraConfig(r=4, lora_alpha=alpha, target_modules=["0"], init_lora_weights=False)  # type: ignore[arg-type]
     plain = inject_adapter_in_model(config, nn.Sequential(make()), "pcpo")
     fast = copy.deepcopy(plain)
-    sum_in_one_pass(lora_layer(fast), "pcpo")
+    sum_in_one_pass(lora_layers(fast)[0], "pcpo")
     return plain, fast, torch.randn(shape)
 
 
-def lora_layer(model: nn.Module) -> LoraLayer:
-    return next(module for module in model.modules() if isinstance(module, LoraLayer))
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def output_and_gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def test_a_rollout_computes_bit_for_bit_what_training_computes(kind):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_without_its_lora_a_layer_is_the_base_layer(kind):
     _, fast, x = pair(kind, 4)
-    layer = lora_layer(fast)
+    layer = lora_layers(fast)[0]
     layer._disable_adapters = True
     assert torch.equal(fast(x), layer.get_base_layer()(x))
 
@@ -82,12 +82,13 @@ def test_in_bfloat16_the_sum_is_rounded_once(kind):
 
 def test_every_layer_of_an_embedded_models_lora_computes_so(make_config, model):
     policy = make_policy(make_config(model, lora={"targets": "all"}))
-    layers = [module for module in policy.denoiser.modules() if isinstance(module, LoraLayer)]
+    layers = lora_layers(policy.denoiser)
     assert layers
     assert all(isinstance(layer.lora_variant["pcpo"], SumInOnePass) for layer in layers)
 
 
 def test_eight_bit_weights_are_below_the_same_sum(make_config):
     policy = make_policy(make_config(model={"quantize": "int8"}))
-    layers = [module for module in policy.denoiser.modules() if isinstance(module, LoraLayer)]
+    layers = lora_layers(policy.denoiser)
+    assert layers
     assert all(isinstance(layer.lora_variant["pcpo"], SumInOnePass) for layer in layers)

@@ -14,7 +14,7 @@ from trainer.evaluation.images import sample_images
 from trainer.evaluation.options import SamplingOptions
 from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
 from trainer.evaluation.source import open_source, parse_guide, read_pairs
-from trainer.policy.diffusers_policy import module_names
+from trainer.policy.diffusers_policy import module_names, order_channels_last
 from trainer.policy.families import denoiser_of
 from trainer.policy.loading import load_pipeline, make_policy
 from trainer.policy.lora_pairs import load_pairs
@@ -91,6 +91,7 @@ def test_an_exported_lora_reloads_in_diffusers_as_the_trained_policy(trained, mo
 
     pipeline = load_pipeline(model)
     denoiser = pipeline.unet if model == "emoji-eps" else pipeline.transformer
+    order_channels_last(denoiser)
     text = {k: v for k, v in policy.encode([PROMPT]).positive.items()}
     key = "sample" if model == "emoji-eps" else "hidden_states"
 
@@ -98,11 +99,11 @@ def test_an_exported_lora_reloads_in_diffusers_as_the_trained_policy(trained, mo
         with torch.no_grad():
             return denoiser(**{key: x, "timestep": torch.tensor([500.0])}, **text).sample
 
-    torch.testing.assert_close(predict(), base, rtol=1e-5, atol=1e-5)  # another order of memory
+    torch.testing.assert_close(predict(), base, rtol=0, atol=0)
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="run")
     torch.testing.assert_close(predict(), expected, rtol=1e-4, atol=1e-4)
     pipeline.set_adapters(["run"], [0.0])
-    torch.testing.assert_close(predict(), base, rtol=1e-5, atol=1e-5)  # another order of memory
+    torch.testing.assert_close(predict(), base, rtol=0, atol=0)
 
 
 def test_the_runs_own_lora_file_is_its_comfyui_export(trained):

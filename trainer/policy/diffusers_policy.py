@@ -54,7 +54,9 @@ class DiffusersPolicy:
         for part in modules:
             part.requires_grad_(False).eval()
         if self.device.type == "cpu":
-            order_channels_last(pipeline.vae, *([] if sharded(config.model) else [self.denoiser]))
+            order_channels_last(pipeline.vae)
+            if not sharded(config.model):  # FSDP takes contiguous weights only
+                order_channels_last(self.denoiser)
         self._add_lora(more)
         store(self.denoiser, self.dtype, config.model.quantize)
         self.offloader = self._settle(modules)
@@ -194,11 +196,10 @@ def module_names(denoiser: nn.Module) -> list[str]:
     return [n.removesuffix(".base_layer") for n in modules if ".lora_" not in n]
 
 
-def order_channels_last(*models: nn.Module) -> None:
+def order_channels_last(model: nn.Module) -> None:
     """Convert the weights to channels-last: a CPU decodes in 40 % less time, and trains a UNet in 5 to 10 % less.
 
-    Video models are left alone: the format does not exist for 5-D weights. A sharded model keeps the usual one.
+    Video models are left alone: the format does not exist for 5-D weights.
     """
-    for model in models:
-        if pretended_mode([model]) is None and not any(p.ndim == 5 for p in model.parameters()):
-            model.to(memory_format=torch.channels_last)
+    if pretended_mode([model]) is None and not any(p.ndim == 5 for p in model.parameters()):
+        model.to(memory_format=torch.channels_last)

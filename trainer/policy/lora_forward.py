@@ -10,8 +10,8 @@ from torch import Tensor
 class SumInOnePass(LoraVariant):
     """W x + s B A x without a tensor for s B A x.
 
-    B's transpose is made contiguous (a copy of rank x out), because autograd then multiplies for the gradients of B
-    and A in the order that takes a CPU a third to a tenth of the time.
+    B's transpose is made contiguous (a copy of rank x out): autograd then multiplies for the gradients of B and of A x
+    in the order that takes a CPU a third to a tenth of the time.
     """
 
     @staticmethod
