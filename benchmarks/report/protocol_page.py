@@ -7,7 +7,6 @@ from ..study.methods import CLIP_RANGE, STUDY_METHODS
 from ..study.outcome import FAR, GOALS
 from ..study.recipes import RECIPES
 from ..study.studies import Setting, Study
-from ..study.tuning import planned_runs
 from .collect import StudyResults
 from .markdown import format_list, markdown_table
 
@@ -24,13 +23,13 @@ images that are all alike have lost diversity, destroyed ones may have gained so
 until the gain ({format_list(GOALS)}) is reached within the limits. A run whose gradient overflows counts as having lost
 all diversity from there on.
 
-**Settings.** Learning rate and KL weight are tuned for each method and task over the same sweep, on seeds that are not
-reported, by the outcome above. The clip range is {CLIP_RANGE:g} for every method that clips: the trainer's default on
-the embedded models, wider than the published 1e-4 because their latents are smaller. GRPO-Guard's credit is not
-rescaled, so this clip range is narrower for it than for the others. For a given seed, all methods of a task use the
-same prompts and noise, except AWM and DiffusionNFT, which sample without noise in training and never share the first
-noise within a group. No guidance; LoRA of rank 8; two optimizer steps per update; the last denoising step is never
-trained.
+**Settings.** Learning rate and KL weight are tuned for each method and task over the same sweep, and beyond an edge of
+it where a method's best settings lie on one, on seeds that are not reported, by the outcome above. The clip range is
+{CLIP_RANGE:g} for every method that clips: the trainer's default on the embedded models, wider than the published 1e-4
+because their latents are smaller. GRPO-Guard's credit is not rescaled, so this clip range is narrower for it than for
+the others. For a given seed, all methods of a task use the same prompts and noise, except AWM and DiffusionNFT, which
+sample without noise in training and never share the first noise within a group. No guidance; LoRA of rank 8; two
+optimizer steps per update; the last denoising step is never trained.
 
 **Numbers.** Brackets are 95 % intervals over seeds: Student's t for means, bootstrap for medians. p-values are
 corrected by Holm's method, all comparisons of a page as one family. emoji-align reads the images, and the rewards
@@ -74,11 +73,11 @@ def finished_table(studies: Sequence[StudyResults]) -> str:
     for results in studies:
         for task, one in zip(study_tasks(results.study), results.tasks, strict=True):
             methods, seeds = task_methods(results.study, task), len(results.study.seeds)
-            tuned = sum(planned_runs(results.study, task) - tuning.remaining for tuning in one.tuning.values())
             titles = [STUDY_METHODS[name].title for name in methods if len(one.runs[name]) < seeds]
             missing = "all" if len(titles) == len(methods) else "; ".join(titles)
             reported = f"{sum(map(len, one.runs.values()))} of {seeds * len(methods)}"
-            tuning = f"{tuned} of {planned_runs(results.study, task) * len(methods)}"
+            tuned = one.tuning.values()
+            tuning = f"{sum(own.done for own in tuned)} of {sum(own.planned for own in tuned)}"
             rows.append([f"{results.name}, {task.name}", tuning, reported, missing or "-"])
     return markdown_table(["study, task", "tuning runs", "reported runs", "methods without all seeds"], rows)
 

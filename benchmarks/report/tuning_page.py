@@ -2,28 +2,17 @@
 
 from collections.abc import Sequence
 
-from ..study.grid import task_sweep
 from ..study.methods import STUDY_METHODS
-from ..study.studies import Setting, Study
+from ..study.studies import Setting
+from ..study.tuning import edges
 from .collect import StudyResults, TaskResults
 from .markdown import format_number, markdown_table
 
 TUNING_INTRO = """Gain within the limits of diversity and distance, by learning rate and KL weight, on the tuning seeds
-only, which are not reported. Each further seed is run with the best settings so far (successive halving); in
-brackets: the number of seeds, if fewer than the chosen setting's. The chosen setting is bold, and has the highest
-mean over all tuning seeds."""
-
-
-def edges(setting: Setting, sweep: Sequence[Setting]) -> list[str]:
-    """The edges of the sweep that a setting lies on; a KL weight of 0 is the natural end and no edge."""
-    rates = [one.learning_rate for one in sweep]
-    found = []
-    if min(rates) < max(rates):
-        found += ["the lowest learning rate"] if setting.learning_rate == min(rates) else []
-        found += ["the highest learning rate"] if setting.learning_rate == max(rates) else []
-    if setting.kl_weight == max(one.kl_weight for one in sweep) > 0:
-        found.append("the largest KL weight")
-    return found
+only, which are not reported. Where a method's best settings lie on an edge of the sweep, the next values beyond it
+are tried too. Each further seed is run with the best settings so far (successive halving); in brackets: the number
+of seeds, if fewer than the chosen setting's. The chosen setting is bold, and has the highest mean over all tuning
+seeds."""
 
 
 def tuning_page(studies: Sequence[StudyResults]) -> str:
@@ -33,23 +22,24 @@ def tuning_page(studies: Sequence[StudyResults]) -> str:
         tasks = [task for task in results.tasks if any(any(t.gains.values()) for t in task.tuning.values())]
         for task in tasks:
             parts.append(f"## {results.name}: {task.task.title}")
-            parts += [tuning_table(results.study, task), edge_note(results.study, task)]
+            parts += [tuning_table(task), edge_note(task)]
     return "\n\n".join(["# Tuning", TUNING_INTRO, *(part for part in parts if part)]) if parts else ""
 
 
-def tuning_table(study: Study, task: TaskResults) -> str:
-    sweep = task_sweep(study, task.task)
+def tuning_table(task: TaskResults) -> str:
+    tried = {setting for tuning in task.tuning.values() for setting in tuning.gains}
+    settings = sorted(tried, key=lambda one: (one.learning_rate, one.kl_weight))
     rows = [
-        [STUDY_METHODS[name].title, *(_cell(task, name, setting) for setting in sweep)]
+        [STUDY_METHODS[name].title, *(_cell(task, name, setting) for setting in settings)]
         for name, tuning in task.tuning.items()
         if any(tuning.gains.values())
     ]
-    return markdown_table(["", *(setting.title for setting in sweep)], rows)
+    return markdown_table(["", *(setting.title for setting in settings)], rows)
 
 
 def _cell(task: TaskResults, name: str, setting: Setting) -> str:
     tuning = task.tuning[name]
-    gains = tuning.gains[setting]
+    gains = tuning.gains.get(setting)
     if not gains:
         return "-"
     number = format_number(sum(gains) / len(gains))
@@ -59,15 +49,14 @@ def _cell(task: TaskResults, name: str, setting: Setting) -> str:
     return number if len(gains) == most else f"{number} ({len(gains)})"
 
 
-def edge_note(study: Study, task: TaskResults) -> str:
+def edge_note(task: TaskResults) -> str:
     """The choices on an edge, outside of which a better setting may lie, and the methods that are still tuned."""
-    sweep = task_sweep(study, task.task)
     titles: dict[str, list[str]] = {}
-    for name, setting in task.chosen.items() if len(sweep) > 1 else ():
-        for edge in edges(setting, sweep):
+    for name, setting in task.chosen.items():
+        for edge in edges(setting, task.tuning[name].gains):
             titles.setdefault(edge, []).append(STUDY_METHODS[name].title)
-    lines = [f"Chosen at {edge} of the sweep: {'; '.join(names)}." for edge, names in titles.items()]
+    lines = [f"Chosen at {edge} tried: {'; '.join(names)}." for edge, names in titles.items()]
     open_ = [STUDY_METHODS[name].title for name, tuning in task.tuning.items() if tuning.chosen is None]
     if open_:
         lines.append(f"Tuning not finished: {'; '.join(open_)}.")
-    return " ".join(lines) or "No choice lies on an edge of the sweep."
+    return " ".join(lines) or "No choice lies on an edge of what was tried."

@@ -24,6 +24,14 @@ class Setting:
         return f"{self.learning_rate:g}, {self.kl_weight:g}"
 
 
+class Beyond(NamedTuple):
+    """The next values beyond a sweep, tried where a method's best settings lie on its edge."""
+
+    lower_rate: float
+    higher_rate: float
+    kl_weight: float
+
+
 class Rung(NamedTuple):
     """A tuning seed, and how many of a method's settings are run on it: the best ones on the seeds before."""
 
@@ -49,6 +57,7 @@ class Study:
     tinyeval_prompts: int = 20  # of each of TinyEval's hard tasks, in an evaluation of a reported run
     later: tuple[str, ...] = ()  # methods that are run once the others are finished in every task
     tuning: tuple[Rung, ...] = ()  # empty: the first setting of the sweep
+    beyond: dict[str, Beyond] = field(default_factory=dict)  # by kind of model
     baseline: str = "ppo"  # that the others are compared with
     guard: Tree = field(default_factory=dict)  # the configuration's section
     held_out: tuple[str, ...] = ()  # rewards that the guard watches
@@ -73,6 +82,7 @@ def settings(learning_rates: tuple[float, ...], kl_weights: tuple[float, ...] = 
 
 FLOW_RATES, DDIM_RATES = (1e-3, 3e-3, 1e-2, 3e-2), (2e-4, 6e-4, 2e-3, 6e-3)
 KL_WEIGHTS = (0.0, 0.03, 0.3)
+BEYOND = {"flow": Beyond(3e-4, 1e-1, 3.0), "ddim": Beyond(6e-5, 2e-2, 3.0)}
 
 STUDIES = {
     "quick": Study(
@@ -102,6 +112,7 @@ STUDIES = {
         ),
         sweep={"flow": settings(FLOW_RATES, KL_WEIGHTS), "ddim": settings(DDIM_RATES, KL_WEIGHTS)},
         tuning=(Rung(100, 12), Rung(101, 2), Rung(102, 2)),
+        beyond=BEYOND,
         seeds=(0, 1, 2, 3, 4),
         prompts_per_update=2,
         group_size=8,
@@ -122,6 +133,7 @@ STUDIES = {
         later=tuple(CREDIT_METHODS),
         sweep={"flow": settings(FLOW_RATES), "ddim": settings(DDIM_RATES)},
         tuning=(Rung(100, 4), Rung(101, 2), Rung(102, 2)),
+        beyond=BEYOND,
         baseline="native",
         seeds=(0, 1, 2, 3, 4),
         prompts_per_update=2,

@@ -1,8 +1,8 @@
 """Results of the finished cells, and the settings that the tuning seeds choose."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from trainer.config.schema import ConfigError
 from .cell_config import cell_config, require_same
 from .grid import Cell, StudyTask, task_sweep
 from .outcome import gain_within_limits
-from .studies import Setting, Study
+from .recipes import RECIPES
+from .studies import Beyond, Rung, Setting, Study
 
 
 def read_result(cell: Cell, study: Study, out: Path) -> dict[str, Any] | None:
@@ -42,36 +43,74 @@ class Tuning:
 
     gains: dict[Setting, list[float]]  # of the finished seeds
     due: list[Cell]  # the runs that come next
-    remaining: int  # runs, those included
+    planned: int  # runs, finished and due ones included
     chosen: Setting | None  # None while runs remain
 
-
-def planned_runs(study: Study, task: StudyTask) -> int:
-    """Tuning runs of each method of a task."""
-    return sum(min(rung.settings, len(task_sweep(study, task))) for rung in study.tuning)
+    @property
+    def done(self) -> int:
+        """Finished runs."""
+        return sum(map(len, self.gains.values()))
 
 
 def tune(study: Study, task: StudyTask, method: str, out: Path) -> Tuning:
     """Successive halving (Jamieson and Talwalkar, AISTATS 2016) over the tuning seeds, by gain within limits.
 
-    Each further seed is run with the best settings so far only. Chosen is the best mean over all tuning seeds.
+    The first seed is run with the whole sweep, and with the next values beyond it where the best settings lie on an
+    edge; each further seed with the best settings so far only. Chosen is the best mean over all tuning seeds.
     """
-    options = list(task_sweep(study, task))
+    options, beyond = task_sweep(study, task), study.beyond.get(RECIPES[task.recipe].kind)
     gains: dict[Setting, list[float]] = {setting: [] for setting in options}
 
-    def mean(setting: Setting) -> float:
-        return sum(gains[setting]) / max(1, len(gains[setting]))
+    def best(count: int) -> list[Setting]:
+        return sorted(gains, key=lambda one: (len(gains[one]), sum(gains[one])), reverse=True)[:count]
 
-    for number, rung in enumerate(study.tuning):
-        options = sorted(options, key=mean, reverse=True)[: rung.settings]
+    def measure(seed: int, settings: Sequence[Setting]) -> list[Cell]:
+        """Collect the gains on a seed, -> the runs that it still needs."""
         due = []
-        for cell in [Cell(task, method, setting, rung.seed) for setting in options]:
+        for cell in [Cell(task, method, setting, seed) for setting in settings]:
             result = read_result(cell, study, out)
             if result is None:
                 due.append(cell)
             else:
-                gains[cell.setting].append(gain_within_limits(result["rows"], task.reward))
+                gains.setdefault(cell.setting, []).append(gain_within_limits(result["rows"], task.reward))
+        return due
+
+    def tuning(due: list[Cell], later: Sequence[Rung]) -> Tuning:
+        planned = sum(map(len, gains.values())) + len(due) + sum(min(rung.settings, len(gains)) for rung in later)
+        return Tuning(gains, due, planned, None if due else best(1)[0])
+
+    for number, rung in enumerate(study.tuning):
+        later = study.tuning[number + 1 :]
+        due = measure(rung.seed, best(rung.settings))
+        if not due and number == 0 and later and beyond is not None:
+            due = measure(rung.seed, next_settings(best(later[0].settings), options, beyond))
         if due:
-            later = sum(min(rung.settings, len(gains)) for rung in study.tuning[number + 1 :])
-            return Tuning(gains, due, len(due) + later, None)
-    return Tuning(gains, [], 0, max(options, key=mean))
+            return tuning(due, later)
+    return tuning([], ())
+
+
+LOWEST, HIGHEST, LARGEST = "the lowest learning rate", "the highest learning rate", "the largest KL weight"
+
+
+def edges(setting: Setting, tried: Iterable[Setting]) -> list[str]:
+    """The edges of what was tried that a setting lies on; a KL weight of 0 is the natural end and no edge."""
+    tried = list(tried)
+    rates = [one.learning_rate for one in tried if one.kl_weight == setting.kl_weight]
+    found = []
+    if min(rates) < max(rates):
+        found += [LOWEST] if setting.learning_rate == min(rates) else []
+        found += [HIGHEST] if setting.learning_rate == max(rates) else []
+    weights = [one.kl_weight for one in tried if one.learning_rate == setting.learning_rate]
+    if setting.kl_weight == max(weights) > 0:
+        found.append(LARGEST)
+    return found
+
+
+def next_settings(settings: Sequence[Setting], sweep: Sequence[Setting], beyond: Beyond) -> list[Setting]:
+    """The settings one value beyond the edges that `settings` lie on."""
+    further = {
+        LOWEST: {"learning_rate": beyond.lower_rate},
+        HIGHEST: {"learning_rate": beyond.higher_rate},
+        LARGEST: {"kl_weight": beyond.kl_weight},
+    }
+    return [replace(setting, **further[edge]) for setting in settings for edge in edges(setting, sweep)]

@@ -12,7 +12,7 @@ from trainer.runs.folder import RunFolder
 from .cells import Say, run_cell
 from .grid import Cell, StudyTask, reported_cells, study_tasks, task_methods
 from .studies import Study
-from .tuning import planned_runs, read_result, tune
+from .tuning import read_result, tune
 
 WAIT = 5.0  # seconds between two checks of cells that other processes hold
 Item = TypeVar("Item")
@@ -72,15 +72,13 @@ def run_if_free(cell: Cell, study: Study, out: Path, say: Say) -> bool:
 
 def progress(study: Study, out: Path) -> tuple[int, int]:
     """(finished cells, all cells)."""
-    total = remaining = 0
+    done = total = 0
     for task in study_tasks(study):
         for method in task_methods(study, task):
             tuning = tune(study, task, method, out)
-            total += planned_runs(study, task) + len(study.seeds)
-            remaining += tuning.remaining
-            if tuning.chosen is None:
-                remaining += len(study.seeds)
-            else:
+            total += tuning.planned + len(study.seeds)
+            done += tuning.done
+            if tuning.chosen is not None:
                 cells = reported_cells(study, task, method, tuning.chosen)
-                remaining += sum(read_result(cell, study, out) is None for cell in cells)
-    return total - remaining, total
+                done += sum(read_result(cell, study, out) is not None for cell in cells)
+    return done, total

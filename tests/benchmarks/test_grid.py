@@ -7,13 +7,13 @@ import pytest
 from benchmark_grids import NINE, ONE_SEED, TASK, small, write
 
 from benchmarks.report.collect import collect
-from benchmarks.report.tuning_page import edge_note, edges, tuning_table
+from benchmarks.report.tuning_page import edge_note, tuning_table
 from benchmarks.study.cell_config import cell_config
 from benchmarks.study.grid import Cell, StudyTask, evaluation_updates, study_tasks, task_methods, task_sweep
 from benchmarks.study.methods import CLIP_RANGE, CREDIT_METHODS, STUDY_METHODS
 from benchmarks.study.recipes import FOLLOWING, RECIPES, STUDY_REWARDS, training_prompts
-from benchmarks.study.studies import STUDIES, Rung, Setting
-from benchmarks.study.tuning import tune
+from benchmarks.study.studies import STUDIES, Beyond, Rung, Setting
+from benchmarks.study.tuning import edges, tune
 from benchmarks.study.work import due_cells, progress
 from comfyui_pcpo.tiny.captions import is_held_out
 from comfyui_pcpo.tiny.tinyeval import HARD, known_scene, suite_prompts, task_of
@@ -139,7 +139,7 @@ def test_each_further_tuning_seed_is_run_with_the_best_settings_so_far(tmp_path)
     lucky, right = sweep[3], sweep[4]
     first = tune(study, TASK, "ppo", tmp_path)
     assert [(one.setting, one.seed) for one in first.due] == [(setting, 100) for setting in sweep]
-    assert (first.remaining, first.chosen) == (11, None)
+    assert (first.done, first.planned, first.chosen) == (0, 11, None)
     for one in first.due:
         write(one, study, tmp_path, {lucky: 1.5, right: 1.0}.get(one.setting, 0.1))
     second = tune(study, TASK, "ppo", tmp_path)
@@ -147,7 +147,25 @@ def test_each_further_tuning_seed_is_run_with_the_best_settings_so_far(tmp_path)
     for one in second.due:
         write(one, study, tmp_path, 1.0 if one.setting == right else 0.2)
     last = tune(study, TASK, "ppo", tmp_path)
-    assert (last.due, last.remaining, last.chosen) == ([], 0, right)
+    assert (last.due, last.done, last.planned, last.chosen) == ([], 11, 11, right)
+
+
+def test_beyond_an_edge_with_a_methods_best_settings_the_next_values_are_tried(tmp_path):
+    study = small(sweep=NINE, tuning=(Rung(100, 9), Rung(101, 2)), beyond={"flow": Beyond(1e-4, 1.0, 10.0)})
+    inner, corner, further = Setting(1e-2, 0.1), Setting(1e-3, 1.0), Setting(1e-3, 10.0)
+    for one in tune(study, TASK, "ppo", tmp_path).due:
+        write(one, study, tmp_path, {inner: 0.8, corner: 1.0}.get(one.setting, 0.1))
+    second = tune(study, TASK, "ppo", tmp_path)
+    assert [(one.setting, one.seed) for one in second.due] == [(Setting(1e-4, 1.0), 100), (further, 100)]
+    assert (second.done, second.planned) == (9, 13)
+    for one in second.due:
+        write(one, study, tmp_path, 1.5 if one.setting == further else 0.1)
+    third = tune(study, TASK, "ppo", tmp_path)
+    assert [(one.setting, one.seed) for one in third.due] == [(further, 101), (corner, 101)]
+    for one in third.due:
+        write(one, study, tmp_path, 1.0)
+    assert tune(study, TASK, "ppo", tmp_path).chosen == further
+    assert "Chosen at the largest KL weight tried: native PPO." in edge_note(collect("quick", study, tmp_path).tasks[0])
 
 
 def test_a_setting_is_not_chosen_for_gains_that_lose_the_diversity(tmp_path):
@@ -156,7 +174,7 @@ def test_a_setting_is_not_chosen_for_gains_that_lose_the_diversity(tmp_path):
         fast = one.setting.learning_rate == 1e-1
         write(one, study, tmp_path, 2.0 if fast else 1.0 + one.setting.kl_weight / 10, diversity=0.5 if fast else 1.0)
     assert tune(study, TASK, "pcpo", tmp_path).chosen == Setting(1e-3, 1.0)
-    table = tuning_table(study, collect("quick", study, tmp_path).tasks[0])
+    table = tuning_table(collect("quick", study, tmp_path).tasks[0])
     assert "| PCPO | 1.00 | 1.01 | **1.10** | 1.00 | 1.01 | 1.10 | 0.40 | 0.40 | 0.40 |" in table
 
 
@@ -173,9 +191,9 @@ def test_the_report_names_choices_on_an_edge_and_methods_that_are_still_tuned(tm
     for method, sign in (("ppo", 1), ("pcpo", -1)):
         for one in tune(study, TASK, method, tmp_path).due:
             write(one, study, tmp_path, sign * one.setting.learning_rate)
-    note = edge_note(study, collect("quick", study, tmp_path).tasks[0])
-    assert "Chosen at the highest learning rate of the sweep: native PPO." in note
-    assert "Chosen at the lowest learning rate of the sweep: PCPO." in note
+    note = edge_note(collect("quick", study, tmp_path).tasks[0])
+    assert "Chosen at the highest learning rate tried: native PPO." in note
+    assert "Chosen at the lowest learning rate tried: PCPO." in note
     assert note.endswith("Tuning not finished: DiffusionNFT.")
 
 
