@@ -172,8 +172,11 @@ def peers(
     updates: int = 10,
     rounds: int = 3,
     device: Literal["cpu", "cuda"] = "cpu",
+    out: Path = Path("output/benchmark"),
 ) -> None:
     """Compare the speed of our loop with that of public training scripts, on the embedded models.
+
+    The report of the study frontier shows the result.
 
     Parameters
     ----------
@@ -187,16 +190,18 @@ def peers(
         Runs of each side; the table shows medians.
     device
         Where the models run.
+    out
+        Folder of the results.
     """
     from .speed.peer_scripts import PeerSettings
-    from .speed.peer_speed import compare_with_peers, peer_table
+    from .speed.peer_speed import compare_with_peers, peer_table, write_peers
 
     clones = {"ddpo-pytorch": ddpo, "flow_grpo": flow_grpo}
     given = {name: clone.resolve() for name, clone in clones.items() if clone is not None}
     if not given or updates < 1 or rounds < 1:
         raise ConfigError("Give at least one clone (--ddpo, --flow-grpo), and --updates and --rounds of 1 or more.")
     rows = compare_with_peers(given, PeerSettings(updates=updates, device=device), rounds, tqdm.write)
-    tqdm.write(peer_table(rows))
+    tqdm.write(peer_table(write_peers(rows, out.resolve() / "frontier" / "peers.json")))
 
 
 def run_command(tokens: list[str] | None = None) -> int:

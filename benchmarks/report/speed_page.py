@@ -10,6 +10,8 @@ from PIL import Image
 from comfyui_pcpo.plotting.panels import Line, Panel, draw_panels
 
 from ..speed.loop_speed import AXES, BASE, LABELS, REPEATS, SPEED_MODELS
+from ..speed.peer_speed import peer_table
+from ..study.files import read_json
 from .markdown import format_number, markdown_table
 
 
@@ -31,6 +33,26 @@ def growth_figure(rows: list[dict[str, Any]]) -> Image.Image:
 
 def speed_page(out: Path, images: Path, where: str) -> str:
     """The page; empty if nothing was measured."""
+    parts = [part for part in (peers_part(out), loop_part(out, images, where)) if part]
+    return "\n\n".join(["# Speed and memory", *parts]) if parts else ""
+
+
+def peers_part(out: Path) -> str:
+    """Our loop against public training scripts; empty if they were not measured."""
+    rows = read_json(out / "peers.json", [])
+    if not rows:
+        return ""
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return f"""## Against public training scripts
+
+Commit {commits}. The scripts run unchanged from clones, on the embedded model and at the sizes of our loop: one CPU
+thread, in turn with our loop, medians. What a script does not set is our default.
+
+{peer_table(rows)}"""
+
+
+def loop_part(out: Path, images: Path, where: str) -> str:
+    """Our loop against its bare model calls, as sizes grow; empty if it was not measured."""
     folder = out / "speed"
     rows = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.json"))]
     if not rows:
@@ -56,7 +78,7 @@ def speed_page(out: Path, images: Path, where: str) -> str:
         [*(f"{LABELS.get(key, 'prompts')} {value}" for key, value in counts.items()), f"{BASE['height']} pixels"]
     )
     commit_line = (folder / "commit.txt").read_text(encoding="utf-8")
-    return f"""# Speed and memory
+    return f"""## Against bare model calls
 
 Commit {commit_line}. One CPU thread, CPU seconds of the process, medians of {REPEATS} updates, each followed by
 `benchmarks/speed/reference_loop.py`, which makes the same model calls forward and backward and nothing else. Rollout

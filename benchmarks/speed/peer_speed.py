@@ -20,7 +20,7 @@ from trainer.runs.rewards import load_rewards
 
 from ..report.markdown import format_number, markdown_table
 from ..study.cells import Say
-from ..study.files import write_json
+from ..study.files import commit, read_json, write_json
 from ..study.recipes import STUDY_PROMPTS
 from .peer_scripts import PEERS, Finished, PeerSettings, SpeedMeter
 
@@ -115,6 +115,14 @@ def compare_with_peers(clones: dict[str, Path], settings: PeerSettings, rounds: 
         )
         rows.append(row)
     return rows
+
+
+def write_peers(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+    """Add the rows to those of other peers in `file`, each with its commit, -> all rows."""
+    known = {row["peer"]: row for row in read_json(file, [])}
+    known |= {row["peer"]: {**row, "commit": commit()} for row in rows}
+    write_json(file, list(known.values()))
+    return list(known.values())
 
 
 def peer_table(rows: list[dict[str, Any]]) -> str:

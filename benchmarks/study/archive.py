@@ -15,7 +15,8 @@ def archived_files(study: Study, out: Path) -> Iterator[Path]:
         yield result
         if not result.parent.name.endswith(tuple(f"-seed{seed}" for seed in study.tuning_seeds)):
             yield result.with_name("metrics.jsonl")
-    yield from sorted([*out.glob("guidance.json"), *out.glob("speed/*.json"), *out.glob("speed/commit.txt")])
+    others = ("guidance.json", "peers.json", "speed/*.json", "speed/commit.txt")
+    yield from sorted(file for pattern in others for file in out.glob(pattern))
 
 
 def write_archive(study: Study, out: Path, file: Path) -> int:

@@ -2,8 +2,9 @@
 
 import pytest
 
+from benchmarks.report.speed_page import speed_page
 from benchmarks.speed.peer_scripts import PEERS, Finished, PeerSettings, SpeedMeter
-from benchmarks.speed.peer_speed import PEER_RECIPES, peer_table, run_ours, spawn
+from benchmarks.speed.peer_speed import PEER_RECIPES, peer_table, run_ours, spawn, write_peers
 from trainer.config.schema import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -35,9 +36,22 @@ def test_a_folder_without_the_script_is_refused(tmp_path):
         spawn("flow_grpo", tmp_path, SMALL)
 
 
-def test_the_table_shows_both_sides_and_their_ratio():
+def row(peer: str, ratio: float) -> dict:
     rates = {"images_per_second": 2.0, "evaluations_per_second": 30.0, "images_per_cpu_second": 4.0}
     side = rates | {"evaluations_per_image": 15.0}
-    text = peer_table([{"peer": "flow_grpo", "ours": side, "theirs": side, "ratio": 1.25}])
+    return {"peer": peer, "ours": side, "theirs": side, "ratio": ratio}
+
+
+def test_a_peer_is_added_to_those_measured_before_and_reported(tmp_path):
+    file = tmp_path / "peers.json"
+    write_peers([row("ddpo-pytorch", 1.25), row("flow_grpo", 1.5)], file)
+    write_peers([row("flow_grpo", 2.0)], file)
+    page = speed_page(tmp_path, tmp_path, "images")
+    assert page.count("| ddpo-pytorch |") == page.count("| flow_grpo |") == 1
+    assert "| 1.25 |" in page and "| 2.00 |" in page and "| 1.50 |" not in page
+
+
+def test_the_table_shows_both_sides_and_their_ratio():
+    text = peer_table([row("flow_grpo", 1.25)])
     assert "| flow_grpo | 2.00 | 30.00 | 4.00 | 15.00 | 1.00 |" in text
     assert "| ours | 2.00 | 30.00 | 4.00 | 15.00 | 1.25 |" in text
