@@ -12,6 +12,7 @@ import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,7 @@ def add_stand_ins() -> None:
 
 def module_of(name: str, **content: Any) -> types.ModuleType:
     module = types.ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)  # asked for by importlib.util.find_spec
     vars(module).update(content)
     return module
 

@@ -1,9 +1,12 @@
 """Our side of the comparison with public training scripts, and what is refused. The scripts need a clone to be run."""
 
+import importlib.util
+import sys
+
 import pytest
 
 from benchmarks.report.speed_page import speed_page
-from benchmarks.speed.peer_scripts import PEERS, Finished, PeerSettings, SpeedMeter
+from benchmarks.speed.peer_scripts import PEERS, Finished, PeerSettings, SpeedMeter, module_of
 from benchmarks.speed.peer_speed import PEER_RECIPES, peer_table, run_ours, spawn, write_peers
 from trainer.config.schema import ConfigError
 
@@ -28,6 +31,11 @@ def test_a_meter_measures_whole_updates_after_the_first():
             meter.rows += 5
     assert len(meter.marks) == 2 * 2 + 1
     assert meter.result()["evaluations_per_image"] == 2 * 5 / (2 * 2)
+
+
+def test_a_stand_in_is_found_like_an_installed_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "a_tracker", module_of("a_tracker", init=len))
+    assert importlib.util.find_spec("a_tracker") is not None
 
 
 def test_a_folder_without_the_script_is_refused(tmp_path):
