@@ -42,8 +42,9 @@ class LoadReward(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "reward", options=offered(), default="colorfulness",
-                    tooltip="colorfulness, redness, jpeg_*, alignment and polish need no files (the last two score "
-                    "images of the tiny models); all others need weights in models/rewards.",
+                    tooltip="hps*, pickscore, imagereward, aesthetic, clip*, bertscore and diversity need weights in "
+                    "models/rewards; the others need no files there. alignment, polish and tiny* score images of the "
+                    "tiny models.",
                 ),
                 io.Combo.Input(
                     "dtype", options=list(REWARD_DTYPES), default="float32", **ADVANCED,

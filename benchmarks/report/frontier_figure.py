@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from comfyui_pcpo.plotting import style
@@ -108,9 +109,9 @@ def _label_ends(axes: Any, ends: list[End]) -> None:
     row, height = LABEL_ROW / PANEL[1] * (high - low), -np.inf
     for end in sorted(ends, key=lambda end: end.y):
         height = max(end.y, height + row)
-        axes.annotate(
-            end.title, (end.x, height), (8, 0), textcoords="offset points", va="center", **text_look(TEXT, end.color)
-        )
+        halo = {"path_effects": [withStroke(linewidth=4, foreground="white")]}
+        look = text_look(TEXT, end.color) | halo | {"va": "center"}
+        axes.annotate(end.title, (end.x, height), (8, 0), textcoords="offset points", zorder=5, **look)
 
 
 def task_figure(results: StudyResults) -> Image.Image:

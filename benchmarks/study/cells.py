@@ -10,6 +10,7 @@ from typing import Any
 from comfyui_pcpo.tiny.align import PIXELS
 from trainer.config.schema import Config
 from trainer.loop.align import Job, Update, align
+from trainer.loop.finite import Diverged
 from trainer.loop.state import TrainingState, make_training_state
 from trainer.policy.loading import make_policy
 from trainer.runs.folder import RunFolder
@@ -57,7 +58,7 @@ def run_cell(cell: Cell, study: Study, out: Path, say: Say) -> None:
     config = cell_config(cell, study, out)
     try:
         rows = run_evaluated(config, folder, study, out, tinyeval=cell.seed not in study.tuning_seeds)
-    except FloatingPointError as error:
+    except (FloatingPointError, Diverged) as error:
         say(f"{cell.task.name} {cell.name}: {error}")
         rows = diverged(read_json(folder.path / JOURNAL, []), study)
     result = cell_result(cell, folder, config, rows)
@@ -95,7 +96,7 @@ def cell_job(state: TrainingState, config: Config, folder: RunFolder) -> Job:
 
 
 def diverged(rows: list[Row], study: Study) -> list[Row]:
-    """Evaluations of a run whose gradient overflowed: after its last one, no diversity is left."""
+    """Evaluations of a run that overflowed: after its last one, no diversity is left."""
     return rows + [
         {**rows[-1], "update": u, "diversity": 0.0} for u in evaluation_updates(study) if u > rows[-1]["update"]
     ]

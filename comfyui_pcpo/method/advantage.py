@@ -189,17 +189,11 @@ class PromptWindow:
         return (value - mean) / (std + self.eps) if std > 0 else torch.zeros_like(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The window as plain Python, for a checkpoint."""
-        return {
-            "size": self.size,
-            "min_count": self.min_count,
-            "eps": self.eps,
-            "windows": {prompt: list(window) for prompt, window in self.windows.items()},
-        }
+        """The rewards as plain Python, for a checkpoint; the sizes are the configuration's."""
+        return {"windows": {prompt: list(window) for prompt, window in self.windows.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`; the sizes are part of the state."""
-        self.size, self.min_count, self.eps = int(state["size"]), int(state["min_count"]), float(state["eps"])
+        """Continue from `state_dict`; of a longer window, with the newest rewards."""
         self.windows = {prompt: deque(values, maxlen=self.size) for prompt, values in state["windows"].items()}
 
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:  # the configuration is read without torch
 class Constraint:
     """The Lagrange multiplier of "the mean of a reward stays at or above its floor", by projected dual ascent.
 
-    floor b and unit s: mean and population std of the reward in the first update, whose images the unchanged model made
+    floor b and unit s: mean and population std of the reward in the first update, whose images the unchanged model
+    made; if its scores are all equal, s is the std in the first update whose scores are not, or the mean's first fall
     lambda_1 = 0,   lambda_(n + 1) = min(max(lambda_n + rate (b - mean_n) / s, 0), limit)
 
     lambda_n is the reward's weight in update n, so a score never changes the weight that it is trained with.
@@ -33,6 +34,8 @@ class Constraint:
         mean = float(valid.mean())
         if self.floor is None:
             self.floor, self.unit = mean, float(valid.std(correction=0))
+        elif self.unit == 0:
+            self.unit = float(valid.std(correction=0)) or max(self.floor - mean, 0.0)
         if self.unit > 0:
             self.weight = min(max(self.weight + self.rate * (self.floor - mean) / self.unit, 0.0), self.limit)
 

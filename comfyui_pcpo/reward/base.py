@@ -72,7 +72,6 @@ class Reward:
 
     name: ClassVar[str] = ""
     needs_prompt: ClassVar[bool] = True
-    higher_is_better: ClassVar[bool] = True
     typical_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     files: ClassVar[tuple[RewardFile, ...]] = ()
     memory: ClassVar[int] = 0  # bytes of the network in half precision

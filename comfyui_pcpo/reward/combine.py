@@ -18,10 +18,7 @@ class CombinedScores:
 
 
 class CombinedReward:
-    """K rewards with weights. `advantage.combine_rewards` z-scores the components; `total` is the plain sum.
-
-    `weights` (K,) are negated here, and nowhere else, for rewards where lower is better.
-    """
+    """K rewards with weights (K,). `advantage.combine_rewards` z-scores the components; `total` is the plain sum."""
 
     def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]):
         if not rewards or len(rewards) != len(weights):
@@ -30,8 +27,7 @@ class CombinedReward:
         self.names = [reward.name for reward in rewards]
         if len(set(self.names)) < len(self.names):
             raise RewardError(f"rewards are {', '.join(self.names)}, but each must be unique. Add up its weights.")
-        signs = [1.0 if reward.higher_is_better else -1.0 for reward in rewards]
-        self.weights = torch.tensor([s * w for s, w in zip(signs, weights, strict=True)], dtype=torch.float32)
+        self.weights = torch.tensor(weights, dtype=torch.float32)
 
     @property
     def needs_prompt(self) -> bool:

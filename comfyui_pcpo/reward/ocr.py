@@ -63,6 +63,14 @@ class Ocr(Reward):
     name = "ocr"
     reader: Reader | None = None
 
+    def require_prompts(self, prompts: list[str]) -> None:
+        bad = next((prompt for prompt in prompts if target_text(self.settings.plain(prompt)) is None), None)
+        if bad is not None:
+            raise RewardError(
+                f"the prompt {bad!r} has no text in double quotes, which ocr looks for in the image. "
+                'Quote it, as in: a sign that says "open"'
+            )
+
     def build(self) -> None:
         if self.reader is None:
             self.reader = rapid_reader()

@@ -146,6 +146,11 @@ def loaded(load: Callable[[], object], source: str) -> object:
 
 def construct(cls: type[Reward], settings: RewardSettings | None) -> Reward:
     """A reward of a class. Raises RewardError for whatever its __init__ raises."""
+    if not getattr(cls, "higher_is_better", True):
+        raise RewardError(
+            f"reward {cls.name} sets higher_is_better = False, but a higher score is always better. Remove that line, "
+            "and return the negative score or give the reward a negative weight."
+        )
     try:
         return cls(settings)
     except RewardError:

@@ -18,7 +18,7 @@ from comfyui_pcpo.method.schedule import Grid
 
 from ...trainer.config.schema import Config, ConfigError
 from ...trainer.policy.base import LoraPairs, Progress, no_progress
-from ...trainer.policy.lora_pairs import padded
+from ...trainer.policy.lora_pairs import started
 from ..types import EncodedPrompts
 from .adapter import fresh_layers, target_modules
 from .differentiable import differentiable
@@ -140,7 +140,7 @@ class ComfyPolicy:
     def start_from(self, pairs: LoraPairs) -> None:
         """Continue from an existing LoRA, which may have fewer modules or a lower rank."""
         scale = next(iter(self.layers.values())).scale
-        self.load_lora(padded({name: (down, up / scale) for name, (down, up) in pairs.items()}, self.lora()))
+        self.load_lora(started(pairs, self.lora(), scale))
 
 
 class PolicySampler(comfy.samplers.Sampler):

@@ -164,12 +164,19 @@ def test_a_window_without_spread_trains_nothing():
 
 
 def test_a_resumed_window_equals_an_uninterrupted_one():
-    first, second = PromptWindow(size=4, min_count=2), PromptWindow()
+    first, second = PromptWindow(size=4, min_count=2), PromptWindow(size=4, min_count=2)
     first.advantage(["a", "b", "a"], torch.tensor([1.0, 2.0, 3.0]))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     r = torch.tensor([0.0, 1.0, 5.0, 6.0])
     assert torch.equal(first.advantage(["a", "a", "b", "a"], r), second.advantage(["a", "a", "b", "a"], r))
     assert first.state_dict() == second.state_dict()
+
+
+def test_a_window_that_is_made_shorter_keeps_the_newest_rewards():
+    long, short = PromptWindow(size=4, min_count=2), PromptWindow(size=2, min_count=1)
+    long.advantage(["a"] * 3, torch.tensor([1.0, 2.0, 3.0]))
+    short.load_state_dict(long.state_dict())
+    assert (short.size, short.min_count, list(short.windows["a"])) == (2, 1, [2.0, 3.0])
 
 
 def test_window_errors():

@@ -19,10 +19,9 @@ class First(Reward):
 
 
 class Given(Reward):
-    """Reads its scores off the prompts; lower is better."""
+    """Reads its scores off the prompts."""
 
     name = "given"
-    higher_is_better = False
 
     def score_batch(self, images, prompts):
         return torch.tensor([float(prompt) for prompt in prompts])
@@ -122,8 +121,8 @@ def test_an_unknown_name_lists_the_known_ones():
         load_reward("nonsense")
 
 
-def test_combined_scores_turn_the_sign_where_lower_is_better():
-    both = CombinedReward([First(), Given()], [2.0, 3.0])
+def test_combined_scores_are_the_weighted_sum():
+    both = CombinedReward([First(), Given()], [2.0, -3.0])
     scores = both.score(images(1 / 255, 2 / 255), ["10", "nan"])
     assert scores.components.shape == (2, 2) and scores.components[1, 0] == 10
     assert scores.total[0] == 2 * 1 - 3 * 10 and scores.total[1].isnan()

@@ -93,6 +93,12 @@ def test_ocr_fails_a_prompt_without_text_and_keeps_what_it_read():
     assert reward.reader is None
 
 
+def test_ocr_refuses_a_prompt_without_text_before_any_image():
+    Ocr().require_prompts(['a sign "open"'])
+    with pytest.raises(RewardError, match=r"the prompt 'a fox' has no text in double quotes, which ocr looks for"):
+        Ocr().require_prompts(['a sign "open"', "a fox"])
+
+
 def test_ocr_says_which_package_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     with pytest.raises(RewardError, match="pip install rapidocr"):

@@ -85,7 +85,6 @@ def test_remote_scores_equal_local_ones(serve):
     assert remote.info() == {
         "name": "colorfulness",
         "needs_prompt": False,
-        "higher_is_better": True,
         "typical_range": [0.0, 1.2],
     }
 
@@ -164,6 +163,7 @@ def test_too_much_is_refused_before_it_is_read(serve):
     image = encode_png(np.zeros((4, 4, 3), np.uint8))
     assert post(server, json.dumps({"prompts": [""] * 3, "images": [image] * 3}))[0] == 413
     assert post(server, b"", headers={"Content-Length": "99999999999999999999999"})[0] == 413
+    assert post(server, b"", headers={"Content-Length": "0" * 20 + "99999999999"})[0] == 413
     assert post(server, b"", headers={"Content-Length": "-5"})[0] == 411
     assert post(server, b"", path="/other")[0] == 404
 

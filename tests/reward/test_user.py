@@ -55,6 +55,12 @@ def test_a_file_that_is_no_reward_is_named(text, said, tmp_path):
         available(write(tmp_path, "mine.py", text))
 
 
+def test_a_reward_of_which_less_is_better_is_told_to_turn_its_sign(tmp_path):
+    text = GOOD.format(name="darkness").replace("needs_prompt = False", "higher_is_better = False")
+    with pytest.raises(RewardError, match="darkness sets higher_is_better = False, but a higher score is"):
+        load_reward("darkness", user_folder=write(tmp_path, "dark.py", text))
+
+
 def test_a_file_that_is_not_python_is_refused(tmp_path):
     with pytest.raises(RewardError, match="not a Python file"):
         load_file(write(tmp_path, "mine.txt", "x") / "mine.txt")

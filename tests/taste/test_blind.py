@@ -19,6 +19,7 @@ from comfyui_pcpo.taste.human import Question, Reply
 from comfyui_pcpo.taste.votes import VoteError
 from trainer.cli import main
 from trainer.evaluation.ballot_page import BallotServer
+from trainer.evaluation.blind import is_image_folder
 
 
 def sides(count: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,6 +195,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def test_a_run_is_sampled_and_images_in_subfolders_are_shown(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "seeds" / "0").mkdir(parents=True)
+    for place in ("run/curves.png", "seeds/0/a.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / place)
+    (tmp_path / "run" / "config.toml").write_text("")
+    assert is_image_folder(tmp_path / "seeds") and not is_image_folder(tmp_path / "run")
 
 
 def test_ab_needs_prompts_for_models_and_a_json_file(tmp_path, capsys):

@@ -175,6 +175,20 @@ def test_score_sorts_pictures_best_first(tmp_path, capsys):
     assert "a.png" in capsys.readouterr().out
 
 
+def test_score_compares_the_images_of_a_folder_with_a_reward_of_groups(tmp_path, capsys):
+    for name, color in (("a", "gray"), ("b", "gray"), ("c", "red")):
+        Image.new("RGB", (128, 128), color).save(tmp_path / f"{name}.png")
+    rewards = ["--reward", "tiny_diversity", "--reward", "redness"]
+    assert main(["score", str(tmp_path), *rewards, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0]["file"].endswith("c.png") and list(rows[0]["scores"]) == ["tiny_diversity", "redness"]
+    assert main(["score", str(tmp_path / "a.png"), *rewards]) == 2
+    assert "tiny_diversity compares the images of a prompt, and " in capsys.readouterr().err
+    Image.new("RGB", (64, 64)).save(tmp_path / "d.png")
+    assert main(["score", str(tmp_path), *rewards]) == 2
+    assert "The images differ in size, but tiny_diversity compares them." in capsys.readouterr().err
+
+
 def test_score_takes_the_folder_and_the_precision_of_the_weights(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     arguments = ["score", str(tmp_path / "a.png"), "--reward", "hpsv2.1", "--folder", str(tmp_path / "weights")]

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from trainer.cli.main import main
 from trainer.config.diagnostics import unknown_words, without_effect
-from trainer.config.loading import build, dump, load, parse_overrides, tomllib
+from trainer.config.loading import build, dump, dump_shareable, load, parse_overrides, tomllib
 from trainer.config.options import known_keys
 from trainer.config.schema import Config, ConfigError
 
@@ -70,6 +70,7 @@ def test_a_key_like_no_other_says_where_they_are_listed():
             r"advantage.min_count 5 is more than advantage.window 4",
         ),
         ({"reward": {"weights": {}}}, r"no reward is set"),
+        ({"rollout": {"branch": 1}, "model": {"shard": True}}, r"branch 1 cannot be combined with model.shard"),
         ({"run": {"name": "../outside"}}, r"run.name"),
         ({"run": {"name": "a/b"}}, r"run.name"),
         ({"run": {"name": "a\\b"}}, r"run.name"),
@@ -121,6 +122,21 @@ def test_overrides_are_read_as_toml_and_laid_on_the_file(tmp_path):
     assert config.reward.weights["colorfulness"] == 2
 
 
+@pytest.mark.parametrize("text", ["1", "2024-01-01", "true", "1e3"])
+def test_a_text_option_takes_what_looks_like_a_number_as_it_is_written(text):
+    config = load(None, parse_overrides(["--run.name", text, "--prompts.lines", text, "--prompts.file", text]))
+    assert (config.run.name, config.prompts.lines, config.prompts.file) == (text, (text,), Path(text).resolve())
+
+
+def test_a_taste_is_found_from_any_folder_and_its_folder_stays_private(tmp_path):
+    (tmp_path / "c.toml").write_text('[reward]\nweights = {"mine.safetensors" = 2.0}\nheld_out = "other.safetensors"\n')
+    config = load(tmp_path / "c.toml")
+    assert config.reward.weights == {str(tmp_path / "mine.safetensors"): 2.0}
+    assert config.reward.held_out == (str(tmp_path / "other.safetensors"),)
+    shared = tomllib.loads(dump_shareable(config))["reward"]
+    assert (shared["weights"], shared["held_out"]) == ({"mine.safetensors": 2.0}, ["other.safetensors"])
+
+
 @pytest.mark.parametrize(("tokens", "message"), [(["cats"], "is not an option"), (["--run.name"], "has no value")])
 def test_an_option_without_dashes_or_value_is_refused(tokens, message):
     with pytest.raises(ConfigError, match=message):
@@ -169,6 +185,13 @@ def test_a_setting_that_does_nothing_beside_the_others_is_named(tree, key):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_our_own_configurations_hold_nothing_without_effect(path):
     assert without_effect(load(path)) == []
+
+
+def test_levels_decide_the_steps_although_the_sampler_has_noise():
+    tree = {"objective": {"name": "awm", "levels": 2}, "rollout": {"noise_level": 0.7, "sde_window": 2}}
+    assert without_effect(build(tree, "test")) == [
+        "rollout.sde_window has no effect, because objective.levels decides the steps."
+    ]
 
 
 def test_a_command_says_what_has_no_effect(capsys):

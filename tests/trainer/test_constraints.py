@@ -8,6 +8,8 @@ from comfyui_pcpo.method.constraint import Constraint, scheduled_weight
 from comfyui_pcpo.reward.color import Colorfulness
 from trainer.config.loading import dump, load
 from trainer.config.schema import ConfigError
+from trainer.loop.scoring import RunError, check_failures
+from trainer.runs.folder import comparable_mean
 
 CONSTRAINED = {"weights": {"colorfulness": 1.0}, "constraints": ["jpeg_compressibility"], "constraint_rate": 0.5}
 
@@ -30,11 +32,14 @@ def test_the_weight_of_a_constraint_by_hand():
     assert weights == [0.0, 0.5, 1.0, 0.0, 1.0, 1.0, 0.0]
 
 
-def test_a_reward_without_spread_in_the_first_update_constrains_nothing():
-    constraint = Constraint()
-    for value in (1.0, 0.0):
-        constraint.observe(torch.full((4,), value))
-    assert constraint.weight == 0
+def test_a_reward_whose_first_scores_are_equal_constrains_from_its_first_fall_or_spread():
+    fallen, spread = Constraint(rate=0.5), Constraint(rate=0.5)
+    for scores in ([1.0, 1.0], [1.0, 1.0], [0.0, 0.0]):
+        fallen.observe(torch.tensor(scores))
+    assert (fallen.floor, fallen.unit, fallen.weight) == (1.0, 1.0, 0.5)
+    for scores in ([1.0, 1.0], [0.0, 1.0]):
+        spread.observe(torch.tensor(scores))
+    assert (spread.unit, spread.weight) == (0.5, 0.5)
 
 
 def test_a_scheduled_weight_by_hand():
@@ -104,6 +109,23 @@ def test_failures_of_a_constraint_stop_the_run_as_those_of_a_trained_reward(make
         next(updates)
 
 
+def test_a_scheduled_weight_may_be_given_as_0_and_the_last_ones_compare_updates(make_config):
+    schedule = {"colorfulness": [[1, 0.0], [5, 2.0]]}
+    reward = make_config(reward={"weights": {"colorfulness": 0.0}, "schedule": schedule}).reward
+    assert (reward.weights_at(1), reward.last_weights) == ({"colorfulness": 0.0}, {"colorfulness": 2.0})
+    row = {"rewards": {"colorfulness": 0.5}, "reward_mean": 9.0, "weights": {"colorfulness": 18.0}}
+    assert comparable_mean(row, reward.last_weights) == 1.0
+    assert comparable_mean({"rewards": {"colorfulness": 0.5}, "reward_mean": 9.0}, {}) == 9.0
+
+
+def test_rewards_that_fail_on_different_images_leave_nothing_to_compare(make_config):
+    config = make_config(reward={"weights": {"colorfulness": 1.0, "redness": 1.0}, "max_failed": 0.6})
+    scores = {"colorfulness": torch.tensor([torch.nan, 1.0]), "redness": torch.tensor([1.0, torch.nan])}
+    with pytest.raises(RunError, match=r"update 3: of every image, one of the rewards colorfulness, redness failed"):
+        check_failures(scores, {}, config, 3)
+    check_failures(scores | {"redness": torch.tensor([torch.nan, 1.0])}, {}, config, 3)
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
@@ -112,6 +134,8 @@ def test_failures_of_a_constraint_stop_the_run_as_those_of_a_trained_reward(make
         ({"reward": {"schedule": {"redness": [[1, 1.0]]}}}, "schedule names redness, which reward.weights does not"),
         ({"reward": {"schedule": {"colorfulness": [[5, 1.0], [5, 2.0]]}}}, r"has the updates \[5, 5\]"),
         ({"reward": {"schedule": {"colorfulness": []}}}, r"has the updates \[\]"),
+        ({"reward": {"schedule": {"colorfulness": [[1, 0.0]]}}}, "every weight of the schedule is 0"),
+        ({"reward": {"weights": {"colorfulness": 0.0}}}, "every weight is 0, so nothing would be trained"),
         (
             {"reward": {"constraints": ["redness"]}, "advantage": {"kind": "window"}},
             "reward.constraints changes weights",

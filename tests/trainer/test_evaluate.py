@@ -13,7 +13,7 @@ from scipy import stats
 
 from comfyui_pcpo.reward import load_reward
 from comfyui_pcpo.tiny.align import load_image_encoder
-from comfyui_pcpo.tiny.tinyeval import TASKS, suite
+from comfyui_pcpo.tiny.tinyeval import TASKS, suite, suite_prompts
 from tests.golden import metric_recipe as recipe
 from tests.golden import reward_recipe as gold
 from tools.tiny.measure import drawn
@@ -296,6 +296,13 @@ def test_the_suite_without_a_reference_names_the_distances_that_are_missing():
     note = set_reference(meter, small(suite="tinyeval"))
     assert note.endswith("of the suite's prompts; no --reference, so no FID or FD-DINOv2")
     assert set(meter.reference) == {"tiny FD"}
+
+
+def test_the_suite_replaces_prompts_of_a_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a fox")
+    config = build({"prompts": {"file": str(tmp_path / "prompts.txt"), "negative": "a pig"}}, "test")
+    prompts = configured(config, small(suite="tinyeval")).prompts
+    assert tuple(prompts.read()) == suite_prompts() and prompts.negative == "a pig"
 
 
 def test_the_suite_is_refused_for_a_model_that_is_not_embedded():

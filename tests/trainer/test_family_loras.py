@@ -14,8 +14,8 @@ from trainer.evaluation.sampling import sampling_policy
 from trainer.evaluation.source import read_pairs
 from trainer.policy.diffusers_policy import DiffusersPolicy, module_names, order_channels_last
 from trainer.policy.families import denoiser_of
-from trainer.policy.loading import make_policy, start_from
-from trainer.policy.lora_pairs import folded, padded
+from trainer.policy.loading import make_policy
+from trainer.policy.lora_pairs import folded, padded, started
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +110,7 @@ def test_a_file_reads_back_into_the_trainer(pipelines, family, layout, config, t
     pairs = read_pairs(write(policy, layout, tmp_path / "lora.safetensors"), names)
     assert pairs.keys() == policy.lora().keys()
     again = DiffusersPolicy(copy.deepcopy(pipelines[family]), config, pairs)
-    start_from(again, config, pairs)
+    again.load_lora(started(pairs, again.lora(), config.lora.scale))
     found, still = predicted(again)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(still, base)

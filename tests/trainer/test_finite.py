@@ -12,7 +12,7 @@ from trainer.loop.align import align
 from trainer.loop.finite import check_gradient, check_parameters
 from trainer.loop.scoring import RunError
 from trainer.policy.loading import make_policy
-from trainer.policy.lora_pairs import padded, read_lora
+from trainer.policy.lora_pairs import padded, read_lora, started
 from trainer.runs.folder import RunFolder
 from trainer.runs.launch import start_run as launch
 
@@ -54,6 +54,13 @@ def test_padding_refuses_infinite_factors():
     good = {"a": (torch.zeros(1, 2), torch.zeros(2, 1))}
     with pytest.raises(ConfigError, match="NaN or infinity in 1 of its 1 modules, first a"):
         padded({"a": (torch.zeros(1, 2), torch.full((2, 1), math.inf))}, good)
+
+
+def test_a_training_from_a_lora_of_lower_rank_trains_the_other_ranks_and_modules_too():
+    fresh = {name: (torch.full((3, 2), 7.0), torch.zeros(2, 3)) for name in ("a", "b")}
+    pairs = started({"a": (torch.ones(1, 2), torch.ones(2, 1))}, fresh, scale=2.0)
+    assert pairs["a"][0].tolist() == [[1, 1], [7, 7], [7, 7]] and pairs["a"][1].tolist() == [[0.5, 0, 0]] * 2
+    assert pairs["b"][0].eq(7).all() and not pairs["b"][1].any()
 
 
 def test_a_lora_file_without_tensors_is_refused(tmp_path):

@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from trainer.cli.main import main
 from trainer.config import presets
 from trainer.config.loading import build, load, merge
 from trainer.config.presets import AUTO, PRESET_OPTIONS, PRESETS, Room, preset_name, resolved
-from trainer.policy.model_family import PIPELINE_FAMILIES, index_preset, model_preset
+from trainer.policy.model_family import PIPELINE_FAMILIES, index_preset, model_preset, weight_bytes
 
 GIB = 2**30
 ALL = (*PRESET_OPTIONS, ("rollout", "images_at_once"), ("model", "gradient_checkpointing"))
@@ -60,6 +62,27 @@ def test_a_quarter_of_the_pixels_allows_four_times_the_images():
         return resolved(tree, "sdxl", Room(6 * GIB, gpu=True))[1]["rollout.images_at_once"]
 
     assert (images(1024), images(512)) == (2, 10)
+
+
+def test_without_a_height_the_models_own_size_counts():
+    def images(**rollout):
+        tree = automatic(rollout=rollout, model={"gradient_checkpointing": True})
+        return resolved(tree, "flux", Room(4 * GIB, gpu=True))[1]["rollout.images_at_once"]
+
+    assert (images(height=None, width=None), images(height=1024, width=1024), images()) == (1, 1, 5)
+
+
+def test_weights_are_counted_by_the_headers_of_their_files(tmp_path):
+    for part, file in (("unet", "diffusion_pytorch_model"), ("unet", "diffusion_pytorch_model.fp16"), ("vae", "model")):
+        (tmp_path / part).mkdir(exist_ok=True)
+        save_file({"w": torch.zeros(100, 10)}, tmp_path / part / f"{file}.safetensors")
+    (tmp_path / "model_index.json").write_text("{}")
+    model = {"name": str(tmp_path), "precision": "bfloat16", "quantize": "none", "offload": True}
+    assert weight_bytes(model) == 2000
+    assert weight_bytes({**model, "offload": False}) == 4000
+    assert weight_bytes({**model, "quantize": "fp8", "offload": False}) == 3000
+    assert weight_bytes({**model, "precision": "float32"}) == 4000
+    assert weight_bytes({**model, "name": "somewhere/else"}) == 0
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,8 @@ def test_a_model_spread_over_two_processes_trains_as_a_whole_one(make_config, sc
 
     def config(name, shard):
         model = {"name": folder, "precision": precision, "shard": shard, "gradient_checkpointing": True}
-        return config_file(make_config, tmp_path, name, model=model, more={"rollout": size})
+        measured = {"kl_images": 1, "kl_every": 1}  # by one process alone, but the other gathers weights with it
+        return config_file(make_config, tmp_path, name, model=model, more={"rollout": size, "objective": measured})
 
     one, updates = start_run(config("whole", False)[0])
     list(updates)

@@ -22,7 +22,10 @@ def without_effect(config: Config) -> list[str]:
         "rollout.batch_cfg": (not guided, "rollout.cfg is 1"),
         "rollout.method": (deterministic, f"{o.name} samples without noise"),
         "rollout.sigma": (deterministic, f"{o.name} samples without noise"),
-        "rollout.sde_window": (deterministic or o.levels > 0, f"{o.name} samples without noise"),
+        "rollout.sde_window": (
+            deterministic or o.levels > 0,
+            f"{o.name} samples without noise" if deterministic else "objective.levels decides the steps",
+        ),
         "advantage.spread": (a.kind == "window", "advantage.kind is window"),
         "advantage.window": (a.kind == "group", "advantage.kind is group"),
         "advantage.min_count": (a.kind == "group", "advantage.kind is group"),

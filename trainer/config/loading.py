@@ -1,6 +1,7 @@
 """Read and write configurations: TOML files, `--section.field value` options, and errors that name the key."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.prompt import require_text
 
-from .options import known_keys, nearest
+from .options import is_text, known_keys, nearest
 from .presets import described, has_auto, resolved
 from .schema import Config, ConfigError, ModelConfig
 from .text_files import read_text
@@ -68,7 +69,9 @@ def parse_overrides(tokens: list[str]) -> dict[str, Any]:
         node = tree
         for part in path[:-1]:
             node = node.setdefault(part, {})
-        node[path[-1]] = _value(given, value)
+        read = _value(given, value)
+        texts = path[:-1] != ["reward", "weights"] and is_text(".".join(path))
+        node[path[-1]] = value if texts and not isinstance(read, str | list | dict) else read  # a name such as 2024
     return tree
 
 
@@ -154,7 +157,7 @@ def with_preset(tree: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
     model = {**ModelConfig().model_dump(), **tree.get("model", {})}
     name = model_preset(str(model["name"]))
-    filled, chosen = resolved(tree, name, device_room(str(model["device"])))
+    filled, chosen = resolved(tree, name, device_room(model))
     return filled, described(name, chosen)
 
 
@@ -191,6 +194,28 @@ def _resolve(tree: dict[str, Any], folder: Path) -> None:
         for key in {"name", "config"} & model.keys():
             if (folder / str(model[key])).exists():  # otherwise a Hugging Face or an embedded model
                 model[key] = str((folder / str(model[key])).resolve())
+    reward = tree.get("reward")
+    if isinstance(reward, dict):
+        tree["reward"] = _renamed_rewards(reward, lambda name: _resolved_taste(name, folder))
+
+
+def _resolved_taste(name: str, folder: Path) -> str:
+    """A reward's name; that of a taste, which is a file, as an absolute path."""
+    return str((folder / name).resolve()) if name.endswith(".safetensors") else name
+
+
+def _renamed_rewards(reward: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """A reward section with every reward's name replaced; values that are not as they should be are left."""
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, str):
+            return rename(value)
+        if isinstance(value, dict):
+            return type(value)({rename(name): entry for name, entry in value.items()})
+        return [rename(name) if isinstance(name, str) else name for name in value] if isinstance(value, list) else value
+
+    named = ("weights", "schedule", "constraints", "held_out")
+    return {key: renamed(value) if key in named else value for key, value in reward.items()}
 
 
 def dump(config: Config) -> str:
@@ -204,7 +229,7 @@ def dump(config: Config) -> str:
 def dump_shareable(config: Config) -> str:
     """As `dump`, for files that are passed on: without prompts, paths and the run's name.
 
-    A model or a pipeline that is named by its path is named by its last part.
+    A model, a pipeline or a taste that is named by its path is named by its last part.
     """
     import tomli_w
 
@@ -213,6 +238,7 @@ def dump_shareable(config: Config) -> str:
         tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
     for key in {"name", "config"} & tree["model"].keys():
         tree["model"][key] = without_folder(tree["model"][key])
+    tree["reward"] = _renamed_rewards(tree["reward"], without_folder)
     return tomli_w.dumps({section: values for section, values in tree.items() if values})
 
 

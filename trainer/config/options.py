@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -21,6 +22,15 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
         else:
             keys.append(f"{prefix}{name}")
     return keys
+
+
+def is_text(key: str) -> bool:
+    """Whether a known key takes a text, a path, or a list of texts."""
+    kind: Any = Config
+    for part in key.split("."):
+        kind = kind.model_fields[part].annotation
+    kinds = {str, Path, type(None), tuple[str, ...]}
+    return kind in kinds or (get_origin(kind) in (Union, UnionType) and set(get_args(kind)) <= kinds)
 
 
 def option_lines(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:

@@ -7,6 +7,7 @@ Sources: DDPO (kvablack/ddpo-pytorch, config/base.py), Flow-GRPO (yifan123/flow_
 (X-GenGroup/Flow-Factory, examples/). All train at a lower resolution and with fewer steps than one samples with.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,15 +30,16 @@ class Preset:
     targets: str = "attention"
     side: int | None = 512
     gib_per_image: float = 1.0  # activations of one trained image at `side`, checkpointed, in bfloat16
+    own_side: int = 1024  # height and width in pixels without rollout.height and width
 
 
 PRESETS: dict[str, Preset] = {
     # the embedded models: what worked in the demo and the studies of docs/results.md
     "embedded": Preset(clip_range=1e-3, rank=8, targets="linear", learning_rate=3e-3, side=None, gib_per_image=0.01),
     # DDPO: 50 steps, guidance 5, eta 1, LoRA of rank 4 at 3e-4, clip range 1e-4
-    "sd15": Preset(steps=50, cfg=5.0, rank=4, gib_per_image=0.5),
+    "sd15": Preset(steps=50, cfg=5.0, rank=4, gib_per_image=0.5, own_side=512),
     # DDPO, with the size of SD2.1's base model
-    "sd2": Preset(steps=50, cfg=5.0, rank=16, gib_per_image=0.5),
+    "sd2": Preset(steps=50, cfg=5.0, rank=16, gib_per_image=0.5, own_side=768),
     # DDPO's sampler and optimizer, SDXL's size; at 512 pixels SDXL's images fall apart
     "sdxl": Preset(steps=30, cfg=5.0, rank=16, side=1024, gib_per_image=1.2),
     # Turbo, Lightning, LCM, Hyper: the steps and guidance that they were distilled for; no published recipe
@@ -167,10 +169,11 @@ def _memory(tree: Mapping[str, Any], preset: Preset, room: Room) -> dict[str, An
 
 def _area(tree: Mapping[str, Any], preset: Preset) -> float:
     """Pixels of an image in units of the preset's."""
-    height, width = (_given(tree, "rollout", key) for key in ("height", "width"))
-    if preset.side is None or not isinstance(height, int) or not isinstance(width, int):
+    if preset.side is None:
         return 1.0
-    return height * width / preset.side**2
+    height, width = (_given(tree, "rollout", key) or preset.own_side for key in ("height", "width"))
+    given = [preset.side if side == AUTO else side for side in (height, width)]
+    return math.prod(side for side in given if isinstance(side, int)) / preset.side**2
 
 
 def _given(tree: Mapping[str, Any], section: str, key: str) -> Any:

@@ -77,8 +77,6 @@ class RewardConfig(Section):
     def some(cls, value: dict[str, float]) -> dict[str, float]:
         if not value:
             raise ValueError("no reward is set, but training needs at least one. Try {alignment = 1.0}")
-        if not any(value.values()):
-            raise ValueError("every weight is 0, so nothing would be trained. Give one reward a weight other than 0")
         return value
 
     @model_validator(mode="after")
@@ -113,7 +111,8 @@ class RewardConfig(Section):
                     "Try [[1, 1.0], [50, 0.2]]"
                 )
         if not any(weight for name in self.weights for weight in self._all_weights(name)):
-            raise ValueError("every weight of the schedule is 0, so nothing would be trained. Give one that is not 0")
+            of = " of the schedule" if self.schedule else ""
+            raise ValueError(f"every weight{of} is 0, so nothing would be trained. Give one that is not 0")
         return self
 
     def _all_weights(self, name: str) -> list[float]:
@@ -124,6 +123,11 @@ class RewardConfig(Section):
     def names(self) -> tuple[str, ...]:
         """All rewards: trained, constraints, held out."""
         return (*self.weights, *self.constraints, *self.held_out)
+
+    @property
+    def last_weights(self) -> dict[str, float]:
+        """The weights that the trained rewards end with: those by which updates of a run are compared."""
+        return self.weights | {name: points[-1][1] for name, points in self.schedule.items()}
 
     def weights_at(self, number: int) -> dict[str, float]:
         """The weights of the trained rewards in an update, without those of constraints."""

@@ -79,6 +79,11 @@ class Config(Section):
                 f"rollout.branch {r.branch} cannot be combined with {other}: a branch decides which steps are "
                 "stochastic and trained. Set one of them to its default."
             )
+        if r.branch and self.model.shard:
+            raise ValueError(
+                f"rollout.branch {r.branch} cannot be combined with model.shard: processes that train different steps "
+                "cannot gather the model's weights together. Use model.quantize, or branch = 0."
+            )
         if self.objective.levels and not forward:
             raise ValueError(
                 f"objective.levels {self.objective.levels} belongs to awm and nft, and objective.name is "

@@ -34,7 +34,6 @@ def one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str) and value else value
 
 
-"""Names that Windows reserves, with any suffix."""
 Names = Annotated[tuple[str, ...], BeforeValidator(one_or_more)]
 
 

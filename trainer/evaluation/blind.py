@@ -16,7 +16,7 @@ from ..config.errors import ConfigError
 from ..policy.diffusers_policy import module_names
 from ..policy.families import denoiser_of
 from ..policy.loading import load_pipeline
-from .image_files import IMAGE_SUFFIXES, images_in, read_image
+from .image_files import images_in, read_image
 from .sampling import Draw, Guide, sample, sampling_policy
 from .source import open_source, read_pairs
 
@@ -33,7 +33,9 @@ class BlindTest:
 
 
 def is_image_folder(path: Path) -> bool:
-    return path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
+    """Whether a folder is a side of images; a run, which holds some too, and a model are sampled."""
+    sampled = any((path / file).is_file() for file in ("config.toml", "model_index.json"))
+    return path.is_dir() and not sampled and bool(images_in(path))
 
 
 def side_images(side: str, test: BlindTest) -> Tensor:

@@ -14,7 +14,7 @@ from comfyui_pcpo.tiny.pipelines import EMBEDDED
 from comfyui_pcpo.tiny.tinyeval import drawing_features, suite_prompts
 
 from ..config.loading import with_options
-from ..config.schema import Config, ConfigError
+from ..config.schema import Config, ConfigError, PromptsConfig
 from ..policy.diffusers_policy import DiffusersPolicy, module_names
 from ..policy.encoded import Encoded
 from ..policy.families import denoiser_of
@@ -101,7 +101,8 @@ def configured(config: Config, options: EvaluationOptions) -> Config:
                 f"--suite {options.suite} judges images of the embedded models ({', '.join(EMBEDDED)}) only, and the "
                 f"model is {config.model.name}. Name prompts with --prompts, and rewards with --rewards."
             )
-        changes["prompts"] = {"file": None, "lines": suite_prompts()}
+        prompts = PromptsConfig(lines=suite_prompts(), negative=config.prompts.negative)
+        config = config.model_copy(update={"prompts": prompts})
     return with_options(config, changes)
 
 
@@ -171,12 +172,13 @@ def reward_names(opened: Source, options: EvaluationOptions) -> list[str]:
 
 
 def role(name: str, opened: Source) -> str:
-    """What a metric stands for: trained or held out for the rewards of a LoRA, else its kind."""
+    """What a metric stands for: trained, constraint or held out for the rewards of a LoRA, else its kind."""
     if name.startswith(TINYEVAL):
         return "share of right images"
     if opened.path is None or name in ROLES:
         return ROLES.get(name, "reward")
-    return "trained" if name in opened.config.reward.weights else "held out"
+    r = opened.config.reward
+    return "trained" if name in r.weights else "constraint" if name in r.constraints else "held out"
 
 
 def run_side(context: EvalContext, side: str, seed: int, shown: Shown) -> Tally:

@@ -1,15 +1,18 @@
 """What the commands `sample` and `score` do with images: a grid from a model and its LoRAs, and scores of files."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.method.rollout import derive_seed
 from comfyui_pcpo.plotting.grids import before_after, grid
-from comfyui_pcpo.reward import RewardSettings
+from comfyui_pcpo.reward import GroupReward, RewardSettings
 
 from ..config.loading import with_options
 from ..config.schema import ConfigError
@@ -43,6 +46,17 @@ def sample_images(source: str, options: SamplingOptions) -> Image.Image:
     return before_after(sample(policy, prompts, [], draw), after, texts)
 
 
+def group_scores(rewards: Mapping[str, GroupReward], files: Sequence[Path], prompt: str) -> dict[str, Tensor]:
+    """Scores (N,) of N images that are compared with each other."""
+    names = " and ".join(rewards)
+    if len(files) < 2:
+        raise ConfigError(f"{names} compares the images of a prompt, and {files[0]} is one. Give a folder of them.")
+    images = [read_image(file) for file in files]
+    if any(image.shape != images[0].shape for image in images):
+        raise ConfigError(f"The images differ in size, but {names} compares them. Give images of one size.")
+    return {name: reward.score(torch.cat(images), [prompt] * len(files)) for name, reward in rewards.items()}
+
+
 def score_images(path: Path, prompt: str, rewards: list[str], settings: RewardSettings) -> list[dict[str, Any]]:
     """The scores of each image, best by the first reward first; a failed score is NaN and comes last."""
     files = images_in(path) if path.is_dir() else [path]
@@ -51,11 +65,14 @@ def score_images(path: Path, prompt: str, rewards: list[str], settings: RewardSe
             f"{path} contains no images ({', '.join(IMAGE_SUFFIXES)}). Give an image or a folder of them."
         )
     models = {name: make_reward(name, settings) for name in rewards}
+    grouped = {name: reward for name, reward in models.items() if isinstance(reward, GroupReward)}
+    group = group_scores(grouped, files, prompt) if grouped else {}
     rows = []
-    for file in files:
+    for place, file in enumerate(files):
         image = read_image(file)
-        scores = {name: float(reward.score(image, [prompt])) for name, reward in models.items()}
-        rows.append({"file": str(file), "scores": scores})
+        alone = {name: float(reward.score(image, [prompt])) for name, reward in models.items() if name not in group}
+        together = {name: float(values[place]) for name, values in group.items()}
+        rows.append({"file": str(file), "scores": {name: (alone | together)[name] for name in rewards}})
     for name, reward in models.items():
         if not any(np.isfinite(row["scores"][name]) for row in rows):
             raise RunError(

@@ -29,7 +29,7 @@ class GuardVerdict:
 def guard_row(now: ImageMeasures, base: ImageMeasures, config: Config) -> dict[str, Any]:
     """One measurement: the trained reward, held-out rewards, diversity, distance, and what was lost."""
     group, held_out = config.guard.images, config.reward.held_out
-    trained = sum(weight * valid_mean(now.scores[name]) for name, weight in config.reward.weights.items())
+    trained = sum(weight * valid_mean(now.scores[name]) for name, weight in config.reward.last_weights.items())
     variety, base_variety = diversity(now.features, group), diversity(base.features, group)
     lost = {name: lost_deviations(now.scores[name], base.scores[name]) for name in held_out}
     return {

@@ -130,7 +130,7 @@ def roll_out(state: TrainingState, job: Job, overlap: Overlap, condition: Condit
     path: Trajectory | None = None
     with state.sampling(r.policy):
         for path, rows in sampled_parts(predict, plan, noise, by_chunk=bool(overlap.rewards)):
-            check_rollout(path, predict, policy, plan.number)
+            check_rollout(path, predict, policy, job.processes, plan.number)
             if overlap.rewards:
                 for part in rows.split(r.images_at_once):
                     overlap.add(part, policy.decode(clean_latents(path, plan, r.decode)[part]))

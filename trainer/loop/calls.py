@@ -11,9 +11,9 @@ from comfyui_pcpo.method.rollout import rollout
 from ..config.loading import with_options
 from ..config.schema import Config
 from ..policy.base import Policy
-from .objectives import Objective, StepRows, make_objective
+from .objectives import Objective, make_objective
 from .plan import Plan, make_plan
-from .update import UpdateBatch, drawn_chunks, measures_kl
+from .update import UpdateBatch, drawn_chunks, step_rows
 
 AVERAGED = 20
 """Updates over which the counts of a branching run are averaged, since they depend on the branch steps."""
@@ -75,7 +75,7 @@ def _count_update(counts: ModelCalls, plan: Plan, objective: Objective, config: 
     for number, chunks in enumerate(minibatches):
         for i in plan.trained:
             for rows in drawn_chunks(batch, i, chunks):
-                step = StepRows(i, rows, measures_kl(batch, rows, first=number == 0))
+                step = step_rows(batch, i, rows, first=number == 0)
                 counts.update.add(len(path.unique_rows(i, rows)[0]), share)
                 if step.measured.any():
                     counts.reference.add(len(path.unique_rows(i, rows[step.measured])[0]), share)

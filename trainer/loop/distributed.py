@@ -105,3 +105,9 @@ class Processes:
         if self.many:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
+
+    def min(self, values: Tensor) -> Tensor:
+        """Smallest over processes, in place."""
+        if self.many:
+            dist.all_reduce(values, dist.ReduceOp.MIN)
+        return values

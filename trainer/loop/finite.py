@@ -8,29 +8,41 @@ from torch import Tensor
 from comfyui_pcpo.method.rollout import Predict, Trajectory
 
 from ..policy.base import Policy
+from .distributed import Processes
 from .scoring import RunError
 
 UNDONE = "This update was undone; finished updates are kept."
 
 
-def check_rollout(path: Trajectory, predict: Predict, policy: Policy, number: int) -> None:
-    """Raise RunError if a latent is not finite, and say whether the model without its LoRA is the cause."""
+class Diverged(RunError):
+    """The LoRA predicts NaN or infinity."""
+
+
+def check_rollout(path: Trajectory, predict: Predict, policy: Policy, processes: Processes, number: int) -> None:
+    """Raise if a latent of any process is not finite: Diverged, or RunError if the model without its LoRA is the cause.
+
+    All processes predict together, because those of a sharded model gather its weights for it.
+    """
     broken = ~path.final.flatten(1).isfinite().all(1)  # (B,)
-    if not broken.any():
+    count, images = processes.sum(torch.tensor([int(broken.sum()), len(broken)])).tolist()
+    if not count:
         return
-    image = int(broken.nonzero()[0])
-    step = next(i for i, latent in enumerate(path.latents[1:, image]) if not latent.isfinite().all())
+    image = int(broken.int().argmax())  # the first broken one, or 0 where another process has them
+    finite = path.latents[1:, image].flatten(1).isfinite().all(1)  # (T,)
+    step = int(finite.int().argmin())
     rows = torch.tensor([image])
     with torch.no_grad(), policy.reference():
         base = predict(path.latents[step, rows], path.timesteps[step], rows)
+    sound = not int(processes.sum(torch.tensor(int(not base.isfinite().all()))))
     cause = (
         "The LoRA has diverged: resume from an earlier checkpoint with a lower optimizer.learning_rate."
-        if base.isfinite().all()
+        if sound
         else "So it does without the LoRA: check the weights of model.name, or set model.precision = float32."
     )
-    raise RunError(
-        f"update {number}: the model predicts NaN or infinity for {int(broken.sum())} of {len(broken)} images, "
-        f"first at denoising step {step + 1}. {cause} {UNDONE}"
+    first = int(processes.min(torch.tensor(step + 1 if broken.any() else len(finite))))
+    raise (Diverged if sound else RunError)(
+        f"update {number}: the model predicts NaN or infinity for {count} of {images} images, first at denoising step "
+        f"{first}. {cause} {UNDONE}"
     )
 
 

@@ -51,15 +51,11 @@ class StepRows:
     i: int  # the step
     rows: Tensor  # (b,) of this process's images
     measured: Tensor  # (b,) bool: on which of them the KL is measured
+    together: bool = False  # whether all processes predict with the reference, because one may measure
 
 
 class Objective(StepRules, Protocol):
     """What the loop asks of an objective."""
-
-    @property
-    def calls_per_step(self) -> int:
-        """Model calls that `prepare` makes for each trained step and chunk."""
-        ...
 
     def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> Trajectory:
         """What the update replays; `noise` is independent of the rollout's.
@@ -82,7 +78,6 @@ class OnTrajectory:
     """A surrogate of the ratio of each stored denoising step: ppo, log_hinge, matching."""
 
     config: ObjectiveConfig
-    calls_per_step: int = 0
 
     def noise_level(self, method: Method) -> float:
         return default_noise_level(method)
@@ -121,7 +116,6 @@ class OnForwardProcess:
 
     config: ObjectiveConfig
     advantage: AdvantageConfig
-    calls_per_step: int = 1  # each renoised sample is predicted once before the update
 
     def noise_level(self, method: Method) -> float:
         return 0.0

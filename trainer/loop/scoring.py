@@ -110,3 +110,9 @@ def check_failures(scores: dict[str, Tensor], rewards: dict[str, Reward], config
                 f"update {number}: {100 * share:.0f} % of the {name} scores failed ({reason}), more than "
                 f"reward.max_failed = {config.reward.max_failed:g} allows. Fix the reward, then resume the run."
             )
+    complete = torch.stack([scores[name].isfinite() for name in (*config.reward.weights, *config.reward.constraints)])
+    if not complete.all(0).any():
+        raise RunError(
+            f"update {number}: of every image, one of the rewards {', '.join(config.reward.weights)} failed, so no "
+            "images can be compared. Fix the rewards, then resume the run."
+        )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from comfyui_pcpo.method.rollout import Predict, Trajectory
 
 from ..config.schema import Config
+from ..memory.shard import sharded
 from ..memory.transfer import upload
 from ..policy.base import Policy
 from .distributed import Processes
@@ -42,7 +43,7 @@ def improve(state: TrainingState, batch: UpdateBatch, processes: Processes) -> S
         gradient = [torch.zeros_like(p) for p in parameters]
         for column, i in enumerate(trained):
             for rows in drawn_chunks(batch, i, chunks):
-                step = StepRows(i, rows, measures_kl(batch, rows, first=number == 0))
+                step = step_rows(batch, i, rows, first=number == 0)
                 terms, divergence = step_terms(state.policy, batch, step)
                 loss = (terms.loss.sum() + kl_weight * divergence.sum()) * share
                 loss.backward()
@@ -75,10 +76,14 @@ def step_terms(policy: Policy, batch: UpdateBatch, step: StepRows) -> tuple[Term
     advantage = upload(batch.advantage[step.rows], out.device)
     terms = batch.objective.terms(batch.path, batch.plan, step, out, advantage)
     terms = replace(terms, loss=terms.loss * float(batch.plan.loss_weights[step.i]))
-    if not step.measured.any():
+    measured = step.rows[step.measured]
+    if not len(measured):
+        if step.together:
+            with torch.no_grad(), policy.reference():
+                predicted(batch, step.i, step.rows[:1])
         return terms, out.new_zeros(0)
     with torch.no_grad(), policy.reference():
-        reference = predicted(batch, step.i, step.rows[step.measured])
+        reference = predicted(batch, step.i, measured)
     if not batch.config.trains_kl:
         out = out.detach().index_select(0, upload(step.measured.nonzero()[:, 0], out.device))
     return terms, batch.objective.divergence(out - reference, batch.plan, step.i)
@@ -92,17 +97,30 @@ def predicted(batch: UpdateBatch, i: int, rows: Tensor) -> Tensor:
     return out if unique is rows else out.index_select(0, upload(places, out.device))
 
 
-def measures_kl(batch: UpdateBatch, rows: Tensor, first: bool) -> Tensor:
-    """On which images of a chunk the KL is measured, (b,) -> (b,) bool: on all if it is trained.
+def measures_kl(batch: UpdateBatch) -> bool:
+    """Whether this update measures the KL: always if it is trained, else every `kl_every`-th on `kl_images` images."""
+    o = batch.config.objective
+    return batch.config.trains_kl or (o.kl_images > 0 and batch.plan.number % o.kl_every == 0)
 
-    Otherwise in every `kl_every`-th update on the first `kl_images` images of the `first` minibatch, whichever process
-    has them; with branches on as many of every group, since groups train different steps. In one minibatch they share
-    model calls, and what is measured is the LoRA that sampled.
+
+def step_rows(batch: UpdateBatch, i: int, rows: Tensor, first: bool) -> StepRows:
+    """Step i of a chunk's images, and on which of them the KL is measured: on all if it is trained.
+
+    Otherwise, where `measures_kl`, on the first `kl_images` images of the `first` minibatch, whichever process has
+    them; with branches on as many of every group, since groups train different steps. In one minibatch they share
+    model calls, and what is measured is the LoRA that sampled. Processes of a sharded model gather its weights for
+    every prediction, so they make as many.
     """
+    together = first and measures_kl(batch) and sharded(batch.config.model)
+    return StepRows(i, rows, measured_rows(batch, rows, first), together)
+
+
+def measured_rows(batch: UpdateBatch, rows: Tensor, first: bool) -> Tensor:
+    """Those of a chunk's images on which the KL is measured, (b,) -> (b,) bool."""
     o, plan = batch.config.objective, batch.plan
     if batch.config.trains_kl:
         return torch.ones(len(rows), dtype=torch.bool)
-    if not first or plan.number % o.kl_every:
+    if not first or not measures_kl(batch):
         return torch.zeros(len(rows), dtype=torch.bool)
     parts = len(plan.minibatches)
     group, image = torch.tensor(plan.groups)[rows // plan.group_size], rows % plan.group_size // parts

@@ -12,6 +12,10 @@ def pick_device(name: str, key: str = "model.device") -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"{key} is {name}, but PyTorch finds no GPU. Use cpu or auto.")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"{key} {name} is not a device. Use auto, cpu or cuda.") from None
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"{key} is {name}, but PyTorch finds {count} GPUs, from cuda:0 to cuda:{count - 1}. Use one.")
+    return device

@@ -10,10 +10,9 @@ from comfyui_pcpo.lora.formats import parse_state
 from comfyui_pcpo.tiny import pipelines
 
 from ..config.schema import Config, ConfigError, ModelConfig
-from .base import LoraPairs
 from .diffusers_policy import PRECISIONS, DiffusersPolicy, module_names
 from .families import denoiser_of
-from .lora_pairs import padded, read_lora
+from .lora_pairs import read_lora, started
 from .shapes import load_shapes
 from .single_file import is_hub_name, left_out, load_checkpoint, precisions
 
@@ -109,15 +108,5 @@ def _with_lora(pipeline: Any, config: Config) -> DiffusersPolicy:
     except ValueError as error:
         raise ConfigError(f"lora.start {start}: {error}") from None
     policy = DiffusersPolicy(pipeline, config, pairs)
-    start_from(policy, config, pairs)
+    policy.load_lora(started(pairs, policy.lora(), config.lora.scale))
     return policy
-
-
-def start_from(policy: DiffusersPolicy, config: Config, pairs: LoraPairs) -> None:
-    """Load a LoRA; modules and ranks that it lacks keep their fresh values, which add nothing yet."""
-    fresh, scale = policy.lora(), config.lora.scale
-    start = {}
-    for name, (down, up) in padded(pairs, fresh).items():
-        rank = len(pairs[name][0]) if name in pairs else 0
-        start[name] = (torch.cat([down[:rank], fresh[name][0][rank:]]), up / scale)
-    policy.load_lora(start)

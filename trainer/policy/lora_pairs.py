@@ -15,6 +15,19 @@ def folded(pairs: LoraPairs, scale: float) -> LoraPairs:
     return {name: (down, up * scale) for name, (down, up) in pairs.items()}
 
 
+def started(pairs: LoraPairs, fresh: LoraPairs, scale: float) -> LoraPairs:
+    """What a training from a LoRA begins with, in factors that the layers multiply by `scale`.
+
+    Modules and ranks that the LoRA lacks keep their fresh first factor, which adds nothing yet but has a gradient.
+    Raises ConfigError as `padded`.
+    """
+    start = {}
+    for name, (down, up) in padded(pairs, fresh).items():
+        rank = len(pairs[name][0]) if name in pairs else 0
+        start[name] = (torch.cat([down[:rank], fresh[name][0][rank:]]), up / scale)
+    return start
+
+
 def padded(pairs: LoraPairs, like: LoraPairs) -> LoraPairs:
     """`pairs` as factors of the modules and the rank of `like`, with zeros where they have nothing.
 

@@ -1,5 +1,7 @@
 """The preset of a model by its name: an embedded model, a folder, a checkpoint, or a name on the hub; no weights."""
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,10 +72,46 @@ def cached_index(name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def device_room(device: str) -> Room:
-    """Free memory of the model's device, before anything is loaded."""
+def device_room(model: Mapping[str, Any]) -> Room:
+    """What the weights of the configuration's `model` section leave of its device's free memory, at least a quarter."""
     import torch
 
+    device = str(model["device"])
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        return Room(float(torch.cuda.mem_get_info(None if device in ("auto", "cuda") else device)[0]), gpu=True)
+        free = float(torch.cuda.mem_get_info(None if device in ("auto", "cuda") else device)[0])
+        return Room(max(free / 4, free - weight_bytes(model)), gpu=True)
     return Room(float("inf"), gpu=False)
+
+
+WEIGHT_FILE = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
+QUANTIZED_BYTES = {"fp8": 1.0, "int8": 1.0, "4bit": 0.5}
+
+
+def weight_bytes(model: Mapping[str, Any]) -> float:
+    """About what a model's weights take on its device; 0 for a hub name that is not on this computer.
+
+    With `offload` only the denoiser counts, whose linear layers `quantize` shrinks.
+    """
+    path = Path(str(model["name"]))
+    if path.suffix == ".safetensors":
+        denoiser, others = [path], []
+    else:
+        index = path / "model_index.json" if path.is_dir() else cached_index(str(path))
+        files = [] if index is None else [f for f in index.parent.glob("*/*") if WEIGHT_FILE.fullmatch(f.name)]
+        denoiser = [file for file in files if file.parent.name in ("unet", "transformer")]
+        others = [file for file in files if file not in denoiser]
+    plain = 4.0 if model["precision"] == "float32" else 2.0
+    size = sum(map(weight_count, denoiser)) * QUANTIZED_BYTES.get(str(model["quantize"]), plain)
+    return size if model["offload"] else size + sum(map(weight_count, others)) * plain
+
+
+def weight_count(file: Path) -> int:
+    """Number of weights in a .safetensors file, by its header; 0 for a damaged one, which loading will name."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = tensors.keys()
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    except (SafetensorError, OSError):
+        return 0

@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -15,7 +15,7 @@ from ..program import program_name
 from .folder import RunFolder
 
 UNDERSTOOD = RunError, RewardError, MetricError
-"""RuntimeErrors whose message is meant for the user."""
+"""Errors whose message is meant for the user; PyTorch's RuntimeErrors are not."""
 
 
 @contextmanager
@@ -24,35 +24,49 @@ def explained(config: Config, folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"{memory_advice(config, error)} Change it in {folder.config_file}, then `{program_name()} resume "
-            f"{folder.path}`; finished updates are saved."
-        ) from error
+        raise ConfigError(memory_advice(config, folder, error)) from error
     except UNDERSTOOD:
         raise
     except RuntimeError as error:
-        folder.log(traceback.format_exc())
+        with suppress(ConfigError, OSError):  # the disk is full: the error itself matters more
+            folder.path.mkdir(parents=True, exist_ok=True)  # without a finished update, it is gone by now
+            folder.log(traceback.format_exc())
+        going_on = (
+            f"Finished updates are saved; continue with `{program_name()} resume {folder.path}`."
+            if folder.numbers()
+            else "No update was finished, so the same command starts anew."
+        )
         raise ConfigError(
             f"{error} (a {type(error).__name__} of PyTorch or of a model; its traceback is in {folder.log_file}). "
-            f"Finished updates are saved; continue with `{program_name()} resume {folder.path}`."
+            f"{going_on}"
         ) from error
 
 
-def memory_advice(config: Config, error: Exception) -> str:
-    """Out of memory: the settings that need less, as far as they are not in use."""
+def memory_advice(config: Config, folder: RunFolder, error: Exception) -> str:
+    """Out of memory: the settings that need less, as far as they are not in use, and how to go on."""
     m, r = config.model, config.rollout
-    ways = {
+    any_time = {
         f"rollout.images_at_once = {r.images_at_once // 2}": r.images_at_once > 1,
         "rollout.batch_cfg = false": r.cfg != 1 and r.batch_cfg,
         "model.gradient_checkpointing = true": not m.gradient_checkpointing,
         "model.offload = true": not m.offload,
+    }
+    in_a_new_run = {
         'model.precision = "bfloat16"': m.precision == "float32",
         'model.quantize = "fp8"': m.quantize == "none",
         "a smaller rollout.height and rollout.width": True,
         "a lower lora.rank": config.lora.rank > 1,
     }
+    first, later = ([way for way, unused in ways.items() if unused] for ways in (any_time, in_a_new_run))
     size = f"{r.width} x {r.height} pixels" if r.width and r.height else "the model's own size"
-    return (
-        f"out of memory with rollout.images_at_once = {r.images_at_once} at {size}: {error}. "
-        f"These need less: {', '.join(way for way, unused in ways.items() if unused)}."
+    said = f"out of memory with rollout.images_at_once = {r.images_at_once} at {size}: {error}."
+    if not folder.numbers():
+        return f"{said} These need less: {', '.join([*first, *later])}. No update was finished: start again with them."
+    resume = f"in {folder.config_file}, then `{program_name()} resume {folder.path}`; finished updates are saved"
+    return " ".join(
+        [
+            said,
+            *([f"These need less: {', '.join(first)}. Change them {resume}."] if first else []),
+            f"{'Only a' if not first else 'A'} new run can also use {', '.join(later)}.",
+        ]
     )

@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -263,9 +263,10 @@ class RunFolder:
         return self.checkpoints / f"{number:06d}"
 
     def best_number(self, numbers: Collection[int]) -> int:
-        """The update with the highest mean reward among `numbers`."""
+        """The update with the highest mean reward among `numbers`, all by the weights that a schedule ends with."""
         rows = read_rows(self.metrics_file)[0]
-        means = {row["update"]: row["reward_mean"] for row in rows if row.get("reward_mean") is not None}
+        weights = self.config().reward.last_weights if any("weights" in row for row in rows) else {}
+        means = {row["update"]: mean for row in rows if (mean := comparable_mean(row, weights)) is not None}
         return max(numbers, key=lambda n: means.get(n, -math.inf))
 
     def kept_number(self) -> int:
@@ -310,3 +311,11 @@ class RunFolder:
 def is_number(name: str) -> bool:
     """Whether a checkpoint can be called this: some digits are no numbers, and some numbers are too long."""
     return name.isascii() and name.isdigit() and len(name) < 20
+
+
+def comparable_mean(row: dict[str, Any], weights: Mapping[str, float]) -> float | None:
+    """The mean reward of a row of metrics, by `weights` if its own may change; None where a score failed."""
+    if "weights" not in row:
+        return row.get("reward_mean")
+    means = [row["rewards"].get(name) for name in weights]
+    return None if None in means else sum(w * mean for w, mean in zip(weights.values(), means, strict=True))

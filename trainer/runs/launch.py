@@ -1,7 +1,7 @@
 """Start, resume and continue a run: written once, for the command line, the ComfyUI node and the benchmark."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -191,8 +191,9 @@ def close(folder: RunFolder, config: Config) -> None:
 def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> Run:
     """A new run; everything is loaded and checked before its folder is made."""
     folder = RunFolder(config.run.folder / config.run.name)
+    join()
     if folder.path.exists():
-        with folder.locked():  # names another process that is writing it
+        with folder.locked() if Processes().main else nullcontext():  # names another run that is writing it
             folder.require_new()
     require_writable(folder.config_file, "run.folder:")
     return Run(*_loaded(folder, config, tick))
@@ -213,8 +214,10 @@ def resume_run(path: Path, options: ResumeOptions = ResumeOptions(), tick: Calla
     config = with_options(folder.config(), {"run": {"updates": options.updates}})
     some = bool(folder.numbers()) or options.checkpoint != "latest"
     done = folder.intact(options.checkpoint) if some else 0
+    join()
     if done >= config.run.updates:
-        close(folder, config)
+        if Processes().main:
+            close(folder, config)
         raise ConfigError(
             f"{path} is finished: {done} of {config.run.updates} updates are done. Give --updates with a larger number."
         )
@@ -230,6 +233,5 @@ def resume_run(path: Path, options: ResumeOptions = ResumeOptions(), tick: Calla
 def _loaded(folder: RunFolder, config: Config, tick: Callable[[], None]) -> tuple[RunFolder, TrainingState, Job]:
     prompts, rewards = config.prompts.read(), read_rewards(config)
     require_prompts(rewards, prompts)
-    join()
     job = Job(config, prompts, rewards, Processes(), tick)
     return folder, make_training_state(make_policy(config), config), job

@@ -51,7 +51,7 @@ class Remote(Reward):
         self.tried = False
 
     def info(self) -> dict[str, Any]:
-        """The server's description of its reward: name, needs_prompt, higher_is_better, typical_range."""
+        """The server's description of its reward: name, needs_prompt, typical_range."""
         return ask(self.peer, "/info", tick=self.settings.tick)
 
     def is_healthy(self) -> bool:

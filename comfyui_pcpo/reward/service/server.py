@@ -120,7 +120,6 @@ class RewardServer(ThreadingHTTPServer):
         return {
             "name": self.reward.name,
             "needs_prompt": self.reward.needs_prompt,
-            "higher_is_better": self.reward.higher_is_better,
             "typical_range": ends,
         }
 
@@ -313,7 +312,7 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             raise RequestRejected(411, "Content-Length is missing. Send the body in one piece.")
-        if int(length[:20]) > self.server.options.max_bytes:
+        if len(length) > 20 or int(length) > self.server.options.max_bytes:
             raise RequestRejected(
                 413,
                 f"The body has {length[:20]} bytes, but at most {self.server.options.max_bytes} are accepted. "

@@ -1,0 +1,42 @@
+"""Errors of PyTorch during a run: the error itself is told, and how to go on, whether or not an update was finished."""
+
+import pytest
+import torch
+from running import start_run
+
+from trainer.config.schema import Config, ConfigError
+from trainer.runs.failures import explained
+from trainer.runs.folder import RunFolder
+
+
+def test_an_error_of_the_first_update_is_told_although_its_folder_is_gone(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    message = r"^mat1 and mat2 \(a RuntimeError .* No update was finished, so the same command starts anew\.$"
+    with pytest.raises(ConfigError, match=message), explained(Config(), folder):
+        raise RuntimeError("mat1 and mat2")
+    assert "RuntimeError: mat1 and mat2" in folder.log_file.read_text()
+    folder.require_new()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_finished_updates(make_config):
+    config = make_config(run={"updates": 1})
+    folder, updates = start_run(config)
+    list(updates)
+    with (
+        pytest.raises(ConfigError, match=r"mat1 .* Finished updates are saved; continue with `.* resume "),
+        explained(config, folder),
+    ):
+        raise RuntimeError("mat1")
+    message = r"These need less: rollout.images_at_once = .*, then `.* resume .* A new run can also use "
+    with pytest.raises(ConfigError, match=message) as caught, explained(config, folder):
+        raise torch.OutOfMemoryError("no memory")
+    assert "lora.rank" not in str(caught.value).split("A new run")[0]
+
+
+def test_out_of_memory_in_the_first_update_names_every_way(tmp_path):
+    with (
+        pytest.raises(ConfigError, match=r"lora.rank\. No update was finished: start again with them\.$"),
+        explained(Config(), RunFolder(tmp_path / "run")),
+    ):
+        raise torch.OutOfMemoryError("no memory")
