@@ -16,10 +16,8 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test test-fast test-thorough torture lint types install clean distclean
 .DEFAULT_GOAL := demo
 
-# OpenMP's idle threads spin by default, which slows everything down tenfold as soon as the cores are shared: tests do
-# share them; the demo may spin shortly, which halves its time on two cores of its own
+# OpenMP's idle threads spin by default, which slows everything down tenfold as soon as the cores are shared, as tests do
 test test-fast test-thorough torture: export OMP_WAIT_POLICY := passive
-demo: export GOMP_SPINCOUNT := 3000
 
 demo: install
 	$(BIN)/python -m trainer demo

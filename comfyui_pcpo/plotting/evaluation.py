@@ -17,7 +17,7 @@ from comfyui_pcpo.plotting.text import shorten
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SLOPE_SIZE = (280, 260)  # of a panel
+SLOPE_SIZE = (330, 260)  # of a panel
 LEFT, RIGHT, TOP, BOTTOM = 62, 24, 76, 34  # margins of its data area
 SIGNIFICANT = 0.05
 

@@ -48,7 +48,7 @@ class Aesthetic(Reward):
     shape: ClassVar[ClipShape] = VIT_L_14
 
     def build(self) -> AestheticModel:
-        head_path, clip_path = (locate(self.settings, file) for file in self.files)
+        head_path, clip_path = (locate(self.settings, file, self.name) for file in self.files)
         head = linear_head(self.shape.embed)
         state = read_state(head_path, self.files[0])
         load_strict(head, {name.removeprefix("layers."): value for name, value in state.items()}, head_path)

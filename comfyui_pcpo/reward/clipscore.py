@@ -25,7 +25,7 @@ class ClipCosine(Reward):
     shape: ClassVar[ClipShape] = VIT_L_14
 
     def build(self) -> "CLIP":
-        path = locate(self.settings, self.files[0])
+        path = locate(self.settings, self.files[0], self.name)
         model = open_clip_model(self.shape)
         load_strict(model, read_state(path, self.files[0]), path)
         return model.to(self.settings.dtype)

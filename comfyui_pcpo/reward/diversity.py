@@ -53,7 +53,7 @@ class Diversity(DiversityOf):
     shape: ClassVar[ClipShape] = VIT_L_14
 
     def build(self) -> nn.Module:
-        path = locate(self.settings, self.files[0])
+        path = locate(self.settings, self.files[0], self.name)
         state, visual = read_state(path, self.files[0]), open_clip_model(self.shape).visual
         load_strict(visual, {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}, path)
         return visual.to(self.settings.dtype)

@@ -27,7 +27,7 @@ class HPSv2(Reward):
     shape: ClassVar[ClipShape] = VIT_H_14
 
     def build(self) -> "CLIP":
-        path = locate(self.settings, self.files[0])
+        path = locate(self.settings, self.files[0], self.name)
         state = read_state(path, self.files[0])
         model = open_clip_model(self.shape)
         load_strict(model, state, path)

@@ -82,7 +82,7 @@ class HPSv3(Reward):
     def build(self) -> HPSv3Model:
         from accelerate import init_empty_weights
 
-        weights, tokenizer = (locate(self.settings, file) for file in self.files)
+        weights, tokenizer = (locate(self.settings, file, self.name) for file in self.files)
         self.tokenizer = load_tokenizer(tokenizer, REWARD_TOKEN)
         self.tokenizer.enable_padding(pad_id=self.tokenizer.token_to_id(PADDING_TOKEN), pad_token=PADDING_TOKEN)
         with init_empty_weights(include_buffers=False):  # 8 billion weights are read once, never drawn

@@ -119,7 +119,7 @@ class ImageReward(Reward):
     shape: ClassVar[BlipShape] = BlipShape()
 
     def build(self) -> ImageRewardModel:
-        path = locate(self.settings, self.files[0])
+        path = locate(self.settings, self.files[0], self.name)
         model = imagereward_model(self.shape)
         load_strict(model, renamed(read_state(path, self.files[0])), path)
         model.to(self.settings.dtype).head.float()

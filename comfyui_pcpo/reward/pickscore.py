@@ -27,12 +27,12 @@ class PickScore(Reward):
 
     name = "pickscore"
     typical_range = (18.0, 24.0)
-    files = (RewardFile("yuvalkirstain/PickScore_v1", "model.safetensors", 3_900_000_000, "MIT (code)"),)
+    files = (RewardFile("yuvalkirstain/PickScore_v1", "model.safetensors", 3_900_000_000, "licence of the code: MIT"),)
     memory = 2_000_000_000
     shape: ClassVar[ClipShape] = VIT_H_14
 
     def build(self) -> "CLIPModel":
-        path = locate(self.settings, self.files[0])
+        path = locate(self.settings, self.files[0], self.name)
         state = drop_suffixes(read_state(path, self.files[0]), (".position_ids",))
         model = transformers_clip(self.shape)
         load_strict(model, state, path)

@@ -38,7 +38,7 @@ def test_every_metric_has_its_panel_whatever_its_numbers_are():
     odd = [Slope("same", "", [1.0], [1.0]), Slope("zero", "", [0.0], [0.0]), Slope("none", "", [math.nan], [math.nan])]
     rising = Slope("x", "trained", *RISING)
     one, many = slope_chart([rising]), slope_chart([rising, *odd, *odd])
-    assert one.size == (280, 270) and many.size == (4 * 280, 2 * 260 + 10)
+    assert one.size == (330, 270) and many.size == (4 * 330, 2 * 260 + 10)
     with pytest.raises(ValueError, match="No metrics"):
         slope_chart([])
 

@@ -174,7 +174,7 @@ def hub(monkeypatch):
 
 def test_files_come_to_the_place_where_they_are_sought_and_only_once(hub, tmp_path):
     paths = download(Two, tmp_path, hub.url)
-    assert paths == [locate(RewardSettings(folder=tmp_path), file) for file in Two.files]
+    assert paths == [locate(RewardSettings(folder=tmp_path), file, "two") for file in Two.files]
     assert [path.read_bytes() for path in paths] == [LARGE, SMALL]
     assert hub.sent == len(LARGE) + len(SMALL)
     download(Two, tmp_path, hub.url)

@@ -1,8 +1,12 @@
 """The command line: each command through `main`, its exit status, and the files it promises."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from comfyui_pcpo.tiny import pipelines
+from trainer.cli.libraries import share_cores
 from trainer.cli.main import main, version
 from trainer.cli.progress import Bar
 from trainer.runs.folder import RunFolder
@@ -102,7 +107,7 @@ def test_the_demo_ends_with_the_gain_and_what_it_made(tmp_path, capsys):
     names = ("hard tasks", "tinyeval", "polish", "diversity")
     hard, trained, held, variety = (next(line for line in lines if line.startswith(f"  {name} ")) for name in names)
     assert hard.endswith(" points") and "% ->" in hard
-    assert trained.endswith("(trained)") and held.endswith("(held out)") and variety.endswith(" x")
+    assert trained.endswith("(trained)") and held.endswith("(held out)") and variety.endswith(" x (higher is better)")
     for name in ("before_after.png", "curves.png", "lora.safetensors"):
         assert str((tmp_path / "demo" / name).resolve()) in " ".join(lines)
     before_after = Image.open(tmp_path / "demo" / "before_after.png")
@@ -163,6 +168,26 @@ def test_sample_compares_before_and_after(run, tmp_path):
     assert colors(both) > 100 < colors(alone)
 
 
+def test_idle_threads_spin_shortly_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == "3000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    share_cores()
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_the_command_line_alone_does_not_import_torch():
+    """So that OpenMP reads the variable of `share_cores`, which is set before."""
+    code = "import sys, trainer.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]).returncode == 0
+
+
 def test_score_sorts_pictures_best_first(tmp_path, capsys):
     Image.new("RGB", (64, 64), "gray").save(tmp_path / "a.png")
     Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "b.png")
@@ -209,13 +234,21 @@ def test_score_names_what_it_cannot_read(tmp_path, capsys):
     assert "colorfulness" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a computer without a GPU")
+def test_a_gpu_that_is_missing_is_a_note_of_check_and_an_error_of_train(tmp_path, capsys):
+    arguments = [*options(tmp_path), "--model.device", "cuda:99"]
+    assert main(["check", *arguments]) == 0
+    assert "note: model.device is cuda:99, but PyTorch finds no GPU; training needs one." in capsys.readouterr().err
+    assert main(["train", *arguments]) == 2
+    assert "error: model.device is cuda:99, but PyTorch finds no GPU" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--rollout.group-sise", "4"], "Did you mean --rollout.group-size?"),
         (["--rollout.group-size", "5", "--optimizer.minibatches", "2"], "does not split"),
         (["--reward.weights", "{nonsense = 1}"], "nonsense"),
-        (["--model.device", "cuda:99"], "cuda:99"),
         (["--model.device", "toaster"], "toaster is not a device"),
         (["--prompts.lines", "[]"], "no prompts"),
         (["--run.name", "../up"], "run.name"),

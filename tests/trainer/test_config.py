@@ -36,6 +36,8 @@ def test_every_option_says_what_it_does():
         ("optimizer.lr_rate", "optimizer.learning_rate"),
         ("lora.rnak", "lora.rank"),
         ("objective.group_size", "rollout.group_size"),
+        ("rollout.sampler", "rollout.method"),
+        ("optimizer.lr", "optimizer.learning_rate"),
     ],
 )
 def test_an_unknown_key_or_flag_names_the_nearest(tmp_path, key, nearest):

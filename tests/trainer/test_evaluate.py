@@ -117,6 +117,22 @@ def test_the_json_holds_the_statistics_of_the_seeds(report, tmp_path):
         assert len(Image.open(file).convert("RGB").getcolors(1 << 24)) > 20
 
 
+def test_images_are_shown_of_prompts_from_all_over_the_list():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.evaluation.evaluate.MOST_SHOWN", 3)
+        shown = evaluate("emoji-flow", small(suite="tinyeval", seeds=1)).shown["before"]
+    tasks = list(suite().values())
+    assert shown.prompts == [tasks[0][0], tasks[2][0], tasks[4][0]]
+    assert len(shown.images) == len(shown.scores) == 3
+
+
+def test_a_metric_without_a_value_is_a_note_and_no_row(run):
+    lone = evaluate(str(run.path), small(images=1, rewards=("redness", "tiny_diversity")))
+    assert metric(lone, "tiny_diversity").before and "tiny_diversity has no value" in lone.notes
+    assert not any("tiny_diversity" in line for line in lone.table())
+    assert set(lone.draw()) == {"evaluation.png", "before_after.png"}
+
+
 def test_the_table_has_a_line_for_every_metric(report):
     head, *lines = report.table()
     assert head.split() == ["metric", "before", "after", "difference", "p"]
@@ -281,7 +297,7 @@ def test_the_suite_adds_the_share_of_right_images_by_task(by_suite):
     assert [m.name for m in by_suite.metrics] == ["redness", "tiny FD", "tiny diversity", *names]
     for name in names:
         shares = metric(by_suite, name)
-        assert shares.role == "share of right images" and not shares.lower
+        assert shares.role == "share of correct images" and not shares.lower
         assert all(0 <= share <= 1 for share in (*shares.before, *shares.after))
     assert by_suite.prompts == [prompts[0] for prompts in suite().values()]
 

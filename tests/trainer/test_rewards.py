@@ -64,6 +64,13 @@ def test_a_prompt_that_a_reward_cannot_score_is_refused_before_the_run_begins(ma
     assert not check_run(make_config(prompts={"lines": ["a fox"]}, reward={"held_out": ["tinyeval"]})).problems
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a computer without a GPU")
+def test_a_gpu_that_is_elsewhere_is_a_note_of_the_check(make_config):
+    check = check_run(make_config(model={"device": "cuda"}))
+    assert check.problems == [] and check.budget is not None
+    assert check.notes == ["model.device is cuda, but PyTorch finds no GPU; training needs one"]
+
+
 def test_an_absent_weight_file_is_named_before_the_folder_is_made(make_config, tmp_path):
     config = make_config(reward={"held_out": ["hpsv2.1"], "folder": str(tmp_path / "weights")})
     with pytest.raises(RewardError, match=r"weights.HPSv2.HPS_v2.1_compressed.pt does not exist"):

@@ -1,6 +1,7 @@
 """Silence the libraries' messages without hiding our own warnings."""
 
 import logging
+import os
 import sys
 import warnings
 from typing import Any, TextIO
@@ -8,6 +9,15 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "open_clip", "huggingface_hub")
+
+
+def share_cores() -> None:
+    """Call before torch is imported: OpenMP's idle threads spin shortly, unless the user has said otherwise.
+
+    By default they spin for long, which slows everything down tenfold as soon as other programs need the cores.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def quiet_libraries() -> None:

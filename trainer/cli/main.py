@@ -17,7 +17,7 @@ from ..config.loading import tomllib
 from ..loop.interrupts import Interrupted, interrupts
 from ..program import program_name
 from . import images, rewards, runs, taste
-from .libraries import filter_warnings
+from .libraries import filter_warnings, share_cores
 from .progress import Stopped
 
 COMMANDS = {
@@ -70,6 +70,7 @@ def main(tokens: list[str] | None = None) -> int:
     """Run one command, -> exit status: 0 done, 2 error, 128 + N ended by signal N, 141 output closed."""
     with warnings.catch_warnings(), interrupts:
         filter_warnings()
+        share_cores()
         try:
             require_text_arguments(sys.argv[1:] if tokens is None else tokens)
             make_app()(tokens, result_action="return_value", exit_on_error=False)

@@ -53,7 +53,7 @@ def evaluate_command(
     out = out or own or Path(free_name(Path(), "evaluation"))
     for name in FILES:
         require_writable(out / name, "--out", overwrite or out == own)
-    with tqdm(total=count_images(source, options), unit="image", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=count_images(source, options), unit="image", leave=False, disable=None, dynamic_ncols=True) as bar:
         report = evaluate(source, options, out / "pictures" if save_images else None, bar.update)
     files = report.write(out)
     if as_json:
@@ -130,7 +130,7 @@ def download_command(reward: str, /, *, folder: Path | None = None, endpoint: st
         return
     for file in files:
         print(f"{file.filename} ({file.bytes / 1e9:.2f} GB, {file.licence}) from {file.hub_id}", flush=True)
-    with tqdm(unit="B", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
+    with tqdm(unit="B", unit_scale=True, leave=False, disable=None, dynamic_ncols=True) as bar:
 
         def show(file: "RewardFile", done: int, size: int | None) -> None:
             bar.set_description(file.filename, refresh=False)

@@ -101,6 +101,8 @@ def check_command(*tokens: Tokens, as_json: Json = False) -> None:
         print(dump(config))
         print("\n".join(arithmetic(config)), flush=True)
     check = check_run(config)
+    for note in check.notes:
+        print(f"note: {note}.", file=sys.stderr)
     print_check(check, config, as_json)
     if check.problems:
         sys.stdout.flush()  # problems come last, even where both streams go to one file
@@ -128,7 +130,7 @@ def demo_command(
     folder: Path = Path("output/pcpo"),
     seed: int = 0,
 ) -> None:
-    """Align the embedded model in three minutes, and compare it with the model before: no download.
+    """Align the embedded model, about three minutes on two idle CPU cores, and compare it with the model before.
 
     Parameters
     ----------
@@ -149,7 +151,9 @@ def demo_command(
 
     start = time.perf_counter()
     config = demo_config(reward, name or free_name(folder, "demo"), folder, updates, seed)
-    print(f"Aligning emoji-flow to {reward}: {updates} updates of {config.images_per_update} images.", flush=True)
+    parts = [name if weight == 1 else f"{weight:g} {name}" for name, weight in config.reward.weights.items()]
+    size = f"{updates} updates of {config.images_per_update} images"
+    print(f"Aligning emoji-flow to {' + '.join(parts)}: {size}.", flush=True)
     with Bar() as bar:
         run = launch.start_run(config, bar.tick)
         follow(run, bar, quiet=True)
@@ -170,18 +174,20 @@ def print_comparison(comparison: "Comparison", config: Config) -> None:
     """One line per task, then rewards, diversity and distance, before and after."""
     before, after = comparison.before, comparison.after
     count = f"{len(set(comparison.prompts))} prompts, {len(comparison.prompts)} images"
-    print(f"TinyEval: right images before -> after ({count})")
+    print(f"TinyEval: correct images before -> after ({count})")
     for task, share in before.shares.items():
         change = after.shares[task] - share
         print(f"  {task:<24} {100 * share:6.0f} % -> {100 * after.shares[task]:3.0f} %   {100 * change:+.0f} points")
     for reward, value in before.rewards.items():
+        if reward == "tiny_diversity":  # the diversity below, seen as a reward
+            continue
         role = "held out" if reward in config.reward.held_out else "trained"
         print(f"  {reward:<24} {value:8.3f} -> {after.rewards[reward]:8.3f}   ({role})")
-    for label, old, new in (
-        ("diversity", before.diversity, after.diversity),
-        ("distance to drawings", before.distance, after.distance),
+    for label, old, new, digits, better in (
+        ("diversity", before.diversity, after.diversity, 3, "higher"),
+        ("distance to drawings", before.distance, after.distance, 1, "lower"),
     ):
-        print(f"  {label:<24} {old:8.3f} -> {new:8.3f}   {new / old:.2f} x")
+        print(f"  {label:<24} {old:8.{digits}f} -> {new:8.{digits}f}   {new / old:.2f} x ({better} is better)")
 
 
 def read_config(tokens: list[str]) -> Config:

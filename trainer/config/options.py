@@ -58,8 +58,27 @@ def as_toml(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str | Path) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+SYNONYMS = {
+    "sampler": "rollout.method",
+    "scheduler": "rollout.method",
+    "eta": "rollout.noise_level",
+    "guidance_scale": "rollout.cfg",
+    "num_inference_steps": "rollout.steps",
+    "resolution": "rollout.height",
+    "batch_size": "rollout.images_at_once",
+    "num_generations": "rollout.group_size",
+    "lr": "optimizer.learning_rate",
+    "beta": "objective.kl_weight",
+    "kl": "objective.kl_weight",
+    "algorithm": "objective.name",
+}
+"""What other programs call a setting, and its key here."""
+
+
 def nearest(key: str) -> str:
     """A hint for an unknown key: the known key most like it, or the command that lists all of them."""
+    if (other := SYNONYMS.get(key.split(".")[-1])) is not None:
+        return f"Did you mean {other}?"
     keys = known_keys()
     short = {k.split(".")[-1]: k for k in keys}
     matches = difflib.get_close_matches(key, keys, 1, 0.6)

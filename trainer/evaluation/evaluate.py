@@ -79,6 +79,7 @@ def evaluate(
         Metric(name, role(name, opened), *([v[name] for v in values.get(s, [])] for s in ("before", "after")))
         for name in values["before"][0]
     ]
+    notes += [f"{metric.name} has no value" for metric in metrics if not metric.measured]
     described = describe_setup(opened.config, source, options) | {"pictures": images_folder and str(images_folder)}
     return Report(described, context.prompts, metrics, shown, notes)
 
@@ -174,7 +175,7 @@ def reward_names(opened: Source, options: EvaluationOptions) -> list[str]:
 def role(name: str, opened: Source) -> str:
     """What a metric stands for: trained, constraint or held out for the rewards of a LoRA, else its kind."""
     if name.startswith(TINYEVAL):
-        return "share of right images"
+        return "share of correct images"
     if opened.path is None or name in ROLES:
         return ROLES.get(name, "reward")
     r = opened.config.reward
@@ -184,7 +185,8 @@ def role(name: str, opened: Source) -> str:
 def run_side(context: EvalContext, side: str, seed: int, shown: Shown) -> Tally:
     """One side's images of one seed, sampled prompt by prompt; decoded and measured IMAGES_AT_ONCE at a time."""
     options, group = context.options, context.options.images
-    tally, waiting, first = Tally(context.meter, group), [], 0
+    tally, waiting, first, count = Tally(context.meter, group), [], 0, len(context.prompts)
+    places = [k * count // min(MOST_SHOWN, count) for k in range(min(MOST_SHOWN, count))]
     for place in range(len(context.prompts)):
         settings = Draw(derive_seed(seed, place), options.steps, each=group)
         waiting.append(sample_latents(context.policy, context.encoded.rows([place]), context.sides[side], settings))
@@ -192,14 +194,15 @@ def run_side(context: EvalContext, side: str, seed: int, shown: Shown) -> Tally:
             images = torch.cat([decoded(context.policy, latents) for latents in waiting])
             tally.add(images, [prompt for prompt in context.prompts[first : place + 1] for _ in range(group)])
             if seed == options.first_seed:
-                shown.images += images[::group].split(1)[: MOST_SHOWN - len(shown.images)]
+                shown.images += [images[None, (k - first) * group] for k in places if first <= k <= place]
             if context.images_folder is not None:
                 save_images(images, context.images_folder / side / str(seed), first * group, group)
             waiting, first = [], place + 1
         context.tick(group)
     if seed == options.first_seed:
         scores = torch.cat(next(iter(tally.scores.values())))
-        shown.scores += scores[::group][:MOST_SHOWN].tolist()
+        shown.scores += [float(scores[k * group]) for k in places]
+        shown.prompts += [context.prompts[k] for k in places]
     return tally
 
 

@@ -71,7 +71,7 @@ class EvaluationOptions:
         Text file with one prompt per line; default: the run's prompts.
     suite
         tinyeval: 120 prompts in six tasks, none of whose combinations the embedded models were trained on; adds the
-        share of right images per task.
+        share of correct images per task.
     rewards
         Rewards to measure; default: the run's training and held-out rewards.
     reference

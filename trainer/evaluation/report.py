@@ -17,7 +17,7 @@ from comfyui_pcpo.plotting.grids import before_after, grid, to_pil_images
 from ..runs.rows import finite
 from .metrics import LOWER
 
-MOST_SHOWN = 12
+MOST_SHOWN = 12  # prompts, evenly spaced over all
 FILES = ("evaluation.json", "evaluation.png", "before_after.png", "samples.png")
 """What `Report.write` may write."""
 
@@ -30,6 +30,11 @@ class Metric:
     role: str
     before: list[float]
     after: list[float]
+
+    @property
+    def measured(self) -> bool:
+        """Whether any seed has a value."""
+        return any(map(math.isfinite, self.before))
 
     @property
     def lower(self) -> bool:
@@ -58,8 +63,9 @@ class Metric:
 
 @dataclass
 class Shown:
-    """The first seed's first image of each prompt on one side, with its score."""
+    """The first seed's first image of some prompts on one side, with its score."""
 
+    prompts: list[str] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)  # (1, H, W, 3) each
     scores: list[float] = field(default_factory=list)
 
@@ -81,7 +87,8 @@ class Report:
 
     def table(self) -> list[str]:
         """A header, and one line per metric."""
-        rows = [("metric", "before", "after", "difference", "p"), *(metric.row() for metric in self.metrics)]
+        measured = [metric.row() for metric in self.metrics if metric.measured]
+        rows = [("metric", "before", "after", "difference", "p"), *measured]
         rows[0] = rows[0][: len(rows[-1])]
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
         cells = [[c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)] for row in rows]
@@ -99,12 +106,13 @@ class Report:
 
     def draw(self) -> dict[str, Image.Image]:
         """File name -> image: the metrics and the pairs, or samples of a model without a LoRA."""
-        before, texts = self.shown["before"], self.prompts[:MOST_SHOWN]
+        before = self.shown["before"]
+        texts = before.prompts
         if "after" not in self.shown:
             captions = [f"{text}  {value:.2f}" for text, value in zip(texts, before.scores, strict=True)]
             return {"samples.png": grid(torch.cat(before.images), captions)}
         after = self.shown["after"]
-        lines = [Slope(m.name, m.role, m.before, m.after, m.lower) for m in self.metrics]
+        lines = [Slope(m.name, m.role, m.before, m.after, m.lower) for m in self.metrics if m.measured]
         columns = len(lines) if len(lines) < 5 else math.ceil(len(lines) / math.ceil(len(lines) / 4))
         scores = before.scores, after.scores
         pairs = before_after(torch.cat(before.images), torch.cat(after.images), texts, scores, columns=4)

@@ -5,12 +5,16 @@ import torch
 from ..config.schema import ConfigError
 
 
+class NoGpuError(ConfigError):
+    """A GPU is named, and this computer has none."""
+
+
 def pick_device(name: str, key: str = "model.device") -> torch.device:
     """`auto` is the first GPU, or the CPU without one. Raises ConfigError for a device that does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"{key} is {name}, but PyTorch finds no GPU. Use cpu or auto.")
+        raise NoGpuError(f"{key} is {name}, but PyTorch finds no GPU. Use cpu or auto.")
     try:
         device = torch.device(name)
     except RuntimeError:

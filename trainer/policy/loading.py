@@ -64,7 +64,7 @@ def _not_loaded(name: str, base: str | None, error: Exception) -> str:
         )
     near = difflib.get_close_matches(name, pipelines.EMBEDDED, 1)
     guess = f"Did you mean {near[0]}? " if near else ""
-    why = str(error).split(". ")[0]  # what follows is advice for programmers
+    why = str(error).split(". ")[0].rstrip(".")  # what follows is advice for programmers
     return (
         f"model.name {name} could not be loaded: {why}. {guess}Use {', '.join(pipelines.EMBEDDED)}, a .safetensors "
         "checkpoint, a folder that save_pretrained wrote, or a name on the hub that this computer has or can download."

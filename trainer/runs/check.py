@@ -6,23 +6,24 @@ from comfyui_pcpo.reward import Reward, RewardError, RewardSettings
 
 from ..config.schema import Config, ConfigError
 from ..memory.estimate import Budget, budget
-from ..policy.device import pick_device
+from ..policy.device import NoGpuError, pick_device
 from ..policy.loading import make_shapes
 from .rewards import WEIGHTS, make_reward, require_prompts, reward_settings
 
 
 @dataclass(frozen=True)
 class RunCheck:
-    """The prompts and budget of a run as far as they could be determined, and every problem found."""
+    """Prompts and budget of a run as far as they could be determined, every problem, and notes on what is none."""
 
     prompts: list[str]
     budget: Budget | None
     problems: list[str]
+    notes: list[str]
 
 
 def check_run(config: Config) -> RunCheck:
     """Try all that training loads, of the model only shapes; what is missing is a problem instead of an exception."""
-    rewards, problems = check_rewards(config)
+    rewards, problems, notes = check_rewards(config)
     prompts, costs = [], None
     try:
         prompts = config.prompts.read()
@@ -35,15 +36,21 @@ def check_run(config: Config) -> RunCheck:
         costs = budget(make_shapes(on_cpu), config)
     except ConfigError as error:
         problems.append(str(error))
-    return RunCheck(prompts, costs, list(dict.fromkeys(problems)))
+    return RunCheck(prompts, costs, list(dict.fromkeys(problems)), notes)
 
 
-def check_rewards(config: Config) -> tuple[dict[str, Reward], list[str]]:
-    """The rewards that load, and the problems with the device and with the files of the others."""
-    rewards, problems = {}, []
+def check_rewards(config: Config) -> tuple[dict[str, Reward], list[str], list[str]]:
+    """The rewards that load, problems with the device and with the files of the others, and notes.
+
+    That the GPU is in another computer is a note.
+    """
+    rewards, problems, notes = {}, [], []
     try:
         pick_device(config.model.device)
         settings = reward_settings(config)
+    except NoGpuError as error:
+        notes.append(f"{str(error).split('. ')[0]}; training needs one")
+        settings = RewardSettings(config.reward.folder or WEIGHTS)
     except ConfigError as error:
         problems.append(str(error))
         settings = RewardSettings(config.reward.folder or WEIGHTS)
@@ -52,4 +59,4 @@ def check_rewards(config: Config) -> tuple[dict[str, Reward], list[str]]:
             rewards[name] = make_reward(name, settings).to("cpu").load()
         except (ConfigError, RewardError) as error:
             problems.append(str(error))
-    return rewards, problems
+    return rewards, problems, notes

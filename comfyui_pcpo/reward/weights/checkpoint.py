@@ -17,16 +17,16 @@ def file_path(folder: Path, file: RewardFile) -> Path:
     return folder / file.hub_id.split("/")[-1] / file.filename
 
 
-def locate(settings: RewardSettings, file: RewardFile) -> Path:
-    """Local path of a weight file. Raises RewardError with its source and destination if it is missing."""
+def locate(settings: RewardSettings, file: RewardFile, reward: str) -> Path:
+    """Local path of a weight file of a reward. Raises RewardError with its source and destination if it is missing."""
     source = f"{file.filename} ({file.bytes / 1e9:.2f} GB, {file.licence}, from {file.hub_id})"
     if settings.folder is None:
         raise RewardError(f"No weight folder is set, but this reward needs {source}. Set the folder of reward weights.")
     path = file_path(settings.folder, file)
     if not path.is_file():
         raise RewardError(
-            f"{path} does not exist, but this reward needs {source}. Put it there, "
-            f"or fetch it with the command line: download REWARD --folder {settings.folder}"
+            f"{path} does not exist, but this reward needs {source}. Put it there, or run: "
+            f"pcpo download {reward} --folder {settings.folder}"
         )
     return path
 
