@@ -97,5 +97,5 @@ def _add_slope(figure: Figure, slope: Slope, left: float, top: float) -> None:
     mean = estimate([a for a, _ in pairs]).mean, estimate([b for _, b in pairs]).mean
     axes.plot((0, 1), mean, color=PALETTE[0], linewidth=style.LINE + 0.5, marker="o", markersize=style.DOT + 2)
     low, high = axes.dataLim.intervaly
-    room = 0.08 * (high - low)
+    room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     style.set_y_range(axes, low - room, high + room, 4)

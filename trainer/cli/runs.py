@@ -37,7 +37,7 @@ Tokens = Annotated[
 
 
 def train_command(*tokens: Tokens) -> None:
-    """Train a LoRA, for example: train configs/tiny-flow.toml --rollout.group-size 16 --run.name foxes"""
+    """Train a LoRA, for example: train configs/tiny-flow.toml --rollout.group-size 16 --run.name pairs"""
     config = read_config(list(tokens))
     quiet_libraries()
     from ..runs import launch
