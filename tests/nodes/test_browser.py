@@ -1,6 +1,6 @@
 """Every workflow in ComfyUI's page: it opens readable, without missing nodes, and runs; and what the page lists.
 
-PCPO_SHOTS=FOLDER keeps the screenshots.
+PCPO_SHOTS=FOLDER keeps the screenshots; PCPO_VIEWPORT=1900x1080 makes the window larger than 1440x900.
 """
 
 import json

@@ -7,7 +7,8 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 
-const VIEWPORT = { width: 1440, height: 900 };
+const [width, height] = (process.env.PCPO_VIEWPORT ?? "1440x900").split("x").map(Number);
+const VIEWPORT = { width, height };
 const [url, file, out, seconds, saveAs] = process.argv.slice(2);
 const { chromium } = createRequire(path.join(process.env.PLAYWRIGHT_MODULES, 'x.js'))('playwright-core');
 const profile = fs.mkdtempSync(path.join(os.tmpdir(), 'pcpo-browser-'));
