@@ -193,7 +193,7 @@ def out_of_memory(config: Config, error: Exception) -> ConfigError:
 
 
 def preview(update: Update, folder: RunFolder, config: Config) -> Image.Image:
-    """Images of the newest group, best first, above the reward curve and, once it has measured, the guard's."""
+    """Images of the newest group, best first, above the reward curve and, once it has measured twice, the guard's."""
     size = config.rollout.group_size
     scores = update.scores[-size:].nan_to_num(-torch.inf)
     order = scores.argsort(descending=True)
@@ -201,7 +201,7 @@ def preview(update: Update, folder: RunFolder, config: Config) -> Image.Image:
     group = grid(update.images[-size:][order], captions, columns=min(size, 4), tile=120)
     records = [{**row, "rewards": {}} for row in folder.records()]  # the total only
     height = max(PREVIEW_CURVE, round(0.6 * group.width))
-    names = ["reward", *(["guard"] if any("guard" in row for row in records) else [])]
+    names = ["reward", *(["guard"] if sum("guard" in row for row in records) > 1 else [])]
     parts = [group, *(curves(records, panels=(name,), size=(group.width, height)) for name in names)]
     image = Image.new("RGB", (group.width, sum(part.height for part in parts)), "white")
     top = 0

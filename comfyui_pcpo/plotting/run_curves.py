@@ -125,6 +125,9 @@ def per_step(records: Sequence[Record], key: str) -> tuple[list[int], list[float
 
 def _per_step_panels(records: Sequence[Record], _: float) -> list[Panel]:
     clip, norm = per_step(records, "clip_fraction"), per_step(records, "grad_norm")
+    if clip[1] and not any(clip[1]):  # nothing is clipped: no bars to draw
+        lines = [Line("", *norm, style="points", color=1)]
+        return [Panel("Per denoising step", STEP_AXIS, "gradient norm", lines, note=LAST_QUARTER)]
     bars = [Line("clip fraction", *clip, color=5)]
     right = {"right": [Line("gradient norm", *norm, style="points", color=1)], "right_label": "gradient norm"}
     return [Panel("Per denoising step", STEP_AXIS, "clip fraction", bars, bars=True, **right, note=LAST_QUARTER)]
@@ -157,13 +160,25 @@ PANELS: dict[str, Callable[[Sequence[Record], float], list[Panel]]] = {
 }
 
 
+SPARSE = ("clip", "kl", "guard")
+"""Panels that may be flat at 0, or have a single point."""
+
+
+def says_something(panel: Panel) -> bool:
+    """Whether a panel by update has a line of two points or more that is not 0 everywhere."""
+    values = [[v for v in line.y if math.isfinite(v)] for line in panel.all_lines()]
+    return any(len(line) > 1 for line in values) and any(any(line) for line in values)
+
+
 def curve_panels(records: Sequence[Record], smoothing: float, names: Sequence[str]) -> list[Panel]:
-    """The named panels of a run."""
+    """The named panels of a run; of several, those with something to see."""
     _require_records(records)
     for name in names:
         if name not in PANELS:
             raise ValueError(f"panel '{name}' is not one of {', '.join(PANELS)}. Name one of these.")
-    return [panel for name in names for panel in PANELS[name](records, smoothing)]
+    drawn = [(name, panel) for name in names for panel in PANELS[name](records, smoothing)]
+    every = len(names) == 1 or len(records) == 1
+    return [panel for name, panel in drawn if every or name not in SPARSE or says_something(panel)]
 
 
 def curves(
@@ -201,8 +216,13 @@ def comparison_panels(runs: Mapping[str, Sequence[Record]], smoothing: float) ->
     return [
         Panel("Reward", "update", "mean reward", lines("reward_mean", _updates)),
         Panel("Reward by wall clock", "minutes", "mean reward", lines("reward_mean", _minutes)),
-        Panel("Clip fraction", "update", "share of clipped terms", lines("clip_fraction", _updates)),
-        Panel("KL to the reference", "update", "KL per step, mean over latent", lines("kl", _updates)),
+        *filter(
+            says_something,
+            (
+                Panel("Clip fraction", "update", "share of clipped terms", lines("clip_fraction", _updates)),
+                Panel("KL to the reference", "update", "KL per step, mean over latent", lines("kl", _updates)),
+            ),
+        ),
         Panel("Clip fraction per step", STEP_AXIS, "clip fraction", steps("clip_fraction"), note=LAST_QUARTER),
         Panel("Gradient norm per step", STEP_AXIS, "gradient norm", steps("grad_norm"), note=LAST_QUARTER),
     ]

@@ -84,6 +84,17 @@ def test_an_unknown_panel_is_refused_by_name():
         run_curves.curves([record(1)], panels=("rewrd",))
 
 
+def test_panels_with_nothing_to_see_are_left_out_unless_they_are_asked_for():
+    table = {"steps": [0, 1], "clip_fraction": [0.0, 0.0], "grad_norm": [1.0, 0.5]}
+    rows = [record(k, clip_fraction=0.0, kl=1e-4 if k == 2 else None, per_step=table) for k in (1, 2, 3)]
+    panels = run_curves.curve_panels(rows, 0.6, tuple(run_curves.PANELS))
+    assert [panel.title for panel in panels] == ["Reward", "Per denoising step"]
+    assert panels[1].y_label == "gradient norm" and not panels[1].bars and not panels[1].right
+    assert [panel.title for panel in run_curves.curve_panels(rows, 0.6, ("kl",))] == ["KL to the reference"]
+    titles = [panel.title for panel in run_curves.comparison_panels({"a": rows, "b": rows}, 0.6)]
+    assert "Clip fraction" not in titles and "Clip fraction per step" in titles
+
+
 def test_compared_runs_keep_one_colour_each_in_every_panel():
     runs = {name: [record(k) for k in range(1, n)] for name, n in (("a", 9), ("b", 5))}
     panels = run_curves.comparison_panels(runs, 0.6)
