@@ -47,14 +47,14 @@ def protocol_page(studies: Sequence[StudyResults], pages: Sequence[str]) -> str:
 def study_paragraph(name: str, study: Study) -> str:
     """One study's sizes, sweep and seeds."""
     size = f"{study.updates} updates of {study.prompts_per_update} prompts x {study.group_size} images"
+    for reward, budget in study.budgets.items():
+        size += f" (reward {reward}: as many updates as make {budget} model evaluations)"
     own = [f"{recipe}: {steps}" for recipe, _ in study.tasks if (steps := RECIPES[recipe].rollout.get("steps"))]
     steps = f"{study.steps} denoising steps ({'; '.join(own)})" if own else f"{study.steps} steps"
     sweeps = "; ".join(f"{kind}: {_sweep(settings)}" for kind, settings in study.sweep.items())
     rungs = format_list([f"{rung.settings} on seed {rung.seed}" for rung in study.tuning])
     tuning = f"settings on the tuning seeds: {rungs}" if study.tuning else "no tuning"
-    evaluation = (
-        f"evaluated every {study.evaluate_every} with {study.images} images, distance to {study.reference_images}"
-    )
+    evaluation = f"evaluated {study.evaluations} times with {study.images} images, distance to {study.reference_images}"
     seeds = f"reported seeds {format_list(study.seeds)}"
     return f"**{name}.** {size}, {steps}, {evaluation}. Sweep ({sweeps}); {tuning}; {seeds}."
 

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from trainer.config.loading import build, merge
+from trainer.config.loading import build, merge, with_options
 from trainer.config.schema import Config, ConfigError
 
 from .grid import Cell, StudyTask
 from .methods import CLIP_RANGE, STUDY_METHODS, StudyMethod, Tree
+from .price import updates_within
 from .recipes import RECIPES, training_prompts
 from .studies import Study
 
@@ -48,7 +49,11 @@ def cell_config(cell: Cell, study: Study, out: Path) -> Config:
         "optimizer": {"learning_rate": cell.setting.learning_rate},
         "run": {"updates": study.updates, "preview_every": 0, "save_every": study.evaluate_every},
     }
-    return build(merge(tree, setting), cell.name)
+    config = build(merge(tree, setting), cell.name)
+    budget = study.budgets.get(cell.task.reward)
+    if budget is None:
+        return config
+    return with_options(config, {"run": {"updates": updates_within(config, budget, study.evaluations)}})
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def run_cell(cell: Cell, study: Study, out: Path, say: Say) -> None:
         rows = run_evaluated(config, folder, study, out, tinyeval=cell.seed not in study.tuning_seeds)
     except (FloatingPointError, Diverged) as error:
         say(f"{cell.task.name} {cell.name}: {error}")
-        rows = diverged(read_json(folder.path / JOURNAL, []), study)
+        rows = diverged(read_json(folder.path / JOURNAL, []), evaluation_updates(study, config.run.updates))
     result = cell_result(cell, folder, config, rows)
     write_json(folder.path / "result.json", finite(result))
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
@@ -81,7 +81,7 @@ def run_evaluated(config: Config, folder: RunFolder, study: Study, out: Path, ti
     spent = Spent(**{name: rows[-1][name] for name in asdict(Spent())})
     for update in spent.metered(align(state, cell_job(state, config, folder))):
         folder.record(update)
-        if update.number in evaluation_updates(study):
+        if update.number in evaluation_updates(study, config.run.updates):
             evaluated = evaluator.evaluate_policy(policy, tinyeval)
             rows.append({"update": update.number, **asdict(spent), **evaluated})
             write_json(folder.path / JOURNAL, rows)
@@ -95,11 +95,9 @@ def cell_job(state: TrainingState, config: Config, folder: RunFolder) -> Job:
     return replace(job, guard=guard)
 
 
-def diverged(rows: list[Row], study: Study) -> list[Row]:
+def diverged(rows: list[Row], updates: list[int]) -> list[Row]:
     """Evaluations of a run that overflowed: after its last one, no diversity is left."""
-    return rows + [
-        {**rows[-1], "update": u, "diversity": 0.0} for u in evaluation_updates(study) if u > rows[-1]["update"]
-    ]
+    return rows + [{**rows[-1], "update": u, "diversity": 0.0} for u in updates if u > rows[-1]["update"]]
 
 
 def resumable(folder: RunFolder, config: Config) -> list[Row]:

@@ -61,6 +61,6 @@ def reported_cells(study: Study, task: StudyTask, method: str, setting: Setting)
     return [Cell(task, method, setting, seed) for seed in study.seeds]
 
 
-def evaluation_updates(study: Study) -> list[int]:
-    """The updates after which a run is evaluated."""
-    return [u for u in range(1, study.updates + 1) if u % study.evaluate_every == 0 or u == study.updates]
+def evaluation_updates(study: Study, updates: int) -> list[int]:
+    """The updates after which a run of that many is evaluated, evenly spaced."""
+    return sorted({-(-updates * part // study.evaluations) for part in range(1, study.evaluations + 1)})

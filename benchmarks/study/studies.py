@@ -51,13 +51,14 @@ class Study:
     group_size: int
     steps: int  # of a rollout, unless the recipe has its own, and of an evaluation
     updates: int
-    evaluate_every: int  # updates between evaluations
+    evaluate_every: int  # updates between evaluations; a run of more or fewer updates has as many evaluations
     images: int  # of the training prompts, in an evaluation
     reference_images: int  # that the Frechet distance is computed against
     tinyeval_prompts: int = 20  # of each of TinyEval's hard tasks, in an evaluation of a reported run
     later: tuple[str, ...] = ()  # methods that are run once the others are finished in every task
     tuning: tuple[Rung, ...] = ()  # empty: the first setting of the sweep
     beyond: dict[str, Beyond] = field(default_factory=dict)  # by kind of model
+    budgets: dict[str, int] = field(default_factory=dict)  # reward -> model evaluations of a run, in place of `updates`
     baseline: str = "ppo"  # that the others are compared with
     guard: Tree = field(default_factory=dict)  # the configuration's section
     held_out: tuple[str, ...] = ()  # rewards that the guard watches
@@ -65,6 +66,11 @@ class Study:
     @property
     def tuning_seeds(self) -> tuple[int, ...]:
         return tuple(rung.seed for rung in self.tuning)
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of a run after the one before its first update."""
+        return -(-self.updates // self.evaluate_every)
 
     @property
     def waves(self) -> tuple[tuple[str, ...], ...]:
@@ -113,6 +119,8 @@ STUDIES = {
         sweep={"flow": settings(FLOW_RATES, KL_WEIGHTS), "ddim": settings(DDIM_RATES, KL_WEIGHTS)},
         tuning=(Rung(100, 12), Rung(101, 2), Rung(102, 2)),
         beyond=BEYOND,
+        # colorfulness takes the fastest methods to their limits within the updates; following prompts takes longer
+        budgets={"tinyeval": 6000},
         seeds=(0, 1, 2, 3, 4),
         prompts_per_update=2,
         group_size=8,

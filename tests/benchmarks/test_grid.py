@@ -11,10 +11,11 @@ from benchmarks.report.tuning_page import edge_note, tuning_table
 from benchmarks.study.cell_config import cell_config
 from benchmarks.study.grid import Cell, StudyTask, evaluation_updates, study_tasks, task_methods, task_sweep
 from benchmarks.study.methods import CLIP_RANGE, CREDIT_METHODS, STUDY_METHODS
+from benchmarks.study.price import evaluations_per_update
 from benchmarks.study.recipes import FOLLOWING, RECIPES, STUDY_REWARDS, training_prompts
 from benchmarks.study.studies import STUDIES, Beyond, Rung, Setting
-from benchmarks.study.tuning import edges, tune
-from benchmarks.study.work import due_cells, progress
+from benchmarks.study.tuning import edges, read_result, tune
+from benchmarks.study.work import due_cells, progress, run_if_free
 from comfyui_pcpo.tiny.captions import is_held_out
 from comfyui_pcpo.tiny.tinyeval import HARD, known_scene, suite_prompts, task_of
 from trainer.config.loading import build
@@ -130,7 +131,37 @@ def test_settings_are_never_chosen_on_reported_seeds_and_the_first_rung_has_the_
 def test_a_guarded_run_is_evaluated_wherever_the_guard_measures():
     study = STUDIES["guard"]
     measured = [u for u in range(1, study.updates + 1) if u % study.guard["every"] == 0 or u == study.updates]
-    assert set(measured) <= set(evaluation_updates(study))
+    assert set(measured) <= set(evaluation_updates(study, study.updates))
+
+
+def test_evaluations_are_evenly_spaced_over_runs_of_any_length():
+    study = STUDIES["frontier"]
+    assert evaluation_updates(study, 16) == [4, 8, 12, 16]
+    assert evaluation_updates(study, 77) == [20, 39, 58, 77]
+    assert evaluation_updates(study, 4) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [task for task in study_tasks(STUDIES["frontier"]) if task.reward == FOLLOWING])
+def test_runs_for_a_budget_make_as_many_model_evaluations_with_every_method(tmp_path, task):
+    study, made = STUDIES["frontier"], {}
+    for method in task_methods(study, task):
+        for setting in (Setting(1e-3), Setting(1e-3, 0.3)):
+            configs = [cell_config(Cell(task, method, setting, seed), study, tmp_path) for seed in (0, 100)]
+            assert configs[0].run.updates == configs[1].run.updates
+            made[method, setting] = configs[0].run.updates * evaluations_per_update(configs[0])
+    assert all(abs(evaluations / study.budgets[FOLLOWING] - 1) < 0.05 for evaluations in made.values()), made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pcpo", "pcpo-branch-1", "nft"])
+def test_the_price_of_an_update_is_what_runs_are_metered_by(tmp_path, method):
+    study = small(methods=(method,), updates=3, evaluate_every=3)
+    one = Cell(TASK, method, Setting(1e-3, 0.1), 0)
+    run_if_free(one, study, tmp_path, print)
+    config = cell_config(one, study, tmp_path)
+    spent = read_result(one, study, tmp_path)["rows"][-1]["model_evaluations"]
+    assert spent == pytest.approx(3 * evaluations_per_update(config), rel=0.25 if config.rollout.branch else 0)
 
 
 def test_each_further_tuning_seed_is_run_with_the_best_settings_so_far(tmp_path):

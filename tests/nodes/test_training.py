@@ -221,11 +221,11 @@ def test_every_update_sends_a_preview(flow):
     assert previews[0].tobytes() != previews[2].tobytes()
 
 
-def test_the_preview_has_the_guards_line_once_it_has_measured(flow):
+def test_the_preview_has_the_guards_line_once_it_has_measured_twice(flow):
     seen = []
     comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: seen.append((total, preview)))
     try:
-        flow.train("watched-by-the-guard", updates=3, guard_every=2)
+        flow.train("watched-by-the-guard", updates=3, guard_every=1)
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
     heights = [preview[1].size[1] for total, preview in seen if preview is not None and total == 3]
