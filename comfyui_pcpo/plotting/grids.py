@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from comfyui_pcpo.plotting.style import BETTER, DESK, HEADING, INK, MUTED, PALETTE, PAPER, TEXT, WORSE
-from comfyui_pcpo.plotting.text import wrap
+from comfyui_pcpo.plotting.text import shorten, wrap
 
 OVERSAMPLING = 3
 IMAGE_SIDE = 160  # longer side of an image
@@ -22,6 +22,7 @@ GAP, CARD_GAP = 12, 14
 ROW, CARD_ROW = 15, 17  # distance of two rows of text
 INSET, BETWEEN = 10, 4  # beside a card's images, and between them
 HEAD = 20  # above the cards
+TITLE_ROW = 24  # of a group's title
 SCORE_FOOT, PLAIN_FOOT = 38, 12  # below a card's images, with and without scores
 CORNER, CARD_CORNER = 6, 10  # radii
 VERDICT = 20  # size of ticks and crosses
@@ -54,8 +55,11 @@ class Canvas:
         left, top, right, bottom = (round(v * OVERSAMPLING) for v in edges)
         self.draw.rounded_rectangle((left, top, right - 1, bottom - 1), radius * OVERSAMPLING, color)
 
-    def text(self, middle: tuple[float, float], text: str, color: str = INK, size: float = TEXT) -> None:
-        self.draw.text((middle[0] * OVERSAMPLING, middle[1] * OVERSAMPLING), text, color, _font(size), "mm")
+    def text(
+        self, at: tuple[float, float], text: str, color: str = INK, size: float = TEXT, anchor: str = "mm"
+    ) -> None:
+        """Text around a point, or to the right of it with anchor "lm"."""
+        self.draw.text((at[0] * OVERSAMPLING, at[1] * OVERSAMPLING), text, color, _font(size), anchor)
 
     def paste(self, image: Image.Image, at: tuple[float, float], size: tuple[int, int]) -> None:
         """Put an image on the canvas with rounded corners and a hairline that holds white images on white paper."""
@@ -123,6 +127,27 @@ def grid(
             canvas.text((width / 2, height + 13 + ROW * k), line)
         tiles.append(canvas.finish())
     return _sheet(tiles, max(1, min(columns, len(tiles))), GAP)
+
+
+def group_grid(images: Images, titles: Sequence[str], captions: Sequence[str], columns: int = 8) -> Image.Image:
+    """Groups of one size, (P * G, H, W, 3): each group's P title above its images, and a caption below each image."""
+    size = len(images) // len(titles)
+    _require_same_count(len(images), {"images of the groups": range(size * len(titles)), "captions": captions})
+    sheets = [
+        grid(images[start : start + size], captions[start : start + size], columns)
+        for start in range(0, len(images), size)
+    ]
+    width = sheets[0].width
+    sheet = Image.new("RGB", (width, sum(TITLE_ROW + part.height for part in sheets)), PAPER)
+    top = 0
+    for title, part in zip(titles, sheets, strict=True):
+        head = Canvas(width, TITLE_ROW)
+        line = shorten(title, width - 2 * GAP, partial(text_width, size=HEADING))
+        head.text((GAP, TITLE_ROW / 2 + 4), line, size=HEADING, anchor="lm")
+        sheet.paste(head.finish(), (0, top))
+        sheet.paste(part, (0, top + TITLE_ROW))
+        top += TITLE_ROW + part.height
+    return sheet
 
 
 def before_after(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_pcpo.plotting.grids import before_after, grid, text_width, to_pil_images
+from comfyui_pcpo.plotting.grids import GAP, TITLE_ROW, before_after, grid, group_grid, text_width, to_pil_images
 from comfyui_pcpo.plotting.style import BETTER, WORSE
 from comfyui_pcpo.plotting.text import shorten, wrap
 
@@ -41,6 +41,20 @@ def test_a_grid_shows_every_image_in_its_place():
     centers = [(92, 92), (264, 92), (92, 264)]
     assert [image.getpixel(at) for at in centers] == colors
     assert image.getpixel((264, 264)) == (255, 255, 255)
+
+
+def test_groups_have_their_prompt_once_and_at_most_eight_columns():
+    images = plain((200, 30, 30), 24)
+    one = grid(images[:12], ["0.50"] * 12, columns=8)
+    sheet = group_grid(images, ["a fox", "a pig " * 200], ["0.50"] * 24)
+    assert sheet.size == (one.width, 2 * (one.height + TITLE_ROW))
+    for top in (0, one.height + TITLE_ROW):
+        title = np.asarray(sheet.crop((0, top, sheet.width, top + TITLE_ROW)))
+        assert title[:, : GAP - 2].min() == 255 and title.min() < 100
+    with pytest.raises(ValueError, match="23 captions for 24 images"):
+        group_grid(images, ["a fox", "a pig"], ["0.50"] * 23)
+    with pytest.raises(ValueError, match="20 images of the groups for 24 images"):
+        group_grid(images, ["a fox"] * 5, ["0.50"] * 24)
 
 
 def test_captions_make_room_below_the_images():

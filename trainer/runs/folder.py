@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from comfyui_pcpo.durable import flush_folder, safetensors_parts, write_durably
 from comfyui_pcpo.lora.families import LORA_FAMILIES, Family, detect_family
 from comfyui_pcpo.lora.formats import export_state
-from comfyui_pcpo.plotting.grids import grid
+from comfyui_pcpo.plotting.grids import group_grid
 from comfyui_pcpo.plotting.run_curves import curves
 
 from ..config.loading import build, dump, dump_shareable, tomllib
@@ -165,14 +165,15 @@ class RunFolder:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def draw(self, update: Update, group_size: int) -> Path:
-        """The newest images, each group sorted by score."""
+        """The newest images, each group under its prompt and sorted by score."""
         order = update.scores.nan_to_num(-math.inf).view(-1, group_size).argsort(1, descending=True)
         rows = (order + torch.arange(len(order))[:, None] * group_size).flatten()[: 8 * group_size]
-        captions = [f"{update.prompts[i]}  {update.scores[i]:.2f}" for i in rows.tolist()]
+        prompts = [update.prompts[i] for i in rows[::group_size].tolist()]
+        captions = [f"{update.scores[i]:.2f}" for i in rows.tolist()]
         path = self.grids / f"{update.number:06d}.jpg"
         with writing(path, self.path):
             self.grids.mkdir(exist_ok=True)
-            grid(update.images[rows], captions, columns=group_size).save(path, quality=92)
+            group_grid(update.images[rows], prompts, captions).save(path, quality=92)
         return path
 
     def draw_curves(self) -> None:
