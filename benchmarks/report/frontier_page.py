@@ -96,9 +96,8 @@ def gain_table(task: TaskResults) -> str:
         numbers = [format_interval(t_interval([of(run) for run in runs]), digits) for of, digits in measures]
         rows.append([STUDY_METHODS[name].title, task.chosen[name].title, str(len(runs)), *numbers])
     head = ["", "learning rate, KL weight", "seeds", "gain within the limits", "at 10 % less diversity"]
-    return markdown_table(
-        [*head, f"at {FAR:g} x the distance", "at the end", "diversity left, %", "distance, x", "right images, %"], rows
-    )
+    head += [f"at {FAR:g} x the distance", "at the end", "diversity left, %", "distance, x", "correct images, %"]
+    return markdown_table(head, rows)
 
 
 def price_table(task: TaskResults) -> str:

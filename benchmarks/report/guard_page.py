@@ -20,7 +20,7 @@ MEASURES: dict[str, tuple[int, Callable[[CellRun, int], float]]] = {  # title ->
     "gain in the reward": (2, lambda run, k: run.gains[k]),
     "diversity left, %": (0, lambda run, k: 100 * (1 - lost_diversity(run.rows)[k])),
     "distance, x": (1, lambda run, k: distance(run.rows)[k]),
-    "right images, %": (0, lambda run, k: 100 * run.rows[k]["right"]),
+    "correct images, %": (0, lambda run, k: 100 * run.rows[k]["right"]),
     "TinyEval, hard tasks, %": (0, lambda run, k: 100 * tinyeval_curve(run.rows)[k]),
 }
 

@@ -13,7 +13,7 @@ from .comparison import corrected_p_values
 from .markdown import format_interval, format_number, format_p_value, markdown_table
 
 PROMPTS_INTRO = f"""TinyEval's hard tasks: {", ".join(HARD)}; 20 prompts each, one image per prompt from fixed noise,
-none of their combinations trained. Numbers are per cent of right images, means over seeds with Student's 95 %
+none of their combinations trained. Numbers are per cent of correct images, means over seeds with Student's 95 %
 interval. "Change" is that over the whole training, "within the limits" the change where diversity or distance reach
 their limits. p-values test a change of 0 and are corrected by Holm's method over the page."""
 

@@ -17,7 +17,7 @@ from ..study.two_rewards import DOUBLE, FIRST, MIXES, RECIPE, SECOND, Weights
 from .markdown import format_interval, markdown_table
 
 TITLES = {"irg": "IRG", "sum": "LoRA weights summed", "both": "trained on both"}
-COLUMNS = (("right", "right images", 3), ("alignment", "alignment", 3), ("fd_base", "FD to base model", 0))
+COLUMNS = (("right", "correct images", 3), ("alignment", "alignment", 3), ("fd_base", "FD to base model", 0))
 
 
 def weighted_mean(row: Row, before: Row) -> float:
@@ -37,7 +37,7 @@ def points(rows: list[Row], way: str) -> dict[Weights, list[Row]]:
 
 
 def front_figure(front: Row) -> Image.Image:
-    """First reward against the second along each front, and the right images; means over seeds."""
+    """First reward against the second along each front, and the correct images; means over seeds."""
     before, lines, right = front["before"], [], []
     looks: tuple[tuple[str, tuple[Weights, ...], str, LineStyle], ...] = (
         ("both", MIXES, "", "points"),

@@ -129,7 +129,7 @@ def partial_score(reading: Reading, scene: Scene) -> float:
 
 
 def shares(right: Sequence[bool], prompts: Sequence[str]) -> dict[str, float]:
-    """Share of right images by task, then of all hard tasks and of all tasks (means over tasks, as in GenEval)."""
+    """Share of correct images by task, then of all hard tasks and of all tasks (means over tasks, as in GenEval)."""
     by_task: dict[str, list[bool]] = {task: [] for task in TASKS}
     for value, prompt in zip(right, prompts, strict=True):
         by_task[task_of(known_scene(prompt))].append(value)

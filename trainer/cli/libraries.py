@@ -1,4 +1,4 @@
-"""Silence the libraries' messages without hiding our own warnings."""
+"""The libraries behind the commands: silent, without hiding our own warnings, and with threads that share the cores."""
 
 import logging
 import os

@@ -171,9 +171,8 @@ def _area(tree: Mapping[str, Any], preset: Preset) -> float:
     """Pixels of an image in units of the preset's."""
     if preset.side is None:
         return 1.0
-    height, width = (_given(tree, "rollout", key) or preset.own_side for key in ("height", "width"))
-    given = [preset.side if side == AUTO else side for side in (height, width)]
-    return math.prod(side for side in given if isinstance(side, int)) / preset.side**2
+    sides = [_given(tree, "rollout", key) or preset.own_side for key in ("height", "width")]
+    return math.prod(side if isinstance(side, int) else preset.side for side in sides) / preset.side**2  # or `auto`
 
 
 def _given(tree: Mapping[str, Any], section: str, key: str) -> Any:

@@ -66,7 +66,7 @@ PAIRS_SHOWN = 8  # in the image
 
 DEMO_SECTIONS: dict[DemoReward, dict[str, Any]] = {  # of the configuration, by the reward that is trained
     "tinyeval": {
-        "reward": {  # right images of a prompt tend to look alike
+        "reward": {  # correct images of a prompt tend to look alike
             "weights": {"tinyeval": 1.0, "tiny_diversity": 0.2},
             "held_out": ["polish"],
         },
@@ -111,7 +111,7 @@ class Side:
 
     images: Tensor
     right: list[bool]  # whether an image shows all that its prompt asks for
-    shares: dict[str, float]  # of right images, by task
+    shares: dict[str, float]  # of correct images, by task
     rewards: dict[str, float]  # means
     diversity: float
     distance: float  # tiny FD to drawings

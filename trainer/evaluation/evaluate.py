@@ -186,7 +186,8 @@ def run_side(context: EvalContext, side: str, seed: int, shown: Shown) -> Tally:
     """One side's images of one seed, sampled prompt by prompt; decoded and measured IMAGES_AT_ONCE at a time."""
     options, group = context.options, context.options.images
     tally, waiting, first, count = Tally(context.meter, group), [], 0, len(context.prompts)
-    places = [k * count // min(MOST_SHOWN, count) for k in range(min(MOST_SHOWN, count))]
+    most = min(MOST_SHOWN, count)
+    places = [k * count // most for k in range(most)]
     for place in range(len(context.prompts)):
         settings = Draw(derive_seed(seed, place), options.steps, each=group)
         waiting.append(sample_latents(context.policy, context.encoded.rows([place]), context.sides[side], settings))

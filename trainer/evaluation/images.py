@@ -46,15 +46,12 @@ def sample_images(source: str, options: SamplingOptions) -> Image.Image:
     return before_after(sample(policy, prompts, [], draw), after, texts)
 
 
-def group_scores(rewards: Mapping[str, GroupReward], files: Sequence[Path], prompt: str) -> dict[str, Tensor]:
-    """Scores (N,) of N images that are compared with each other."""
+def group_scores(rewards: Mapping[str, GroupReward], images: Sequence[Tensor], prompt: str) -> dict[str, Tensor]:
+    """Scores (N,) of N images, (1, H, W, 3) each, that are compared with each other."""
     names = " and ".join(rewards)
-    if len(files) < 2:
-        raise ConfigError(f"{names} compares the images of a prompt, and {files[0]} is one. Give a folder of them.")
-    images = [read_image(file) for file in files]
     if any(image.shape != images[0].shape for image in images):
         raise ConfigError(f"The images differ in size, but {names} compares them. Give images of one size.")
-    return {name: reward.score(torch.cat(images), [prompt] * len(files)) for name, reward in rewards.items()}
+    return {name: reward.score(torch.cat(list(images)), [prompt] * len(images)) for name, reward in rewards.items()}
 
 
 def score_images(path: Path, prompt: str, rewards: list[str], settings: RewardSettings) -> list[dict[str, Any]]:
@@ -66,10 +63,15 @@ def score_images(path: Path, prompt: str, rewards: list[str], settings: RewardSe
         )
     models = {name: make_reward(name, settings) for name in rewards}
     grouped = {name: reward for name, reward in models.items() if isinstance(reward, GroupReward)}
-    group = group_scores(grouped, files, prompt) if grouped else {}
+    images, group = map(read_image, files), {}
+    if grouped:
+        if len(files) < 2:
+            names = " and ".join(grouped)
+            raise ConfigError(f"{names} compares the images of a prompt, and {files[0]} is one. Give a folder of them.")
+        images = list(images)  # at once, where each is compared with all
+        group = group_scores(grouped, images, prompt)
     rows = []
-    for place, file in enumerate(files):
-        image = read_image(file)
+    for place, (file, image) in enumerate(zip(files, images, strict=True)):
         alone = {name: float(reward.score(image, [prompt])) for name, reward in models.items() if name not in group}
         together = {name: float(values[place]) for name, values in group.items()}
         rows.append({"file": str(file), "scores": {name: (alone | together)[name] for name in rewards}})

@@ -20,6 +20,6 @@ def pick_device(name: str, key: str = "model.device") -> torch.device:
     except RuntimeError:
         raise ConfigError(f"{key} {name} is not a device. Use auto, cpu or cuda.") from None
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ConfigError(f"{key} is {name}, but PyTorch finds {count} GPUs, from cuda:0 to cuda:{count - 1}. Use one.")
+        found = ", ".join(f"cuda:{n}" for n in range(torch.cuda.device_count()))
+        raise ConfigError(f"{key} is {name}, but PyTorch finds only {found}. Use one of these.")
     return device

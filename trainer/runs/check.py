@@ -48,11 +48,11 @@ def check_rewards(config: Config) -> tuple[dict[str, Reward], list[str], list[st
     try:
         pick_device(config.model.device)
         settings = reward_settings(config)
-    except NoGpuError as error:
-        notes.append(f"{str(error).split('. ')[0]}; training needs one")
-        settings = RewardSettings(config.reward.folder or WEIGHTS)
     except ConfigError as error:
-        problems.append(str(error))
+        if isinstance(error, NoGpuError):
+            notes.append(f"{str(error).split('. ')[0]}; training needs one")
+        else:
+            problems.append(str(error))
         settings = RewardSettings(config.reward.folder or WEIGHTS)
     for name in config.reward.names:
         try:
