@@ -192,10 +192,11 @@ def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> Run:
     """A new run; everything is loaded and checked before its folder is made."""
     folder = RunFolder(config.run.folder / config.run.name)
     join()
-    if folder.path.exists():
-        with folder.locked() if Processes().main else nullcontext():  # names another run that is writing it
-            folder.require_new()
-    require_writable(folder.config_file, "run.folder:")
+    main = Processes().main  # which alone tries the folder: both the lock and the trial write there
+    with folder.locked() if main and folder.path.exists() else nullcontext():  # names another run that is writing it
+        folder.require_new()
+    if main:
+        require_writable(folder.config_file, "run.folder:")
     return Run(*_loaded(folder, config, tick))
 
 
