@@ -63,7 +63,7 @@ class Compare(io.ComfyNode):
         aligned = with_lora(model, lora)
         before, after = request.generate(model), request.generate(aligned)
         scores, report = score_sides(before, after, prompts, reward)
-        grid = to_comfy_image(before_after(before, after, prompts.lines, scores))
+        grid = to_comfy_image(before_after(before, after, prompts.lines, scores, columns="square"))
         return io.NodeOutput(before, after, grid, report, ui=ui.PreviewImage(grid, cls=cls))
 
 

@@ -35,8 +35,9 @@ from .host.presets import host_preset, training_room
 from .types import EncodedPrompts, WeightedRewards
 
 logger = logging.getLogger("pcpo")
-PREVIEW_SIZE = 512
-PREVIEW_CURVE = 220  # least height of the curve below the images
+PREVIEW_SIZE = 1024  # longer side, which ComfyUI reduces the preview to
+PREVIEW_IMAGES, PREVIEW_COLUMNS, PREVIEW_TILE = 8, 4, 104
+PREVIEW_CURVE = 0.42  # height of a curve below the images, as a share of the preview's width
 
 
 @dataclass(frozen=True)
@@ -193,16 +194,19 @@ def out_of_memory(config: Config, error: Exception) -> ConfigError:
 
 
 def preview(update: Update, folder: RunFolder, config: Config) -> Image.Image:
-    """Images of the newest group, best first, above the reward curve and, once it has measured twice, the guard's."""
+    """Images of the newest group, best first, above the reward curve and, once it has measured twice, the guard's.
+
+    Of a large group, PREVIEW_IMAGES from its best to its worst.
+    """
     size = config.rollout.group_size
     scores = update.scores[-size:].nan_to_num(-torch.inf)
-    order = scores.argsort(descending=True)
-    captions = [f"{float(s):.2f}" for s in scores[order]]
-    group = grid(update.images[-size:][order], captions, columns=min(size, 4), tile=120)
+    shown = scores.argsort(descending=True)[torch.linspace(0, size - 1, min(size, PREVIEW_IMAGES)).round().long()]
+    captions = [f"{float(s):.2f}" for s in scores[shown]]
+    group = grid(update.images[-size:][shown], captions, columns=PREVIEW_COLUMNS, tile=PREVIEW_TILE)
     records = [{**row, "rewards": {}} for row in folder.records()]  # the total only
-    height = max(PREVIEW_CURVE, round(0.6 * group.width))
     names = ["reward", *(["guard"] if sum("guard" in row for row in records) > 1 else [])]
-    parts = [group, *(curves(records, panels=(name,), size=(group.width, height)) for name in names)]
+    panel = (group.width, round(PREVIEW_CURVE * group.width))
+    parts = [group, *(curves(records, panels=(name,), size=panel) for name in names)]
     image = Image.new("RGB", (group.width, sum(part.height for part in parts)), "white")
     top = 0
     for part in parts:

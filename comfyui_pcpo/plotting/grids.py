@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -151,11 +151,16 @@ def group_grid(images: Images, titles: Sequence[str], captions: Sequence[str], c
 
 
 def before_after(
-    before: Images, after: Images, prompts: Sequence[str], scores: SideScores | None = None, columns: int | None = None
+    before: Images,
+    after: Images,
+    prompts: Sequence[str],
+    scores: SideScores | None = None,
+    columns: int | Literal["square"] | None = None,
 ) -> Image.Image:
     """Pairs of images on cards with their prompt and scores, (B, H, W, 3) twice; 4 or 3 columns, without a hole.
 
-    Scores may be verdicts (bool), which become ticks and crosses.
+    Scores may be verdicts (bool), which become ticks and crosses. `columns` may be "square": as many as make the
+    sheet nearest to a square.
     """
     pairs = to_pil_images(before), to_pil_images(after)
     count = len(pairs[0])
@@ -166,6 +171,8 @@ def before_after(
     head = 20 + CARD_ROW * max(len(text) for text in texts)
     marks = list(zip(*scores, strict=True)) if scores else [None] * count
     cards = [_card(*parts, size, head) for parts in zip(zip(*pairs, strict=True), texts, marks, strict=True)]
+    if columns == "square":
+        columns = _square_columns(count, *cards[0].size)
     columns = max(1, min(columns or min((4, 3), key=lambda n: -count % n), count))
     sheet = _sheet(cards, columns, CARD_GAP, DESK, HEAD)
     titles = Canvas(cards[0].width, HEAD + CARD_GAP, DESK)
@@ -174,6 +181,16 @@ def before_after(
     for k in range(columns):
         sheet.paste(titles.finish(), (CARD_GAP + k * (cards[0].width + CARD_GAP), 0))
     return sheet
+
+
+def _square_columns(count: int, width: int, height: int) -> int:
+    """Columns in which `count` cards make a sheet near to a square, with few holes."""
+
+    def fault(columns: int) -> float:
+        rows = math.ceil(count / columns)
+        return abs(math.log(columns * width / (rows * height))) + (rows * columns - count) / count
+
+    return min(range(1, count + 1), key=fault)
 
 
 def _middles(width: int) -> tuple[float, float]:

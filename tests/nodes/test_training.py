@@ -221,6 +221,19 @@ def test_every_update_sends_a_preview(flow):
     assert previews[0].tobytes() != previews[2].tobytes()
 
 
+def test_the_preview_of_a_large_group_has_images_from_its_best_to_its_worst(flow):
+    sizes = []
+    for size in (8, 20):
+        seen = []
+        comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, seen=seen, **_: seen.append(preview))
+        try:
+            flow.train(f"group-of-{size}", updates=1, group_size=size, prompts_per_update=1)
+        finally:
+            comfy.utils.set_progress_bar_global_hook(None)
+        sizes += [preview[1].size for preview in seen if preview is not None]
+    assert sizes[0] == sizes[-1]
+
+
 def test_the_preview_has_the_guards_line_once_it_has_measured_twice(flow):
     seen = []
     comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: seen.append((total, preview)))

@@ -85,6 +85,16 @@ def test_before_stands_left_of_after():
     assert len(red) > 20000 and len(blue) > 20000 and red.max() < blue.min()
 
 
+@pytest.mark.parametrize(
+    ("count", "columns"), [(1, 1), (2, 1), (3, 1), (4, 2), (6, 2), (8, 2), (9, 3), (12, 3), (18, 3)]
+)
+def test_pairs_may_make_a_sheet_near_to_a_square_without_a_hole(count: int, columns: int):
+    grey = plain((90, 90, 90), count)
+    square = before_after(grey, grey, ["p"] * count, columns="square")
+    assert square.size == before_after(grey, grey, ["p"] * count, columns=columns).size
+    assert count % columns == 0 and 0.4 < square.width / square.height < 1.6
+
+
 def test_a_higher_score_is_green_and_a_lower_one_is_not():
     before, after = plain((90, 90, 90), 1), plain((90, 90, 90), 1)
     up = before_after(before, after, ["p"], ([0.1], [0.9]))
