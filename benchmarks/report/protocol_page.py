@@ -52,7 +52,7 @@ def study_paragraph(name: str, study: Study) -> str:
     own = [f"{recipe}: {steps}" for recipe, _ in study.tasks if (steps := RECIPES[recipe].rollout.get("steps"))]
     steps = f"{study.steps} denoising steps ({'; '.join(own)})" if own else f"{study.steps} steps"
     sweeps = "; ".join(f"{kind}: {_sweep(settings)}" for kind, settings in study.sweep.items())
-    rungs = format_list([f"{rung.settings} on seed {rung.seed}" for rung in study.tuning])
+    rungs = format_list([f"{rung.settings or 'all'} on seed {rung.seed}" for rung in study.tuning])
     tuning = f"settings on the tuning seeds: {rungs}" if study.tuning else "no tuning"
     evaluation = f"evaluated {study.evaluations} times with {study.images} images, distance to {study.reference_images}"
     seeds = f"reported seeds {format_list(study.seeds)}"

@@ -61,7 +61,7 @@ def tune(study: Study, task: StudyTask, method: str, out: Path) -> Tuning:
     options, beyond = task_sweep(study, task), study.beyond.get(RECIPES[task.recipe].kind)
     gains: dict[Setting, list[float]] = {setting: [] for setting in options}
 
-    def best(count: int) -> list[Setting]:
+    def best(count: int | None) -> list[Setting]:
         return sorted(gains, key=lambda one: (len(gains[one]), sum(gains[one])), reverse=True)[:count]
 
     def measure(seed: int, settings: Sequence[Setting]) -> list[Cell]:
@@ -76,7 +76,7 @@ def tune(study: Study, task: StudyTask, method: str, out: Path) -> Tuning:
         return due
 
     def tuning(due: list[Cell], later: Sequence[Rung]) -> Tuning:
-        planned = sum(map(len, gains.values())) + len(due) + sum(min(rung.settings, len(gains)) for rung in later)
+        planned = sum(map(len, gains.values())) + len(due) + sum(len(best(rung.settings)) for rung in later)
         return Tuning(gains, due, planned, None if due else best(1)[0])
 
     for number, rung in enumerate(study.tuning):

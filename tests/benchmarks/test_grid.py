@@ -124,8 +124,9 @@ def test_no_training_prompt_is_one_of_tinyeval_or_has_a_combination_that_it_hold
 def test_settings_are_never_chosen_on_reported_seeds_and_the_first_rung_has_the_whole_sweep(name):
     study = STUDIES[name]
     assert not set(study.tuning_seeds) & set(study.seeds)
+    assert not study.tuning or study.tuning[0].settings is None
     for sweep in study.sweep.values():
-        assert len(set(sweep)) == len(sweep) == (study.tuning[0].settings if study.tuning else 1)
+        assert len(set(sweep)) == len(sweep) and (study.tuning or len(sweep) == 1)
 
 
 def test_a_guarded_run_is_evaluated_wherever_the_guard_measures():
