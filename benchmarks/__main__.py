@@ -8,9 +8,9 @@ from typing import Literal
 from cyclopts import App, CycloptsError, Parameter
 from tqdm import tqdm
 
-from comfyui_pcpo.reward.base import RewardError
-from trainer.config.schema import ConfigError
-from trainer.loop.scoring import RunError
+from trainer.cli.libraries import share_cores
+from trainer.cli.main import library_errors
+from trainer.config.errors import ConfigError
 
 benchmark_app = App(
     name="python -m benchmarks",
@@ -206,9 +206,10 @@ def peers(
 
 def run_command(tokens: list[str] | None = None) -> int:
     """Run one command, -> exit status: 0 done, 2 error, 130 interrupted."""
+    share_cores()
     try:
         benchmark_app(tokens, result_action="return_value", exit_on_error=False)
-    except (ConfigError, RunError, RewardError) as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -219,6 +220,9 @@ def run_command(tokens: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except library_errors() as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -182,9 +182,10 @@ def test_idle_threads_spin_shortly_unless_the_user_says_otherwise(monkeypatch):
     assert "GOMP_SPINCOUNT" not in os.environ
 
 
-def test_the_command_line_alone_does_not_import_torch():
+@pytest.mark.parametrize("module", ["trainer.cli.main", "benchmarks.__main__"])
+def test_the_command_lines_alone_do_not_import_torch(module):
     """So that OpenMP reads the variable of `share_cores`, which is set before."""
-    code = "import sys, trainer.cli.main; sys.exit('torch' in sys.modules)"
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]).returncode == 0
 
 
