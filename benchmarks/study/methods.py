@@ -39,6 +39,12 @@ SHARED_OPTIONS: Tree = {"shared_noise": True, "levels": 4}  # V-GRPO: noise shar
 SLOW: Tree = {"ema_decay": 0.5, "ema_every": 2}  # DiffusionNFT's old policy, an average over updates
 PCPO = StudyMethod("PCPO", published("pcpo", "log_hinge"))
 NATIVE: Tree = {"name": "log_hinge", "credit": "native"}
+# as the demo and configs/tiny-flow.toml train: what branches save is spent on larger groups
+RECOMMENDED = StudyMethod(
+    "PCPO as recommended",
+    PCPO.objective,
+    {"branch": 1, "branch_first": 3, "shared_noise": True, "group_size": 16},
+)
 
 # one objective, the log-hinge, under every credit; the last step is never trained, as in all published recipes
 CREDIT_METHODS = {
@@ -57,6 +63,7 @@ STUDY_METHODS = {
     ),
     "pcpo": PCPO,
     **{f"pcpo-branch-{steps}": branched(PCPO, steps) for steps in (1, 2, 3)},
+    "pcpo-recommended": RECOMMENDED,
     "tempflow-grpo": StudyMethod("TempFlow-GRPO", published("tempflow_grpo"), model_kind="flow"),
     "grpo-guard": StudyMethod("GRPO-Guard", published("grpo_guard"), model_kind="flow"),
     "nft": StudyMethod("DiffusionNFT", {"name": "nft"}, NO_NOISE),

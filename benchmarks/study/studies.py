@@ -115,7 +115,7 @@ STUDIES = {
             ("dance-ddim", "colorfulness"),
             ("dance-ddim", "tinyeval"),
         ),
-        methods=("ppo", "pcpo", "pcpo-branch-1", "pcpo-branch-2", "nft"),
+        methods=("ppo", "pcpo", "pcpo-branch-1", "pcpo-branch-2", "pcpo-recommended", "nft"),
         later=(
             *("ppo-early", "pcpo-branch-3", "tempflow-grpo", "grpo-guard"),
             *("nft-options", "awm", "awm-options"),
