@@ -9,7 +9,7 @@ from cyclopts import App, CycloptsError, Parameter
 from tqdm import tqdm
 
 from trainer.cli.libraries import share_cores
-from trainer.cli.main import library_errors
+from trainer.cli.main import library_errors, report
 from trainer.config.errors import ConfigError
 
 benchmark_app = App(
@@ -210,19 +210,16 @@ def run_command(tokens: list[str] | None = None) -> int:
     try:
         benchmark_app(tokens, result_action="return_value", exit_on_error=False)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report(str(error))
     except OSError as error:
-        print(f"error: {error}. Check the path and the free space; finished cells are intact.", file=sys.stderr)
-        return 2
+        return report(f"{error}. Check the path and the free space; finished cells are intact.")
     except CycloptsError:  # already printed
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except library_errors() as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report(str(error))
     return 0
 
 

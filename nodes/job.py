@@ -193,6 +193,12 @@ def out_of_memory(config: Config, error: Exception) -> ConfigError:
     )
 
 
+def best_to_worst(scores: Tensor, most: int) -> Tensor:
+    """Places of at most `most` scores, (G,) -> (min(G, most),): evenly spaced by rank, best first."""
+    ranks = torch.linspace(0, len(scores) - 1, min(len(scores), most)).round().long()
+    return scores.argsort(descending=True)[ranks]
+
+
 def preview(update: Update, folder: RunFolder, config: Config) -> Image.Image:
     """Images of the newest group, best first, above the reward curve and, once it has measured twice, the guard's.
 
@@ -200,7 +206,7 @@ def preview(update: Update, folder: RunFolder, config: Config) -> Image.Image:
     """
     size = config.rollout.group_size
     scores = update.scores[-size:].nan_to_num(-torch.inf)
-    shown = scores.argsort(descending=True)[torch.linspace(0, size - 1, min(size, PREVIEW_IMAGES)).round().long()]
+    shown = best_to_worst(scores, PREVIEW_IMAGES)
     captions = [f"{float(s):.2f}" for s in scores[shown]]
     group = grid(update.images[-size:][shown], captions, columns=PREVIEW_COLUMNS, tile=PREVIEW_TILE)
     records = [{**row, "rewards": {}} for row in folder.records()]  # the total only

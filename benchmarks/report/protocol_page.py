@@ -26,9 +26,9 @@ all diversity from there on.
 **Settings.** Learning rate and KL weight are tuned for each method and task over the same sweep, and beyond an edge of
 it where a method's best settings lie on one, on seeds that are not reported, by the outcome above. The clip range is
 {CLIP_RANGE:g} for every method that clips: the trainer's default on the embedded models, wider than the published 1e-4
-because their latents are smaller. "PCPO as recommended" trains as the demo and configs/tiny-flow.toml do: one
-stochastic step per group, among the first three, and groups of 16 images, which cost fewer model evaluations than the 8
-images of methods without branches. GRPO-Guard's credit is not rescaled, so this clip range is narrower for it than for
+because their latents are smaller. "PCPO as recommended" has the demo's rollouts: one stochastic step
+per group, among the first three, and groups of 16 images, which cost fewer model evaluations than the 8 images of
+methods without branches. GRPO-Guard's credit is not rescaled, so this clip range is narrower for it than for
 the others. For a given seed, all methods of a task use the same prompts and noise, except AWM and DiffusionNFT, which
 sample without noise in training and never share the first noise within a group. No guidance; LoRA of rank 8; two
 optimizer steps per update; the last denoising step is never trained.

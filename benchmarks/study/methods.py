@@ -39,11 +39,9 @@ SHARED_OPTIONS: Tree = {"shared_noise": True, "levels": 4}  # V-GRPO: noise shar
 SLOW: Tree = {"ema_decay": 0.5, "ema_every": 2}  # DiffusionNFT's old policy, an average over updates
 PCPO = StudyMethod("PCPO", published("pcpo", "log_hinge"))
 NATIVE: Tree = {"name": "log_hinge", "credit": "native"}
-# as the demo and configs/tiny-flow.toml train: what branches save is spent on larger groups
-RECOMMENDED = StudyMethod(
-    "PCPO as recommended",
-    PCPO.objective,
-    {"branch": 1, "branch_first": 3, "shared_noise": True, "group_size": 16},
+# the demo's rollouts: what branches save is spent on larger groups
+RECOMMENDED = replace(
+    branched(replace(PCPO, rollout={"branch_first": 3, "group_size": 16}), 1), title="PCPO as recommended"
 )
 
 # one objective, the log-hinge, under every credit; the last step is never trained, as in all published recipes

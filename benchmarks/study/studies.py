@@ -86,13 +86,14 @@ def settings(learning_rates: tuple[float, ...], kl_weights: tuple[float, ...] = 
     return tuple(Setting(*pair) for pair in product(learning_rates, kl_weights))
 
 
+DDIM_RATES = (6e-4, 2e-3, 6e-3)
 SWEEPS = {  # coarser for ddim, whose runs take longer: on flow, which was run first, the highest rate was never chosen
     "flow": settings((1e-3, 3e-3, 1e-2, 3e-2), (0.0, 0.03, 0.3)),
-    "ddim": settings((6e-4, 2e-3, 6e-3), (0.0, 0.1)),
+    "ddim": settings(DDIM_RATES, (0.0, 0.1)),
 }
-RATES = {"flow": settings((1e-3, 3e-3, 1e-2)), "ddim": settings((6e-4, 2e-3, 6e-3))}
+RATES = {"flow": settings((1e-3, 3e-3, 1e-2)), "ddim": settings(DDIM_RATES)}
 BEYOND_SWEEPS = {"flow": Beyond(3e-4, 1e-1, 3.0), "ddim": Beyond(2e-4, 2e-2, 1.0)}
-BEYOND_RATES = {"flow": Beyond(3e-4, 3e-2, 0.03), "ddim": Beyond(2e-4, 2e-2, 0.1)}
+BEYOND_RATES = {**BEYOND_SWEEPS, "flow": Beyond(3e-4, 3e-2, 3.0)}
 
 STUDIES = {
     "quick": Study(

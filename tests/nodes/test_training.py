@@ -209,13 +209,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
-def test_every_update_sends_a_preview(flow):
+def watched(train, **options) -> list[tuple]:
+    """What a training tells the progress bar: (value, total, preview) each time."""
     seen = []
     comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: seen.append((value, total, preview)))
     try:
-        flow.train("watched", updates=3)
+        train(**options)
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
+    return seen
+
+
+def test_every_update_sends_a_preview(flow):
+    seen = watched(flow.train, name="watched", updates=3)
     previews = [preview[1] for value, total, preview in seen if preview is not None and total == 3]
     assert len(previews) == 3 and previews[0].size[0] >= 256
     assert previews[0].tobytes() != previews[2].tobytes()
@@ -224,24 +230,17 @@ def test_every_update_sends_a_preview(flow):
 def test_the_preview_of_a_large_group_has_images_from_its_best_to_its_worst(flow):
     sizes = []
     for size in (8, 20):
-        seen = []
-        comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, seen=seen, **_: seen.append(preview))
-        try:
-            flow.train(f"group-of-{size}", updates=1, group_size=size, prompts_per_update=1)
-        finally:
-            comfy.utils.set_progress_bar_global_hook(None)
-        sizes += [preview[1].size for preview in seen if preview is not None]
+        seen = watched(flow.train, name=f"group-of-{size}", updates=1, group_size=size, prompts_per_update=1)
+        sizes += [preview[1].size for _, _, preview in seen if preview is not None]
     assert sizes[0] == sizes[-1]
+    scores = torch.tensor([0.3, 0.9, 0.1, 0.5, 0.7])
+    assert job.best_to_worst(scores, 3).tolist() == [1, 3, 2]
+    assert job.best_to_worst(scores, 8).tolist() == [1, 4, 3, 0, 2]
 
 
 def test_the_preview_has_the_guards_line_once_it_has_measured_twice(flow):
-    seen = []
-    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: seen.append((total, preview)))
-    try:
-        flow.train("watched-by-the-guard", updates=3, guard_every=1)
-    finally:
-        comfy.utils.set_progress_bar_global_hook(None)
-    heights = [preview[1].size[1] for total, preview in seen if preview is not None and total == 3]
+    seen = watched(flow.train, name="watched-by-the-guard", updates=3, guard_every=1)
+    heights = [preview[1].size[1] for _, total, preview in seen if preview is not None and total == 3]
     assert heights[0] < heights[1] == heights[2]
 
 
