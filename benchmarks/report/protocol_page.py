@@ -51,7 +51,7 @@ def study_paragraph(name: str, study: Study) -> str:
     size = f"{study.updates} updates of {study.prompts_per_update} prompts x {study.group_size} images"
     for reward, budget in study.budgets.items():
         size += f" (reward {reward}: as many updates as make {budget} model evaluations)"
-    own = [f"{recipe}: {steps}" for recipe, _ in study.tasks if (steps := RECIPES[recipe].rollout.get("steps"))]
+    own = [_own_steps(recipe) for recipe, _ in study.tasks if "steps" in RECIPES[recipe].rollout]
     steps = f"{study.steps} denoising steps ({'; '.join(own)})" if own else f"{study.steps} steps"
     sweeps = "; ".join(f"{kind}: {_sweep(settings)}" for kind, settings in study.sweep.items())
     rungs = format_list([f"{rung.settings or 'all'} on seed {rung.seed}" for rung in study.tuning])
@@ -59,6 +59,12 @@ def study_paragraph(name: str, study: Study) -> str:
     evaluation = f"evaluated {study.evaluations} times with {study.images} images, distance to {study.reference_images}"
     seeds = f"reported seeds {format_list(study.seeds)}"
     return f"**{name}.** {size}, {steps}, {evaluation}. Sweep ({sweeps}); {tuning}; {seeds}."
+
+
+def _own_steps(name: str) -> str:
+    recipe = RECIPES[name]
+    share = f", {100 * recipe.train_steps:.0f} % of them, drawn at random, trained in an update"
+    return f"{name}: {recipe.rollout['steps']}{share if recipe.train_steps < 1 else ''}"
 
 
 def _sweep(settings: Sequence[Setting]) -> str:

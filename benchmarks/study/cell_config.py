@@ -9,7 +9,7 @@ from trainer.config.schema import Config, ConfigError
 from .grid import Cell, StudyTask
 from .methods import CLIP_RANGE, STUDY_METHODS, StudyMethod, Tree
 from .price import updates_within
-from .recipes import RECIPES, training_prompts
+from .recipes import RECIPES, Recipe, training_prompts
 from .studies import Study
 
 
@@ -19,10 +19,11 @@ def rollout_section(study: Study, task: StudyTask, method: StudyMethod) -> Tree:
     return {**size, **RECIPES[task.recipe].rollout, **method.rollout, "images_at_once": 16}
 
 
-def objective_section(method: StudyMethod, steps: int) -> Tree:
+def objective_section(recipe: Recipe, method: StudyMethod, steps: int) -> Tree:
     """The method's objective; the KL, which costs model evaluations, is measured only where it is trained."""
+    shared = {"train_steps": recipe.train_steps, "clip_range": CLIP_RANGE, "kl_images": 0}
     fewer = {"first_steps": round(method.first_share * steps)} if method.first_share < 1 else {}
-    return {**method.objective, **fewer, "clip_range": CLIP_RANGE, "kl_images": 0}
+    return {**method.objective, **fewer, **shared}
 
 
 def cell_config(cell: Cell, study: Study, out: Path) -> Config:
@@ -38,7 +39,7 @@ def cell_config(cell: Cell, study: Study, out: Path) -> Config:
             "held_out": [name for name in study.held_out if name != cell.task.reward],
         },
         "advantage": recipe.advantage,
-        "objective": objective_section(method, rollout["steps"]),
+        "objective": objective_section(recipe, method, rollout["steps"]),
         "lora": {"rank": 8, "targets": "all" if recipe.kind == "ddim" else "linear"},
         "optimizer": {**method.optimizer, "minibatches": 2},
         "guard": study.guard,

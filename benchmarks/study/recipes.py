@@ -29,6 +29,7 @@ class Recipe:
     model: str
     rollout: Tree
     advantage: Tree
+    train_steps: float = 1.0  # random share of the denoising steps that an update trains, unless it branches
 
     @property
     def title(self) -> str:
@@ -63,5 +64,6 @@ RECIPES = {
         "emoji-eps",
         {**DANCE_DDIM, "steps": 50},
         {"kind": "group"},
+        train_steps=0.2,
     ),
 }

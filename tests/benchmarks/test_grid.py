@@ -7,6 +7,7 @@ import pytest
 from benchmark_grids import NINE, ONE_SEED, TASK, small, write
 
 from benchmarks.report.collect import collect
+from benchmarks.report.protocol_page import study_paragraph
 from benchmarks.report.tuning_page import edge_note, tuning_table
 from benchmarks.study.cell_config import cell_config
 from benchmarks.study.grid import Cell, StudyTask, evaluation_updates, study_tasks, task_methods, task_sweep
@@ -34,9 +35,13 @@ def cell(method: str, task: StudyTask = TASK) -> Cell:
     return Cell(task, method, Setting(2e-3, 0.4), 0)
 
 
-def trained_steps(study, task, method, tmp_path):
+def plan_of(study, task, method, tmp_path):
     config = cell_config(cell(method, task), study, tmp_path)
-    return make_plan(policy_of(config.model.name), config, make_objective(config), ["a fox"], 1).steps.trainable
+    return make_plan(policy_of(config.model.name), config, make_objective(config), ["a fox"], 1)
+
+
+def trained_steps(study, task, method, tmp_path):
+    return plan_of(study, task, method, tmp_path).steps.trainable
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -94,6 +99,14 @@ def test_credits_differ_in_what_their_names_say(task, tmp_path):
         assert by_credit["early"] == list(range(steps - 2))
         assert by_credit["first-steps"] == list(range(2 * steps // 5))
     assert ("uniform" in task_methods(study, task)) == (RECIPES[task.recipe].kind == "flow")
+
+
+def test_an_update_of_the_50_step_task_trains_a_random_fifth_of_them_as_the_protocol_says(tmp_path):
+    study, task = STUDIES["proportionality"], StudyTask("dance-ddim-50", "colorfulness")
+    for method, count in {"native": 10, "first-steps": 4, "native-branch-1": 2}.items():  # a branch in each of 2 groups
+        assert len(plan_of(study, task, method, tmp_path).trained) == count
+    said = study_paragraph("proportionality", study)
+    assert "10 denoising steps (dance-ddim-50: 50, 20 % of them, drawn at random, trained in an update)" in said
 
 
 def test_proportionate_credit_is_the_uniform_one_on_ddim_and_not_on_flow(tmp_path):
