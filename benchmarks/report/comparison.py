@@ -70,8 +70,8 @@ def mixed_model(results: StudyResults, reference: str) -> MixedModel:
 def times_cheaper(results: StudyResults, name: str, reference: str, goal: float = GOAL) -> str:
     """How many times the model evaluations to a gain the reference needs, the median over pairs of seed and task.
 
-    Pairs in which neither reaches it are left out. A reference that never does counts with all it has spent, which
-    underestimates the ratio; a method that never does counts as 0.
+    Pairs in which neither reaches it are left out. A reference that never does counts with all it has spent, so the
+    ratio is a lower bound; a method that never does counts as 0.
     """
     ratios = []
     for mine, other in pairs(results, name, reference):
@@ -82,4 +82,4 @@ def times_cheaper(results: StudyResults, name: str, reference: str, goal: float 
     if not ratios:
         return "-"
     limits = "" if math.isnan(middle.low) else f" [{middle.low:.1f}, {middle.high:.1f}]"
-    return f"{middle.value:.1f}{limits} of {len(ratios)}"
+    return f"{middle.value:.1f} x{limits}, {len(ratios)} pairs"

@@ -36,7 +36,7 @@ LOOKS: dict[str, tuple[int, LineStyle]] = {
     **{f"{name}-branch-1": (color, "dashed") for name, color in _CREDIT_COLORS.items()},
 }
 X_LABEL, Y_LABEL = "diversity lost, %", "reward gained, std of the base model's"
-PANEL, LEFT, TOP, BOTTOM, LABELS = (400, 300), 66, 92, 52, 150  # pixels; LABELS beside each panel
+PANEL, LEFT, TOP, ROW_TOP, BOTTOM, LABELS = (400, 300), 66, 58, 34, 52, 150  # pixels; LABELS beside each panel
 LABEL_ROW = 16  # between two labels
 
 
@@ -53,38 +53,39 @@ def mean_progress(runs: Sequence[CellRun]) -> tuple[list[float], list[float]]:
 
 
 def summary_figure(results: StudyResults) -> Image.Image:
-    """One panel per recipe, with a labelled line for each method of the first wave: means over rewards and seeds."""
-    recipes = [recipe for recipe in RECIPES if any(task.task.recipe == recipe for task in results.measured)]
-    size = LEFT + PANEL[0] + LABELS
-    figure = style.new_figure(size * len(recipes), TOP + PANEL[1] + BOTTOM)
+    """One panel per task, with a labelled line for each method of the first wave: means over seeds."""
+    tasks = shown_tasks(results)
+    columns = min(2, len(tasks))
+    width, height = LEFT + PANEL[0] + LABELS, ROW_TOP + PANEL[1] + BOTTOM
+    total = TOP + height * -(-len(tasks) // columns)
+    figure = style.new_figure(width * columns, total)
     look = {"x": 0.01, "ha": "left", "va": "top"}
-    figure.suptitle("More reward for less work: up and to the left is better", y=0.98, **look, **text_look(TITLE, INK))
-    note = "Counted while images stay varied and near the base model's; a line is level once they no longer do."
-    figure.text(y=0.905, s=note, **look, **text_look())
-    for column, recipe in enumerate(recipes):
-        axes = style.add_axes(figure, column * size + LEFT, TOP, *PANEL)
-        _draw_recipe(axes, results, recipe)
+    figure.suptitle(
+        "More reward for less work: up and to the left is better", y=1 - 9 / total, **look, **text_look(TITLE, INK)
+    )
+    note = (
+        "Means over seeds. Counted while images stay varied and near the base model's. Lines end where training ends."
+    )
+    figure.text(y=1 - 42 / total, s=note, **look, **text_look())
+    for place, task in enumerate(tasks):
+        row, column = divmod(place, columns)
+        axes = style.add_axes(figure, column * width + LEFT, TOP + row * height + ROW_TOP, *PANEL)
+        _draw_task(axes, task, results.study.methods)
     return style.render(figure)
 
 
-def shown_tasks(results: StudyResults, recipe: str) -> list[TaskResults]:
-    """The recipe's tasks that all methods of the first wave have finished, else the first task with a finished run.
-
-    So lines are means over the same tasks.
-    """
-    own = [task for task in results.whole(*results.study.methods) if task.task.recipe == recipe]
-    return own or [next(task for task in results.measured if task.task.recipe == recipe)]
+def shown_tasks(results: StudyResults) -> list[TaskResults]:
+    """The tasks that all methods of the first wave have finished, else the first task with a finished run."""
+    return results.whole(*results.study.methods) or results.measured[:1]
 
 
-def _draw_recipe(axes: Any, results: StudyResults, recipe: str) -> None:
-    tasks = shown_tasks(results, recipe)
-    rewards = " and ".join(task.task.reward for task in tasks)
-    axes.set_title(f"{RECIPES[recipe].model}, {rewards}", loc="left", **text_look(HEADING, INK))
+def _draw_task(axes: Any, task: TaskResults, methods: Sequence[str]) -> None:
+    title = f"{RECIPES[task.task.recipe].model}, reward {task.task.reward}"
+    axes.set_title(title, loc="left", **text_look(HEADING, INK))
     axes.grid(axis="x", color=GRID)
     ends = []
-    for name in results.study.methods:
-        runs = [run for task in tasks for run in task.runs[name]]
-        if runs:
+    for name in methods:
+        if runs := task.runs.get(name):
             x, y = mean_progress(runs)
             color = PALETTE[LOOKS[name][0]]
             axes.plot(x, y, color=color, linewidth=style.LINE, marker="o", markersize=style.SMALL_DOT)

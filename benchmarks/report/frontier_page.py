@@ -21,8 +21,10 @@ A run that reaches neither counts with its last gain."""
 COMPARED = f""""Difference (mixed model)": random intercepts for each seed of each task, REML, all finished runs.
 "Difference (by seeds)": the mean over the tasks in which both methods have finished every seed, Student's t over seeds;
 p-values of this column are corrected by Holm's method over both tables. Both generalise to new seeds, not to other
-tasks. "Model evaluations saved": how many times the model evaluations the reference needs to a gain of {GOAL:g}, median
-[95 %, bootstrap] over the pairs of seed and task in which one of the two reaches it."""
+tasks. The family grows with every method that finishes, so these p-values are final only when all have. "Model
+evaluations saved": how many times the model evaluations the reference needs to a gain of {GOAL:g}, median [95 %,
+bootstrap] over the pairs of seed and task in which one of the two reaches it. A reference that does not reach it counts
+with all that its run spends, so these are lower bounds, and runs of more evaluations raise them."""
 PRICES = """Spent until the gain is reached, if it is reached within the limits: median over seeds [95 %, bootstrap],
 and how many seeds reach it. Model evaluations are latents predicted once, in a rollout or in a gradient step, the
 KL's included. CPU seconds are of the process, of rollouts, rewards and updates."""
@@ -116,17 +118,17 @@ def price_table(task: TaskResults) -> str:
 
 
 def summary_table(results: StudyResults) -> str:
-    """One row per method over all tasks: the gain, the comparison with native PPO, TinyEval."""
+    """One row per method over the tasks in which it finished every seed: gain, comparison with native PPO, TinyEval."""
     baseline, family = results.study.baseline, frontier_family(results)
     rows = []
     for name in results.methods:
-        runs = [run for task in results.tasks for run in task.runs.get(name, ())]
+        runs = [run for task in results.whole(name) for run in task.runs[name]]
         compared = ["-"] * 3
         if (name, baseline) in family:
             one, p = family[name, baseline]
             compared = [format_interval(one.interval), format_p_value(p), times_cheaper(results, name, baseline)]
         following = mean_change(results, name)
-        gain = format_number(sum(run.gain for run in runs) / len(runs))
+        gain = format_number(sum(run.gain for run in runs) / len(runs)) if runs else "-"
         rows.append([STUDY_METHODS[name].title, f"{len(runs)} of {planned(results, name)}", gain, *compared, following])
     head = ["method", "runs", "gain within the limits", "more than native PPO", "p (Holm)"]
     return markdown_table([*head, f"model evaluations saved to +{GOAL:g}", "TinyEval, change"], rows)

@@ -59,11 +59,14 @@ def change_at_limits(run: CellRun) -> float:
 
 
 def mean_change(results: StudyResults, name: str) -> str:
-    """Change over the tasks that train on following prompts, with the seeds as draws; a dash without runs."""
+    """Change over the finished tasks that train on following prompts, with the seeds as draws; a dash without any.
+
+    A task counts once every seed is finished: otherwise the seeds would be means over different tasks.
+    """
     by_seed: dict[int, list[float]] = {}
-    for task in results.tasks:
+    for task in results.whole(name):
         if task.task.reward == FOLLOWING:
-            for run in task.runs.get(name, ()):
+            for run in task.runs[name]:
                 by_seed.setdefault(run.seed, []).append(change(run))
     return format_interval(t_interval([_mean(values) for values in by_seed.values()]), 1)
 

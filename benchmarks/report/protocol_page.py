@@ -29,9 +29,9 @@ it where a method's best settings lie on one, on seeds that are not reported, by
 because their latents are smaller. "PCPO as recommended" has the demo's rollouts: one stochastic step
 per group, among the first three, and groups of 16 images, which cost fewer model evaluations than the 8 images of
 methods without branches. GRPO-Guard's credit is not rescaled, so this clip range is narrower for it than for
-the others. For a given seed, all methods of a task use the same prompts and noise, except AWM and DiffusionNFT, which
-sample without noise in training and never share the first noise within a group. No guidance; LoRA of rank 8; two
-optimizer steps per update; the last denoising step is never trained.
+the others. A seed sets the order of the prompts for all methods of a task, and the noise where their rollouts are
+alike: branches share the first noise of a group, AWM and DiffusionNFT sample without noise and never share it. No
+guidance; LoRA of rank 8; two optimizer steps per update; the last denoising step is never trained.
 
 **Numbers.** Brackets are 95 % intervals over seeds: Student's t for means, bootstrap for medians. p-values are
 corrected by Holm's method, all comparisons of a page as one family. emoji-align reads the images, and the rewards

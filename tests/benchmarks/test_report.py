@@ -72,21 +72,23 @@ def test_a_partial_study_is_reported_with_its_missing_runs(tmp_path):
     assert "| frontier, flow-grpo/colorfulness | 0 of 0 | 7 of 15 | PCPO; DiffusionNFT |" in pages["README"]
     assert "| frontier, dance-sde/polish | 0 of 0 | 0 of 15 | all |" in pages["README"]
     summary = (tmp_path / "results.md").read_text()
-    assert "| native PPO | 5 of 10 | 0.42 |" in summary and "| PCPO | 2 of 10 | 0.60 | - | - | - | - |" in summary
+    assert "| native PPO | 5 of 10 | 0.42 |" in summary and "| PCPO | 0 of 10 | - | - | - | - | - |" in summary
     assert "DiffusionNFT" not in summary
     assert "| PCPO | 0.006, 0 | 2 | 0.60 [" in pages["frontier"]
     assert "dance-sde" not in pages["frontier"]
 
 
-def test_lines_of_the_figure_are_means_over_the_same_tasks(tmp_path):
-    """Of two tasks of a recipe, the second has no run of PCPO yet."""
+def test_the_figure_shows_the_tasks_that_every_method_has_finished(tmp_path):
     study = small(tasks=(("flow-grpo", "colorfulness"), ("flow-grpo", "tinyeval")))
     fill(study, tmp_path, lambda cell: 1.0)
-    (missing,) = reported(study, tmp_path, StudyTask("flow-grpo", "tinyeval"), "pcpo")
-    assert len(shown_tasks(collect("quick", study, tmp_path), "flow-grpo")) == 2
+    first, second = collect("quick", study, tmp_path).tasks
+    assert shown_tasks(collect("quick", study, tmp_path)) == [first, second]
+    (missing,) = reported(study, tmp_path, second.task, "pcpo")
     (missing.folder(tmp_path) / "result.json").unlink()
-    shown = shown_tasks(collect("quick", study, tmp_path), "flow-grpo")
-    assert [task.task.reward for task in shown] == ["colorfulness"]
+    assert shown_tasks(collect("quick", study, tmp_path)) == [first]
+    (missing,) = reported(study, tmp_path, first.task, "pcpo")
+    (missing.folder(tmp_path) / "result.json").unlink()
+    assert [one.task for one in shown_tasks(collect("quick", study, tmp_path))] == [first.task]
 
 
 def test_a_gains_price_is_that_within_the_limits(tmp_path):
@@ -109,8 +111,8 @@ def test_evaluations_saved_count_the_pairs_in_which_either_method_reaches_the_ga
     fill(study, tmp_path, lambda cell: ends[cell.method][cell.seed])
     results = collect("quick", study, tmp_path)
     # twice: half the evaluations; once: twice as many; once alone, in half of the other's evaluations; once neither
-    assert times_cheaper(results, "pcpo", "ppo", 0.5) == "2.0 [0.5, 2.0] of 4"
-    assert times_cheaper(results, "nft", "ppo", 0.5) == "0.0 [0.0, 0.0] of 3"
+    assert times_cheaper(results, "pcpo", "ppo", 0.5) == "2.0 x [0.5, 2.0], 4 pairs"
+    assert times_cheaper(results, "nft", "ppo", 0.5) == "0.0 x [0.0, 0.0], 3 pairs"
     assert times_cheaper(results, "nft", "nft", 0.5) == "-"
 
 
@@ -143,7 +145,6 @@ def test_the_figure_has_the_mean_path_of_every_method(tmp_path):
     assert (spent, kept) == (pytest.approx([0, 1, 2]), pytest.approx([0, 0.75, 0.75]))
     width, height = summary_figure(results).size
     assert width > height > 300
-    assert shown_tasks(results, TASK.recipe) == results.tasks
     assert set(STUDY_METHODS) == set(LOOKS)  # every method has its line in the figures
 
 
@@ -154,6 +155,21 @@ def test_prompt_following_is_compared_before_and_after_where_diversity_is_left(t
     assert "| base model | - | 50 | - | - | - | 50 | 50 | 50 | 50 |" in page
     assert "| PCPO | 5 | 70 [70, 70] | 20.0 [20.0, 20.0] | < 0.001 | 10.0 [10.0, 10.0] |" in page
     assert prompts_page.mean_change(collect("quick", study, tmp_path), "pcpo") == "20.0 [20.0, 20.0]"
+
+
+def test_the_summary_averages_over_finished_tasks_only(tmp_path):
+    """Otherwise the first seeds would be means over more tasks than the others."""
+    study = small(
+        seeds=(0, 1, 2), tasks=(("flow-grpo", "tinyeval"), ("dance-ddim", "tinyeval")), methods=("ppo", "pcpo")
+    )
+    partial = StudyTask("dance-ddim", "tinyeval")
+    fill(study, tmp_path, lambda cell: 3.0 if cell.task == partial else 1.0, hard=0.7)
+    for cell in reported(study, tmp_path, partial, "pcpo")[:2]:
+        write(cell, study, tmp_path, 3.0, hard=0.9)
+    (reported(study, tmp_path, partial, "pcpo")[2].folder(tmp_path) / "result.json").unlink()
+    summary = frontier_page.summary_table(collect("quick", study, tmp_path))
+    assert "| native PPO | 6 of 6 | 2.00 |" in summary and "| 20.0 [20.0, 20.0] |" in summary
+    assert "| PCPO | 3 of 6 | 1.00 |" in summary
 
 
 def test_credits_are_compared_with_the_native_one_of_the_same_rollouts(tmp_path):
