@@ -1,4 +1,4 @@
-"""The page on the guard: what a run ends with, with and without it, on rewards that images are sacrificed for."""
+"""The page on the guard: what a run ends with, with and without it, on rewards that are easily hacked."""
 
 from collections.abc import Callable
 
@@ -9,12 +9,13 @@ from .collect import CellRun, StudyResults, TaskResults
 from .comparison import corrected_p_values
 from .markdown import format_interval, format_number, format_p_value, markdown_table
 
-GUARD_INTRO = """The guard only measures until it stops a run, so one run that goes on shows both outcomes: "with" is
-the update that the guard keeps, "without" the last one. Where no update is within its limits, it keeps the base
-model. It watches the held-out rewards {held_out} and diversity, on prompts of the training and with its default
-tolerance of {tolerance:g}; the tables show what the study measures, from other noise. Losses are in standard
-deviations of the base model's scores. p-values test the difference that the guard makes, and are corrected by Holm's
-method over the page."""
+GUARD_INTRO = """\
+The guard only measures until it stops a run, so one run that goes on shows both outcomes: "with" is the update that
+the guard keeps, "without" the last one. Where no update is within its limits, it keeps the base model; it stops a run
+that leaves them {patience} times in a row. It watches the held-out rewards {held_out} and diversity, on prompts of
+the training and with its default tolerance of {tolerance:g}; the tables show what the study measures, from other
+noise. Losses are in standard deviations of the base model's scores. p-values test the difference that the guard
+makes, and are corrected by Holm's method over the page."""
 
 MEASURES: dict[str, tuple[int, Callable[[CellRun, int], float]]] = {  # title -> (digits, of a run's evaluation)
     "gain in the reward": (2, lambda run, k: run.gains[k]),
@@ -42,10 +43,18 @@ def within(run: CellRun, k: int) -> bool:
     return worst_loss(run, k) <= run.result["config"]["guard"]["tolerance"]
 
 
+def guards_share(run: CellRun) -> float:
+    """The guard's share of the model evaluations up to the update at which it stops the run, or to the last one."""
+    guard, stopped = run.result["guard"], run.result["guard"]["stopped"]
+    row = run.rows[-1] if stopped is None else next(row for row in run.rows if row["update"] >= stopped)
+    return guard["model_evaluations"] / (guard["model_evaluations"] + row["model_evaluations"])
+
+
 def guard_page(results: StudyResults) -> str:
     runs = [run for task in results.measured for name in task.measured for run in task.runs[name]]
-    tolerance = runs[0].result["config"]["guard"]["tolerance"]
-    intro = GUARD_INTRO.format(held_out=" and ".join(results.study.held_out), tolerance=tolerance)
+    guard = runs[0].result["config"]["guard"]
+    limits = {key: guard[key] for key in ("tolerance", "patience")}
+    intro = GUARD_INTRO.format(held_out=" and ".join(results.study.held_out), **limits)
     family = corrected_p_values(
         ((task.task.name, name, title), _differences(task.runs[name], title))
         for task in results.measured
@@ -53,7 +62,7 @@ def guard_page(results: StudyResults) -> str:
         for title in MEASURES
     )
     tables = [f"## Reward {task.task.reward}\n\n{outcome_table(task, family)}" for task in results.measured]
-    return "\n\n".join(["# Does the guard keep what it promises?", intro, promise_table(results), *tables])
+    return "\n\n".join(["# Does the guard stay within its limits?", intro, promise_table(results), *tables])
 
 
 def promise_table(results: StudyResults) -> str:
@@ -65,19 +74,18 @@ def promise_table(results: StudyResults) -> str:
             stopped = [run.result["guard"]["stopped"] for run in runs]
             kept = [run.rows[kept_evaluation(run)]["update"] for run in runs]
             inside = [sum(within(run, at(run)) for run in runs) for at in (kept_evaluation, _last)]
-            total = [sum(one["model_evaluations"] for one in (run.result["guard"], run.rows[-1])) for run in runs]
-            share = sum(run.result["guard"]["model_evaluations"] / of for run, of in zip(runs, total, strict=True))
+            share = sum(guards_share(run) for run in runs) / len(runs)
             rows.append(
                 [
                     f"{task.task.reward}, {STUDY_METHODS[name].title}",
                     f"{sum(update is not None for update in stopped)} of {len(runs)}",
                     f"{format_number(sum(kept) / len(kept), 1)}",
                     *(f"{count} of {len(runs)}" for count in inside),
-                    f"{100 * share / len(runs):.0f} %",
+                    f"{100 * share:.0f} %",
                 ]
             )
     head = ["reward, method", "stopped", "update kept, mean", "within the limits with", "without"]
-    return markdown_table([*head, "share of model evaluations"], rows)
+    return markdown_table([*head, "model evaluations spent by the guard"], rows)
 
 
 def outcome_table(task: TaskResults, p: dict[tuple[str, str, str], float]) -> str:

@@ -26,14 +26,18 @@ all diversity from there on.
 **Settings.** Learning rate and KL weight are tuned for each method and task over the same sweep, and beyond an edge of
 it where a method's best settings lie on one, on seeds that are not reported, by the outcome above. The clip range is
 {CLIP_RANGE:g} for every method that clips: the trainer's default on the embedded models, wider than the published 1e-4
-because their latents are smaller. "PCPO as recommended" has the demo's rollouts: one stochastic step
-per group, among the first three, and groups of 16 images, which cost fewer model evaluations than the 8 images of
-methods without branches. GRPO-Guard's credit is not rescaled, so this clip range is narrower for it than for
+because their latents are smaller. GRPO-Guard's credit is not rescaled, so this clip range is narrower for it than for
 the others. A seed sets the order of the prompts for all methods of a task, and the noise where their rollouts are
-alike: branches share the first noise of a group, AWM and DiffusionNFT sample without noise and never share it. No
-guidance; LoRA of rank 8; two optimizer steps per update; the last denoising step is never trained.
+alike. No guidance; LoRA of rank 8; two optimizer steps per update; the last denoising step is never trained.
 
-**Numbers.** Brackets are 95 % intervals over seeds: Student's t for means, bootstrap for medians. p-values are
+**Methods.** Branches share the first noise of a group: of PCPO where the name says so, and of TempFlow-GRPO, whose
+branch has one stochastic step. "PCPO as recommended" has the demo's rollouts: a branch of one step among the first
+three, and groups of 16 images, which cost fewer model evaluations than the 8 images of methods without branches. AWM
+and DiffusionNFT sample without noise and never share the first noise. "With options": their images share the noise
+that is added to them, and 4 stratified noise levels are trained in an update; AWM's likelihood is divided by its mean
+error, DiffusionNFT samples from an average of its LoRA.
+
+**Numbers.** Brackets are 95 % intervals over seeds: Student's t for means, bootstrap for medians. "p (Holm)" is
 corrected by Holm's method, all comparisons of a page as one family. emoji-align reads the images, and the rewards
 `alignment` and `tinyeval` are its readings too."""
 

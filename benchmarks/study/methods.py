@@ -62,15 +62,17 @@ STUDY_METHODS = {
     "pcpo": PCPO,
     **{f"pcpo-branch-{steps}": branched(PCPO, steps) for steps in (1, 2, 3)},
     "pcpo-recommended": RECOMMENDED,
-    "tempflow-grpo": StudyMethod("TempFlow-GRPO", published("tempflow_grpo"), model_kind="flow"),
+    "tempflow-grpo": replace(
+        branched(StudyMethod("TempFlow-GRPO", published("tempflow_grpo"), model_kind="flow"), 1), title="TempFlow-GRPO"
+    ),
     "grpo-guard": StudyMethod("GRPO-Guard", published("grpo_guard"), model_kind="flow"),
     "nft": StudyMethod("DiffusionNFT", {"name": "nft"}, NO_NOISE),
     "nft-options": StudyMethod(
-        "DiffusionNFT, new options", {"name": "nft", **SHARED_OPTIONS}, {**NO_NOISE, "policy": "ema"}, SLOW
+        "DiffusionNFT with options", {"name": "nft", **SHARED_OPTIONS}, {**NO_NOISE, "policy": "ema"}, SLOW
     ),
     "awm": StudyMethod("AWM", {"name": "awm"}, NO_NOISE),
     "awm-options": StudyMethod(
-        "AWM, new options", {"name": "awm", **SHARED_OPTIONS, "likelihood": "adaptive"}, NO_NOISE
+        "AWM with options", {"name": "awm", **SHARED_OPTIONS, "likelihood": "adaptive"}, NO_NOISE
     ),
     **CREDIT_METHODS,
     **{f"{name}-branch-1": branched(method, 1) for name, method in CREDIT_METHODS.items()},

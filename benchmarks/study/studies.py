@@ -157,7 +157,7 @@ STUDIES = {
         images=64,
         reference_images=256,
     ),
-    "guard": Study(  # whether the guard keeps what it promises, on rewards that images are easily sacrificed for
+    "guard": Study(  # whether the guard stays within its limits, on rewards that are easily hacked
         tasks=tuple(("flow-grpo", reward) for reward in HACKED),
         methods=("pcpo-branch-1", "nft"),
         sweep={"flow": (Setting(1e-3),)},

@@ -68,12 +68,12 @@ def test_methods_differ_only_in_their_objective_and_rollout(tmp_path):
 
 def test_published_methods_run_as_published(tmp_path):
     study = small(methods=tuple(STUDY_METHODS))
-    objectives = {
-        name: cell_config(cell(name), study, tmp_path).objective for name in ("pcpo", "tempflow-grpo", "grpo-guard")
-    }
+    configs = {name: cell_config(cell(name), study, tmp_path) for name in ("pcpo", "tempflow-grpo", "grpo-guard")}
+    objectives = {name: config.objective for name, config in configs.items()}
     assert (objectives["pcpo"].credit, objectives["pcpo"].form) == ("proportionate", "exact")
     tempflow = objectives["tempflow-grpo"]
     assert (tempflow.credit, tempflow.loss_weight) == ("native", "tempflow")  # outside the clip
+    assert configs["tempflow-grpo"].rollout.branch == 1  # trajectory branching
     guard = objectives["grpo-guard"]
     assert (guard.credit, guard.form, guard.rescale_credit) == ("guard_dt", "linear", False)
 

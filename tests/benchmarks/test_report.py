@@ -198,6 +198,9 @@ def test_a_guards_outcome_is_the_evaluation_of_the_update_that_it_keeps(tmp_path
     assert "| native PPO, diversity left, % | 2 | 100 | 40 [40, 40] | 70 [70, 70] |" in page
     assert "| native PPO, TinyEval, hard tasks, % | 2 | 50 | 10 [10, 10] | 30 [30, 30] |" in page
     run = results.tasks[0].runs["ppo"][0]
+    assert guard_page.guards_share(run) == pytest.approx(500 / 2500)
+    run.result["guard"]["stopped"] = 5  # after 1,000 of the 2,000 model evaluations
+    assert guard_page.guards_share(run) == pytest.approx(500 / 1500)
     run.result["guard"]["kept"] = None
     assert guard_page.kept_evaluation(run) == 0  # the base model
 

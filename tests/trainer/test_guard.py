@@ -198,6 +198,14 @@ def test_losses_are_in_standard_deviations_of_the_base_scores():
     assert lost_deviations(torch.tensor([math.nan, 0.5]), base) == pytest.approx(0.5)  # a failed score is left out
 
 
+def test_one_wrong_image_is_no_infinite_loss_where_all_of_the_base_models_were_right():
+    right, one_wrong = torch.ones(16), torch.ones(16)
+    one_wrong[0] = 0.0
+    assert lost_deviations(one_wrong, right) == pytest.approx(1 / 15**0.5)  # 1/16 of deviation sqrt(15) / 16
+    assert lost_deviations(right, right) == 0.0
+    assert violation({"tinyeval": lost_deviations(torch.zeros(16), right)}, 0.8)  # none right any more
+
+
 def test_a_violation_names_the_quantity_that_lost_most():
     assert violation({"alignment": 0.2, "diversity": 0.2}, 0.2) is None
     sentence = violation({"alignment": 0.3, "diversity": 0.81}, 0.2)

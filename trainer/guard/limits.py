@@ -42,9 +42,14 @@ def guard_row(now: ImageMeasures, base: ImageMeasures, config: Config) -> dict[s
 
 
 def lost_deviations(now: Tensor, base: Tensor) -> float:
-    """How far the mean score fell, in standard deviations of the base model's scores."""
-    deviation = float(base[base.isfinite()].std(correction=0))
-    return (valid_mean(base) - valid_mean(now)) / max(deviation, LEAST)
+    """How far the mean score fell, in standard deviations of the base model's scores.
+
+    Where those are all equal, as of a reward that counts right images and finds only such, the deviation of the scores
+    now takes their place: one wrong image among many is no infinite loss.
+    """
+    deviations = (float(scores[scores.isfinite()].std(correction=0)) for scores in (base, now))
+    deviation = next((one for one in deviations if one > LEAST), LEAST)
+    return (valid_mean(base) - valid_mean(now)) / deviation
 
 
 def valid_mean(values: Tensor) -> float:
