@@ -35,7 +35,7 @@ LOOKS: dict[str, tuple[int, LineStyle]] = {
     **{name: (color, "line") for name, color in _CREDIT_COLORS.items()},
     **{f"{name}-branch-1": (color, "dashed") for name, color in _CREDIT_COLORS.items()},
 }
-X_LABEL, Y_LABEL = "diversity lost, %", "reward gained, std of the base model's"
+X_LABEL, Y_LABEL = "diversity lost, %", "reward gain, base model's std"
 PANEL, LEFT, TOP, ROW_TOP, BOTTOM, LABELS = (400, 300), 66, 58, 34, 52, 150  # pixels; LABELS beside each panel
 LABEL_ROW = 16  # between two labels
 
@@ -117,12 +117,17 @@ def _label_ends(axes: Any, ends: list[End]) -> None:
 
 
 def task_figure(results: StudyResults) -> Image.Image:
-    """All methods in a panel per task, means over seeds."""
-    panels = []
+    """A panel per task for the methods of the first wave, one for the later ones and the baseline: means over seeds."""
+    study, panels = results.study, []
     for task in results.measured:
-        lines = []
-        for name in task.measured:
-            color, look = LOOKS[name]
-            lines.append(Line(STUDY_METHODS[name].title, *mean_path(task.runs[name]), style=look, color=color))
-        panels.append(Panel(f"{task.task.recipe}, {task.task.reward}", X_LABEL, Y_LABEL, lines))
+        for wave, addition in ((study.methods, ""), ((study.baseline, *study.later), ", further methods")):
+            shown = [name for name in wave if name in task.measured]
+            if set(shown) - {study.baseline}:
+                title = f"{task.task.recipe}, {task.task.reward}{addition}"
+                panels.append(Panel(title, X_LABEL, Y_LABEL, [_path(name, task.runs[name]) for name in shown]))
     return draw_panels(panels, columns=2)
+
+
+def _path(name: str, runs: Sequence[CellRun]) -> Line:
+    color, look = LOOKS[name]
+    return Line(STUDY_METHODS[name].title, *mean_path(runs), style=look, color=color)

@@ -51,14 +51,12 @@ CREDIT_METHODS = {
     # on ddim's even grid the same as proportionate
     "uniform": StudyMethod("uniform", {"name": "log_hinge", "credit": "uniform"}, model_kind="flow"),
     "first-steps": StudyMethod("native, first 40 % of the steps", NATIVE, first_share=0.4),  # RSM: 4 of 10
-    "early": StudyMethod("native, one more step dropped", {**NATIVE, "skip_last": 2}),
+    "early": StudyMethod("native, one step less", {**NATIVE, "skip_last": 2}),
 }
 
 STUDY_METHODS = {
     "ppo": StudyMethod("native PPO", {"name": "ppo", "credit": "native"}),
-    "ppo-early": StudyMethod(
-        "native PPO, last trained step dropped", {"name": "ppo", "credit": "native", "skip_last": 2}
-    ),
+    "ppo-early": StudyMethod("native PPO, one step less", {"name": "ppo", "credit": "native", "skip_last": 2}),
     "pcpo": PCPO,
     **{f"pcpo-branch-{steps}": branched(PCPO, steps) for steps in (1, 2, 3)},
     "pcpo-recommended": RECOMMENDED,

@@ -8,7 +8,7 @@ from benchmark_grids import NINE, ONE_SEED, TASK, fill, reported, small, write
 from benchmarks.report import frontier_page, guard_page, prompts_page
 from benchmarks.report.collect import collect
 from benchmarks.report.comparison import paired_difference, times_cheaper
-from benchmarks.report.frontier_figure import LOOKS, mean_path, mean_progress, shown_tasks, summary_figure
+from benchmarks.report.frontier_figure import LOOKS, mean_path, mean_progress, shown_tasks, summary_figure, task_figure
 from benchmarks.report.pages import BEGIN, END, NOTHING_MEASURED, write_report
 from benchmarks.report.proportionality_page import credit_comparisons, proportionality_page
 from benchmarks.study.grid import StudyTask
@@ -146,6 +146,18 @@ def test_the_figure_has_the_mean_path_of_every_method(tmp_path):
     width, height = summary_figure(results).size
     assert width > height > 300
     assert set(STUDY_METHODS) == set(LOOKS)  # every method has its line in the figures
+
+
+def test_later_methods_have_their_own_panels(tmp_path):
+    study = small(methods=("ppo", "pcpo"), later=("awm",))
+    for method in ("ppo", "pcpo"):
+        for cell in reported(study, tmp_path, method=method):
+            write(cell, study, tmp_path, 1.0)
+    one = task_figure(collect("quick", study, tmp_path)).size
+    for cell in reported(study, tmp_path, method="awm"):
+        write(cell, study, tmp_path, 1.0)
+    two = task_figure(collect("quick", study, tmp_path)).size
+    assert two[0] * two[1] > 1.5 * one[0] * one[1]
 
 
 def test_prompt_following_is_compared_before_and_after_where_diversity_is_left(tmp_path):
