@@ -40,6 +40,9 @@ class CellRun:
         """Gain within limits, the number that methods are compared in."""
         return outcome.gain_within_limits(self.rows, self.task.reward)
 
+    def gain_at(self, model_evaluations: float) -> float:
+        return outcome.gain_at_price(self.rows, self.task.reward, model_evaluations)
+
     def price(self, goal: float, of: Price = "model_evaluations") -> float:
         return outcome.price(self.rows, self.task.reward, goal, of)
 
@@ -119,6 +122,10 @@ class StudyResults:
         """The tasks in which each of the methods has finished every seed."""
         count = len(self.study.seeds)
         return [task for task in self.tasks if all(len(task.runs.get(name, ())) == count for name in methods)]
+
+    def comparable(self, method: str) -> list[TaskResults]:
+        """The tasks that the method and the whole first wave have finished; its own finished ones if there is none."""
+        return self.whole(method, *self.study.methods) or self.whole(method)
 
 
 def collect(name: str, study: Study, out: Path) -> StudyResults:

@@ -18,16 +18,20 @@ FRONTIER_INTRO = f"""Every method has the setting that the tuning seeds chose fo
 is the gain in reward within limits: at which diversity has fallen by 10 % or the tiny FD to the base model is
 {FAR:g} times what new noise alone gives, whichever comes first, in standard deviations of the base model's rewards.
 A run that reaches neither counts with its last gain."""
-COMPARED = f""""Difference (mixed model)": random intercepts for each seed of each task, REML, all finished runs.
-"Difference (by seeds)": the mean over the tasks in which both methods have finished every seed, Student's t over seeds;
-p-values of this column are corrected by Holm's method over both tables. Both generalise to new seeds, not to other
-tasks. The family grows with every method that finishes, so these p-values are final only when all have. "Model
-evaluations saved": how many times the model evaluations the reference needs to a gain of {GOAL:g}, median [95 %,
-bootstrap] over the pairs of seed and task in which one of the two reaches it. A reference that does not reach it counts
-with all that its run spends, so these are lower bounds, and runs of more evaluations raise them."""
-PRICES = """Spent until the gain is reached, if it is reached within the limits: median over seeds [95 %, bootstrap],
-and how many seeds reach it. Model evaluations are latents predicted once, in a rollout or in a gradient step, the
-KL's included. CPU seconds are of the process, of rollouts, rewards and updates."""
+COMPARED = f"""\
+"Difference (mixed model)": random intercepts for each seed of each task, REML, all finished runs. It takes the tasks of
+a seed as independent, so its intervals are the narrower ones; its p-values are not corrected. "Difference (by seeds)":
+the mean over the tasks in which both methods have finished every seed, Student's t over seeds; p-values of this column
+are corrected by Holm's method over both tables. The family grows with every method that finishes, so they are final
+only when all have. Both generalise to new seeds, not to other tasks. "Model evaluations saved": how many times the
+model evaluations the reference needs to a gain of {GOAL:g}, median [95 %, bootstrap] over the pairs of seed and task in
+which one of the two reaches it. A reference that does not reach it counts with all that its run spends, so the number
+depends on how long the runs are, and rows with other pairs cannot be compared."""
+PRICES = """\
+Spent until the gain is reached, if it is reached within the limits: median over seeds [95 %, bootstrap], and how many
+seeds reach it. Model evaluations are latents predicted once, in a rollout or in a gradient step, the KL's included;
+between evaluations, and before the first one, a straight line is assumed. CPU seconds are of the process, of
+rollouts, rewards and updates."""
 UNITS: dict[Price, str] = {"model_evaluations": "model evaluations", "images": "images", "cpu_seconds": "CPU seconds"}
 
 
@@ -118,20 +122,31 @@ def price_table(task: TaskResults) -> str:
 
 
 def summary_table(results: StudyResults) -> str:
-    """One row per method over the tasks in which it finished every seed: gain, comparison with native PPO, TinyEval."""
+    """One row per method, over the same tasks for all: gains, the comparison with native PPO, TinyEval."""
     baseline, family = results.study.baseline, frontier_family(results)
+    cheapest = {task.task: cheapest_run(task) for task in results.measured}
     rows = []
     for name in results.methods:
-        runs = [run for task in results.whole(name) for run in task.runs[name]]
-        compared = ["-"] * 3
+        runs = [run for task in results.comparable(name) for run in task.runs[name]]
+        compared = ["-"] * 2
         if (name, baseline) in family:
             one, p = family[name, baseline]
-            compared = [format_interval(one.interval), format_p_value(p), times_cheaper(results, name, baseline)]
+            compared = [format_interval(one.interval), format_p_value(p)]
         following = mean_change(results, name)
-        gain = format_number(sum(run.gain for run in runs) / len(runs)) if runs else "-"
-        rows.append([STUDY_METHODS[name].title, f"{len(runs)} of {planned(results, name)}", gain, *compared, following])
-    head = ["method", "runs", "gain within the limits", "more than native PPO", "p (Holm)"]
-    return markdown_table([*head, f"model evaluations saved to +{GOAL:g}", "TinyEval, change"], rows)
+        gains = ["-", "-"]
+        if runs:
+            early = [run.gain_at(cheapest[run.task]) for run in runs]
+            gains = [format_number(sum(values) / len(values)) for values in ([run.gain for run in runs], early)]
+        reached = f"{sum(np.isfinite(run.price(GOAL)) for run in runs)} of {len(runs)}"
+        title, count = STUDY_METHODS[name].title, f"{len(runs)} of {planned(results, name)}"
+        rows.append([title, count, *gains, *compared, reached, following])
+    head = ["method", "runs", "gain within the limits", "at one price", "more than native PPO", "p (Holm)"]
+    return markdown_table([*head, f"reaches +{GOAL:g}", "TinyEval, change"], rows)
+
+
+def cheapest_run(task: TaskResults) -> float:
+    """Model evaluations of the task's cheapest run, the price that every run has paid at some time."""
+    return min(run.rows[-1]["model_evaluations"] for runs in task.runs.values() for run in runs)
 
 
 def planned(results: StudyResults, name: str) -> int:

@@ -59,12 +59,12 @@ def change_at_limits(run: CellRun) -> float:
 
 
 def mean_change(results: StudyResults, name: str) -> str:
-    """Change over the finished tasks that train on following prompts, with the seeds as draws; a dash without any.
+    """Change over the comparable tasks that train on following prompts, with the seeds as draws; a dash without any.
 
     A task counts once every seed is finished: otherwise the seeds would be means over different tasks.
     """
     by_seed: dict[int, list[float]] = {}
-    for task in results.whole(name):
+    for task in results.comparable(name):
         if task.task.reward == FOLLOWING:
             for run in task.runs[name]:
                 by_seed.setdefault(run.seed, []).append(change(run))

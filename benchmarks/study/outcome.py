@@ -67,6 +67,12 @@ def gain_within_limits(rows: EvaluationRows, reward: str) -> float:
     return at_limits(rows, gains(rows, reward))
 
 
+def gain_at_price(rows: EvaluationRows, reward: str, model_evaluations: float) -> float:
+    """The gain within the limits after that many model evaluations, interpolated between the run's evaluations."""
+    spent = [row["model_evaluations"] for row in rows]
+    return float(np.interp(model_evaluations, spent, gains_within_limits(rows, reward)))
+
+
 def price(rows: EvaluationRows, reward: str, goal: float, of: Price) -> float:
     """What is spent until the gain reaches `goal`; infinity if it has not before the first limit is reached."""
     reached = _place(gains(rows, reward), goal)

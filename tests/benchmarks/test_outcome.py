@@ -10,6 +10,7 @@ from benchmarks.study.outcome import (
     at_distance,
     at_limits,
     at_lost_diversity,
+    gain_at_price,
     gain_within_limits,
     gains,
     gains_within_limits,
@@ -65,6 +66,13 @@ def test_the_gain_at_a_distance_is_read_where_it_is_reached():
     assert at_distance(rows, gains(rows, REWARD), 1.5) == pytest.approx(1)
     assert at_distance(rows, gains(rows, REWARD), 1.25) == pytest.approx(0.5)
     assert at_distance(rows, gains(rows, REWARD), 3) == pytest.approx(2)
+
+
+def test_the_gain_at_a_price_is_that_within_the_limits():
+    """Gains 0, 1, 2 after 0, 1,000 and 2,000 model evaluations; the limit is reached after 1,500."""
+    rows = with_diversity(1, 0.95, 0.85)
+    found = [gain_at_price(rows, REWARD, spent) for spent in (0, 500, 2000, 9000)]
+    assert found == pytest.approx([0, 0.5, 1.5, 1.5])
 
 
 def test_a_gain_costs_what_is_spent_until_it_is_reached():

@@ -39,8 +39,8 @@ def test_the_report_shows_the_measurements_and_keeps_handwritten_text(tmp_path):
     summary = (tmp_path / "results.md").read_text()
     assert summary.startswith("# Results\n\nPCPO wins.\n\n" + BEGIN) and summary.endswith(END + "\n\n## Limits\n")
     assert summary.count(BEGIN) == summary.count(END) == 1
-    assert "| native PPO | 5 of 5 | 0.42 | - | - | - | - |" in summary
-    assert "| PCPO | 5 of 5 | 0.62 | 0.20 [0.20, 0.20] | < 0.001 |" in summary
+    assert "| native PPO | 5 of 5 | 0.42 | 0.42 | - | - | 5 of 5 | - |" in summary
+    assert "| PCPO | 5 of 5 | 0.62 | 0.62 | 0.20 [0.20, 0.20] | < 0.001 |" in summary
     assert set(pages) == {"README", "frontier", "following-prompts"}
     text = pages["frontier"]
     assert (
@@ -72,7 +72,7 @@ def test_a_partial_study_is_reported_with_its_missing_runs(tmp_path):
     assert "| frontier, flow-grpo/colorfulness | 0 of 0 | 7 of 15 | PCPO; DiffusionNFT |" in pages["README"]
     assert "| frontier, dance-sde/polish | 0 of 0 | 0 of 15 | all |" in pages["README"]
     summary = (tmp_path / "results.md").read_text()
-    assert "| native PPO | 5 of 10 | 0.42 |" in summary and "| PCPO | 0 of 10 | - | - | - | - | - |" in summary
+    assert "| native PPO | 5 of 10 | 0.42 |" in summary and "| PCPO | 0 of 10 | - | - | - | - | 0 of 0 | - |" in summary
     assert "DiffusionNFT" not in summary
     assert "| PCPO | 0.006, 0 | 2 | 0.60 [" in pages["frontier"]
     assert "dance-sde" not in pages["frontier"]
@@ -180,8 +180,9 @@ def test_the_summary_averages_over_finished_tasks_only(tmp_path):
         write(cell, study, tmp_path, 3.0, hard=0.9)
     (reported(study, tmp_path, partial, "pcpo")[2].folder(tmp_path) / "result.json").unlink()
     summary = frontier_page.summary_table(collect("quick", study, tmp_path))
-    assert "| native PPO | 6 of 6 | 2.00 |" in summary and "| 20.0 [20.0, 20.0] |" in summary
-    assert "| PCPO | 3 of 6 | 1.00 |" in summary
+    for title in ("native PPO", "PCPO"):  # the same tasks for both
+        assert f"| {title} | 3 of 6 | 1.00 |" in summary
+    assert summary.count("| 20.0 [20.0, 20.0] |") == 2
 
 
 def test_credits_are_compared_with_the_native_one_of_the_same_rollouts(tmp_path):
