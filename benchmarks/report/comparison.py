@@ -71,7 +71,7 @@ def times_cheaper(results: StudyResults, name: str, reference: str, goal: float 
     """How many times the model evaluations to a gain the reference needs, the median over pairs of seed and task.
 
     Pairs in which neither reaches it are left out. A reference that never does counts with all it has spent, so the
-    ratio is a lower bound; a method that never does counts as 0.
+    ratio depends on how long its runs are; a method that never does counts as 0.
     """
     ratios = []
     for mine, other in pairs(results, name, reference):

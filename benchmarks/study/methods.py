@@ -28,21 +28,20 @@ def published(name: str, objective: str = "ppo") -> Tree:
     return {"name": objective, "credit": how.credit, **weighting}
 
 
-def branched(method: StudyMethod, steps: int) -> StudyMethod:
-    """The method with branching rollouts of `steps` stochastic steps."""
+def branched(method: StudyMethod, steps: int, title: str = "") -> StudyMethod:
+    """The method with branching rollouts of `steps` stochastic steps, which its title names unless another is given."""
     rollout = {**method.rollout, "branch": steps, "shared_noise": True}
-    return replace(method, title=f"{method.title}, branch of {steps}", rollout=rollout)
+    return replace(method, title=title or f"{method.title}, branch of {steps}", rollout=rollout)
 
 
 NO_NOISE: Tree = {"noise_level": 0.0, "shared_noise": False}
 SHARED_OPTIONS: Tree = {"shared_noise": True, "levels": 4}  # V-GRPO: noise shared in a group, stratified levels
 SLOW: Tree = {"ema_decay": 0.5, "ema_every": 2}  # DiffusionNFT's old policy, an average over updates
 PCPO = StudyMethod("PCPO", published("pcpo", "log_hinge"))
+TEMPFLOW = StudyMethod("TempFlow-GRPO", published("tempflow_grpo"), model_kind="flow")
 NATIVE: Tree = {"name": "log_hinge", "credit": "native"}
 # the demo's rollouts: what branches save is spent on larger groups
-RECOMMENDED = replace(
-    branched(replace(PCPO, rollout={"branch_first": 3, "group_size": 16}), 1), title="PCPO as recommended"
-)
+RECOMMENDED = branched(replace(PCPO, rollout={"branch_first": 3, "group_size": 16}), 1, "PCPO as recommended")
 
 # one objective, the log-hinge, under every credit; the last step is never trained, as in all published recipes
 CREDIT_METHODS = {
@@ -60,9 +59,7 @@ STUDY_METHODS = {
     "pcpo": PCPO,
     **{f"pcpo-branch-{steps}": branched(PCPO, steps) for steps in (1, 2, 3)},
     "pcpo-recommended": RECOMMENDED,
-    "tempflow-grpo": replace(
-        branched(StudyMethod("TempFlow-GRPO", published("tempflow_grpo"), model_kind="flow"), 1), title="TempFlow-GRPO"
-    ),
+    "tempflow-grpo": branched(TEMPFLOW, 1, TEMPFLOW.title),
     "grpo-guard": StudyMethod("GRPO-Guard", published("grpo_guard"), model_kind="flow"),
     "nft": StudyMethod("DiffusionNFT", {"name": "nft"}, NO_NOISE),
     "nft-options": StudyMethod(
