@@ -40,7 +40,7 @@ HACKED = {
     "rollout": {"group_size": 4},
     "optimizer": {"learning_rate": 0.005},
     "objective": {"clip_range": 0.1},
-    "guard": {"every": 1, "prompts": 3, "images": 2, "tolerance": 0.05, "patience": 2},
+    "guard": {"every": 1, "prompts": 3, "images": 2, "tolerance": 0.05, "diversity_tolerance": 0.05, "patience": 2},
     "run": {"updates": 12, "save_every": 100},
 }
 
@@ -126,6 +126,7 @@ def test_the_guard_is_on_with_loose_limits_in_every_ready_configuration(file):
     config = load(file)
     assert 0 < config.guard.every <= 10 <= config.run.updates
     assert config.guard.tolerance == GuardConfig().tolerance >= 0.8
+    assert config.guard.diversity_tolerance == GuardConfig().diversity_tolerance >= 0.3
 
 
 @pytest.mark.parametrize("reward", ["tinyeval", "colorfulness"])
@@ -203,15 +204,19 @@ def test_one_wrong_image_is_no_infinite_loss_where_all_of_the_base_models_were_r
     one_wrong[0] = 0.0
     assert lost_deviations(one_wrong, right) == pytest.approx(1 / 15**0.5)  # 1/16 of deviation sqrt(15) / 16
     assert lost_deviations(right, right) == 0.0
-    assert violation({"tinyeval": lost_deviations(torch.zeros(16), right)}, 0.8)  # none right any more
+    assert violation({"tinyeval": lost_deviations(torch.zeros(16), right)}, GuardConfig())  # none right any more
 
 
-def test_a_violation_names_the_quantity_that_lost_most():
-    assert violation({"alignment": 0.2, "diversity": 0.2}, 0.2) is None
-    sentence = violation({"alignment": 0.3, "diversity": 0.81}, 0.2)
-    assert sentence == "diversity lost 81 % against the base model, more than the 20 % that guard.tolerance allows"
-    assert "alignment lost 1.25 standard deviations" in violation({"alignment": 1.25, "diversity": 0.3}, 0.2)
-    assert "alignment could not be measured" in violation({"alignment": None, "diversity": 0.0}, 0.2)
+def test_a_violation_names_all_that_is_beyond_its_tolerance():
+    guard = GuardConfig(tolerance=0.8, diversity_tolerance=0.2)
+    assert violation({"alignment": 0.8, "diversity": 0.2}, guard) is None
+    diversity = "diversity lost 81 % against the base model, more than the 20 % that guard.diversity_tolerance allows"
+    assert violation({"alignment": 0.3, "diversity": 0.81}, guard) == diversity
+    alignment = (
+        "alignment lost 1.25 standard deviations against the base model, more than the 0.8 that guard.tolerance allows"
+    )
+    assert violation({"alignment": 1.25, "diversity": 0.81}, guard) == f"{alignment}; {diversity}"
+    assert "alignment could not be measured" in violation({"alignment": None, "diversity": 0.0}, guard)
 
 
 def test_the_highest_reward_within_the_limits_is_kept():

@@ -6,7 +6,7 @@ from comfyui_pcpo.method.forward_process import ALL_OBJECTIVES
 
 from .schema import Config
 
-GUARD_MEASURES = ("prompts", "images", "tolerance", "patience", "action")
+GUARD_MEASURES = ("prompts", "images", "tolerance", "diversity_tolerance", "patience", "action")
 """Options of the guard's measurements."""
 
 

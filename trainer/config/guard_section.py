@@ -21,8 +21,14 @@ class GuardConfig(Section):
         default=0.8,  # loose: where images are spoiled for most uses, as the guard is on in the ready configurations
         ge=0,
         le=1e6,
-        description="Largest loss against the base model: of a held-out reward in standard deviations of the base "
-        "images' scores, of diversity as a share.",
+        description="Largest loss of a held-out reward against the base model, in standard deviations of the base "
+        "images' scores.",
+    )
+    diversity_tolerance: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Largest share of the base model's diversity that may be lost.",
     )
     patience: int = Field(
         default=3, ge=1, le=1_000_000, description="Successive measurements beyond the limits before the action."

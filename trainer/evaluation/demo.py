@@ -78,7 +78,7 @@ DEMO_SECTIONS: dict[DemoReward, dict[str, Any]] = {  # of the configuration, by 
     "colorfulness": {
         "reward": {"weights": {"colorfulness": 1.0}, "held_out": ["tinyeval", "polish"]},
         "optimizer": {"learning_rate": 2e-3},
-        "guard": {"every": 5, "tolerance": 0.4},
+        "guard": {"every": 5, "tolerance": 0.4, "diversity_tolerance": 0.4},
         "run": {"save_every": 5},
     },
 }

@@ -59,7 +59,7 @@ def valid_mean(values: Tensor) -> float:
 
 def next_verdict(before: GuardVerdict, row: dict[str, Any], number: int, guard: GuardConfig) -> GuardVerdict:
     """The verdict after one more measurement, that of update `number`."""
-    reason = violation(row["lost"], guard.tolerance)
+    reason = violation(row["lost"], guard)
     if reason is not None:
         return GuardVerdict(before.kept, before.reward, before.violations + 1, reason)
     reward = -math.inf if row["reward"] is None else row["reward"]
@@ -77,15 +77,20 @@ def replay(records: Sequence[dict[str, Any]], guard: GuardConfig) -> GuardVerdic
     return verdict
 
 
-def violation(lost: dict[str, float | None], tolerance: float) -> str | None:
-    """Why a measurement is beyond the limits, for the quantity that lost most; None where it is within them."""
-    amounts = {name: math.nan if value is None else value for name, value in lost.items()}  # JSON has null for NaN
-    failed = [name for name, amount in amounts.items() if math.isnan(amount)]
-    if failed:
-        return f"{failed[0]} could not be measured: it failed on every image"
-    name, amount = max(amounts.items(), key=lambda item: item[1])
-    if amount <= tolerance:
+def violation(lost: dict[str, float | None], guard: GuardConfig) -> str | None:
+    """Why a measurement is beyond the limits, with all that it exceeds; None where it is within them."""
+    return "; ".join(reason for name, amount in lost.items() if (reason := _excess(name, amount, guard))) or None
+
+
+def _excess(name: str, amount: float | None, guard: GuardConfig) -> str | None:
+    if amount is None or math.isnan(amount):  # JSON has null for NaN
+        return f"{name} could not be measured: it failed on every image"
+    if name == "diversity":
+        option, limit = "diversity_tolerance", guard.diversity_tolerance
+        loss, allowed = f"{100 * amount:.0f} %", f"{100 * limit:g} %"
+    else:
+        option, limit = "tolerance", guard.tolerance
+        loss, allowed = f"{amount:.2f} standard deviations", f"{limit:g}"
+    if amount <= limit:
         return None
-    loss = f"{100 * amount:.0f} %" if name == "diversity" else f"{amount:.2f} standard deviations"
-    allowed = f"{100 * tolerance:g} %" if name == "diversity" else f"{tolerance:g}"
-    return f"{name} lost {loss} against the base model, more than the {allowed} that guard.tolerance allows"
+    return f"{name} lost {loss} against the base model, more than the {allowed} that guard.{option} allows"

@@ -19,7 +19,7 @@ FREE = {
     "rollout": {"images_at_once", "batch_cfg"},
     "reward": {"folder", "device", "images_at_once", "offload", "overlap", "max_failed", "patience"},
     "lora": {"start"},  # read once, when the run began
-    "guard": {"every", "prompts", "images", "tolerance", "patience", "action"},
+    "guard": {"every", "prompts", "images", "tolerance", "diversity_tolerance", "patience", "action"},
     "run": {"name", "folder", "updates", "preview_every", "save_every", "keep", "tensorboard"},
 }
 """Settings that may change on resume: they decide where and how something is computed, or when to stop, not what."""

@@ -88,7 +88,7 @@ class Run:
         if self.guard.stopped:
             raise ConfigError(
                 f"{self.folder.path} was stopped by its guard: {self.guard.verdict.reason}. Resume from an earlier "
-                "checkpoint (--checkpoint kept), or change its config.toml: a larger guard.tolerance, or "
+                "checkpoint (--checkpoint kept), or change its config.toml: larger tolerances of the guard, or "
                 'guard.action = "warn".'
             )
         self.job = replace(job, guard=self.guard)
