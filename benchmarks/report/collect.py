@@ -118,14 +118,25 @@ class StudyResults:
         """The methods that have a finished run in any task, in the study's order."""
         return [name for name in self.study.every_method if any(task.runs.get(name) for task in self.tasks)]
 
-    def whole(self, *methods: str) -> list[TaskResults]:
+    def finished(self, *methods: str) -> list[TaskResults]:
         """The tasks in which each of the methods has finished every seed."""
         count = len(self.study.seeds)
         return [task for task in self.tasks if all(len(task.runs.get(name, ())) == count for name in methods)]
 
-    def comparable(self, method: str) -> list[TaskResults]:
-        """The tasks that the method and the whole first wave have finished; its own finished ones if there is none."""
-        return self.whole(method, *self.study.methods) or self.whole(method)
+    @property
+    def whole(self) -> list[TaskResults]:
+        """The tasks that the whole first wave has finished, apart from methods that do not exist in a task."""
+        count = len(self.study.seeds)
+        return [
+            task
+            for task in self.tasks
+            if all(len(task.runs[name]) == count for name in self.study.methods if name in task.runs)
+        ]
+
+    def comparable(self, *methods: str) -> list[TaskResults]:
+        """The tasks that the methods and the whole first wave have finished; without any, those that they have."""
+        own = self.finished(*methods)
+        return [task for task in own if task in self.whole] or own
 
 
 def collect(name: str, study: Study, out: Path) -> StudyResults:

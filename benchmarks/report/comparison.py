@@ -5,9 +5,9 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..study.mixed_model import MixedModel, fit_mixed_model
+from ..study.mixed_model import MixedModel, Observation, fit_mixed_model
 from ..study.outcome import GOAL
-from ..study.statistics import Interval, bootstrap, holm, median, t_interval, t_test
+from ..study.statistics import Interval, clustered_bootstrap, holm, median, t_interval, t_test
 from .collect import CellRun, RunMeasure, StudyResults, run_gain
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -15,7 +15,7 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Differences between two methods: one per seed, the mean over the tasks in which both finished every seed."""
+    """Differences between two methods: one per seed, the mean over the tasks that can be compared."""
 
     differences: list[float]
     wins: int  # pairs of seed and task with a larger value of the first method
@@ -31,10 +31,10 @@ class PairedDifference:
 
 
 def pairs(results: StudyResults, first: str, second: str) -> list[tuple[CellRun, CellRun]]:
-    """Runs of two methods paired by seed, in every task in which both finished every seed."""
+    """Runs of two methods paired by seed, in the tasks that they and the whole first wave have finished."""
     return [
         (mine, other)
-        for task in results.whole(first, second)
+        for task in results.comparable(first, second)
         for mine, other in zip(task.runs[first], task.runs[second], strict=True)
     ]
 
@@ -57,9 +57,9 @@ def corrected_p_values(differences: Iterable[tuple[_Key, Sequence[float]]]) -> d
 
 
 def mixed_model(results: StudyResults, reference: str) -> MixedModel:
-    """Gains of all finished runs; a block is a seed of a task, also one that lacks a method."""
+    """Gains of all finished runs."""
     rows = [
-        (run.method, f"{run.task.name}/{run.seed}", run.gain)
+        Observation(run.method, run.task.name, run.seed, run.gain)
         for task in results.tasks
         for runs in task.runs.values()
         for run in runs
@@ -73,13 +73,13 @@ def times_cheaper(results: StudyResults, name: str, reference: str, goal: float 
     Pairs in which neither reaches it are left out. A reference that never does counts with all it has spent, so the
     ratio depends on how long its runs are; a method that never does counts as 0.
     """
-    ratios = []
+    by_seed: dict[int, list[float]] = {}
     for mine, other in pairs(results, name, reference):
         own, others = mine.price(goal), other.price(goal)
         if min(own, others) < math.inf:
-            ratios.append(min(others, other.rows[-1]["model_evaluations"]) / own)
-    middle = bootstrap(ratios, median)
-    if not ratios:
+            by_seed.setdefault(mine.seed, []).append(min(others, other.rows[-1]["model_evaluations"]) / own)
+    if not by_seed:
         return "-"
+    middle = clustered_bootstrap(list(by_seed.values()), median)
     limits = "" if math.isnan(middle.low) else f" [{middle.low:.1f}, {middle.high:.1f}]"
-    return f"{middle.value:.1f} x{limits}, {len(ratios)} pairs"
+    return f"{middle.value:.1f} x{limits}, {sum(map(len, by_seed.values()))} pairs"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.patheffects import withStroke
@@ -21,6 +21,7 @@ _CREDIT_COLORS = dict(zip(CREDIT_METHODS, (6, 0, 2, 1, 4), strict=True))
 LOOKS: dict[str, tuple[int, LineStyle]] = {
     "ppo": (6, "line"),
     "ppo-early": (6, "dashed"),
+    "ppo-branch-1": (2, "dashed"),
     "pcpo": (0, "line"),
     "pcpo-recommended": (3, "line"),
     "pcpo-branch-1": (2, "line"),
@@ -54,10 +55,38 @@ def mean_progress(runs: Sequence[CellRun]) -> tuple[list[float], list[float]]:
 
 def summary_figure(results: StudyResults) -> Image.Image:
     """One panel per task, with a labelled line for each method of the first wave: means over seeds."""
-    tasks = shown_tasks(results)
-    columns = min(2, len(tasks))
+    panels = []
+    for task in shown_tasks(results):
+        lines = [ProgressLine(name, STUDY_METHODS[name].title) for name in results.study.methods]
+        panels.append(ProgressPanel(f"{RECIPES[task.task.recipe].model}, reward {task.task.reward}", task, lines))
+    return progress_figure(panels)
+
+
+def shown_tasks(results: StudyResults) -> list[TaskResults]:
+    """The tasks that all methods of the first wave have finished, else the first task with a finished run."""
+    return results.whole or results.measured[:1]
+
+
+class ProgressLine(NamedTuple):
+    """A method and what its line is called."""
+
+    method: str
+    title: str
+
+
+class ProgressPanel(NamedTuple):
+    """A task and the methods that are drawn of it, as far as they have finished runs."""
+
+    title: str
+    task: TaskResults
+    lines: Sequence[ProgressLine]
+
+
+def progress_figure(panels: Sequence[ProgressPanel]) -> Image.Image:
+    """Gain within the limits by model evaluations, two panels to a row."""
+    columns = min(2, len(panels))
     width, height = LEFT + PANEL[0] + LABELS, ROW_TOP + PANEL[1] + BOTTOM
-    total = TOP + height * -(-len(tasks) // columns)
+    total = TOP + height * -(-len(panels) // columns)
     figure = style.new_figure(width * columns, total)
     look = {"x": 0.01, "ha": "left", "va": "top"}
     figure.suptitle(
@@ -67,29 +96,22 @@ def summary_figure(results: StudyResults) -> Image.Image:
         "Means over seeds. Counted while images stay varied and near the base model's. Lines end where training ends."
     )
     figure.text(y=1 - 42 / total, s=note, **look, **text_look())
-    for place, task in enumerate(tasks):
+    for place, panel in enumerate(panels):
         row, column = divmod(place, columns)
-        axes = style.add_axes(figure, column * width + LEFT, TOP + row * height + ROW_TOP, *PANEL)
-        _draw_task(axes, task, results.study.methods)
+        _draw_progress(style.add_axes(figure, column * width + LEFT, TOP + row * height + ROW_TOP, *PANEL), panel)
     return style.render(figure)
 
 
-def shown_tasks(results: StudyResults) -> list[TaskResults]:
-    """The tasks that all methods of the first wave have finished, else the first task with a finished run."""
-    return results.whole(*results.study.methods) or results.measured[:1]
-
-
-def _draw_task(axes: Any, task: TaskResults, methods: Sequence[str]) -> None:
-    title = f"{RECIPES[task.task.recipe].model}, reward {task.task.reward}"
-    axes.set_title(title, loc="left", **text_look(HEADING, INK))
+def _draw_progress(axes: Any, panel: ProgressPanel) -> None:
+    axes.set_title(panel.title, loc="left", **text_look(HEADING, INK))
     axes.grid(axis="x", color=GRID)
     ends = []
-    for name in methods:
-        if runs := task.runs.get(name):
+    for line in panel.lines:
+        if runs := panel.task.runs.get(line.method):
             x, y = mean_progress(runs)
-            color = PALETTE[LOOKS[name][0]]
+            color = PALETTE[LOOKS[line.method][0]]
             axes.plot(x, y, color=color, linewidth=style.LINE, marker="o", markersize=style.SMALL_DOT)
-            ends.append(End(x[-1], y[-1], STUDY_METHODS[name].title, color))
+            ends.append(End(x[-1], y[-1], line.title, color))
     axes.set_xlabel("model evaluations, thousands", **text_look(TEXT))
     axes.set_ylabel(Y_LABEL, **text_look(TEXT))
     _label_ends(axes, ends)
@@ -107,10 +129,13 @@ class End:
 
 def _label_ends(axes: Any, ends: list[End]) -> None:
     """Names at the ends of the lines, moved up where they would overlap."""
-    low, high = axes.get_ylim()
-    row, height = LABEL_ROW / PANEL[1] * (high - low), -np.inf
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    row, letter = LABEL_ROW / PANEL[1] * (high - low), style.CHARACTER * TEXT / PANEL[0] * (right - left)
+    placed: list[tuple[float, float, float]] = []  # left and right end, height
     for end in sorted(ends, key=lambda end: end.y):
-        height = max(end.y, height + row)
+        stop = end.x + letter * (len(end.title) + 2)
+        height = max([end.y, *(below + row for x, y, below in placed if x < stop and end.x < y)])
+        placed.append((end.x, stop, height))
         halo = {"path_effects": [withStroke(linewidth=4, foreground="white")]}
         look = text_look(TEXT, end.color) | halo | {"va": "center"}
         axes.annotate(end.title, (end.x, height), (8, 0), textcoords="offset points", zorder=5, **look)

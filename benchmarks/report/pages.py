@@ -29,7 +29,7 @@ FRONTIER: dict[str, Page] = {
 PAGES: dict[str, dict[str, Page]] = {
     "quick": FRONTIER,
     "frontier": FRONTIER,
-    "proportionality": {"proportionality": lambda results, images: proportionality_page(results)},
+    "proportionality": {"proportionality": lambda results, images: proportionality_page(results, images, IMAGES)},
     "guard": {"guard": lambda results, images: guard_page(results)},
 }
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..study.grid import study_tasks, task_methods
-from ..study.methods import CLIP_RANGE, STUDY_METHODS
+from ..study.methods import CLIP_RANGE
 from ..study.outcome import FAR, GOALS
 from ..study.recipes import RECIPES
 from ..study.studies import Setting, Study
@@ -38,8 +38,8 @@ dropped too. "With options": their images share the noise that is added to them,
 trained in an update; AWM's likelihood is divided by its mean error, DiffusionNFT samples from an average of its LoRA.
 
 **Numbers.** Brackets are 95 % intervals over seeds: Student's t for means, bootstrap for medians. "p (Holm)" is
-corrected by Holm's method, all comparisons of a page as one family. emoji-align reads the images, and the rewards
-`alignment` and `tinyeval` are its readings too."""
+corrected by Holm's method; each page says which comparisons are one family. emoji-align reads the images, and the
+rewards `alignment` and `tinyeval` are its readings too."""
 
 
 def protocol_page(studies: Sequence[StudyResults], pages: Sequence[str]) -> str:
@@ -80,18 +80,17 @@ def _sweep(settings: Sequence[Setting]) -> str:
 
 
 def finished_table(studies: Sequence[StudyResults]) -> str:
-    """Reported and tuning runs by study and task, and the methods without all of their seeds."""
+    """Reported and tuning runs by study and task, and how many methods have all of their seeds."""
     rows = []
     for results in studies:
         for task, one in zip(study_tasks(results.study), results.tasks, strict=True):
             methods, seeds = task_methods(results.study, task), len(results.study.seeds)
-            titles = [STUDY_METHODS[name].title for name in methods if len(one.runs[name]) < seeds]
-            missing = "all" if len(titles) == len(methods) else "; ".join(titles)
+            whole = f"{sum(len(one.runs[name]) == seeds for name in methods)} of {len(methods)}"
             reported = f"{sum(map(len, one.runs.values()))} of {seeds * len(methods)}"
             tuned = one.tuning.values()
             tuning = f"{sum(own.done for own in tuned)} of {sum(own.planned for own in tuned)}"
-            rows.append([f"{results.name}, {task.name}", tuning, reported, missing or "-"])
-    return markdown_table(["study, task", "tuning runs", "reported runs", "methods without all seeds"], rows)
+            rows.append([f"{results.name}, {task.name}", tuning, reported, whole])
+    return markdown_table(["study, task", "tuning runs", "reported runs", "finished methods"], rows)
 
 
 def commits(studies: Sequence[StudyResults]) -> str:

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 from ..study.methods import STUDY_METHODS
 from ..study.studies import Setting
-from ..study.tuning import edges
+from ..study.tuning import Tuning, edges
 from .collect import StudyResults, TaskResults
 from .markdown import format_number, markdown_table
 
-TUNING_INTRO = """Gain within the limits of diversity and distance, by learning rate and KL weight, on the tuning seeds
-only, which are not reported. Where a method's best settings lie on an edge of the sweep, the next values beyond it
-are tried too. Each further seed is run with the best settings so far (successive halving); in brackets: the number
-of seeds, if fewer than the chosen setting's. The chosen setting is bold, and has the highest mean over all tuning
-seeds."""
+TUNING_INTRO = """Gain within the limits of diversity and distance, by KL weight and learning rate (columns), on the
+tuning seeds only, which are not reported. Where a method's best settings lie on an edge of the sweep, the next values
+beyond it are tried too. Each further seed is run with the best settings so far (successive halving); in brackets: the
+number of seeds, if fewer than the chosen setting's. The chosen setting is bold, and has the highest mean over all
+tuning seeds."""
 
 
 def tuning_page(studies: Sequence[StudyResults]) -> str:
@@ -27,18 +27,19 @@ def tuning_page(studies: Sequence[StudyResults]) -> str:
 
 
 def tuning_table(task: TaskResults) -> str:
+    """A row per method and KL weight, a column per learning rate."""
     tried = {setting for tuning in task.tuning.values() for setting in tuning.gains}
-    settings = sorted(tried, key=lambda one: (one.learning_rate, one.kl_weight))
-    rows = [
-        [STUDY_METHODS[name].title, *(_cell(task, name, setting) for setting in settings)]
-        for name, tuning in task.tuning.items()
-        if any(tuning.gains.values())
-    ]
-    return markdown_table(["", *(setting.title for setting in settings)], rows)
+    rates = sorted({setting.learning_rate for setting in tried})
+    rows = []
+    for name, tuning in task.tuning.items():
+        if any(tuning.gains.values()):
+            for weight in sorted({setting.kl_weight for setting in tuning.gains}):
+                cells = (_cell(tuning, Setting(rate, weight)) for rate in rates)
+                rows.append([STUDY_METHODS[name].title, f"{weight:g}", *cells])
+    return markdown_table(["", "KL weight", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def _cell(task: TaskResults, name: str, setting: Setting) -> str:
-    tuning = task.tuning[name]
+def _cell(tuning: Tuning, setting: Setting) -> str:
     gains = tuning.gains.get(setting)
     if not gains:
         return "-"
@@ -50,13 +51,13 @@ def _cell(task: TaskResults, name: str, setting: Setting) -> str:
 
 
 def edge_note(task: TaskResults) -> str:
-    """The choices on an edge, outside of which a better setting may lie, and the methods that are still tuned."""
+    """The choices on an edge, outside of which a better setting may lie, and the methods whose tuning has begun."""
     titles: dict[str, list[str]] = {}
     for name, setting in task.chosen.items():
         for edge in edges(setting, task.tuning[name].gains):
             titles.setdefault(edge, []).append(STUDY_METHODS[name].title)
     lines = [f"Chosen at {edge} tried: {'; '.join(names)}." for edge, names in titles.items()]
-    open_ = [STUDY_METHODS[name].title for name, tuning in task.tuning.items() if tuning.chosen is None]
+    open_ = [STUDY_METHODS[name].title for name, tuning in task.tuning.items() if tuning.done and not tuning.chosen]
     if open_:
         lines.append(f"Tuning not finished: {'; '.join(open_)}.")
     return " ".join(lines) or "No choice lies on an edge of what was tried."

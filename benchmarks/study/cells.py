@@ -22,7 +22,6 @@ from .cell_config import cell_config, identity, require_same
 from .evaluator import shared_evaluator, study_evaluation
 from .files import commit, read_json, write_json
 from .grid import Cell, evaluation_updates
-from .guarded import guard_outcome
 from .outcome import Row, gain_within_limits
 from .studies import Study
 
@@ -61,7 +60,7 @@ def run_cell(cell: Cell, study: Study, out: Path, say: Say) -> None:
     except (FloatingPointError, Diverged) as error:
         say(f"{cell.task.name} {cell.name}: {error}")
         rows = diverged(read_json(folder.path / JOURNAL, []), evaluation_updates(study, config.run.updates))
-    result = cell_result(cell, folder, config, rows)
+    result = cell_result(cell, config, rows)
     write_json(folder.path / "result.json", finite(result))
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     reached = gain_within_limits(rows, cell.task.reward)
@@ -121,14 +120,12 @@ def clear(folder: RunFolder) -> None:
             entry.unlink()
 
 
-def cell_result(cell: Cell, folder: RunFolder, config: Config, rows: list[Row]) -> dict[str, Any]:
+def cell_result(cell: Cell, config: Config, rows: list[Row]) -> dict[str, Any]:
     """Content of result.json."""
-    guard = {"guard": guard_outcome(folder.records(), config.guard)} if config.guard.every else {}
     return {
         "cell": {"task": cell.task.name, "method": cell.method, "seed": cell.seed},
         "setting": asdict(cell.setting),
         "rows": rows,
-        **guard,
         "commit": commit(),
         "pixels": PIXELS,
         "config": identity(config),

@@ -1,21 +1,29 @@
-"""A run under the guard: what it measures, when it would have stopped the run, and which update it keeps."""
+"""A run under the guard: when it would have stopped the run, and which update it keeps."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.config.guard_section import GuardConfig
 from trainer.guard.limits import GuardVerdict, next_verdict
 
 
-def guard_outcome(records: Sequence[dict[str, Any]], guard: GuardConfig) -> dict[str, Any]:
-    """The update that the guard keeps, and that at which it stops the run; None for none.
+class GuardOutcome(NamedTuple):
+    """What a guard makes of a run."""
 
-    Until it stops the run, a guard only measures. So one run that goes on shows both outcomes.
+    kept: int | None  # update; None if no measurement is within the limits
+    stopped: int | None  # update; None if it never stops the run
+    model_evaluations: int  # of the guard's own, until it stops the run
+
+
+def guard_outcome(records: Sequence[dict[str, Any]], guard: GuardConfig) -> GuardOutcome:
+    """The outcome of a guard with these limits in a run that was measured as often and went on.
+
+    Until it stops the run, a guard only measures. So one run shows the outcome of any limits, and of no guard.
     """
     verdict, evaluations = GuardVerdict(), 0
     for record in (record for record in records if "guard" in record):
         verdict = next_verdict(verdict, record["guard"], record["update"], guard)
         evaluations += record["guard"]["model_evaluations"]
         if verdict.violations >= guard.patience:
-            return {"kept": verdict.kept, "stopped": record["update"], "model_evaluations": evaluations}
-    return {"kept": verdict.kept, "stopped": None, "model_evaluations": evaluations}
+            return GuardOutcome(verdict.kept, record["update"], evaluations)
+    return GuardOutcome(verdict.kept, None, evaluations)

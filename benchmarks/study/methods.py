@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comfyui_pcpo.method.credit import PUBLISHED
+from comfyui_pcpo.method.forward_process import ALL_OBJECTIVES
 
 Tree = dict[str, Any]  # a section of the trainer's configuration
 CLIP_RANGE = 1e-3  # of every method that clips: the trainer's default, wider than 1e-4 because the latents are small
@@ -19,6 +20,11 @@ class StudyMethod:
     optimizer: Tree = field(default_factory=dict)
     model_kind: str = ""  # ddim or flow if the method exists for one of them only
     first_share: float = 1.0  # share of the denoising steps that is trained, the noisiest ones
+
+    @property
+    def clips(self) -> bool:
+        """Whether the objective has a clip range."""
+        return "clip_range" not in ALL_OBJECTIVES[self.objective["name"]].ignores
 
 
 def published(name: str, objective: str = "ppo") -> Tree:
@@ -39,6 +45,7 @@ SHARED_OPTIONS: Tree = {"shared_noise": True, "levels": 4}  # V-GRPO: noise shar
 SLOW: Tree = {"ema_decay": 0.5, "ema_every": 2}  # DiffusionNFT's old policy, an average over updates
 PCPO = StudyMethod("PCPO", published("pcpo", "log_hinge"))
 TEMPFLOW = StudyMethod("TempFlow-GRPO", published("tempflow_grpo"), model_kind="flow")
+PPO = StudyMethod("native PPO", {"name": "ppo", "credit": "native"})
 NATIVE: Tree = {"name": "log_hinge", "credit": "native"}
 # the demo's rollouts: what branches save is spent on larger groups
 RECOMMENDED = branched(replace(PCPO, rollout={"branch_first": 3, "group_size": 16}), 1, "PCPO as recommended")
@@ -54,7 +61,8 @@ CREDIT_METHODS = {
 }
 
 STUDY_METHODS = {
-    "ppo": StudyMethod("native PPO", {"name": "ppo", "credit": "native"}),
+    "ppo": PPO,
+    "ppo-branch-1": branched(PPO, 1),
     "ppo-early": StudyMethod("native PPO, one step less", {"name": "ppo", "credit": "native", "skip_last": 2}),
     "pcpo": PCPO,
     **{f"pcpo-branch-{steps}": branched(PCPO, steps) for steps in (1, 2, 3)},

@@ -1,8 +1,9 @@
 """Linear mixed-effects model with a random intercept per block."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -20,31 +21,44 @@ class MixedModel:
     residual_std: float
 
 
-def fit_mixed_model(rows: Sequence[tuple[str, Hashable, float]], reference: str) -> MixedModel:
-    """REML fit of  y = method + block + noise,  block ~ N(0, s_b^2);  rows are (method, block, y).
+class Observation(NamedTuple):
+    """The outcome of one run."""
 
-    Laird and Ware 1982. A block is one seed of one task: its prompts and its noise are the same for all methods.
-    The ratio s_b^2 / s^2 is searched on a fine grid. Intervals are Student's t with n - methods - blocks + 1 degrees
-    of freedom, and NaN if that leaves none.
+    method: str
+    task: str
+    seed: int
+    value: float
+
+
+def fit_mixed_model(rows: Sequence[Observation], reference: str) -> MixedModel:
+    """REML fit of  value = method + task + block + noise,  block ~ N(0, s_b^2).
+
+    Laird and Ware 1982. A block is one seed of one task: its prompts and its noise are the same for all methods. With
+    an effect of each task, a method that exists in some tasks only is not credited with how easy those are. The ratio
+    s_b^2 / s^2 is searched on a fine grid. Intervals are Student's t with n - methods - blocks + 1 degrees of freedom,
+    and NaN if that leaves none.
     """
-    names = [reference, *sorted({name for name, _, _ in rows} - {reference})]
-    blocks = sorted({block for _, block, _ in rows}, key=str)
-    y = np.array([value for _, _, value in rows])
-    x = np.array([[1.0, *(name == other for other in names[1:])] for name, _, _ in rows])
-    z = np.array([[block == other for other in blocks] for _, block, _ in rows], float)
-    freedom = len(rows) - len(names) - len(blocks) + 1
+    methods = [reference, *sorted({row.method for row in rows} - {reference})]
+    tasks, blocks = sorted({row.task for row in rows}), sorted({(row.task, row.seed) for row in rows})
+    y = np.array([row.value for row in rows])
+    other_methods = [[row.method == name for name in methods[1:]] for row in rows]
+    other_tasks = [[row.task == name for name in tasks[1:]] for row in rows]
+    x = np.hstack([np.ones((len(rows), 1)), np.array(other_methods, float), np.array(other_tasks, float)])
+    z = np.array([[(row.task, row.seed) == block for block in blocks] for row in rows], float)
+    named = dict(enumerate(methods[1:], 1))  # column of x -> method
+    freedom = len(rows) - len(methods) - len(blocks) + 1
     if freedom < 1:
         beta = np.linalg.lstsq(x, y, rcond=None)[0]
-        point = {n: Interval(float(beta[k]), math.nan, math.nan) for k, n in enumerate(names) if n != reference}
+        point = {name: Interval(float(beta[k]), math.nan, math.nan) for k, name in named.items()}
         return MixedModel(point, dict.fromkeys(point, math.nan), math.nan, math.nan)
     ratio = max((0.0, *np.geomspace(1e-4, 1e4, 400)), key=lambda r: _likelihood(x, y, z, r)[0])
     _, beta, covariance, variance = _likelihood(x, y, z, ratio)
     errors = np.sqrt(np.diag(covariance))
     reach = stats.t.ppf(0.975, freedom) * errors
-    effects = {n: Interval(*map(float, (beta[k], beta[k] - reach[k], beta[k] + reach[k]))) for k, n in enumerate(names)}
-    p = {n: float(2 * stats.t.sf(abs(beta[k]) / errors[k], freedom)) for k, n in enumerate(names)}
-    for by_method in (effects, p):
-        del by_method[reference]
+    effects = {
+        name: Interval(*map(float, (beta[k], beta[k] - reach[k], beta[k] + reach[k]))) for k, name in named.items()
+    }
+    p = {name: float(2 * stats.t.sf(abs(beta[k]) / errors[k], freedom)) for k, name in named.items()}
     return MixedModel(effects, p, math.sqrt(ratio * variance), math.sqrt(variance))
 
 

@@ -23,8 +23,13 @@ GOAL = 0.25  # the one in the summary
 
 
 def gain(row: Row, before: Row, reward: str) -> float:
-    """Increase of a reward between two evaluations, in standard deviations over the images of the first."""
-    return (row[reward] - before[reward]) / before[f"{reward}_std"]
+    """Increase of a reward between two evaluations, in standard deviations over the images of the first.
+
+    Where those all score alike, as of a reward that counts right images and finds only such, the deviation of the
+    second evaluation takes its place, as in the guard; where it is 0 too, the increase itself counts.
+    """
+    deviation = before[f"{reward}_std"] or row[f"{reward}_std"] or 1.0
+    return (row[reward] - before[reward]) / deviation
 
 
 def gains(rows: EvaluationRows, reward: str) -> list[float]:

@@ -118,7 +118,7 @@ STUDIES = {
         ),
         methods=("ppo", "pcpo", "pcpo-branch-1", "pcpo-branch-2", "pcpo-recommended", "nft"),
         later=(
-            *("ppo-early", "pcpo-branch-3", "tempflow-grpo", "grpo-guard"),
+            *("ppo-branch-1", "ppo-early", "pcpo-branch-3", "tempflow-grpo", "grpo-guard"),
             *("nft-options", "awm", "awm-options"),
         ),
         sweep=SWEEPS,

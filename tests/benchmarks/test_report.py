@@ -4,6 +4,7 @@ import math
 
 import pytest
 from benchmark_grids import NINE, ONE_SEED, TASK, fill, reported, small, write
+from PIL import Image
 
 from benchmarks.report import frontier_page, guard_page, prompts_page
 from benchmarks.report.collect import collect
@@ -44,9 +45,11 @@ def test_the_report_shows_the_measurements_and_keeps_handwritten_text(tmp_path):
     assert set(pages) == {"README", "frontier", "following-prompts"}
     text = pages["frontier"]
     assert (
-        "| PCPO | 0.006, 0 | 5 | 0.62 [0.60, 0.64] | 0.62 [0.60, 0.64] | 0.62 [0.60, 0.64] | 0.62 [0.60, 0.64] | 100"
+        "| PCPO | 0.006, 0 | 5 | 0.62 [0.60, 0.64] | 0.62 [0.60, 0.64] | 0.62 [0.60, 0.64] | 0.62 [0.60, 0.64] |"
         in text
     )
+    assert "| PCPO | 100 [100, 100] | 1.0 [1.0, 1.0] | 100 [100, 100] |" in text
+    assert "|  | native PPO | PCPO |\n|---|---|---|\n| flow-grpo/colorfulness | 20.0 | 20.0 |" in text  # clipped
     beaten = "| native PPO | -0.20 [-0.20, -0.20] | < 0.001 | -0.20 [-0.20, -0.20] | < 0.001 | 0/5 |"
     assert beaten not in text  # one comparison is stated once, in the table against native PPO
     assert "| DiffusionNFT | 0.30 [0.30, 0.30] | < 0.001 | 0.30 [0.30, 0.30] | < 0.001 | 5/5 |" in text
@@ -56,7 +59,7 @@ def test_the_report_shows_the_measurements_and_keeps_handwritten_text(tmp_path):
 def test_without_any_run_the_report_says_so(tmp_path):
     pages = written_pages({"frontier": small(tuning=ONE_SEED, sweep=NINE)}, tmp_path)
     assert set(pages) == {"README"}
-    assert "| frontier, flow-grpo/colorfulness | 0 of 18 | 0 of 2 | all |" in pages["README"]
+    assert "| frontier, flow-grpo/colorfulness | 0 of 18 | 0 of 2 | 0 of 2 |" in pages["README"]
     assert NOTHING_MEASURED in (tmp_path / "results.md").read_text()
 
 
@@ -69,8 +72,8 @@ def test_a_partial_study_is_reported_with_its_missing_runs(tmp_path):
         for cell in reported(study, out, method=method)[:count]:
             write(cell, study, out, by_slope(cell))
     pages = written_pages({"frontier": study}, tmp_path)
-    assert "| frontier, flow-grpo/colorfulness | 0 of 0 | 7 of 15 | PCPO; DiffusionNFT |" in pages["README"]
-    assert "| frontier, dance-sde/polish | 0 of 0 | 0 of 15 | all |" in pages["README"]
+    assert "| frontier, flow-grpo/colorfulness | 0 of 0 | 7 of 15 | 1 of 3 |" in pages["README"]
+    assert "| frontier, dance-sde/polish | 0 of 0 | 0 of 15 | 0 of 3 |" in pages["README"]
     summary = (tmp_path / "results.md").read_text()
     assert "| native PPO | 5 of 10 | 0.42 |" in summary and "| PCPO | 0 of 10 | - | - | - | - | 0 of 0 | - |" in summary
     assert "DiffusionNFT" not in summary
@@ -127,12 +130,12 @@ def test_differences_are_averaged_over_whole_tasks_before_seeds_are_compared(tmp
     one = paired_difference(results, "pcpo", "ppo")
     assert one.differences == pytest.approx([0.3, 0.6, 0.9])
     assert one.better_in == "6/6"
-    assert paired_difference(results, "nft", "ppo").better_in == "9/9"
+    assert paired_difference(results, "nft", "ppo").better_in == "6/6"  # of the same tasks
     family = frontier_page.frontier_family(results)
     keys = [("pcpo", "ppo"), ("nft", "ppo"), ("nft", "pcpo")]
     assert list(family) == keys
-    corrected = holm([t_test(paired_difference(results, *key).differences) for key in keys])
-    assert [family[key][1] for key in keys] == pytest.approx(corrected)
+    p = [t_test(paired_difference(results, *key).differences) for key in keys]
+    assert [family[key][1] for key in keys] == pytest.approx([*holm(p[:2]), *holm(p[2:])])  # native PPO, and the others
 
 
 def test_the_figure_has_the_mean_path_of_every_method(tmp_path):
@@ -195,27 +198,39 @@ def test_credits_are_compared_with_the_native_one_of_the_same_rollouts(tmp_path)
     assert set(family) == {(task, f"proportionate{end}") for task in ("", TASK.name) for end in ("", "-branch-1")}
     assert family["", "proportionate"][0].interval.value == pytest.approx(0.2)
     assert family["", "proportionate-branch-1"][0].interval.value == pytest.approx(0.5)
-    page = proportionality_page(results)
+    page = proportionality_page(results, tmp_path, "images")
+    width, height = Image.open(tmp_path / "proportionality.png").size
+    assert width > 1.5 * height  # with and without branches, side by side
     assert "| proportionate | 0.006, 0 | 5 | 0.32 [0.30, 0.34] | 0.20 [0.20, 0.20] | < 0.001 | 2000" in page
     assert "| native | 2.0 | 10.0 to 30.0 |" in page
 
 
 def test_a_guards_outcome_is_the_evaluation_of_the_update_that_it_keeps(tmp_path):
-    """It keeps update 5 of 10, halfway: the reward was raised to 1 of 2, and 30 % of diversity lost instead of 60."""
-    study = small(seeds=(0, 1), methods=("ppo",), guard={"every": 1, "tolerance": 0.5}, held_out=("polish",))
+    """Update 5 of 10 has lost 30 % of diversity, update 10 60: the default limits keep the first, strict ones none."""
+    study = small(seeds=(0, 1), methods=("ppo",), guard={"every": 5, "patience": 2}, held_out=("polish",))
     fill(study, tmp_path, lambda cell: 2.0 + 0.2 * cell.seed, diversity=0.4, hard=0.1)
     results = collect("guard", study, tmp_path)
     page = guard_page.guard_page(results)
-    assert "| colorfulness, native PPO | 0 of 2 | 5.0 | 2 of 2 | 0 of 2 | 20 % |" in page
+    # without a guard 60 % of diversity lost of 50 or 20 that are allowed, with it 30
+    assert "| colorfulness, native PPO | 0 of 2 | 5.0 | 2 of 2 | 0 of 2 | 0.6 x | 1.2 x | 20 % |" in page
+    assert "| colorfulness, native PPO | 2 of 2 | 10.0 | 0 of 2 | 0 of 2 | 3.0 x | 3.0 x | 20 % |" in page
     assert "| native PPO, gain in the reward | 2 | 0.00 | 2.10 [" in page and "| 1.05 [" in page
-    assert "| native PPO, diversity left, % | 2 | 100 | 40 [40, 40] | 70 [70, 70] |" in page
-    assert "| native PPO, TinyEval, hard tasks, % | 2 | 50 | 10 [10, 10] | 30 [30, 30] |" in page
-    run = results.tasks[0].runs["ppo"][0]
-    assert guard_page.guards_share(run) == pytest.approx(500 / 2500)
-    run.result["guard"]["stopped"] = 5  # after 1,000 of the 2,000 model evaluations
-    assert guard_page.guards_share(run) == pytest.approx(500 / 1500)
-    run.result["guard"]["kept"] = None
-    assert guard_page.kept_evaluation(run) == 0  # the base model
+    row = "| native PPO, diversity left, % | 2 | 100 | 40 [40, 40] | 70 [70, 70] | 40 [40, 40] | - |"
+    assert row in page
+    assert (
+        "| native PPO, TinyEval, hard tasks, % | 2 | 50 | 10 [10, 10] | 30 [30, 30] | 10 [10, 10] | < 0.001 |" in page
+    )
+
+
+def test_a_guards_work_counts_up_to_the_update_at_which_it_stops_the_run(tmp_path):
+    study = small(methods=("ppo",), guard={"every": 5, "patience": 1}, held_out=("polish",))
+    fill(study, tmp_path, lambda cell: 2.0, diversity=0.4)
+    (run,) = collect("guard", study, tmp_path).tasks[0].runs["ppo"]
+    (default,), (strict,) = (guard_page.guarded([run], limits) for limits in ("default", "strict"))
+    assert (default.outcome.stopped, strict.outcome.stopped) == (10, 5)
+    assert default.guards_share == pytest.approx(500 / 2500)
+    assert strict.guards_share == pytest.approx(250 / 1250)  # after 1,000 of the run's model evaluations
+    assert (default.kept, strict.kept) == (1, 1)  # nothing is kept: the run ends where it is stopped
 
 
 def test_tuning_is_reported_before_it_is_finished(tmp_path):
@@ -223,5 +238,5 @@ def test_tuning_is_reported_before_it_is_finished(tmp_path):
     for cell in tune(study, TASK, "ppo", tmp_path / "frontier").due[:2]:
         write(cell, study, tmp_path / "frontier", 0.5)
     page = written_pages({"frontier": study}, tmp_path)["tuning"]
-    assert "| native PPO | 0.50 | 0.50 | - | - | - | - | - | - | - |" in page
-    assert "Tuning not finished: native PPO; PCPO." in page
+    assert "| native PPO | 0 | 0.50 | - | - |" in page and "| native PPO | 0.1 | 0.50 | - | - |" in page
+    assert "Tuning not finished: native PPO." in page

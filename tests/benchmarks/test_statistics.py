@@ -9,8 +9,8 @@ from benchmark_grids import TASK
 from scipy import stats
 
 from benchmarks.report.collect import CellRun, by_step
-from benchmarks.study.mixed_model import fit_mixed_model
-from benchmarks.study.statistics import bootstrap, first_reach, holm, median, t_interval, t_test
+from benchmarks.study.mixed_model import Observation, fit_mixed_model
+from benchmarks.study.statistics import bootstrap, clustered_bootstrap, first_reach, holm, median, t_interval, t_test
 
 
 def test_a_target_is_reached_on_the_straight_line_between_two_evaluations():
@@ -59,7 +59,7 @@ def test_holm_by_hand():
 def balanced(methods=3, blocks=8, seed=0):
     rng = np.random.default_rng(seed)
     y = rng.normal(0, 0.5, (methods, blocks)) + rng.normal(0, 2, blocks) + np.arange(methods)[:, None]
-    return y, [(f"c{c}", b, y[c, b]) for c in range(methods) for b in range(blocks)]
+    return y, [Observation(f"c{c}", "t", b, y[c, b]) for c in range(methods) for b in range(blocks)]
 
 
 def test_mixed_model_of_balanced_data_equals_the_analysis_of_variance():
@@ -80,14 +80,14 @@ def test_mixed_model_of_balanced_data_equals_the_analysis_of_variance():
 
 def test_mixed_model_without_blocks_that_differ_finds_no_block_variance():
     rng = np.random.default_rng(3)
-    rows = [(c, b, rng.normal()) for c in ("a", "b") for b in range(40)]
+    rows = [Observation(c, "t", b, rng.normal()) for c in ("a", "b") for b in range(40)]
     model = fit_mixed_model(rows, "a")
     assert model.block_std < 0.5
     assert model.residual_std == pytest.approx(1, abs=0.2)
 
 
 def test_one_seed_gives_differences_without_limits():
-    model = fit_mixed_model([("a", 0, 1.0), ("b", 0, 3.0)], "a")
+    model = fit_mixed_model([Observation("a", "t", 0, 1.0), Observation("b", "t", 0, 3.0)], "a")
     assert model.effects["b"].value == pytest.approx(2)
     assert math.isnan(model.effects["b"].low)
     assert math.isnan(model.p["b"])
@@ -101,6 +101,29 @@ def test_mixed_model_uses_blocks_that_lack_a_method():
     whole = y[1, :5].mean() - y[0, :5].mean()
     every = y[1].mean() - y[0].mean()
     assert abs(model.effects["c1"].value - every) < 0.2 * abs(whole - every)
+
+
+def test_a_method_of_one_task_is_not_credited_with_how_easy_the_task_is():
+    """b exists in the easy task only, where it equals a; a's hard task is 5 lower."""
+    rng = np.random.default_rng(1)
+    rows = [
+        Observation("a", task, seed, mean + rng.normal(0, 0.1))
+        for task, mean in (("easy", 5), ("hard", 0))
+        for seed in range(5)
+    ]
+    rows += [Observation("b", "easy", seed, 5 + rng.normal(0, 0.1)) for seed in range(5)]
+    effect = fit_mixed_model(rows, "a").effects["b"]
+    assert abs(effect.value) < 0.15 and effect.high - effect.low < 0.5
+
+
+def test_a_clustered_bootstrap_draws_whole_clusters():
+    """Five values per cluster, all alike: as wide as one value per cluster, and no narrower."""
+    one = clustered_bootstrap([[v] for v in range(7)], median)
+    five = clustered_bootstrap([[v] * 5 for v in range(7)], median)
+    assert (one.value, one.low, one.high) == (five.value, five.low, five.high)
+    independent = bootstrap(list(range(7)) * 5, median)
+    assert one.high - one.low > independent.high - independent.low
+    assert math.isnan(clustered_bootstrap([[1.0, 2.0]], median).low)
 
 
 def test_metrics_by_step_join_runs_whose_windows_fell_on_other_steps(tmp_path):

@@ -16,12 +16,14 @@ from benchmarks.study.archive import write_archive
 from benchmarks.study.cell_config import cell_config
 from benchmarks.study.evaluator import EVALUATION_SEED, Evaluation, make_evaluator
 from benchmarks.study.grid import Cell
+from benchmarks.study.guarded import guard_outcome
 from benchmarks.study.outcome import gain_within_limits
 from benchmarks.study.recipes import STUDY_PROMPTS
 from benchmarks.study.studies import Rung
 from benchmarks.study.tuning import read_result
 from benchmarks.study.work import if_free, progress, run_if_free, share, work
 from comfyui_pcpo.tiny.tinyeval import HARD
+from trainer.config.guard_section import GuardConfig
 from trainer.config.schema import ConfigError
 from trainer.evaluation.sampling import Draw, sample, sampling_policy
 from trainer.policy.loading import make_policy
@@ -83,8 +85,9 @@ def test_a_guarded_run_goes_on_and_records_what_the_guard_keeps(tmp_path, monkey
     result = read_result(cell, study, tmp_path)
     records = RunFolder(cell.folder(tmp_path)).records()
     rewards = [record["guard"]["reward"] for record in records]
-    assert result["guard"]["kept"] == 1 + rewards.index(max(rewards)) == records[-1]["guard"]["kept"]
-    assert result["guard"]["model_evaluations"] == 2 * 4 * study.steps
+    outcome = guard_outcome(records, GuardConfig(every=1, tolerance=1e6, diversity_tolerance=1.0))
+    assert outcome.kept == 1 + rewards.index(max(rewards))
+    assert outcome.model_evaluations == 2 * 4 * study.steps
     assert result["config"]["reward"]["held_out"] == ["polish"]
 
 
