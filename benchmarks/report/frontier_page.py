@@ -105,9 +105,11 @@ def comparison_tables(results: StudyResults) -> list[str]:
 
 
 def gain_table(task: TaskResults) -> str:
-    """Gains within both limits, at each of them and at the end."""
+    """Gains within both limits, also at the price of the cheapest run, at each limit and at the end."""
+    price = cheapest_run(task)
     measures: Measures = {
         "gain within the limits": (lambda run: run.gain, 2),
+        f"after {price} model evaluations": (lambda run: run.gain_at(price), 2),
         "at 10 % less diversity": (lambda run: at_lost_diversity(run.rows, run.gains), 2),
         f"at {FAR:g} x the distance": (lambda run: at_distance(run.rows, run.gains), 2),
         "at the end": (lambda run: run.gains[-1], 2),
@@ -191,7 +193,7 @@ def summary_table(results: StudyResults) -> str:
     return markdown_table([*head, f"reaches +{GOAL:g}", "TinyEval, change"], rows)
 
 
-def cheapest_run(task: TaskResults) -> float:
+def cheapest_run(task: TaskResults) -> int:
     """Model evaluations of the task's cheapest run, the price that every run has paid at some time."""
     return min(run.rows[-1]["model_evaluations"] for runs in task.runs.values() for run in runs)
 

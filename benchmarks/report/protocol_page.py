@@ -31,11 +31,11 @@ the others. A seed sets the order of the prompts for all methods of a task, and 
 alike. No guidance; LoRA of rank 8; two optimizer steps per update; the last denoising step is never trained.
 
 **Methods.** Branches share the first noise of a group: of PCPO where the name says so, and of TempFlow-GRPO, whose
-branch has one stochastic step. "PCPO as recommended" has the demo's rollouts: a branch of one step among the first
-three, and groups of 16 images, which cost fewer model evaluations than the 8 images of methods without branches. AWM
-and DiffusionNFT sample without noise and never share the first noise. "One step less": the last trained step is
-dropped too. "With options": their images share the noise that is added to them, and 4 stratified noise levels are
-trained in an update; AWM's likelihood is divided by its mean error, DiffusionNFT samples from an average of its LoRA.
+branch has one stochastic step. "PCPO as recommended" has a branch of one step among the first three, and groups of 16
+images, which cost fewer model evaluations than the 8 images of methods without branches. AWM and DiffusionNFT sample
+without noise and never share the first noise. "One step less": the last trained step is dropped too. "With options":
+their images share the noise that is added to them, and 4 stratified noise levels are trained in an update; AWM's
+likelihood is divided by its mean error, DiffusionNFT samples from an average of its LoRA.
 
 **Numbers.** Brackets are 95 % intervals over seeds: Student's t for means, bootstrap for medians. "p (Holm)" is
 corrected by Holm's method; each page says which comparisons are one family. emoji-align reads the images, and the

@@ -47,7 +47,7 @@ PCPO = StudyMethod("PCPO", published("pcpo", "log_hinge"))
 TEMPFLOW = StudyMethod("TempFlow-GRPO", published("tempflow_grpo"), model_kind="flow")
 PPO = StudyMethod("native PPO", {"name": "ppo", "credit": "native"})
 NATIVE: Tree = {"name": "log_hinge", "credit": "native"}
-# the demo's rollouts: what branches save is spent on larger groups
+# what branches save is spent on larger groups
 RECOMMENDED = branched(replace(PCPO, rollout={"branch_first": 3, "group_size": 16}), 1, "PCPO as recommended")
 
 # one objective, the log-hinge, under every credit; the last step is never trained, as in all published recipes

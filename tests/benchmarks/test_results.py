@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 ARCHIVES = sorted((DOCS.parent / "benchmarks" / "results").glob("*.tar.xz"))
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
-MEASURED = re.compile(r"-?\b\d\.\d\d+\b|\b\d+ %|\b\d+ of \d+\b")  # results as they are printed in a sentence
+MEASURED = re.compile(r"-?\b\d+\.\d+\b|\b\d+ %|\b\d+ of \d+\b")  # results as they are printed in a sentence
 LIMITS = {"95 %", "10 %"}  # of intervals, of diversity
 
 
