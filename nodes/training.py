@@ -44,8 +44,8 @@ SECTIONS = {
 ODD_GROUP = " An odd number means one optimizer step per update instead of two."
 HELD_OUT = " Rewards of weight 0 are held out."
 ZERO_IS_AUTO = " 0 takes the value of the published recipe for this kind of model."
-AUTOMATIC = {"steps": 0, "cfg": 0, "noise_level": PUBLISHED_LEVEL, "clip_range": 0, "rank": 0, "learning_rate": 0,
-             "images_at_once": 0, "gradient_checkpointing": False}  # fmt: skip
+AUTOMATIC = {"steps": 0, "cfg": 0, "noise_level": PUBLISHED_LEVEL, "branch": -1, "clip_range": 0, "rank": 0,
+             "learning_rate": 0, "images_at_once": 0, "gradient_checkpointing": False}  # fmt: skip
 """The value of each widget that stands for `auto`, since a number widget cannot hold a word."""
 
 
@@ -218,7 +218,11 @@ def advanced_inputs() -> list[io.Input]:
         io.Int.Input(
             "guard_every", default=10, min=0, max=10000, tooltip=tooltip(GuardConfig, "every") + HELD_OUT, **ADVANCED
         ),
-        io.Int.Input("branch", default=0, min=0, max=1000, tooltip=tooltip(RolloutConfig, "branch"), **ADVANCED),
+        io.Int.Input(
+            "branch", default=-1, min=-1, max=1000,
+            tooltip=tooltip(RolloutConfig, "branch") + " -1 takes the recipe's value: 1 for the embedded models.",
+            **ADVANCED,
+        ),
         io.Int.Input(
             "branch_first", default=0, min=0, max=1000, tooltip=tooltip(RolloutConfig, "branch_first"), **ADVANCED
         ),

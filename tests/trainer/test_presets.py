@@ -43,6 +43,19 @@ def test_a_given_value_wins():
     assert "rollout.steps" not in chosen and chosen["rollout.cfg"] == 5.0
 
 
+def test_only_one_option_decides_which_steps_are_trained():
+    def branch_and_window(preset, **given):
+        tree = resolved(automatic(**given), preset, Room(1e12, gpu=False))[0]
+        return tree["rollout"].get("branch"), tree["rollout"].get("sde_window")
+
+    assert branch_and_window("embedded") == (1, 0)
+    assert branch_and_window("embedded", objective={"name": "nft"}) == (None, None)
+    assert branch_and_window("embedded", objective={"train_steps": 0.5}) == (None, 0)
+    assert branch_and_window("embedded", rollout={"sde_window": 2}) == (None, 2)
+    assert branch_and_window("z-image") == (0, 1)
+    assert branch_and_window("z-image", rollout={"branch": 2}) == (2, None)
+
+
 def test_sdxl_trains_with_guidance_and_flux_without():
     assert PRESETS["sdxl"].cfg == 5.0 and PRESETS["flux"].cfg == 1.0
 

@@ -174,11 +174,11 @@ def test_the_watched_kl_is_that_of_the_lora_that_sampled(make_config, learn):
 
 @pytest.mark.parametrize("branch", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_the_watched_kl_costs_at_most_two_percent_of_an_update(model, learn, tmp_path, branch):
-    """On the demo's settings without its KL weight, averaged over the updates between two measurements.
+    """On the settings of PCPO's demo, averaged over the updates between two measurements.
 
     Counted in the model itself.
     """
-    demo = demo_config("tinyeval", "run", tmp_path, updates=1, seed=0)
+    demo = demo_config("colorfulness", "run", tmp_path, updates=1, seed=0)
     counts = {}
     for images in (0, demo.objective.kl_images):
         watched = {"kl_weight": 0.0, "kl_images": images, "kl_every": 1}

@@ -1,4 +1,4 @@
-"""The demo: align the embedded model in three minutes, and compare it with the model before on held-out prompts."""
+"""The demo: align the embedded model in two minutes, and compare it with the model before on held-out prompts."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -64,45 +64,58 @@ IMAGES_PER_PROMPT = 2  # in the comparison
 PAIRS_SHOWN = 8  # in the image
 
 
-DEMO_SECTIONS: dict[DemoReward, dict[str, Any]] = {  # of the configuration, by the reward that is trained
-    "tinyeval": {
-        "reward": {  # correct images of a prompt tend to look alike
-            "weights": {"tinyeval": 1.0, "tiny_diversity": 0.2},
-            "held_out": ["polish"],
+@dataclass(frozen=True)
+class DemoRecipe:
+    """How the demo trains on a reward, by what docs/results.md found."""
+
+    method: str
+    updates: int
+    sections: dict[str, Any]  # of the configuration
+
+
+DEMO_RECIPES: dict[DemoReward, DemoRecipe] = {
+    "tinyeval": DemoRecipe(
+        "DiffusionNFT",
+        20,
+        {
+            "rollout": {"prompts_per_update": 2, "group_size": 8},
+            "reward": {  # correct images of a prompt tend to look alike
+                "weights": {"tinyeval": 1.0, "tiny_diversity": 0.2},
+                "held_out": ["polish"],
+            },
+            "objective": {"name": "nft", "kl_weight": 0.3},
+            "optimizer": {"learning_rate": 4e-3, "minibatches": 2},
+            "guard": {"every": 10},
+            "run": {"save_every": 10},
         },
-        "objective": {"kl_weight": 0.3},  # without it, polish falls at this learning rate
-        "optimizer": {"learning_rate": 6e-3},
-        "guard": {"every": 10},
-        "run": {"save_every": 10},
-    },
-    "colorfulness": {
-        "reward": {"weights": {"colorfulness": 1.0}, "held_out": ["tinyeval", "polish"]},
-        "optimizer": {"learning_rate": 2e-3},
-        "guard": {"every": 5, "tolerance": 0.4, "diversity_tolerance": 0.4},
-        "run": {"save_every": 5},
-    },
+    ),
+    "colorfulness": DemoRecipe(
+        "PCPO",
+        30,
+        {
+            "rollout": {"prompts_per_update": 4, "group_size": 16, "branch": 1, "branch_first": 3},
+            "reward": {"weights": {"colorfulness": 1.0}, "held_out": ["tinyeval", "polish"]},
+            "objective": {"clip_range": 1e-3},
+            "optimizer": {"learning_rate": 2e-3, "minibatches": 1},
+            "guard": {"every": 5, "tolerance": 0.4, "diversity_tolerance": 0.4},
+            "run": {"save_every": 5},
+        },
+    ),
 }
 
 
-def demo_config(reward: DemoReward, name: str, folder: Path, updates: int, seed: int) -> Config:
-    """PCPO on emoji-flow: `tinyeval` rewards following the prompt, `colorfulness` is easily hacked."""
+def demo_config(reward: DemoReward, name: str, folder: Path, updates: int | None, seed: int) -> Config:
+    """A run on emoji-flow: `tinyeval` rewards following the prompt, `colorfulness` is easily hacked."""
+    recipe = DEMO_RECIPES[reward]
+    run = {"name": name, "folder": str(folder), "updates": recipe.updates if updates is None else updates, "seed": seed}
     common = {
         "prompts": {"lines": list(DEMO_PROMPTS)},
-        "rollout": {
-            "prompts_per_update": 4,
-            "group_size": 16,
-            "steps": DEMO_STEPS,
-            "branch": 1,
-            "branch_first": 3,
-            "images_at_once": 16,
-        },
-        "objective": {"clip_range": 1e-3},
-        "optimizer": {"minibatches": 1},
+        "rollout": {"steps": DEMO_STEPS, "images_at_once": 16},
         "lora": {"rank": 4},
         "guard": {"prompts": 8},
-        "run": {"name": name, "folder": str(folder), "updates": updates, "seed": seed},
+        "run": run,
     }
-    return build(merge(common, DEMO_SECTIONS[reward]), "demo")
+    return build(merge(common, recipe.sections), "demo")
 
 
 @dataclass(frozen=True)
