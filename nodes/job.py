@@ -36,7 +36,7 @@ from .types import EncodedPrompts, WeightedRewards
 
 logger = logging.getLogger("pcpo")
 PREVIEW_SIZE = 1024  # longer side, which ComfyUI reduces the preview to
-PREVIEW_IMAGES, PREVIEW_COLUMNS, PREVIEW_TILE = 8, 4, 104
+PREVIEW_IMAGES, PREVIEW_COLUMNS, PREVIEW_WIDTH = 8, 4, 416  # of a preview's images together
 PREVIEW_CURVE = 0.42  # height of a curve below the images, as a share of the preview's width
 
 
@@ -202,13 +202,14 @@ def best_to_worst(scores: Tensor, most: int) -> Tensor:
 def preview(update: Update, folder: RunFolder, config: Config) -> Image.Image:
     """Images of the newest group, best first, above the reward curve and, once it has measured twice, the guard's.
 
-    Of a large group, PREVIEW_IMAGES from its best to its worst.
+    Of a large group, PREVIEW_IMAGES from its best to its worst; all previews are about as wide.
     """
     size = config.rollout.group_size
     scores = update.scores[-size:].nan_to_num(-torch.inf)
     shown = best_to_worst(scores, PREVIEW_IMAGES)
     captions = [f"{float(s):.2f}" for s in scores[shown]]
-    group = grid(update.images[-size:][shown], captions, columns=PREVIEW_COLUMNS, tile=PREVIEW_TILE)
+    columns = min(PREVIEW_COLUMNS, len(shown))  # few images are drawn larger, so that the curves keep their size
+    group = grid(update.images[-size:][shown], captions, columns=columns, tile=PREVIEW_WIDTH // columns)
     records = [{**row, "rewards": {}} for row in folder.records()]  # the total only
     names = ["reward", *(["guard"] if sum("guard" in row for row in records) > 1 else [])]
     panel = (group.width, round(PREVIEW_CURVE * group.width))

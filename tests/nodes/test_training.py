@@ -229,10 +229,11 @@ def test_every_update_sends_a_preview(flow):
 
 def test_the_preview_of_a_large_group_has_images_from_its_best_to_its_worst(flow):
     sizes = []
-    for size in (8, 20):
+    for size in (8, 20, 2, 3):
         seen = watched(flow.train, name=f"group-of-{size}", updates=1, group_size=size, prompts_per_update=1)
         sizes += [preview[1].size for _, _, preview in seen if preview is not None]
-    assert sizes[0] == sizes[-1]
+    widths = [width for width, _ in sizes]
+    assert sizes[0] == sizes[1] and max(widths) - min(widths) < 0.1 * max(widths)  # whose curves all have room
     scores = torch.tensor([0.3, 0.9, 0.1, 0.5, 0.7])
     assert job.best_to_worst(scores, 3).tolist() == [1, 3, 2]
     assert job.best_to_worst(scores, 8).tolist() == [1, 4, 3, 0, 2]
@@ -242,6 +243,14 @@ def test_the_preview_has_the_guards_line_once_it_has_measured_twice(flow):
     seen = watched(flow.train, name="watched-by-the-guard", updates=3, guard_every=1)
     heights = [preview[1].size[1] for _, total, preview in seen if preview is not None and total == 3]
     assert heights[0] < heights[1] == heights[2]
+
+
+def test_the_embedded_models_branch_where_nothing_is_set_and_the_objective_can(flow):
+    def branch(name, **widgets):
+        return run_module.RunFolder(flow.train(name, updates=1, **widgets)[3].path).config().rollout.branch
+
+    assert [branch("auto-branch", branch=-1), branch("no-branch", branch=0)] == [1, 0]
+    assert branch("nft-branch", branch=-1, objective="nft") == 0
 
 
 def test_a_branching_run_of_the_node_trains_few_evaluations_and_resumes(flow):
