@@ -12,7 +12,7 @@ from trainer.runs.folder import RunFolder
 
 from ..study import outcome
 from ..study.grid import StudyTask, reported_cells, study_tasks, task_methods
-from ..study.outcome import Price, Row
+from ..study.outcome import Limits, Price, Row
 from ..study.studies import Setting, Study
 from ..study.tuning import Tuning, finished, tune
 
@@ -40,8 +40,11 @@ class CellRun:
         """Gain within limits, the number that methods are compared in."""
         return outcome.gain_within_limits(self.rows, self.task.reward)
 
-    def gain_at(self, model_evaluations: float) -> float:
-        return outcome.gain_at_price(self.rows, self.task.reward, model_evaluations)
+    def gain_within(self, limits: Limits) -> float:
+        return outcome.gain_within_limits(self.rows, self.task.reward, limits)
+
+    def gain_at(self, spent: float, of: Price = "model_evaluations") -> float:
+        return outcome.gain_at_price(self.rows, self.task.reward, spent, of)
 
     def price(self, goal: float, of: Price = "model_evaluations") -> float:
         return outcome.price(self.rows, self.task.reward, goal, of)

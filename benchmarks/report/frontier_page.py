@@ -7,47 +7,68 @@ from types import MappingProxyType
 import numpy as np
 
 from ..study.methods import OURS, STUDY_METHODS
-from ..study.outcome import FAR, GOAL, GOALS, Price, at_distance, at_lost_diversity, distance, lost_diversity
+from ..study.outcome import (
+    GOAL,
+    GOALS,
+    LIMITS,
+    OTHER_LIMITS,
+    Limits,
+    Price,
+    at_distance,
+    at_lost_diversity,
+    distance,
+    lost_diversity,
+)
 from ..study.statistics import bootstrap, median, t_interval
 from .collect import CellRun, StudyResults, TaskResults, by_step
-from .comparison import PairedDifference, corrected_p_values, mixed_model, paired_difference, times_cheaper
+from .comparison import PairedDifference, corrected_p_values, means_by_seed, mixed_model, paired_difference
 from .frontier_figure import task_figure
 from .markdown import format_interval, format_number, format_p_value, markdown_table
-from .prompts_page import mean_change
+from .prices import UNITS, cheapest_run
 
 FRONTIER_INTRO = f"""Every method has the setting that the tuning seeds chose for it ([tuning](tuning.md)). Compared
-is the gain in reward within limits: at which diversity has fallen by 10 % or the tiny FD to the base model is
-{FAR:g} times what new noise alone gives, whichever comes first, in standard deviations of the base model's rewards.
-A run that reaches neither counts with its last gain."""
-COMPARED = f"""\
-"Difference (mixed model)": an effect of each method and of each task, random intercepts for each seed of each task,
-REML, all finished runs. It takes the tasks of a seed as independent, so its intervals are the narrower ones; its
-p-values are not corrected. "Difference (by seeds)": the mean over the tasks that both methods and the whole first wave
-have finished, Student's t over seeds. Its p-values are corrected by Holm's method in two families: the first wave
-against native PPO, and all other comparisons, which grow in number with every further method that finishes. Both
-columns generalise to new seeds, not to other tasks. "Model evaluations saved": how many times the model evaluations
-the reference needs to a gain of {GOAL:g}, median [95 %, bootstrap over seeds] over the pairs of seed and task in which
-one of the two reaches it. A reference that does not reach it counts with all that its run spends, so the number depends
-on how long the runs are, and rows with other pairs cannot be compared."""
-CLIPPED = """\
-Terms of the objective that are clipped, %, means over updates, steps and seeds; at most 50 %, since the first of the
-two optimizer steps of an update starts from a ratio of 1. DiffusionNFT clips nothing."""
-REFERENCES = (OURS, "nft")  # that further tables compare with
+is the gain within limits, in standard deviations of the base model's rewards: the gain when diversity has fallen by
+10 % or the distance to the base model is {LIMITS.far:g} times that of the base model's own images, whichever comes
+first. A run that reaches neither counts with its last gain."""
+COMPARED = """\
+"Difference": the mean over the tasks that both methods and the whole first wave have finished, with Student's t over
+seeds. Its p-values are corrected by Holm's method in two families: the comparisons of the first wave, and all others.
+"At one price": the same difference when both have made as many model evaluations as the task's cheapest run of the
+first wave. "Mixed model": an effect of each method and of each task, random intercepts for each seed of each task,
+REML, all finished runs; it assumes that a method gains the same in every task and varies as much as any other, which
+they do not, and its p-values are not corrected. All of them generalise to new seeds, not to other tasks."""
+BY_REWARD = """\
+Gain over the tasks of each reward, and the difference to DiffusionNFT. p-values are corrected by Holm's method over
+this table."""
+SENSITIVITY = """\
+Mean gain over the tasks with other limits of diversity and distance. Settings were chosen for the middle ones."""
 PRICES = """\
 Spent until the gain is reached, if it is reached within the limits: median over seeds [95 %, bootstrap], and how many
-seeds reach it. Model evaluations are latents predicted once, in a rollout or in a gradient step, the KL's included;
-between evaluations, and before the first one, a straight line is assumed. CPU seconds are of the process, of
-rollouts, rewards and updates."""
+seeds reach it. Model evaluations are predictions of the model, counted per latent, in rollouts and in gradient steps,
+the KL's included; a gradient step's counts as one although it takes longer. CPU seconds are CPU time of the process,
+in rollouts, rewards and updates. Between evaluations, and before the first one, a straight line is assumed."""
+CLIPPED = """\
+Terms of the objective that are clipped, %: means over updates, seeds and steps, and in brackets the step with the
+most. At most 50 %, since the first of the two optimizer steps of an update starts from a ratio of 1. DiffusionNFT
+clips nothing."""
+STRONGEST = "nft"
+REFERENCES = (OURS, STRONGEST)  # that further tables compare with
 Measures = dict[str, tuple[Callable[[CellRun], float], int]]  # title of a column -> (of a run, digits)
-UNITS: dict[Price, str] = {"model_evaluations": "model evaluations", "images": "images", "cpu_seconds": "CPU seconds"}
 
 
 def frontier_page(results: StudyResults, images: Path, where: str) -> str:
     """The page as Markdown; its figure is saved in `images`, which the page refers to as `where`."""
     task_figure(results).save(images / f"{results.name}-tasks.png")
     tables = [
-        "\n\n".join([f"## {task.task.title}", gain_table(task), ending_table(task), price_table(task)])
+        part
         for task in results.measured
+        for part in (
+            f"## {task.task.title}",
+            gain_table(task),
+            price_gain_table(results, task),
+            ending_table(task),
+            price_table(task),
+        )
     ]
     return "\n\n".join(
         [
@@ -57,6 +78,12 @@ def frontier_page(results: StudyResults, images: Path, where: str) -> str:
             "## Over all tasks",
             *comparison_tables(results),
             COMPARED,
+            "## By reward",
+            BY_REWARD,
+            reward_table(results),
+            "## Other limits",
+            SENSITIVITY,
+            sensitivity_table(results),
             "## Price of a gain",
             PRICES,
             *tables,
@@ -70,7 +97,7 @@ def frontier_page(results: StudyResults, images: Path, where: str) -> str:
 def frontier_family(results: StudyResults) -> dict[tuple[str, str], tuple[PairedDifference, float]]:
     """Every method against native PPO, PCPO and DiffusionNFT, with corrected p-values.
 
-    The first wave against native PPO is one family of tests, all other comparisons are another.
+    The comparisons of the first wave are one family of tests, all others are another.
     """
     study = results.study
     references = [study.baseline, *REFERENCES]
@@ -80,7 +107,7 @@ def frontier_family(results: StudyResults) -> dict[tuple[str, str], tuple[Paired
         for name in results.methods
         if name not in references[: number + 1] and reference in results.methods
     }
-    first = [(name, reference) for name, reference in compared if reference == study.baseline and name in study.methods]
+    first = [(name, reference) for name, reference in compared if {name, reference} <= set(study.methods)]
     p: dict[tuple[str, str], float] = {}
     for family in (first, [key for key in compared if key not in first]):
         p |= corrected_p_values((key, compared[key].differences) for key in family)
@@ -90,32 +117,79 @@ def frontier_family(results: StudyResults) -> dict[tuple[str, str], tuple[Paired
 def comparison_tables(results: StudyResults) -> list[str]:
     """A table per reference; a comparison that no task has finished yet has dashes."""
     family = frontier_family(results)
+    prices = {task.task: cheapest_run(results, task) for task in results.measured}
     tables = []
     for reference in dict.fromkeys(reference for _, reference in family):
         model = mixed_model(results, reference)
         rows = []
         for name in (name for name, other in family if other == reference):
             compared, p = family[name, reference]
-            by_model = [format_interval(model.effects[name]), format_p_value(model.p[name])]
+            early = paired_difference(results, name, reference, lambda run: run.gain_at(prices[run.task]))
             by_seeds = [format_interval(compared.interval), format_p_value(p), compared.better_in]
-            rows.append([STUDY_METHODS[name].title, *by_model, *by_seeds, times_cheaper(results, name, reference)])
-        head = [f"against {STUDY_METHODS[reference].title}", "difference (mixed model)", "p", "difference (by seeds)"]
-        tables.append(markdown_table([*head, "p (Holm)", "better in", "model evaluations saved"], rows))
+            by_model = [format_interval(model.effects[name]), format_p_value(model.p[name])]
+            rows.append([STUDY_METHODS[name].title, *by_seeds, format_interval(early.interval), *by_model])
+        head = [f"against {STUDY_METHODS[reference].title}", "difference", "p (Holm)", "better in", "at one price"]
+        tables.append(markdown_table([*head, "mixed model", "p"], rows))
     return tables
 
 
+def reward_table(results: StudyResults) -> str:
+    """Gain by reward over comparable tasks, and the difference to DiffusionNFT."""
+    rewards = list(dict.fromkeys(task.task.reward for task in results.measured))
+    names = [name for name in results.methods if results.comparable(name)]
+    against = {
+        (name, reward): paired_difference(results, name, STRONGEST, reward=reward)
+        for name in names
+        for reward in rewards
+        if name != STRONGEST
+    }
+    p = corrected_p_values((key, one.differences) for key, one in against.items())
+    rows = []
+    for name in names:
+        row = [STUDY_METHODS[name].title]
+        for reward in rewards:
+            row.append(format_interval(t_interval(means_by_seed(results, name, reward))))
+            one = against.get((name, reward))
+            row += ["-"] * 2 if one is None else [format_interval(one.interval), format_p_value(p[name, reward])]
+        rows.append(row)
+    head = [title for reward in rewards for title in (f"{reward}: gain", "against DiffusionNFT", "p (Holm)")]
+    return markdown_table(["", *head], rows)
+
+
+def sensitivity_table(results: StudyResults) -> str:
+    """Mean gains over comparable tasks for several limits."""
+    every = sorted((LIMITS, *OTHER_LIMITS))
+    rows = []
+    for name in (name for name in results.methods if results.comparable(name)):
+        runs = [run for task in results.comparable(name) for run in task.runs[name]]
+        means = (sum(run.gain_within(limits) for run in runs) / len(runs) for limits in every)
+        rows.append([STUDY_METHODS[name].title, *map(format_number, means)])
+    return markdown_table(["", *(_limits_title(limits) for limits in every)], rows)
+
+
+def _limits_title(limits: Limits) -> str:
+    return f"{100 * limits.lost_diversity:g} % of diversity, {limits.far:g} x the distance"
+
+
 def gain_table(task: TaskResults) -> str:
-    """Gains within both limits, also at the price of the cheapest run, at each limit and at the end."""
-    price = cheapest_run(task)
+    """Gains within both limits, at each limit and at the end."""
     measures: Measures = {
         "gain within the limits": (lambda run: run.gain, 2),
-        f"after {price} model evaluations": (lambda run: run.gain_at(price), 2),
         "at 10 % less diversity": (lambda run: at_lost_diversity(run.rows, run.gains), 2),
-        f"at {FAR:g} x the distance": (lambda run: at_distance(run.rows, run.gains), 2),
+        f"at {LIMITS.far:g} x the distance": (lambda run: at_distance(run.rows, run.gains), 2),
         "at the end": (lambda run: run.gains[-1], 2),
     }
     before = {name: [task.chosen[name].title, str(len(task.runs[name]))] for name in task.measured}
     return _measures_table(task, measures, ["learning rate, KL weight", "seeds"], before)
+
+
+def price_gain_table(results: StudyResults, task: TaskResults) -> str:
+    """Gains within the limits at the price of the task's cheapest run, by what is paid."""
+    measures: Measures = {}
+    for of, unit in UNITS.items():
+        spent = cheapest_run(results, task, of)
+        measures[f"gain after {spent:.0f} {unit}"] = (lambda run, spent=spent, of=of: run.gain_at(spent, of), 2)
+    return _measures_table(task, measures)
 
 
 def ending_table(task: TaskResults) -> str:
@@ -151,12 +225,13 @@ def clip_table(results: StudyResults) -> str:
     rows = []
     for task in results.measured:
         shares = [by_step(task.runs[name], "clip_fraction")[1] if task.runs.get(name) else [] for name in names]
-        rows.append([task.task.name, *(f"{100 * np.mean(own):.1f}" if len(own) else "-" for own in shares)])
+        cells = (f"{100 * np.nanmean(own):.1f} ({100 * np.nanmax(own):.1f})" if len(own) else "-" for own in shares)
+        rows.append([task.task.name, *cells])
     return markdown_table(["", *(STUDY_METHODS[name].title for name in names)], rows)
 
 
 def price_table(task: TaskResults) -> str:
-    """Model evaluations to each goal, and images and CPU seconds to the one of the summary."""
+    """Model evaluations to each goal, and images and CPU seconds to the middle one."""
     evaluations: list[tuple[float, Price]] = [(goal, "model_evaluations") for goal in GOALS]
     columns: list[tuple[float, Price]] = [*evaluations, (GOAL, "images"), (GOAL, "cpu_seconds")]
     rows = []
@@ -168,36 +243,3 @@ def price_table(task: TaskResults) -> str:
             cells.append(f"{format_interval(bootstrap(prices, median), 0)} {reached}")
         rows.append([STUDY_METHODS[name].title, *cells])
     return markdown_table(["", *(f"{UNITS[of]} to +{goal:g}" for goal, of in columns)], rows)
-
-
-def summary_table(results: StudyResults) -> str:
-    """One row per method, over the same tasks for all: gains, the comparison with native PPO, TinyEval."""
-    baseline, family = results.study.baseline, frontier_family(results)
-    cheapest = {task.task: cheapest_run(task) for task in results.measured}
-    rows = []
-    for name in results.methods:
-        runs = [run for task in results.comparable(name) for run in task.runs[name]]
-        compared = ["-"] * 2
-        if (name, baseline) in family:
-            one, p = family[name, baseline]
-            compared = [format_interval(one.interval), format_p_value(p)]
-        following = mean_change(results, name)
-        gains = ["-", "-"]
-        if runs:
-            early = [run.gain_at(cheapest[run.task]) for run in runs]
-            gains = [format_number(sum(values) / len(values)) for values in ([run.gain for run in runs], early)]
-        reached = f"{sum(np.isfinite(run.price(GOAL)) for run in runs)} of {len(runs)}"
-        title, count = STUDY_METHODS[name].title, f"{len(runs)} of {planned(results, name)}"
-        rows.append([title, count, *gains, *compared, reached, following])
-    head = ["method", "runs", "gain within the limits", "at one price", "more than native PPO", "p (Holm)"]
-    return markdown_table([*head, f"reaches +{GOAL:g}", "TinyEval, change"], rows)
-
-
-def cheapest_run(task: TaskResults) -> int:
-    """Model evaluations of the task's cheapest run, the price that every run has paid at some time."""
-    return min(run.rows[-1]["model_evaluations"] for runs in task.runs.values() for run in runs)
-
-
-def planned(results: StudyResults, name: str) -> int:
-    """The number of a method's reported runs when the study is finished."""
-    return len(results.study.seeds) * sum(name in task.runs for task in results.tasks)

@@ -12,6 +12,7 @@ from trainer.runs.folder import RunFolder
 from ..study.guarded import GuardOutcome, guard_outcome
 from ..study.methods import STUDY_METHODS
 from ..study.outcome import Row, distance, gain, lost_diversity, tinyeval_curve
+from ..study.recipes import STUDY_PROMPTS
 from ..study.statistics import t_interval
 from .collect import CellRun, StudyResults, TaskResults
 from .comparison import corrected_p_values
@@ -19,13 +20,16 @@ from .markdown import format_interval, format_number, format_p_value, markdown_t
 
 LIMITS: dict[str, dict[str, float]] = {"default": {}, "strict": {"tolerance": 0.4, "diversity_tolerance": 0.2}}
 GUARD_INTRO = """\
-The guard only measures until it stops a run, so one run that goes on shows every outcome: without a guard, and with
-its default limits or stricter ones. A loss is that of a held-out reward ({held_out}), in standard deviations of the
-base model's scores, or of diversity, as a share. The guard keeps the update with the highest reward within its
+The guard only measures until it stops a run, so one run that goes on is enough to compute what each set of limits
+would have done, and what no guard does. A loss is that of a held-out reward ({held_out}), in standard deviations of
+the base model's scores, or of diversity, as a share. The guard keeps the update with the highest reward within its
 limits; where there is none, a run ends with its last one. It stops a run after {patience} measurements in a row
-beyond the limits. It measures 16 images, the tables {images}, of the same prompts and from other noise: an update
-that the guard found within its limits may be beyond them here. p-values test, for the default limits, what the guard
-does to TinyEval, and are corrected by Holm's method over the page."""
+beyond the limits. It measures {images} images of {prompts} of the training prompts, the tables {evaluated} images of
+all {of_prompts} from other noise, so an update that the guard found within its limits may be beyond them here. On
+these prompts nearly all of the base model's images are right, so few wrong ones are many standard deviations of
+tinyeval. Both methods train at a learning rate of {rate:g}, which was not tuned. p-values test whether TinyEval of
+the guarded runs, on prompts that are never trained, is that of the base model; they are corrected by Holm's method
+over the page."""
 
 LIMITS_TITLE = "The {} limits: {:g} standard deviations, {:.0%} of diversity"
 
@@ -61,13 +65,11 @@ class GuardedRun:
         """The run's last evaluation, without the guard."""
         return len(self.run.rows) - 1
 
-    def largest_loss(self, k: int) -> float:
-        """The largest loss at an evaluation, as a share of its limit."""
-        limits = {"diversity": self.guard.diversity_tolerance}
-        return max(loss / limits.get(name, self.guard.tolerance) for name, loss in self._losses(k).items())
-
     def is_within(self, k: int) -> bool:
-        return violation(dict(self._losses(k)), self.guard) is None
+        """Whether an evaluation of the study is within the guard's limits."""
+        rows, held_out = self.run.rows, self.run.result["config"]["reward"]["held_out"]
+        lost: dict[str, float | None] = {reward: -gain(rows[k], rows[0], reward) for reward in held_out}
+        return violation({**lost, "diversity": lost_diversity(rows)[k]}, self.guard) is None
 
     @property
     def guards_share(self) -> float:
@@ -75,11 +77,6 @@ class GuardedRun:
         rows, stopped = self.run.rows, self.outcome.stopped
         row: Row = rows[-1] if stopped is None else next(row for row in rows if row["update"] >= stopped)
         return self.outcome.model_evaluations / (self.outcome.model_evaluations + row["model_evaluations"])
-
-    def _losses(self, k: int) -> dict[str, float]:
-        rows, held_out = self.run.rows, self.run.result["config"]["reward"]["held_out"]
-        lost = {reward: -gain(rows[k], rows[0], reward) for reward in held_out}
-        return {**lost, "diversity": lost_diversity(rows)[k]}
 
 
 def guarded(runs: list[CellRun], limits: str) -> list[GuardedRun]:
@@ -91,17 +88,30 @@ def guarded(runs: list[CellRun], limits: str) -> list[GuardedRun]:
 def guard_page(results: StudyResults) -> str:
     study = results.study
     guards = {name: build({"guard": {**study.guard, **changed}}, "guard").guard for name, changed in LIMITS.items()}
+    guard, (setting,) = guards["default"], study.sweep["flow"]
     intro = GUARD_INTRO.format(
-        held_out=" or ".join(study.held_out), patience=guards["default"].patience, images=study.images
+        held_out=" or ".join(study.held_out),
+        patience=guard.patience,
+        images=guard.prompts * guard.images,
+        prompts=guard.prompts,
+        evaluated=study.images,
+        of_prompts=len(STUDY_PROMPTS),
+        rate=setting.learning_rate,
     )
-    tested = {(task.task.name, name): _differences(task.runs[name]) for task, name in _rows(results)}
-    p = corrected_p_values(tested.items())
+    p = corrected_p_values(
+        ((task.task.name, name, limits), _changes(task.runs[name], limits))
+        for task, name in _rows(results)
+        for limits in LIMITS
+    )
     promises = [
         f"## {LIMITS_TITLE.format(name, one.tolerance, one.diversity_tolerance)}\n\n{promise_table(results, name)}"
         for name, one in guards.items()
     ]
-    tables = [f"## Reward {task.task.reward}\n\n{outcome_table(task, p)}" for task in results.measured]
-    return "\n\n".join(["# Does the guard stay within its limits?", intro, *promises, *tables])
+    tables = [
+        f"## Reward {task.task.reward}, {STUDY_METHODS[name].title}\n\n{outcome_table(task, name, p)}"
+        for task, name in _rows(results)
+    ]
+    return "\n\n".join(["# Do guarded runs stay within the limits?", intro, *promises, *tables])
 
 
 def promise_table(results: StudyResults, limits: str) -> str:
@@ -109,48 +119,47 @@ def promise_table(results: StudyResults, limits: str) -> str:
     rows = []
     for task, name in _rows(results):
         runs = guarded(task.runs[name], limits)
-        count = len(runs)
-        inside = [sum(one.is_within(k) for one, k in _at(runs, kept)) for kept in (True, False)]
-        largest = [max(one.largest_loss(k) for one, k in _at(runs, kept)) for kept in (True, False)]
+        count, kept = len(runs), [one.outcome.kept for one in runs if one.outcome.kept is not None]
+        inside = [sum(one.is_within(k) for one, k in ends) for ends in (_ends(runs, True), _ends(runs, False))]
         rows.append(
             [
                 f"{task.task.reward}, {STUDY_METHODS[name].title}",
                 f"{sum(one.outcome.stopped is not None for one in runs)} of {count}",
-                format_number(sum(one.run.rows[one.kept]["update"] for one in runs) / count, 1),
+                f"{len(kept)} of {count}",
+                format_number(sum(kept) / len(kept), 1) if kept else "-",
                 *(f"{within} of {count}" for within in inside),
-                *(f"{loss:.1f} x" for loss in largest),
                 f"{100 * sum(one.guards_share for one in runs) / count:.0f} %",
             ]
         )
-    head = ["reward, method", "stopped", "update kept, mean", "within the limits with", "without"]
-    head += ["largest loss, of its limit, with", "without", "the guard's share of model evaluations"]
+    head = ["reward, method", "stopped", "with a kept update", "which, mean", "within the limits with the guard"]
+    return markdown_table([*head, "without", "the guard's share of model evaluations"], rows)
+
+
+def outcome_table(task: TaskResults, name: str, p: dict[tuple[str, str, str], float]) -> str:
+    """What a method's runs end with: the base model, without a guard, and with each set of limits."""
+    runs, rows = task.runs[name], []
+    sides = {limits: guarded(runs, limits) for limits in LIMITS}
+    for title, (digits, of) in MEASURES.items():
+        base = format_number(sum(of(run, 0) for run in runs) / len(runs), digits)
+        without = format_interval(t_interval([of(run, len(run.rows) - 1) for run in runs]), digits)
+        columns = []
+        for limits, own in sides.items():
+            columns.append(format_interval(t_interval([of(one.run, one.kept) for one in own]), digits))
+            columns.append(format_p_value(p[task.task.name, name, limits]) if title == TESTED else "-")
+        rows.append([title, base, without, *columns])
+    head = ["", "base model", "without the guard", *(title for limits in LIMITS for title in (f"{limits} limits", "p"))]
     return markdown_table(head, rows)
 
 
-def outcome_table(task: TaskResults, p: dict[tuple[str, str], float]) -> str:
-    """What a run ends with: the base model, without a guard, and with each limits."""
-    rows = []
-    for name in task.measured:
-        sides = {limits: guarded(task.runs[name], limits) for limits in LIMITS}
-        for title, (digits, of) in MEASURES.items():
-            ends = [of(run, len(run.rows) - 1) for run in task.runs[name]]
-            kept = [[of(one.run, one.kept) for one in runs] for runs in sides.values()]
-            columns = [format_interval(t_interval(values), digits) for values in (ends, *kept)]
-            base = format_number(sum(of(run, 0) for run in task.runs[name]) / len(ends), digits)
-            p_value = format_p_value(p[task.task.name, name]) if title == TESTED else "-"
-            rows.append([f"{STUDY_METHODS[name].title}, {title}", str(len(ends)), base, *columns, p_value])
-    head = ["", "seeds", "base model", "without the guard", *(f"{limits} limits" for limits in LIMITS)]
-    return markdown_table([*head, "p (Holm)"], rows)
-
-
 def _rows(results: StudyResults) -> Iterator[tuple[TaskResults, str]]:
-    return ((task, name) for task in results.measured for name in task.measured)
+    """The tasks and methods whose every seed is finished."""
+    return ((task, name) for task in results.tasks for name in task.runs if task in results.finished(name))
 
 
-def _at(runs: list[GuardedRun], kept: bool) -> Iterator[tuple[GuardedRun, int]]:
+def _ends(runs: list[GuardedRun], kept: bool) -> Iterator[tuple[GuardedRun, int]]:
     return ((one, one.kept if kept else one.last) for one in runs)
 
 
-def _differences(runs: list[CellRun]) -> list[float]:
+def _changes(runs: list[CellRun], limits: str) -> list[float]:
     of = MEASURES[TESTED][1]
-    return [of(one.run, one.kept) - of(one.run, one.last) for one in guarded(runs, "default")]
+    return [of(one.run, one.kept) - of(one.run, 0) for one in guarded(runs, limits)]

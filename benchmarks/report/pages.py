@@ -6,12 +6,13 @@ from pathlib import Path
 from ..study.studies import Study
 from .collect import StudyResults, collect
 from .frontier_figure import summary_figure
-from .frontier_page import frontier_page, summary_table
+from .frontier_page import frontier_page
 from .guard_page import guard_page
 from .prompts_page import prompts_page
 from .proportionality_page import proportionality_page
 from .protocol_page import protocol_page
 from .speed_page import speed_page
+from .summary_table import summary_table
 from .tuning_page import tuning_page
 from .two_rewards_page import two_rewards_page
 

@@ -1,7 +1,5 @@
 """The page on following prompts: TinyEval before and after training, on prompts that are never trained."""
 
-from collections.abc import Sequence
-
 from comfyui_pcpo.tiny.tinyeval import HARD
 
 from ..study.methods import STUDY_METHODS
@@ -9,40 +7,50 @@ from ..study.outcome import Row, at_limits, tinyeval_curve
 from ..study.recipes import FOLLOWING
 from ..study.statistics import t_interval
 from .collect import CellRun, StudyResults, TaskResults
-from .comparison import corrected_p_values
+from .comparison import corrected_p_values, means_by_seed
 from .markdown import format_interval, format_number, format_p_value, markdown_table
 
 PROMPTS_INTRO = f"""TinyEval's hard tasks: {", ".join(HARD)}; 20 prompts each, one image per prompt from fixed noise,
 none of their combinations trained. Numbers are per cent of correct images, means over seeds with Student's 95 %
-interval. "Change" is that over the whole training, "within the limits" the change where diversity or distance reach
-their limits. p-values test a change of 0 and are corrected by Holm's method over the page."""
-
-TaskMethod = tuple[str, str]  # task and method
+interval. "Change" is that from before training to its end, "within the limits" that to the point where either limit is
+reached. p-values test a change of 0, over the tasks of a reward, and are corrected by Holm's method over the page."""
 
 
 def prompts_page(results: StudyResults) -> str:
     """Tasks that train on following prompts first, then the side effects of the others."""
-    family = corrected_p_values(
-        ((task.task.name, name), [change(run) for run in task.runs[name]])
-        for task in results.measured
-        for name in task.measured
-    )
     tasks = sorted(results.measured, key=lambda task: task.task.reward != FOLLOWING)
-    tables = [f"## {task.task.title}\n\n{following_table(task, family)}" for task in tasks]
-    return "\n\n".join(["# Does it follow prompts better?", PROMPTS_INTRO, *tables])
+    rewards = list(dict.fromkeys(task.task.reward for task in tasks))
+    changes = {
+        (reward, name): means_by_seed(results, name, reward, change) for reward in rewards for name in results.methods
+    }
+    p = corrected_p_values(changes.items())
+    parts = ["# Does it follow prompts better?", PROMPTS_INTRO]
+    for reward in rewards:
+        parts += [f"## Trained on {reward}", reward_table(results, reward, p)]
+        parts += [f"### {task.task.title}\n\n{following_table(task)}" for task in tasks if task.task.reward == reward]
+    return "\n\n".join(parts)
 
 
-def following_table(task: TaskResults, p: dict[TaskMethod, float]) -> str:
+def reward_table(results: StudyResults, reward: str, p: dict[tuple[str, str], float]) -> str:
+    """The change by method, a mean over the tasks of a reward."""
+    rows = []
+    for name in results.methods:
+        means = (means_by_seed(results, name, reward, of) for of in (change, change_at_limits))
+        whole, within = (format_interval(t_interval(values), 1) for values in means)
+        rows.append([STUDY_METHODS[name].title, whole, format_p_value(p[reward, name]), within])
+    return markdown_table(["", "change", "p (Holm)", "change within the limits"], rows)
+
+
+def following_table(task: TaskResults) -> str:
     """TinyEval by method: all hard tasks before, their change, and each task after training."""
     base = next(iter(task.runs[task.measured[0]])).rows[0]
-    rows = [["base model", "-", _percent(base, "hard tasks"), "-", "-", "-", *(_percent(base, t) for t in HARD)]]
+    rows = [["base model", "-", _percent(base, "hard tasks"), "-", "-", *(_percent(base, t) for t in HARD)]]
     for name in task.measured:
         runs = task.runs[name]
         after = [format_interval(t_interval([_end(run, t) for run in runs]), 0) for t in ("hard tasks", *HARD)]
         changes = [format_interval(t_interval([of(run) for run in runs]), 1) for of in (change, change_at_limits)]
-        p_value = format_p_value(p[task.task.name, name])
-        rows.append([STUDY_METHODS[name].title, str(len(runs)), after[0], changes[0], p_value, changes[1], *after[1:]])
-    head = ["", "seeds", "hard tasks, %", "change", "p (Holm)", "change within the limits"]
+        rows.append([STUDY_METHODS[name].title, str(len(runs)), after[0], *changes, *after[1:]])
+    head = ["", "seeds", "hard tasks, %", "change", "change within the limits"]
     return markdown_table([*head, *HARD], rows)
 
 
@@ -53,26 +61,14 @@ def change(run: CellRun) -> float:
 
 
 def change_at_limits(run: CellRun) -> float:
-    """The same where diversity or distance reach their limits."""
+    """The same to where diversity or distance reaches its limit."""
     curve = tinyeval_curve(run.rows)
     return 100 * (at_limits(run.rows, curve) - curve[0])
 
 
 def mean_change(results: StudyResults, name: str) -> str:
-    """Change over the comparable tasks that train on following prompts, with the seeds as draws; a dash without any.
-
-    A task counts once every seed is finished: otherwise the seeds would be means over different tasks.
-    """
-    by_seed: dict[int, list[float]] = {}
-    for task in results.comparable(name):
-        if task.task.reward == FOLLOWING:
-            for run in task.runs[name]:
-                by_seed.setdefault(run.seed, []).append(change(run))
-    return format_interval(t_interval([_mean(values) for values in by_seed.values()]), 1)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    """Change over the tasks that train on following prompts, with its interval over seeds; a dash without any."""
+    return format_interval(t_interval(means_by_seed(results, name, FOLLOWING, change)), 1)
 
 
 def _end(run: CellRun, task: str) -> float:

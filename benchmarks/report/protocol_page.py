@@ -1,41 +1,41 @@
-"""The page that describes how the numbers are measured, fixed before any run, and how much of it is finished."""
+"""The page that describes how the numbers are measured, and how much of it is finished."""
 
 from collections.abc import Sequence
 
 from ..study.grid import study_tasks, task_methods
 from ..study.methods import CLIP_RANGE
-from ..study.outcome import FAR, GOALS
+from ..study.outcome import GOALS, LIMITS
 from ..study.recipes import RECIPES
 from ..study.studies import Setting, Study
 from .collect import StudyResults
 from .markdown import format_list, markdown_table
 
 EVALUATION = f"""**Evaluation.** Before training and every few updates, the model generates images of its training
-prompts without noise (ODE), from the same initial noise each time. Gains are in standard deviations of the base model's
-rewards in this evaluation. Diversity is the mean cosine distance between images of a prompt, distance the Frechet
-distance to images of the base model (tiny FD), both in emoji-align's features. "Distance, x" is relative to what images
-of the base model themselves have. Runs that are reported, not those of the tuning, are also evaluated on TinyEval's
-hard tasks, whose prompts are never trained.
+prompts without noise (ODE), from the same initial noise each time. Gains are in standard deviations of the base
+model's rewards in this evaluation. Diversity is the mean cosine distance between images of a prompt, distance the
+Frechet distance to images of the base model (tiny FD), both in emoji-align's features. "Distance, x" is relative to
+what images of the base model themselves have. Runs that are reported, not those of the tuning, are also evaluated on
+TinyEval's hard tasks, whose prompts are never trained.
 
-**Outcome.** The gain within limits: where 10 % of the diversity is lost or the distance reaches {FAR:g} x, whichever
-comes first, interpolated between evaluations; the last gain of a run that reaches neither. Both limits are needed:
-images that are all alike have lost diversity, destroyed ones may have gained some. A gain's price is what is spent
-until the gain ({format_list(GOALS)}) is reached within the limits. A run whose gradient overflows counts as having lost
-all diversity from there on.
+**Outcome.** The gain within limits: where 10 % of the diversity is lost or the distance reaches {LIMITS.far:g} x,
+whichever comes first, interpolated between evaluations; the last gain of a run that reaches neither. Both limits are
+needed: images that are all alike have lost diversity, destroyed ones may even have gained diversity. A gain's price
+is what is spent until the gain ({format_list(GOALS)}) is reached within the limits. A run whose gradient overflows
+counts as having lost all diversity from there on.
 
-**Settings.** Learning rate and KL weight are tuned for each method and task over the same sweep, and beyond an edge of
-it where a method's best settings lie on one, on seeds that are not reported, by the outcome above. The clip range is
-{CLIP_RANGE:g} for every method that clips: the trainer's default on the embedded models, wider than the published 1e-4
-because their latents are smaller. GRPO-Guard's credit is not rescaled, so this clip range is narrower for it than for
-the others. A seed sets the order of the prompts for all methods of a task, and the noise where their rollouts are
-alike. No guidance; LoRA of rank 8; two optimizer steps per update; the last denoising step is never trained.
+**Settings.** Learning rate and KL weight are tuned for each method and task over the same sweep, and beyond an edge
+of it where a method's best settings lie on one, on seeds that are not reported, by the outcome above. The clip range
+is {CLIP_RANGE:g} for every method that clips: the trainer's default on the embedded models, wider than the published
+1e-4 because their latents are smaller. GRPO-Guard's credit is not rescaled, so the same number clips more of it. A
+seed sets the order of the prompts for all methods of a task, and the noise where their rollouts are alike. No
+guidance; LoRA of rank 8; two optimizer steps per update; the last denoising step is never trained.
 
-**Methods.** Branches share the first noise of a group: of PCPO where the name says so, and of TempFlow-GRPO, whose
-branch has one stochastic step. "PCPO as recommended" has a branch of one step among the first three, and groups of 16
-images, which cost fewer model evaluations than the 8 images of methods without branches. AWM and DiffusionNFT sample
-without noise and never share the first noise. "One step less": the last trained step is dropped too. "With options":
-their images share the noise that is added to them, and 4 stratified noise levels are trained in an update; AWM's
-likelihood is divided by its mean error, DiffusionNFT samples from an average of its LoRA.
+**Methods.** Methods that are named so, PCPO as recommended and TempFlow-GRPO branch: they share the first noise of a
+group. TempFlow-GRPO's branch has one stochastic step. "PCPO as recommended" has a branch of one step among the first
+three, and groups of 16 images, which cost fewer model evaluations than the 8 images of methods without branches. AWM
+and DiffusionNFT sample without noise and never share the first noise. "One step less": the last trained step is
+dropped too. "With options": their images share the noise that is added to them, and 4 stratified noise levels are
+trained in an update; AWM's likelihood is divided by its mean error, DiffusionNFT samples from an average of its LoRA.
 
 **Numbers.** Brackets are 95 % intervals over seeds: Student's t for means, bootstrap for medians. "p (Holm)" is
 corrected by Holm's method; each page says which comparisons are one family. emoji-align reads the images, and the

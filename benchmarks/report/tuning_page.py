@@ -9,10 +9,10 @@ from .collect import StudyResults, TaskResults
 from .markdown import format_number, markdown_table
 
 TUNING_INTRO = """Gain within the limits of diversity and distance, by KL weight and learning rate (columns), on the
-tuning seeds only, which are not reported. Where a method's best settings lie on an edge of the sweep, the next values
-beyond it are tried too. Each further seed is run with the best settings so far (successive halving); in brackets: the
-number of seeds, if fewer than the chosen setting's. The chosen setting is bold, and has the highest mean over all
-tuning seeds."""
+tuning seeds only, which are not reported. All settings are run on the first seed, and the next values beyond the
+sweep where a method's best settings lie on an edge of it; the best settings then, on all tuning seeds. In brackets:
+the number of seeds, if fewer than the chosen setting's. The chosen setting is bold; of those that were run on all
+tuning seeds it has the highest mean."""
 
 
 def tuning_page(studies: Sequence[StudyResults]) -> str:

@@ -12,7 +12,7 @@ class GuardOutcome(NamedTuple):
 
     kept: int | None  # update; None if no measurement is within the limits
     stopped: int | None  # update; None if it never stops the run
-    model_evaluations: int  # of the guard's own, until it stops the run
+    model_evaluations: int  # of the guard's own, until it stops the run, the base model's included
 
 
 def guard_outcome(records: Sequence[dict[str, Any]], guard: GuardConfig) -> GuardOutcome:
@@ -20,8 +20,9 @@ def guard_outcome(records: Sequence[dict[str, Any]], guard: GuardConfig) -> Guar
 
     Until it stops the run, a guard only measures. So one run shows the outcome of any limits, and of no guard.
     """
-    verdict, evaluations = GuardVerdict(), 0
-    for record in (record for record in records if "guard" in record):
+    verdict, measured = GuardVerdict(), [record for record in records if "guard" in record]
+    evaluations = measured[0]["guard"]["model_evaluations"] if measured else 0  # of the base model's images
+    for record in measured:
         verdict = next_verdict(verdict, record["guard"], record["update"], guard)
         evaluations += record["guard"]["model_evaluations"]
         if verdict.violations >= guard.patience:

@@ -6,7 +6,7 @@ all images alike, which costs diversity, or by destroying them, which costs dist
 
 from collections.abc import Sequence
 from math import inf
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,16 @@ Row = dict[str, Any]
 EvaluationRows = Sequence[Row]
 Price = Literal["model_evaluations", "images", "cpu_seconds"]
 
-LOST_DIVERSITY = 0.1  # share of the base model's diversity whose loss ends the comparison
-FAR = 1.5  # the distance that does: this multiple of what the base model's own images have
+
+class Limits(NamedTuple):
+    """What ends the comparison of a run."""
+
+    lost_diversity: float  # share of the base model's
+    far: float  # distance, as a multiple of what the base model's own images have
+
+
+LIMITS = Limits(0.1, 1.5)
+OTHER_LIMITS = (Limits(0.05, 1.25), Limits(0.2, 2.0))  # that the results are also reported for
 GOALS = (0.1, 0.25, 0.5)  # gains whose price is reported; fixed before the reported runs
 GOAL = 0.25  # the one in the summary
 
@@ -46,12 +54,12 @@ def distance(rows: EvaluationRows) -> list[float]:
     return [row["fd_base"] / rows[0]["fd_base"] for row in rows]
 
 
-def at_lost_diversity(rows: EvaluationRows, values: Sequence[float], lost: float = LOST_DIVERSITY) -> float:
+def at_lost_diversity(rows: EvaluationRows, values: Sequence[float], lost: float = LIMITS.lost_diversity) -> float:
     """A curve where diversity has fallen by `lost`, between evaluations on a straight line; its end if it never has."""
     return _at(_place(lost_diversity(rows), lost), values)
 
 
-def at_distance(rows: EvaluationRows, values: Sequence[float], far: float = FAR) -> float:
+def at_distance(rows: EvaluationRows, values: Sequence[float], far: float = LIMITS.far) -> float:
     """A curve where the distance reaches `far`; its end if it never does."""
     return _at(_place(distance(rows), far), values)
 
@@ -67,15 +75,15 @@ def gains_within_limits(rows: EvaluationRows, reward: str) -> list[float]:
     return [_at(min(place, limit), own) for place in range(len(rows))]
 
 
-def gain_within_limits(rows: EvaluationRows, reward: str) -> float:
+def gain_within_limits(rows: EvaluationRows, reward: str, limits: Limits = LIMITS) -> float:
     """The number that settings are chosen by and methods are compared in."""
-    return at_limits(rows, gains(rows, reward))
+    return _at(_limit(rows, limits), gains(rows, reward))
 
 
-def gain_at_price(rows: EvaluationRows, reward: str, model_evaluations: float) -> float:
-    """The gain within the limits after that many model evaluations, interpolated between the run's evaluations."""
-    spent = [row["model_evaluations"] for row in rows]
-    return float(np.interp(model_evaluations, spent, gains_within_limits(rows, reward)))
+def gain_at_price(rows: EvaluationRows, reward: str, spent: float, of: Price = "model_evaluations") -> float:
+    """The gain within the limits once that much is spent, on straight lines between the run's evaluations."""
+    place = np.interp(spent, [row[of] for row in rows], range(len(rows)))
+    return _at(min(place, _limit(rows)), gains(rows, reward))
 
 
 def price(rows: EvaluationRows, reward: str, goal: float, of: Price) -> float:
@@ -86,9 +94,9 @@ def price(rows: EvaluationRows, reward: str, goal: float, of: Price) -> float:
     return _at(reached, [row[of] for row in rows])
 
 
-def _limit(rows: EvaluationRows) -> float:
+def _limit(rows: EvaluationRows, limits: Limits = LIMITS) -> float:
     """The place between evaluations where diversity or distance reaches its limit; infinity if neither does."""
-    return min(_place(lost_diversity(rows), LOST_DIVERSITY), _place(distance(rows), FAR))
+    return min(_place(lost_diversity(rows), limits.lost_diversity), _place(distance(rows), limits.far))
 
 
 def _place(curve: Sequence[float], level: float) -> float:

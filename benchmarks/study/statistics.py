@@ -74,20 +74,6 @@ def bootstrap(values: Sequence[float], statistic: Callable[[np.ndarray], np.ndar
     return Interval(float(statistic(x)), float(low), float(high))
 
 
-def clustered_bootstrap(
-    clusters: Sequence[Sequence[float]], statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0
-) -> Interval:
-    """As `bootstrap`, of values that are not independent within a cluster: whole clusters are drawn."""
-    whole = [np.asarray(values, float) for values in clusters]
-    value = float(statistic(np.concatenate(whole)))
-    if len(whole) < 2:
-        return Interval(value, math.nan, math.nan)
-    draws = np.random.default_rng(seed).integers(0, len(whole), (RESAMPLES, len(whole)))
-    drawn = [float(statistic(np.concatenate([whole[k] for k in draw]))) for draw in draws]
-    low, high = np.quantile(drawn, (0.025, 0.975), method="nearest")
-    return Interval(value, float(low), float(high))
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for multiple tests (Holm 1979), in the given order; NaN is kept and not counted."""
     known = [i for i in np.argsort(p_values) if not math.isnan(p_values[i])]

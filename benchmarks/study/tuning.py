@@ -53,7 +53,7 @@ class Tuning:
 
 
 def tune(study: Study, task: StudyTask, method: str, out: Path) -> Tuning:
-    """Successive halving (Jamieson and Talwalkar, AISTATS 2016) over the tuning seeds, by gain within limits.
+    """In stages over the tuning seeds, by gain within limits.
 
     The first seed is run with the whole sweep, and with the next values beyond it where the best settings lie on an
     edge; each further seed with the best settings so far only. Chosen is the best mean over all tuning seeds.

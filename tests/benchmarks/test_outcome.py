@@ -110,7 +110,7 @@ def test_a_guard_keeps_what_it_kept_when_it_would_have_stopped():
         measured(20, 4.0, 0.0),
     ]
     stopping = GuardConfig(every=5, patience=2, tolerance=0.5)
-    assert guard_outcome(records, stopping) == GuardOutcome(kept=5, stopped=15, model_evaluations=21)
+    assert guard_outcome(records, stopping) == GuardOutcome(kept=5, stopped=15, model_evaluations=28)
     patient = stopping.model_copy(update={"patience": 3})
-    assert guard_outcome(records, patient) == GuardOutcome(kept=20, stopped=None, model_evaluations=28)
+    assert guard_outcome(records, patient) == GuardOutcome(kept=20, stopped=None, model_evaluations=35)
     assert guard_outcome(records[2:3], patient).kept is None

@@ -1,5 +1,6 @@
 """The report of a study shows what was measured, as far as it is finished, against hand-computed values."""
 
+import json
 import math
 
 import pytest
@@ -8,10 +9,12 @@ from PIL import Image
 
 from benchmarks.report import frontier_page, guard_page, prompts_page
 from benchmarks.report.collect import collect
-from benchmarks.report.comparison import paired_difference, times_cheaper
+from benchmarks.report.comparison import paired_difference
 from benchmarks.report.frontier_figure import LOOKS, mean_path, mean_progress, shown_tasks, summary_figure, task_figure
 from benchmarks.report.pages import BEGIN, END, NOTHING_MEASURED, write_report
+from benchmarks.report.prices import cheapest_run
 from benchmarks.report.proportionality_page import credit_comparisons, proportionality_page
+from benchmarks.report.summary_table import summary_table
 from benchmarks.study.grid import StudyTask
 from benchmarks.study.methods import STUDY_METHODS
 from benchmarks.study.statistics import holm, t_test
@@ -24,6 +27,10 @@ SLOPES = {"ppo": 0.4, "pcpo": 0.6, "nft": 0.9}
 def by_slope(cell):
     """Equal differences between methods in every seed."""
     return SLOPES[cell.method] + 0.01 * cell.seed
+
+
+def by_slope_or(other: float):
+    return lambda cell: SLOPES.get(cell.method, other) + 0.01 * cell.seed
 
 
 def written_pages(studies, out):
@@ -40,8 +47,8 @@ def test_the_report_shows_the_measurements_and_keeps_handwritten_text(tmp_path):
     summary = (tmp_path / "results.md").read_text()
     assert summary.startswith("# Results\n\nPCPO wins.\n\n" + BEGIN) and summary.endswith(END + "\n\n## Limits\n")
     assert summary.count(BEGIN) == summary.count(END) == 1
-    assert "| native PPO | 5 of 5 | 0.42 | 0.42 | - | - | 5 of 5 | - |" in summary
-    assert "| PCPO | 5 of 5 | 0.62 | 0.62 | 0.20 [0.20, 0.20] | < 0.001 |" in summary
+    assert "| native PPO | 5 of 5 | 0.42 | 0.42 | 0.42 | 0.42 | - | - | - |" in summary
+    assert "| PCPO | 5 of 5 | 0.62 | 0.62 | 0.62 | 0.62 | 0.20 [0.20, 0.20] | < 0.001 | - |" in summary
     assert set(pages) == {"README", "frontier", "following-prompts"}
     text = pages["frontier"]
     assert (
@@ -49,10 +56,14 @@ def test_the_report_shows_the_measurements_and_keeps_handwritten_text(tmp_path):
         in text
     )
     assert "| PCPO | 100 [100, 100] | 1.0 [1.0, 1.0] | 100 [100, 100] |" in text
-    assert "|  | native PPO | PCPO |\n|---|---|---|\n| flow-grpo/colorfulness | 20.0 | 20.0 |" in text  # clipped
-    beaten = "| native PPO | -0.20 [-0.20, -0.20] | < 0.001 | -0.20 [-0.20, -0.20] | < 0.001 | 0/5 |"
+    assert (
+        "|  | native PPO | PCPO |\n|---|---|---|\n| flow-grpo/colorfulness | 20.0 (30.0) | 20.0 (30.0) |" in text
+    )  # clipped
+    beaten = "| native PPO | -0.20 [-0.20, -0.20] | < 0.001 | 0/5 |"
     assert beaten not in text  # one comparison is stated once, in the table against native PPO
-    assert "| DiffusionNFT | 0.30 [0.30, 0.30] | < 0.001 | 0.30 [0.30, 0.30] | < 0.001 | 5/5 |" in text
+    assert (
+        "| DiffusionNFT | 0.30 [0.30, 0.30] | < 0.001 | 5/5 | 0.30 [0.30, 0.30] | 0.30 [0.30, 0.30] | < 0.001 |" in text
+    )
     assert {f.name for f in (tmp_path / "images" / "results").iterdir()} == {"frontier.png", "quick-tasks.png"}
 
 
@@ -75,7 +86,7 @@ def test_a_partial_study_is_reported_with_its_missing_runs(tmp_path):
     assert "| frontier, flow-grpo/colorfulness | 0 of 0 | 7 of 15 | 1 of 3 |" in pages["README"]
     assert "| frontier, dance-sde/polish | 0 of 0 | 0 of 15 | 0 of 3 |" in pages["README"]
     summary = (tmp_path / "results.md").read_text()
-    assert "| native PPO | 5 of 10 | 0.42 |" in summary and "| PCPO | 0 of 10 | - | - | - | - | 0 of 0 | - |" in summary
+    assert "| native PPO | 5 of 10 | 0.42 |" in summary and "| PCPO | 0 of 10 | - | - | - | - | - | - | - |" in summary
     assert "DiffusionNFT" not in summary
     assert "| PCPO | 0.006, 0 | 2 | 0.60 [" in pages["frontier"]
     assert "dance-sde" not in pages["frontier"]
@@ -94,6 +105,34 @@ def test_the_figure_shows_the_tasks_that_every_method_has_finished(tmp_path):
     assert [one.task for one in shown_tasks(collect("quick", study, tmp_path))] == [first.task]
 
 
+def test_gains_are_compared_at_the_price_of_the_cheapest_run_of_the_first_wave(tmp_path):
+    """A later method's run of half the price does not change it; images and CPU seconds have prices of their own."""
+    study = small(seeds=SEEDS, methods=("ppo", "pcpo"), later=("awm",))
+    fill(study, tmp_path, by_slope_or(0.5))
+    for name, share in (("pcpo", 0.8), ("awm", 0.5)):
+        for cell in reported(study, tmp_path, method=name):
+            file = cell.folder(tmp_path) / "result.json"
+            result = json.loads(file.read_text())
+            for row in result["rows"]:
+                row["model_evaluations"] *= share
+            file.write_text(json.dumps(result))
+    results = collect("quick", study, tmp_path)
+    (task,) = results.tasks
+    assert [cheapest_run(results, task, of) for of in ("model_evaluations", "images", "cpu_seconds")] == [1600, 160, 20]
+    ppo, pcpo = (task.runs[name][0] for name in ("ppo", "pcpo"))
+    assert (ppo.gain_at(1600), pcpo.gain_at(1600)) == pytest.approx((0.8 * ppo.gain, pcpo.gain))
+    assert ppo.gain_at(80, "images") == pytest.approx(ppo.gain / 2)
+
+
+def test_the_other_limits_stop_a_run_earlier_or_later(tmp_path):
+    study = small(seeds=SEEDS, methods=tuple(SLOPES))
+    fill(study, tmp_path, lambda cell: 1.0, diversity=0.6)  # 5, 10 and 20 % of it are lost at an 8th, a quarter, half
+    table = frontier_page.sensitivity_table(collect("quick", study, tmp_path))
+    assert "| PCPO | 0.13 | 0.25 | 0.50 |" in table
+    rewards = frontier_page.reward_table(collect("quick", study, tmp_path))
+    assert "| PCPO | 0.25 [0.25, 0.25] | 0.00 [0.00, 0.00] | 1.000 |" in rewards
+
+
 def test_a_gains_price_is_that_within_the_limits(tmp_path):
     """2,000 model evaluations in all; a tenth of the diversity is lost after 400, at a fifth of the final gain."""
     study = small(seeds=SEEDS)
@@ -106,17 +145,6 @@ def test_a_gains_price_is_that_within_the_limits(tmp_path):
     assert f"| native PPO | 200 [200, 200] {always}{4 * never}" in table
     costs = [f"{value} [{value}, {value}] {always}" for value in (100, 250, 20)]
     assert f"| PCPO | {costs[0]} {costs[1]}{never} {costs[2]}" in table
-
-
-def test_evaluations_saved_count_the_pairs_in_which_either_method_reaches_the_gain(tmp_path):
-    study = small(seeds=SEEDS, methods=tuple(SLOPES))
-    ends = {"ppo": (1.0, 1.0, 1.0, 0.1, 0.1), "pcpo": (2.0, 2.0, 0.5, 1.0, 0.1), "nft": (0.1,) * 5}
-    fill(study, tmp_path, lambda cell: ends[cell.method][cell.seed])
-    results = collect("quick", study, tmp_path)
-    # twice: half the evaluations; once: twice as many; once alone, in half of the other's evaluations; once neither
-    assert times_cheaper(results, "pcpo", "ppo", 0.5) == "2.0 x [0.5, 2.0], 4 pairs"
-    assert times_cheaper(results, "nft", "ppo", 0.5) == "0.0 x [0.0, 0.0], 3 pairs"
-    assert times_cheaper(results, "nft", "nft", 0.5) == "-"
 
 
 def test_differences_are_averaged_over_whole_tasks_before_seeds_are_compared(tmp_path):
@@ -135,7 +163,7 @@ def test_differences_are_averaged_over_whole_tasks_before_seeds_are_compared(tmp
     keys = [("pcpo", "ppo"), ("nft", "ppo"), ("nft", "pcpo")]
     assert list(family) == keys
     p = [t_test(paired_difference(results, *key).differences) for key in keys]
-    assert [family[key][1] for key in keys] == pytest.approx([*holm(p[:2]), *holm(p[2:])])  # native PPO, and the others
+    assert [family[key][1] for key in keys] == pytest.approx(holm(p))
 
 
 def test_the_figure_has_the_mean_path_of_every_method(tmp_path):
@@ -167,8 +195,9 @@ def test_prompt_following_is_compared_before_and_after_where_diversity_is_left(t
     study = small(seeds=SEEDS, tasks=(("flow-grpo", "tinyeval"),), methods=("ppo", "pcpo"))
     fill(study, tmp_path, lambda cell: 1.0, hard=0.7, diversity=0.8)
     page = prompts_page.prompts_page(collect("quick", study, tmp_path))
-    assert "| base model | - | 50 | - | - | - | 50 | 50 | 50 | 50 |" in page
-    assert "| PCPO | 5 | 70 [70, 70] | 20.0 [20.0, 20.0] | < 0.001 | 10.0 [10.0, 10.0] |" in page
+    assert "| base model | - | 50 | - | - | 50 | 50 | 50 | 50 |" in page
+    assert "| PCPO | 5 | 70 [70, 70] | 20.0 [20.0, 20.0] | 10.0 [10.0, 10.0] |" in page
+    assert "| PCPO | 20.0 [20.0, 20.0] | < 0.001 | 10.0 [10.0, 10.0] |" in page
     assert prompts_page.mean_change(collect("quick", study, tmp_path), "pcpo") == "20.0 [20.0, 20.0]"
 
 
@@ -182,7 +211,7 @@ def test_the_summary_averages_over_finished_tasks_only(tmp_path):
     for cell in reported(study, tmp_path, partial, "pcpo")[:2]:
         write(cell, study, tmp_path, 3.0, hard=0.9)
     (reported(study, tmp_path, partial, "pcpo")[2].folder(tmp_path) / "result.json").unlink()
-    summary = frontier_page.summary_table(collect("quick", study, tmp_path))
+    summary = summary_table(collect("quick", study, tmp_path))
     for title in ("native PPO", "PCPO"):  # the same tasks for both
         assert f"| {title} | 3 of 6 | 1.00 |" in summary
     assert summary.count("| 20.0 [20.0, 20.0] |") == 2
@@ -195,13 +224,14 @@ def test_credits_are_compared_with_the_native_one_of_the_same_rollouts(tmp_path)
     fill(study, tmp_path, lambda cell: slopes[cell.method] + 0.01 * cell.seed)
     results = collect("proportionality", study, tmp_path)
     family = credit_comparisons(results)
-    assert set(family) == {(task, f"proportionate{end}") for task in ("", TASK.name) for end in ("", "-branch-1")}
-    assert family["", "proportionate"][0].interval.value == pytest.approx(0.2)
-    assert family["", "proportionate-branch-1"][0].interval.value == pytest.approx(0.5)
+    assert set(family) == {(f"proportionate{end}", f"native{end}") for end in ("", "-branch-1")}
+    assert family["proportionate", "native"][0].interval.value == pytest.approx(0.2)
+    assert family["proportionate-branch-1", "native-branch-1"][0].interval.value == pytest.approx(0.5)
     page = proportionality_page(results, tmp_path, "images")
     width, height = Image.open(tmp_path / "proportionality.png").size
     assert width > 1.5 * height  # with and without branches, side by side
-    assert "| proportionate | 0.006, 0 | 5 | 0.32 [0.30, 0.34] | 0.20 [0.20, 0.20] | < 0.001 | 2000" in page
+    assert "| proportionate | native | 0.20 [0.20, 0.20] | < 0.001 | 5/5 | 1 |" in page
+    assert "| proportionate | 0.006, 0 | 5 | 0.32 [0.30, 0.34] | 2000" in page
     assert "| native | 2.0 | 10.0 to 30.0 |" in page
 
 
@@ -211,15 +241,11 @@ def test_a_guards_outcome_is_the_evaluation_of_the_update_that_it_keeps(tmp_path
     fill(study, tmp_path, lambda cell: 2.0 + 0.2 * cell.seed, diversity=0.4, hard=0.1)
     results = collect("guard", study, tmp_path)
     page = guard_page.guard_page(results)
-    # without a guard 60 % of diversity lost of 50 or 20 that are allowed, with it 30
-    assert "| colorfulness, native PPO | 0 of 2 | 5.0 | 2 of 2 | 0 of 2 | 0.6 x | 1.2 x | 20 % |" in page
-    assert "| colorfulness, native PPO | 2 of 2 | 10.0 | 0 of 2 | 0 of 2 | 3.0 x | 3.0 x | 20 % |" in page
-    assert "| native PPO, gain in the reward | 2 | 0.00 | 2.10 [" in page and "| 1.05 [" in page
-    row = "| native PPO, diversity left, % | 2 | 100 | 40 [40, 40] | 70 [70, 70] | 40 [40, 40] | - |"
-    assert row in page
-    assert (
-        "| native PPO, TinyEval, hard tasks, % | 2 | 50 | 10 [10, 10] | 30 [30, 30] | 10 [10, 10] | < 0.001 |" in page
-    )
+    assert "| colorfulness, native PPO | 0 of 2 | 2 of 2 | 5.0 | 2 of 2 | 0 of 2 | 27 % |" in page
+    assert "| colorfulness, native PPO | 2 of 2 | 0 of 2 | - | 0 of 2 | 0 of 2 | 27 % |" in page
+    assert "| gain in the reward | 0.00 | 2.10 [" in page and "| 1.05 [" in page
+    assert "| diversity left, % | 100 | 40 [40, 40] | 70 [70, 70] | - | 40 [40, 40] | - |" in page
+    assert "| TinyEval, hard tasks, % | 50 | 10 [10, 10] | 30 [30, 30] | < 0.001 | 10 [10, 10] | < 0.001 |" in page
 
 
 def test_a_guards_work_counts_up_to_the_update_at_which_it_stops_the_run(tmp_path):
@@ -228,8 +254,8 @@ def test_a_guards_work_counts_up_to_the_update_at_which_it_stops_the_run(tmp_pat
     (run,) = collect("guard", study, tmp_path).tasks[0].runs["ppo"]
     (default,), (strict,) = (guard_page.guarded([run], limits) for limits in ("default", "strict"))
     assert (default.outcome.stopped, strict.outcome.stopped) == (10, 5)
-    assert default.guards_share == pytest.approx(500 / 2500)
-    assert strict.guards_share == pytest.approx(250 / 1250)  # after 1,000 of the run's model evaluations
+    assert default.guards_share == pytest.approx(750 / 2750)
+    assert strict.guards_share == pytest.approx(500 / 1500)  # after 1,000 of the run's model evaluations
     assert (default.kept, strict.kept) == (1, 1)  # nothing is kept: the run ends where it is stopped
 
 

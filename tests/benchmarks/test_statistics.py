@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks.report.collect import CellRun, by_step
 from benchmarks.study.mixed_model import Observation, fit_mixed_model
-from benchmarks.study.statistics import bootstrap, clustered_bootstrap, first_reach, holm, median, t_interval, t_test
+from benchmarks.study.statistics import bootstrap, first_reach, holm, median, t_interval, t_test
 
 
 def test_a_target_is_reached_on_the_straight_line_between_two_evaluations():
@@ -114,16 +114,6 @@ def test_a_method_of_one_task_is_not_credited_with_how_easy_the_task_is():
     rows += [Observation("b", "easy", seed, 5 + rng.normal(0, 0.1)) for seed in range(5)]
     effect = fit_mixed_model(rows, "a").effects["b"]
     assert abs(effect.value) < 0.15 and effect.high - effect.low < 0.5
-
-
-def test_a_clustered_bootstrap_draws_whole_clusters():
-    """Five values per cluster, all alike: as wide as one value per cluster, and no narrower."""
-    one = clustered_bootstrap([[v] for v in range(7)], median)
-    five = clustered_bootstrap([[v] * 5 for v in range(7)], median)
-    assert (one.value, one.low, one.high) == (five.value, five.low, five.high)
-    independent = bootstrap(list(range(7)) * 5, median)
-    assert one.high - one.low > independent.high - independent.low
-    assert math.isnan(clustered_bootstrap([[1.0, 2.0]], median).low)
 
 
 def test_metrics_by_step_join_runs_whose_windows_fell_on_other_steps(tmp_path):

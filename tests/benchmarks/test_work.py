@@ -87,7 +87,7 @@ def test_a_guarded_run_goes_on_and_records_what_the_guard_keeps(tmp_path, monkey
     rewards = [record["guard"]["reward"] for record in records]
     outcome = guard_outcome(records, GuardConfig(every=1, tolerance=1e6, diversity_tolerance=1.0))
     assert outcome.kept == 1 + rewards.index(max(rewards))
-    assert outcome.model_evaluations == 2 * 4 * study.steps
+    assert outcome.model_evaluations == 3 * 4 * study.steps  # with the base model's images
     assert result["config"]["reward"]["held_out"] == ["polish"]
 
 

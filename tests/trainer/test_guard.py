@@ -204,6 +204,7 @@ def test_one_wrong_image_is_no_infinite_loss_where_all_of_the_base_models_were_r
     one_wrong[0] = 0.0
     assert lost_deviations(one_wrong, right) == pytest.approx(1 / 15**0.5)  # 1/16 of deviation sqrt(15) / 16
     assert lost_deviations(right, right) == 0.0
+    assert lost_deviations(torch.zeros(16), right) == pytest.approx(2.0)  # 1 of deviation 1/2, that of both together
     assert violation({"tinyeval": lost_deviations(torch.zeros(16), right)}, GuardConfig())  # none right any more
 
 

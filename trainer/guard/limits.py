@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,10 +46,11 @@ def lost_deviations(now: Tensor, base: Tensor) -> float:
     """How far the mean score fell, in standard deviations of the base model's scores.
 
     Where those are all equal, as of a reward that counts right images and finds only such, the deviation of the scores
-    now takes their place: one wrong image among many is no infinite loss.
+    now takes their place, and where these are all equal too, that of both together: no loss is infinite.
     """
-    deviations = (float(scores[scores.isfinite()].std(correction=0)) for scores in (base, now))
-    deviation = next((one for one in deviations if one > LEAST), LEAST)
+    base, now = base[base.isfinite()], now[now.isfinite()]
+    deviations = (float(scores.std(correction=0)) for scores in (base, now, torch.cat([base, now])))
+    deviation = next((one for one in deviations if one > LEAST), 1.0)
     return (valid_mean(base) - valid_mean(now)) / deviation
 
 
