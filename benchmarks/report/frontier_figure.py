@@ -15,6 +15,7 @@ from comfyui_pcpo.plotting.style import GRID, HEADING, INK, PALETTE, TEXT, TITLE
 from ..study.methods import CREDIT_METHODS, STUDY_METHODS
 from ..study.outcome import gains_within_limits, lost_diversity
 from ..study.recipes import RECIPES
+from ..study.statistics import t_interval
 from .collect import CellRun, StudyResults, TaskResults
 
 _CREDIT_COLORS = dict(zip(CREDIT_METHODS, (6, 0, 2, 1, 4), strict=True))
@@ -93,7 +94,8 @@ def progress_figure(panels: Sequence[ProgressPanel]) -> Image.Image:
         "More reward for less work: up and to the left is better", y=1 - 9 / total, **look, **text_look(TITLE, INK)
     )
     note = (
-        "Means over seeds. Counted while images stay varied and near the base model's. Lines end where training ends."
+        "Means over seeds, with their 95 % interval at the end of training. "
+        "Gains count while images stay varied and near the base model's: a line is flat once its runs have left these limits."
     )
     figure.text(y=1 - 42 / total, s=note, **look, **text_look())
     for place, panel in enumerate(panels):
@@ -111,6 +113,8 @@ def _draw_progress(axes: Any, panel: ProgressPanel) -> None:
             x, y = mean_progress(runs)
             color = PALETTE[LOOKS[line.method][0]]
             axes.plot(x, y, color=color, linewidth=style.LINE, marker="o", markersize=style.SMALL_DOT)
+            reach = t_interval([run.gain for run in runs])
+            axes.vlines(x[-1], reach.low, reach.high, color=color, alpha=0.6, linewidth=style.THIN)
             ends.append(End(x[-1], y[-1], line.title, color))
     axes.set_xlabel("model evaluations, thousands", **text_look(TEXT))
     axes.set_ylabel(Y_LABEL, **text_look(TEXT))
