@@ -94,8 +94,8 @@ def progress_figure(panels: Sequence[ProgressPanel]) -> Image.Image:
         "More reward for less work: up and to the left is better", y=1 - 9 / total, **look, **text_look(TITLE, INK)
     )
     note = (
-        "Means over seeds, with their 95 % interval at the end of training. "
-        "Gains count while images stay varied and near the base model's: a line is flat once its runs have left these limits."
+        "Means over seeds, with their 95 % interval at the end of training. Gains count while images stay varied "
+        "and near the base model's: a line is flat once its runs have left these limits."
     )
     figure.text(y=1 - 42 / total, s=note, **look, **text_look())
     for place, panel in enumerate(panels):

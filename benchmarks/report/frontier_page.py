@@ -53,7 +53,7 @@ most. At most 50 %, since the first of the two optimizer steps of an update star
 clips nothing."""
 STRONGEST = "nft"
 REFERENCES = (OURS, STRONGEST)  # that further tables compare with
-Measures = dict[str, tuple[Callable[[CellRun], float], int]]  # title of a column -> (of a run, digits)
+Columns = dict[str, tuple[Callable[[CellRun], float], int]]  # title of a column -> (of a run, digits)
 
 
 def frontier_page(results: StudyResults, images: Path, where: str) -> str:
@@ -173,7 +173,7 @@ def _limits_title(limits: Limits) -> str:
 
 def gain_table(task: TaskResults) -> str:
     """Gains within both limits, at each limit and at the end."""
-    measures: Measures = {
+    measures: Columns = {
         "gain within the limits": (lambda run: run.gain, 2),
         "at 10 % less diversity": (lambda run: at_lost_diversity(run.rows, run.gains), 2),
         f"at {LIMITS.far:g} x the distance": (lambda run: at_distance(run.rows, run.gains), 2),
@@ -185,7 +185,7 @@ def gain_table(task: TaskResults) -> str:
 
 def price_gain_table(results: StudyResults, task: TaskResults) -> str:
     """Gains within the limits at the price of the task's cheapest run, by what is paid."""
-    measures: Measures = {}
+    measures: Columns = {}
     for of, unit in UNITS.items():
         spent = cheapest_run(results, task, of)
         measures[f"gain after {spent:.0f} {unit}"] = (lambda run, spent=spent, of=of: run.gain_at(spent, of), 2)
@@ -194,7 +194,7 @@ def price_gain_table(results: StudyResults, task: TaskResults) -> str:
 
 def ending_table(task: TaskResults) -> str:
     """What is left of the images at the end of training."""
-    measures: Measures = {
+    measures: Columns = {
         "diversity left at the end, %": (lambda run: 100 * (1 - lost_diversity(run.rows)[-1]), 0),
         "distance, x": (lambda run: distance(run.rows)[-1], 1),
         "correct images, %": (lambda run: 100 * run.rows[-1]["right"], 0),
@@ -204,7 +204,7 @@ def ending_table(task: TaskResults) -> str:
 
 def _measures_table(
     task: TaskResults,
-    measures: Measures,
+    measures: Columns,
     head: Sequence[str] = (),
     before: Mapping[str, list[str]] = MappingProxyType({}),
 ) -> str:

@@ -18,7 +18,7 @@ from .collect import CellRun, StudyResults, TaskResults
 from .comparison import corrected_p_values
 from .markdown import format_interval, format_number, format_p_value, markdown_table
 
-LIMITS: dict[str, dict[str, float]] = {"default": {}, "strict": {"tolerance": 0.4, "diversity_tolerance": 0.2}}
+GUARD_LIMITS: dict[str, dict[str, float]] = {"default": {}, "strict": {"tolerance": 0.4, "diversity_tolerance": 0.2}}
 GUARD_INTRO = """\
 The guard only measures until it stops a run, so one run that goes on is enough to compute what each set of limits
 would have done, and what no guard does. A loss is that of a held-out reward ({held_out}), in standard deviations of
@@ -31,7 +31,7 @@ tinyeval. Both methods train at a learning rate of {rate:g}, which was not tuned
 the guarded runs, on prompts that are never trained, is that of the base model; they are corrected by Holm's method
 over the page."""
 
-LIMITS_TITLE = "The {} limits: {:g} standard deviations, {:.0%} of diversity"
+GUARD_TITLE = "The {} limits: {:g} standard deviations, {:.0%} of diversity"
 
 MEASURES: dict[str, tuple[int, Callable[[CellRun, int], float]]] = {  # title -> (digits, of a run's evaluation)
     "gain in the reward": (2, lambda run, k: run.gains[k]),
@@ -79,15 +79,17 @@ class GuardedRun:
         return self.outcome.model_evaluations / (self.outcome.model_evaluations + row["model_evaluations"])
 
 
-def guarded(runs: list[CellRun], limits: str) -> list[GuardedRun]:
+def under_guard(runs: list[CellRun], limits: str) -> list[GuardedRun]:
     """The runs under a guard that measures as theirs does, with other limits."""
-    changed = {"guard": LIMITS[limits]}
+    changed = {"guard": GUARD_LIMITS[limits]}
     return [GuardedRun(run, build(merge(run.result["config"], changed), str(run.folder)).guard) for run in runs]
 
 
 def guard_page(results: StudyResults) -> str:
     study = results.study
-    guards = {name: build({"guard": {**study.guard, **changed}}, "guard").guard for name, changed in LIMITS.items()}
+    guards = {
+        name: build({"guard": {**study.guard, **changed}}, "guard").guard for name, changed in GUARD_LIMITS.items()
+    }
     guard, (setting,) = guards["default"], study.sweep["flow"]
     intro = GUARD_INTRO.format(
         held_out=" or ".join(study.held_out),
@@ -101,10 +103,10 @@ def guard_page(results: StudyResults) -> str:
     p = corrected_p_values(
         ((task.task.name, name, limits), _changes(task.runs[name], limits))
         for task, name in _rows(results)
-        for limits in LIMITS
+        for limits in GUARD_LIMITS
     )
     promises = [
-        f"## {LIMITS_TITLE.format(name, one.tolerance, one.diversity_tolerance)}\n\n{promise_table(results, name)}"
+        f"## {GUARD_TITLE.format(name, one.tolerance, one.diversity_tolerance)}\n\n{promise_table(results, name)}"
         for name, one in guards.items()
     ]
     tables = [
@@ -118,7 +120,7 @@ def promise_table(results: StudyResults, limits: str) -> str:
     """By task and method: how many runs the guard stops, and how many are within its limits with and without it."""
     rows = []
     for task, name in _rows(results):
-        runs = guarded(task.runs[name], limits)
+        runs = under_guard(task.runs[name], limits)
         count, kept = len(runs), [one.outcome.kept for one in runs if one.outcome.kept is not None]
         inside = [sum(one.is_within(k) for one, k in ends) for ends in (_ends(runs, True), _ends(runs, False))]
         rows.append(
@@ -138,7 +140,7 @@ def promise_table(results: StudyResults, limits: str) -> str:
 def outcome_table(task: TaskResults, name: str, p: dict[tuple[str, str, str], float]) -> str:
     """What a method's runs end with: the base model, without a guard, and with each set of limits."""
     runs, rows = task.runs[name], []
-    sides = {limits: guarded(runs, limits) for limits in LIMITS}
+    sides = {limits: under_guard(runs, limits) for limits in GUARD_LIMITS}
     for title, (digits, of) in MEASURES.items():
         base = format_number(sum(of(run, 0) for run in runs) / len(runs), digits)
         without = format_interval(t_interval([of(run, len(run.rows) - 1) for run in runs]), digits)
@@ -147,7 +149,12 @@ def outcome_table(task: TaskResults, name: str, p: dict[tuple[str, str, str], fl
             columns.append(format_interval(t_interval([of(one.run, one.kept) for one in own]), digits))
             columns.append(format_p_value(p[task.task.name, name, limits]) if title == TESTED else "-")
         rows.append([title, base, without, *columns])
-    head = ["", "base model", "without the guard", *(title for limits in LIMITS for title in (f"{limits} limits", "p"))]
+    head = [
+        "",
+        "base model",
+        "without the guard",
+        *(title for limits in GUARD_LIMITS for title in (f"{limits} limits", "p")),
+    ]
     return markdown_table(head, rows)
 
 
@@ -162,4 +169,4 @@ def _ends(runs: list[GuardedRun], kept: bool) -> Iterator[tuple[GuardedRun, int]
 
 def _changes(runs: list[CellRun], limits: str) -> list[float]:
     of = MEASURES[TESTED][1]
-    return [of(one.run, one.kept) - of(one.run, 0) for one in guarded(runs, limits)]
+    return [of(one.run, one.kept) - of(one.run, 0) for one in under_guard(runs, limits)]

@@ -26,12 +26,12 @@ def prompts_page(results: StudyResults) -> str:
     p = corrected_p_values(changes.items())
     parts = ["# Does it follow prompts better?", PROMPTS_INTRO]
     for reward in rewards:
-        parts += [f"## Trained on {reward}", reward_table(results, reward, p)]
+        parts += [f"## Trained on {reward}", change_table(results, reward, p)]
         parts += [f"### {task.task.title}\n\n{following_table(task)}" for task in tasks if task.task.reward == reward]
     return "\n\n".join(parts)
 
 
-def reward_table(results: StudyResults, reward: str, p: dict[tuple[str, str], float]) -> str:
+def change_table(results: StudyResults, reward: str, p: dict[tuple[str, str], float]) -> str:
     """The change by method, a mean over the tasks of a reward."""
     rows = []
     for name in results.methods:

@@ -252,7 +252,7 @@ def test_a_guards_work_counts_up_to_the_update_at_which_it_stops_the_run(tmp_pat
     study = small(methods=("ppo",), guard={"every": 5, "patience": 1}, held_out=("polish",))
     fill(study, tmp_path, lambda cell: 2.0, diversity=0.4)
     (run,) = collect("guard", study, tmp_path).tasks[0].runs["ppo"]
-    (default,), (strict,) = (guard_page.guarded([run], limits) for limits in ("default", "strict"))
+    (default,), (strict,) = (guard_page.under_guard([run], limits) for limits in ("default", "strict"))
     assert (default.outcome.stopped, strict.outcome.stopped) == (10, 5)
     assert default.guards_share == pytest.approx(750 / 2750)
     assert strict.guards_share == pytest.approx(500 / 1500)  # after 1,000 of the run's model evaluations
