@@ -31,7 +31,7 @@ tinyeval. Both methods train at a learning rate of {rate:g}, which was not tuned
 the guarded runs, on prompts that are never trained, is that of the base model; they are corrected by Holm's method
 over the page."""
 
-GUARD_TITLE = "The {} limits: {:g} standard deviations, {:.0%} of diversity"
+GUARD_TITLE = "The {} limits: {:g} standard deviations, {:g} % of diversity"
 
 MEASURES: dict[str, tuple[int, Callable[[CellRun, int], float]]] = {  # title -> (digits, of a run's evaluation)
     "gain in the reward": (2, lambda run, k: run.gains[k]),
@@ -106,7 +106,7 @@ def guard_page(results: StudyResults) -> str:
         for limits in GUARD_LIMITS
     )
     promises = [
-        f"## {GUARD_TITLE.format(name, one.tolerance, one.diversity_tolerance)}\n\n{promise_table(results, name)}"
+        f"## {GUARD_TITLE.format(name, one.tolerance, 100 * one.diversity_tolerance)}\n\n{promise_table(results, name)}"
         for name, one in guards.items()
     ]
     tables = [
