@@ -117,24 +117,28 @@ def guard_page(results: StudyResults) -> str:
 
 
 def promise_table(results: StudyResults, limits: str) -> str:
-    """By task and method: how many runs the guard stops, and how many are within its limits with and without it."""
-    rows = []
-    for task, name in _rows(results):
-        runs = under_guard(task.runs[name], limits)
-        count, kept = len(runs), [one.outcome.kept for one in runs if one.outcome.kept is not None]
-        inside = [sum(one.is_within(k) for one, k in ends) for ends in (_ends(runs, True), _ends(runs, False))]
-        rows.append(
-            [
-                f"{task.task.reward}, {STUDY_METHODS[name].title}",
-                f"{sum(one.outcome.stopped is not None for one in runs)} of {count}",
-                f"{len(kept)} of {count}",
-                format_number(sum(kept) / len(kept), 1) if kept else "-",
-                *(f"{within} of {count}" for within in inside),
-                f"{100 * sum(one.guards_share for one in runs) / count:.0f} %",
-            ]
-        )
+    """By task and method, and of all runs: how many the guard stops, and how many are within its limits."""
+    groups = {
+        f"{task.task.reward}, {STUDY_METHODS[name].title}": under_guard(task.runs[name], limits)
+        for task, name in _rows(results)
+    }
+    rows = [_promise_row(title, runs) for title, runs in groups.items()]
+    rows.append(_promise_row("all", [one for runs in groups.values() for one in runs]))
     head = ["reward, method", "stopped", "with a kept update", "which, mean", "within the limits with the guard"]
     return markdown_table([*head, "without", "the guard's share of model evaluations"], rows)
+
+
+def _promise_row(title: str, runs: list[GuardedRun]) -> list[str]:
+    count, kept = len(runs), [one.outcome.kept for one in runs if one.outcome.kept is not None]
+    inside = [sum(one.is_within(k) for one, k in _ends(runs, guard)) for guard in (True, False)]
+    return [
+        title,
+        f"{sum(one.outcome.stopped is not None for one in runs)} of {count}",
+        f"{len(kept)} of {count}",
+        format_number(sum(kept) / len(kept), 1) if kept else "-",
+        *(f"{within} of {count}" for within in inside),
+        f"{100 * sum(one.guards_share for one in runs) / count:.0f} %",
+    ]
 
 
 def outcome_table(task: TaskResults, name: str, p: dict[tuple[str, str, str], float]) -> str:

@@ -241,7 +241,8 @@ def test_a_guards_outcome_is_the_evaluation_of_the_update_that_it_keeps(tmp_path
     fill(study, tmp_path, lambda cell: 2.0 + 0.2 * cell.seed, diversity=0.4, hard=0.1)
     results = collect("guard", study, tmp_path)
     page = guard_page.guard_page(results)
-    assert "| colorfulness, native PPO | 0 of 2 | 2 of 2 | 5.0 | 2 of 2 | 0 of 2 | 27 % |" in page
+    for title in ("colorfulness, native PPO", "all"):
+        assert f"| {title} | 0 of 2 | 2 of 2 | 5.0 | 2 of 2 | 0 of 2 | 27 % |" in page
     assert "| colorfulness, native PPO | 2 of 2 | 0 of 2 | - | 0 of 2 | 0 of 2 | 27 % |" in page
     assert "| gain in the reward | 0.00 | 2.10 [" in page and "| 1.05 [" in page
     assert "| diversity left, % | 100 | 40 [40, 40] | 70 [70, 70] | - | 40 [40, 40] | - |" in page

@@ -15,6 +15,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 ARCHIVES = sorted((DOCS.parent / "benchmarks" / "results").glob("*.tar.xz"))
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 MEASURED = re.compile(r"-?\b\d+\.\d+\b|\b\d+ %|\b\d+ of \d+\b")  # results as they are printed in a sentence
+CELL = re.compile(r"(?<=\| )\d+(?= )")
 LIMITS = {"95 %", "10 %"}  # of intervals, of diversity
 
 
@@ -44,7 +45,8 @@ def differing(ours: str, published: str) -> list[tuple[str, str]]:
 
 def unfounded(handwritten: str, tables: str) -> list[str]:
     """Results that a text states and no table has."""
-    printed = set(MEASURED.findall(tables)) | LIMITS
+    per_cent = "\n".join(line for line in tables.splitlines() if ", % |" in line)  # rows whose title has the unit
+    printed = set(MEASURED.findall(tables)) | {f"{number} %" for number in CELL.findall(per_cent)} | LIMITS
     return [number for number in MEASURED.findall(" ".join(handwritten.split())) if number not in printed]
 
 
@@ -57,6 +59,7 @@ def test_a_stated_result_that_no_table_has_is_found():
         "0.21",
         "3 of 5",
     ]
+    assert unfounded("from 62 % to 43 %", "| correct, % | 62 | 42 [30, 55] |\n| seeds | 43 |") == ["43 %"]
 
 
 def test_every_archive_is_that_of_a_reported_study():
