@@ -220,7 +220,8 @@ def advanced_inputs() -> list[io.Input]:
         ),
         io.Int.Input(
             "branch", default=-1, min=-1, max=1000,
-            tooltip=tooltip(RolloutConfig, "branch") + " -1 takes the recipe's value: 1 for the embedded models.",
+            tooltip=tooltip(RolloutConfig, "branch") + " -1: 1 for the embedded models, else 0; "
+            "0 with awm, nft or train_steps.",
             **ADVANCED,
         ),
         io.Int.Input(

@@ -1,4 +1,4 @@
-"""The table of results.md: one row per method, over the same tasks for all."""
+"""The table of results.md: one row per method, over the tasks that it and the whole first wave have finished."""
 
 from ..study.methods import STUDY_METHODS
 from .collect import StudyResults

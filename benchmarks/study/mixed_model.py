@@ -36,7 +36,7 @@ def fit_mixed_model(rows: Sequence[Observation], reference: str) -> MixedModel:
     Laird and Ware 1982. A block is one seed of one task: its prompts and its noise are the same for all methods. With
     an effect of each task, a method that exists in some tasks only is not credited with how easy those are. The ratio
     s_b^2 / s^2 is searched on a fine grid. Intervals are Student's t with n - methods - blocks + 1 degrees of freedom,
-    and NaN if that leaves none.
+    and NaN if that leaves none. All effects are NaN while a method shares no task with the others.
     """
     methods = [reference, *sorted({row.method for row in rows} - {reference})]
     tasks, blocks = sorted({row.task for row in rows}), sorted({(row.task, row.seed) for row in rows})
@@ -47,6 +47,13 @@ def fit_mixed_model(rows: Sequence[Observation], reference: str) -> MixedModel:
     z = np.array([[(row.task, row.seed) == block for block in blocks] for row in rows], float)
     named = dict(enumerate(methods[1:], 1))  # column of x -> method
     freedom = len(rows) - len(methods) - len(blocks) + 1
+    if np.linalg.matrix_rank(x) < x.shape[1]:  # a method shares no task with the others
+        return MixedModel(
+            {name: Interval(math.nan, math.nan, math.nan) for name in named.values()},
+            dict.fromkeys(named.values(), math.nan),
+            math.nan,
+            math.nan,
+        )
     if freedom < 1:
         beta = np.linalg.lstsq(x, y, rcond=None)[0]
         point = {name: Interval(float(beta[k]), math.nan, math.nan) for k, name in named.items()}

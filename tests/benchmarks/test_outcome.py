@@ -10,6 +10,7 @@ from benchmarks.study.outcome import (
     at_distance,
     at_limits,
     at_lost_diversity,
+    gain,
     gain_at_price,
     gain_within_limits,
     gains,
@@ -94,6 +95,15 @@ def test_tinyeval_is_read_like_any_curve():
     rows = evaluations(2.0, diversity=0.8, hard=0.6)
     assert tinyeval_curve(rows) == tinyeval_curve(rows, "counting") == pytest.approx([0.5, 0.55, 0.6])
     assert at_limits(rows, tinyeval_curve(rows)) == pytest.approx(0.55)
+
+
+def test_a_gain_has_a_unit_where_the_base_models_images_all_score_alike():
+    def row(mean, std):
+        return {"tinyeval": mean, "tinyeval_std": std}
+
+    assert gain(row(0.75, 0.5), row(1.0, 0.25), "tinyeval") == pytest.approx(-1)  # of the base model's deviation
+    assert gain(row(0.75, 0.5), row(1.0, 0.0), "tinyeval") == pytest.approx(-0.5)
+    assert gain(row(0.0, 0.0), row(1.0, 0.0), "tinyeval") == pytest.approx(-1)
 
 
 def measured(update: int, reward: float, lost: float):

@@ -149,8 +149,14 @@ def test_a_gains_price_is_that_within_the_limits(tmp_path):
 
 def test_differences_are_averaged_over_whole_tasks_before_seeds_are_compared(tmp_path):
     pairs = (("flow-grpo", "colorfulness"), ("dance-sde", "colorfulness"), ("dance-ddim", "colorfulness"))
-    study = small(tasks=pairs, seeds=(0, 1, 2), methods=tuple(SLOPES))
-    fill(study, tmp_path, lambda c: SLOPES[c.method] * (1 + c.seed) * (2 if c.task.recipe == "dance-sde" else 1))
+    study = small(tasks=pairs, seeds=(0, 1, 2), methods=tuple(SLOPES), later=("awm",))
+    fill(
+        study,
+        tmp_path,
+        lambda c: (
+            SLOPES.get(c.method, 0.5 + 0.2 * c.seed**2) * (1 + c.seed) * (2 if c.task.recipe == "dance-sde" else 1)
+        ),
+    )
     last = StudyTask("dance-ddim", "colorfulness")
     for cell in reported(study, tmp_path, last, "pcpo")[1:]:
         (cell.folder(tmp_path) / "result.json").unlink()  # the third task has one seed of PCPO: it does not count yet
@@ -160,10 +166,12 @@ def test_differences_are_averaged_over_whole_tasks_before_seeds_are_compared(tmp
     assert one.better_in == "6/6"
     assert paired_difference(results, "nft", "ppo").better_in == "6/6"  # of the same tasks
     family = frontier_page.frontier_family(results)
-    keys = [("pcpo", "ppo"), ("nft", "ppo"), ("nft", "pcpo")]
-    assert list(family) == keys
-    p = [t_test(paired_difference(results, *key).differences) for key in keys]
-    assert [family[key][1] for key in keys] == pytest.approx(holm(p))
+    first = [("pcpo", "ppo"), ("nft", "ppo"), ("nft", "pcpo")]
+    later = [("awm", "ppo"), ("awm", "pcpo"), ("awm", "nft")]
+    assert set(family) == {*first, *later}
+    for keys in (first, later):  # two families
+        p = [t_test(paired_difference(results, *key).differences) for key in keys]
+        assert [family[key][1] for key in keys] == pytest.approx(holm(p))
 
 
 def test_the_figure_has_the_mean_path_of_every_method(tmp_path):
@@ -218,13 +226,15 @@ def test_the_summary_averages_over_finished_tasks_only(tmp_path):
 
 
 def test_credits_are_compared_with_the_native_one_of_the_same_rollouts(tmp_path):
-    names = ("native", "proportionate", "native-branch-1", "proportionate-branch-1")
+    names = ("native", "proportionate", "native-branch-1", "proportionate-branch-1", "early", "first-steps")
     study = small(seeds=SEEDS, methods=names, baseline="native")
-    slopes = dict(zip(names, (0.1, 0.3, 0.5, 1.0), strict=True))
+    slopes = dict(zip(names, (0.1, 0.3, 0.5, 1.0, 0.2, 0.1), strict=True))
     fill(study, tmp_path, lambda cell: slopes[cell.method] + 0.01 * cell.seed)
     results = collect("proportionality", study, tmp_path)
     family = credit_comparisons(results)
-    assert set(family) == {(f"proportionate{end}", f"native{end}") for end in ("", "-branch-1")}
+    primary = {("proportionate", "native"), ("proportionate", "early"), ("proportionate-branch-1", "native-branch-1")}
+    assert set(family) == primary | {("early", "native"), ("first-steps", "native")}
+    assert {key for key, (_, p) in family.items() if not math.isnan(p)} == primary
     assert family["proportionate", "native"][0].interval.value == pytest.approx(0.2)
     assert family["proportionate-branch-1", "native-branch-1"][0].interval.value == pytest.approx(0.5)
     page = proportionality_page(results, tmp_path, "images")

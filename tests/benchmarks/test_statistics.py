@@ -116,6 +116,13 @@ def test_a_method_of_one_task_is_not_credited_with_how_easy_the_task_is():
     assert abs(effect.value) < 0.15 and effect.high - effect.low < 0.5
 
 
+def test_effects_that_cannot_be_told_from_those_of_tasks_are_nan():
+    rows = [Observation(m, "first", seed, 1.0 + seed) for m in ("ppo", "pcpo") for seed in range(3)]
+    rows += [Observation("nft", "second", seed, 1.0 + seed) for seed in range(3)]
+    model = fit_mixed_model(rows, "ppo")
+    assert all(math.isnan(effect.value) for effect in model.effects.values()) and set(model.p) == {"pcpo", "nft"}
+
+
 def test_metrics_by_step_join_runs_whose_windows_fell_on_other_steps(tmp_path):
     def run(name, steps, values):
         (tmp_path / name).mkdir()

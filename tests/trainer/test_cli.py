@@ -17,6 +17,7 @@ from comfyui_pcpo.tiny import pipelines
 from trainer.cli.libraries import share_cores
 from trainer.cli.main import main, version
 from trainer.cli.progress import Bar
+from trainer.evaluation.demo import DEMO_RECIPES
 from trainer.runs.folder import RunFolder
 
 
@@ -101,6 +102,12 @@ def test_options_lists_every_option(capsys):
 
 
 @pytest.mark.slow
+def test_the_demos_help_has_the_updates_of_its_recipes(capsys):
+    assert main(["demo", "--help"]) == 0
+    recipes = ", ".join(f"{recipe.updates} for {reward}" for reward, recipe in DEMO_RECIPES.items())
+    assert f"default: {recipes}" in " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+
+
 def test_the_demo_ends_with_the_gain_and_what_it_made(tmp_path, capsys):
     assert main(["demo", "--updates", "1", "--folder", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()

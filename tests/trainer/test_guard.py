@@ -20,7 +20,7 @@ from trainer.config.diagnostics import without_effect
 from trainer.config.guard_section import GuardConfig
 from trainer.config.loading import build, load, merge
 from trainer.config.schema import ConfigError
-from trainer.evaluation.demo import demo_config
+from trainer.evaluation.demo import DEMO_RECIPES, demo_config
 from trainer.guard.guard import read_measures
 from trainer.guard.limits import GuardVerdict, lost_deviations, next_verdict, replay, violation
 from trainer.policy.lora_pairs import read_lora
@@ -133,6 +133,9 @@ def test_the_guard_is_on_with_loose_limits_in_every_ready_configuration(file):
 def test_the_guard_is_on_in_the_demo_and_off_by_default(tmp_path, reward):
     demo = demo_config(reward, "demo", tmp_path, updates=30, seed=0)
     assert 0 < demo.guard.every <= 10 and reward not in demo.reward.held_out
+    recipe = DEMO_RECIPES[reward]
+    assert demo_config(reward, "demo", tmp_path, updates=None, seed=0).run.updates == recipe.updates
+    assert recipe.method == {"nft": "DiffusionNFT", "log_hinge": "PCPO"}[demo.objective.name]
     assert GuardConfig().every == 0
 
 
@@ -186,8 +189,9 @@ def test_a_fixed_kl_weight_and_a_budget_are_refused(make_config):
 
 
 def test_idle_options_of_the_guard_are_named(make_config):
-    assert without_effect(make_config(guard={"images": 3, "kl_start": 0.1})) == [
+    assert without_effect(make_config(guard={"images": 3, "diversity_tolerance": 0.2, "kl_start": 0.1})) == [
         "guard.images has no effect, because guard.every is 0.",
+        "guard.diversity_tolerance has no effect, because guard.every is 0.",
         "guard.kl_start has no effect, because guard.kl_budget is 0.",
     ]
 

@@ -52,6 +52,7 @@ def test_only_one_option_decides_which_steps_are_trained():
     assert branch_and_window("embedded", objective={"name": "nft"}) == (None, None)
     assert branch_and_window("embedded", objective={"train_steps": 0.5}) == (None, 0)
     assert branch_and_window("embedded", rollout={"sde_window": 2}) == (None, 2)
+    assert branch_and_window("embedded", objective={"train_steps": "half"}) == (1, 0)  # told when it is built
     assert branch_and_window("z-image") == (0, 1)
     assert branch_and_window("z-image", rollout={"branch": 2}) == (2, None)
 

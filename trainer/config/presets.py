@@ -35,7 +35,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    # the embedded models: what won at a small price in docs/results.md
+    # the embedded models: what worked in the demo; branch: docs/results.md
     "embedded": Preset(
         branch=1, clip_range=1e-3, rank=8, targets="linear", learning_rate=3e-3, side=None, gib_per_image=0.01
     ),
@@ -150,15 +150,19 @@ def resolved(tree: Mapping[str, Any], name: str, room: Room) -> tuple[dict[str, 
 
 
 def _not_for(tree: Mapping[str, Any]) -> set[str]:
-    """Options that keep their default: awm and nft sample without noise, and a given branch, window or share of the
-    steps is the only one that decides which are stochastic or trained."""
+    """Options that keep their default: awm and nft sample without noise; branch, window and share of the steps exclude
+    each other, and a given one wins."""
     if _given(tree, "objective", "name") in ("awm", "nft"):
         return {"rollout.noise_level", "rollout.sde_window", "rollout.branch"}
     window, branch = _given(tree, "rollout", "sde_window"), _given(tree, "rollout", "branch")
-    share = _given(tree, "objective", "train_steps") or 1.0
+    share = _given(tree, "objective", "train_steps")
     return {
         *(["rollout.sde_window"] if branch not in (None, 0, AUTO) else []),
-        *(["rollout.branch"] if window not in (None, 0, AUTO) or share < 1 else []),
+        *(
+            ["rollout.branch"]
+            if window not in (None, 0, AUTO) or (isinstance(share, int | float) and share < 1)
+            else []
+        ),
     }
 
 
