@@ -38,7 +38,7 @@ LOOKS: dict[str, tuple[int, LineStyle]] = {
     **{f"{name}-branch-1": (color, "dashed") for name, color in _CREDIT_COLORS.items()},
 }
 X_LABEL, Y_LABEL = "diversity lost, %", "reward gain, base model's std"
-PANEL, LEFT, TOP, ROW_TOP, BOTTOM, LABELS = (400, 300), 66, 58, 34, 52, 150  # pixels; LABELS beside each panel
+PANEL, LEFT, TOP, ROW_TOP, BOTTOM, LABELS = (400, 300), 66, 76, 34, 52, 150  # pixels; LABELS beside each panel
 LABEL_ROW = 16  # between two labels
 
 
@@ -94,8 +94,8 @@ def progress_figure(panels: Sequence[ProgressPanel]) -> Image.Image:
         "More reward for less work: up and to the left is better", y=1 - 9 / total, **look, **text_look(TITLE, INK)
     )
     note = (
-        "Means over seeds, with their 95 % interval at the end of training. Gains count while images stay varied "
-        "and near the base model's: a line is flat once its runs have left these limits."
+        "Means over seeds, with their 95 % interval at the end of training.\n"
+        "Gains count while images stay varied and near the base model's; then a line is flat."
     )
     figure.text(y=1 - 42 / total, s=note, **look, **text_look())
     for place, panel in enumerate(panels):
