@@ -123,23 +123,19 @@ class StudyResults:
 
     def finished(self, *methods: str) -> list[TaskResults]:
         """The tasks in which each of the methods has finished every seed."""
-        count = len(self.study.seeds)
-        return [task for task in self.tasks if all(len(task.runs.get(name, ())) == count for name in methods)]
+        return [task for task in self.tasks if all(self.has_every_seed(task, name) for name in methods)]
 
-    @property
-    def whole(self) -> list[TaskResults]:
-        """The tasks that the whole first wave has finished, apart from methods that do not exist in a task."""
-        count = len(self.study.seeds)
-        return [
-            task
-            for task in self.tasks
-            if all(len(task.runs[name]) == count for name in self.study.methods if name in task.runs)
-        ]
+    def has_every_seed(self, task: TaskResults, method: str) -> bool:
+        return len(task.runs.get(method, ())) == len(self.study.seeds)
+
+    def is_whole(self, task: TaskResults) -> bool:
+        """Whether the whole first wave has finished the task, apart from methods that do not exist in it."""
+        return all(self.has_every_seed(task, name) for name in self.study.methods if name in task.runs)
 
     def comparable(self, *methods: str) -> list[TaskResults]:
         """The tasks that the methods and the whole first wave have finished; without any, those that they have."""
         own = self.finished(*methods)
-        return [task for task in own if task in self.whole] or own
+        return [task for task in own if self.is_whole(task)] or own
 
 
 def collect(name: str, study: Study, out: Path) -> StudyResults:

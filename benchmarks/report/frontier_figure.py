@@ -65,7 +65,7 @@ def summary_figure(results: StudyResults) -> Image.Image:
 
 def shown_tasks(results: StudyResults) -> list[TaskResults]:
     """The tasks that all methods of the first wave have finished, else the first task with a finished run."""
-    return results.whole or results.measured[:1]
+    return [task for task in results.tasks if results.is_whole(task)] or results.measured[:1]
 
 
 class ProgressLine(NamedTuple):

@@ -1,8 +1,7 @@
 """The page on who gains most at the same price."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
@@ -173,50 +172,47 @@ def _limits_title(limits: Limits) -> str:
 
 def gain_table(task: TaskResults) -> str:
     """Gains within both limits, at each limit and at the end."""
-    measures: Columns = {
+    columns: Columns = {
         "gain within the limits": (lambda run: run.gain, 2),
         "at 10 % less diversity": (lambda run: at_lost_diversity(run.rows, run.gains), 2),
         f"at {LIMITS.far:g} x the distance": (lambda run: at_distance(run.rows, run.gains), 2),
         "at the end": (lambda run: run.gains[-1], 2),
     }
-    before = {name: [task.chosen[name].title, str(len(task.runs[name]))] for name in task.measured}
-    return _measures_table(task, measures, ["learning rate, KL weight", "seeds"], before)
+    rows = [
+        [STUDY_METHODS[name].title, task.chosen[name].title, str(len(runs)), *_means(runs, columns)]
+        for name, runs in task.runs.items()
+        if runs
+    ]
+    return markdown_table(["", "learning rate, KL weight", "seeds", *columns], rows)
 
 
 def price_gain_table(results: StudyResults, task: TaskResults) -> str:
     """Gains within the limits at the price of the task's cheapest run, by what is paid."""
-    measures: Columns = {}
+    columns: Columns = {}
     for of, unit in UNITS.items():
         spent = cheapest_run(results, task, of)
-        measures[f"gain after {spent:.0f} {unit}"] = (lambda run, spent=spent, of=of: run.gain_at(spent, of), 2)
-    return _measures_table(task, measures)
+        columns[f"gain after {spent:.0f} {unit}"] = (lambda run, spent=spent, of=of: run.gain_at(spent, of), 2)
+    return _means_table(task, columns)
 
 
 def ending_table(task: TaskResults) -> str:
     """What is left of the images at the end of training."""
-    measures: Columns = {
+    columns: Columns = {
         "diversity left at the end, %": (lambda run: 100 * (1 - lost_diversity(run.rows)[-1]), 0),
         "distance, x": (lambda run: distance(run.rows)[-1], 1),
         "correct images, %": (lambda run: 100 * run.rows[-1]["right"], 0),
     }
-    return _measures_table(task, measures)
+    return _means_table(task, columns)
 
 
-def _measures_table(
-    task: TaskResults,
-    measures: Columns,
-    head: Sequence[str] = (),
-    before: Mapping[str, list[str]] = MappingProxyType({}),
-) -> str:
-    """A row per method: the columns `before`, and means with their intervals."""
-    rows = []
-    for name in task.measured:
-        columns = [
-            format_interval(t_interval([of(run) for run in task.runs[name]]), digits)
-            for of, digits in measures.values()
-        ]
-        rows.append([STUDY_METHODS[name].title, *before.get(name, []), *columns])
-    return markdown_table(["", *head, *measures], rows)
+def _means_table(task: TaskResults, columns: Columns) -> str:
+    rows = [[STUDY_METHODS[name].title, *_means(task.runs[name], columns)] for name in task.measured]
+    return markdown_table(["", *columns], rows)
+
+
+def _means(runs: Sequence[CellRun], columns: Columns) -> list[str]:
+    """Means of the columns with their intervals over seeds."""
+    return [format_interval(t_interval([of(run) for run in runs]), digits) for of, digits in columns.values()]
 
 
 def clip_table(results: StudyResults) -> str:

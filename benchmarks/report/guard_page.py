@@ -1,6 +1,6 @@
 """The page on the guard: what a run ends with, with and without it, on rewards that are easily hacked."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from ..study.methods import STUDY_METHODS
 from ..study.outcome import Row, distance, gain, lost_diversity, tinyeval_curve
 from ..study.recipes import STUDY_PROMPTS
 from ..study.statistics import t_interval
-from .collect import CellRun, StudyResults, TaskResults
+from .collect import CellRun, StudyResults
 from .comparison import corrected_p_values
 from .markdown import format_interval, format_number, format_p_value, markdown_table
 
@@ -72,11 +72,41 @@ class GuardedRun:
         return violation({**lost, "diversity": lost_diversity(rows)[k]}, self.guard) is None
 
     @property
+    def change(self) -> float:
+        """What TinyEval has changed since before training, in percentage points."""
+        of = MEASURES[TESTED][1]
+        return of(self.run, self.kept) - of(self.run, 0)
+
+    @property
     def guards_share(self) -> float:
         """The guard's share of the model evaluations up to the update at which it stops the run, or to the last."""
         rows, stopped = self.run.rows, self.outcome.stopped
         row: Row = rows[-1] if stopped is None else next(row for row in rows if row["update"] >= stopped)
         return self.outcome.model_evaluations / (self.outcome.model_evaluations + row["model_evaluations"])
+
+
+@dataclass(frozen=True)
+class GuardedRuns:
+    """A method's runs of a task, all seeds, without a guard and under each set of limits."""
+
+    task: str
+    method: str
+    runs: list[CellRun]
+    sides: dict[str, list[GuardedRun]]  # by the name of the limits
+
+    @property
+    def title(self) -> str:
+        return STUDY_METHODS[self.method].title
+
+
+def guarded_runs(results: StudyResults) -> list[GuardedRuns]:
+    """The tasks and methods whose every seed is finished."""
+    return [
+        GuardedRuns(task.task.reward, name, runs, {limits: under_guard(runs, limits) for limits in GUARD_LIMITS})
+        for task in results.tasks
+        for name, runs in task.runs.items()
+        if results.has_every_seed(task, name)
+    ]
 
 
 def under_guard(runs: list[CellRun], limits: str) -> list[GuardedRun]:
@@ -100,37 +130,32 @@ def guard_page(results: StudyResults) -> str:
         of_prompts=len(STUDY_PROMPTS),
         rate=setting.learning_rate,
     )
+    every = guarded_runs(results)
     p = corrected_p_values(
-        ((task.task.name, name, limits), _changes(task.runs[name], limits))
-        for task, name in _rows(results)
-        for limits in GUARD_LIMITS
+        ((group.task, group.method, limits), [one.change for one in side])
+        for group in every
+        for limits, side in group.sides.items()
     )
     promises = [
-        f"## {GUARD_TITLE.format(name, one.tolerance, 100 * one.diversity_tolerance)}\n\n{promise_table(results, name)}"
+        f"## {GUARD_TITLE.format(name, one.tolerance, 100 * one.diversity_tolerance)}\n\n{promise_table(every, name)}"
         for name, one in guards.items()
     ]
-    tables = [
-        f"## Reward {task.task.reward}, {STUDY_METHODS[name].title}\n\n{outcome_table(task, name, p)}"
-        for task, name in _rows(results)
-    ]
+    tables = [f"## Reward {one.task}, {one.title}\n\n{outcome_table(one, p)}" for one in every]
     return "\n\n".join(["# Do guarded runs stay within the limits?", intro, *promises, *tables])
 
 
-def promise_table(results: StudyResults, limits: str) -> str:
+def promise_table(every: Sequence[GuardedRuns], limits: str) -> str:
     """By task and method, and of all runs: how many the guard stops, and how many are within its limits."""
-    groups = {
-        f"{task.task.reward}, {STUDY_METHODS[name].title}": under_guard(task.runs[name], limits)
-        for task, name in _rows(results)
-    }
-    rows = [_promise_row(title, runs) for title, runs in groups.items()]
-    rows.append(_promise_row("all", [one for runs in groups.values() for one in runs]))
+    rows = [_promise_row(f"{one.task}, {one.title}", one.sides[limits]) for one in every]
+    if every:
+        rows.append(_promise_row("all", [run for one in every for run in one.sides[limits]]))
     head = ["reward, method", "stopped", "with a kept update", "which, mean", "within the limits with the guard"]
     return markdown_table([*head, "without", "the guard's share of model evaluations"], rows)
 
 
 def _promise_row(title: str, runs: list[GuardedRun]) -> list[str]:
     count, kept = len(runs), [one.outcome.kept for one in runs if one.outcome.kept is not None]
-    inside = [sum(one.is_within(k) for one, k in _ends(runs, guard)) for guard in (True, False)]
+    inside = [sum(one.is_within(one.kept) for one in runs), sum(one.is_within(one.last) for one in runs)]
     return [
         title,
         f"{sum(one.outcome.stopped is not None for one in runs)} of {count}",
@@ -141,36 +166,15 @@ def _promise_row(title: str, runs: list[GuardedRun]) -> list[str]:
     ]
 
 
-def outcome_table(task: TaskResults, name: str, p: dict[tuple[str, str, str], float]) -> str:
+def outcome_table(group: GuardedRuns, p: dict[tuple[str, str, str], float]) -> str:
     """What a method's runs end with: the base model, without a guard, and with each set of limits."""
-    runs, rows = task.runs[name], []
-    sides = {limits: under_guard(runs, limits) for limits in GUARD_LIMITS}
+    rows = []
     for title, (digits, of) in MEASURES.items():
-        base = format_number(sum(of(run, 0) for run in runs) / len(runs), digits)
-        without = format_interval(t_interval([of(run, len(run.rows) - 1) for run in runs]), digits)
-        columns = []
-        for limits, own in sides.items():
-            columns.append(format_interval(t_interval([of(one.run, one.kept) for one in own]), digits))
-            columns.append(format_p_value(p[task.task.name, name, limits]) if title == TESTED else "-")
-        rows.append([title, base, without, *columns])
-    head = [
-        "",
-        "base model",
-        "without the guard",
-        *(title for limits in GUARD_LIMITS for title in (f"{limits} limits", "p")),
-    ]
-    return markdown_table(head, rows)
-
-
-def _rows(results: StudyResults) -> Iterator[tuple[TaskResults, str]]:
-    """The tasks and methods whose every seed is finished."""
-    return ((task, name) for task in results.tasks for name in task.runs if task in results.finished(name))
-
-
-def _ends(runs: list[GuardedRun], kept: bool) -> Iterator[tuple[GuardedRun, int]]:
-    return ((one, one.kept if kept else one.last) for one in runs)
-
-
-def _changes(runs: list[CellRun], limits: str) -> list[float]:
-    of = MEASURES[TESTED][1]
-    return [of(one.run, one.kept) - of(one.run, 0) for one in under_guard(runs, limits)]
+        base = format_number(sum(of(run, 0) for run in group.runs) / len(group.runs), digits)
+        cells = [base, format_interval(t_interval([of(run, len(run.rows) - 1) for run in group.runs]), digits)]
+        for limits, side in group.sides.items():
+            cells.append(format_interval(t_interval([of(one.run, one.kept) for one in side]), digits))
+            cells.append(format_p_value(p[group.task, group.method, limits]) if title == TESTED else "-")
+        rows.append([title, *cells])
+    sides = [title for limits in group.sides for title in (f"{limits} limits", "p")]
+    return markdown_table(["", "base model", "without the guard", *sides], rows)

@@ -85,7 +85,7 @@ def finished_table(studies: Sequence[StudyResults]) -> str:
     for results in studies:
         for task, one in zip(study_tasks(results.study), results.tasks, strict=True):
             methods, seeds = task_methods(results.study, task), len(results.study.seeds)
-            whole = f"{sum(len(one.runs[name]) == seeds for name in methods)} of {len(methods)}"
+            whole = f"{sum(results.has_every_seed(one, name) for name in methods)} of {len(methods)}"
             reported = f"{sum(map(len, one.runs.values()))} of {seeds * len(methods)}"
             tuned = one.tuning.values()
             tuning = f"{sum(own.done for own in tuned)} of {sum(own.planned for own in tuned)}"

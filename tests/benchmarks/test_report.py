@@ -259,6 +259,13 @@ def test_a_guards_outcome_is_the_evaluation_of_the_update_that_it_keeps(tmp_path
     assert "| TinyEval, hard tasks, % | 50 | 10 [10, 10] | 30 [30, 30] | < 0.001 | 10 [10, 10] | < 0.001 |" in page
 
 
+def test_a_guarded_method_is_reported_once_all_of_its_seeds_are_finished(tmp_path):
+    study = small(seeds=(0, 1), methods=("ppo",), guard={"every": 5}, held_out=("polish",))
+    write(reported(study, tmp_path)[0], study, tmp_path, 2.0)
+    page = guard_page.guard_page(collect("guard", study, tmp_path))
+    assert "native PPO" not in page and "| all |" not in page
+
+
 def test_a_guards_work_counts_up_to_the_update_at_which_it_stops_the_run(tmp_path):
     study = small(methods=("ppo",), guard={"every": 5, "patience": 1}, held_out=("polish",))
     fill(study, tmp_path, lambda cell: 2.0, diversity=0.4)

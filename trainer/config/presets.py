@@ -156,14 +156,12 @@ def _not_for(tree: Mapping[str, Any]) -> set[str]:
         return {"rollout.noise_level", "rollout.sde_window", "rollout.branch"}
     window, branch = _given(tree, "rollout", "sde_window"), _given(tree, "rollout", "branch")
     share = _given(tree, "objective", "train_steps")
-    return {
-        *(["rollout.sde_window"] if branch not in (None, 0, AUTO) else []),
-        *(
-            ["rollout.branch"]
-            if window not in (None, 0, AUTO) or (isinstance(share, int | float) and share < 1)
-            else []
-        ),
-    }
+    idle = set[str]()
+    if branch not in (None, 0, AUTO):
+        idle.add("rollout.sde_window")
+    if window not in (None, 0, AUTO) or (isinstance(share, int | float) and share < 1):
+        idle.add("rollout.branch")
+    return idle
 
 
 def _memory(tree: Mapping[str, Any], preset: Preset, room: Room) -> dict[str, Any]:
