@@ -130,7 +130,7 @@ def demo_command(
     folder: Path = Path("output/pcpo"),
     seed: int = 0,
 ) -> None:
-    """Align the embedded model, in under two minutes on two CPU cores (tinyeval), and compare it with the model before.
+    """Align the embedded model, about a minute on two idle CPU cores (tinyeval), and compare it with the model before.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The demo: align the embedded model in two minutes, and compare it with the model before on held-out prompts."""
+"""The demo: align the embedded model in a minute, and compare it with the model before on held-out prompts."""
 
 from dataclasses import dataclass
 from itertools import chain
