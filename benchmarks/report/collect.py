@@ -121,6 +121,11 @@ class StudyResults:
         """The methods that have a finished run in any task, in the study's order."""
         return [name for name in self.study.every_method if any(task.runs.get(name) for task in self.tasks)]
 
+    @property
+    def general(self) -> list[str]:
+        """Those of them that exist in every task, whose means over the tasks can be compared."""
+        return [name for name in self.methods if all(name in task.runs for task in self.tasks)]
+
     def finished(self, *methods: str) -> list[TaskResults]:
         """The tasks in which each of the methods has finished every seed."""
         return [task for task in self.tasks if all(self.has_every_seed(task, name) for name in methods)]

@@ -1,11 +1,12 @@
 """Two methods compared over tasks and seeds, and all comparisons of a page corrected together."""
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from ..study.mixed_model import MixedModel, Observation, fit_mixed_model
 from ..study.statistics import Interval, holm, t_interval, t_test
+from ..study.studies import Study
 from .collect import RunMeasure, StudyResults, run_gain
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -59,6 +60,18 @@ def corrected_p_values(differences: Iterable[tuple[_Key, Sequence[float]]]) -> d
     """p-values of zero means by Student's t, corrected by Holm's method as one family."""
     named = list(differences)
     return dict(zip([key for key, _ in named], holm([t_test(values) for _, values in named]), strict=True))
+
+
+def corrected_by_wave(
+    study: Study, differences: Mapping[_Key, Sequence[float]], methods: Callable[[_Key], Iterable[str]]
+) -> dict[_Key, float]:
+    """The same in two families: the comparisons between `methods` of the first wave, and all others."""
+    first = {key for key in differences if set(methods(key)) <= set(study.methods)}
+    families = ([key for key in differences if (key in first) is early] for early in (True, False))
+    corrected: dict[_Key, float] = {}
+    for family in families:
+        corrected |= corrected_p_values((key, differences[key]) for key in family)
+    return corrected
 
 
 def mixed_model(results: StudyResults, reference: str) -> MixedModel:

@@ -20,7 +20,7 @@ from ..study.outcome import (
 )
 from ..study.statistics import bootstrap, median, t_interval
 from .collect import CellRun, StudyResults, TaskResults, by_step
-from .comparison import PairedDifference, corrected_p_values, means_by_seed, mixed_model, paired_difference
+from .comparison import PairedDifference, corrected_by_wave, means_by_seed, mixed_model, paired_difference
 from .frontier_figure import task_figure
 from .markdown import format_interval, format_number, format_p_value, markdown_table
 from .prices import UNITS, cheapest_run
@@ -37,8 +37,10 @@ first wave. "Mixed model": an effect of each method and of each task, random int
 REML, all finished runs; it assumes that a method gains the same in every task and varies as much as any other, which
 they do not, and its p-values are not corrected. All of them generalise to new seeds, not to other tasks."""
 BY_REWARD = """\
-Gain over the tasks of each reward, and the difference to DiffusionNFT. p-values are corrected by Holm's method over
-this table."""
+Gain over the tasks of each reward, and the difference to DiffusionNFT, of the methods that exist on both models.
+p-values are corrected by Holm's method over this table, in two families as above."""
+BY_TASK = """\
+Gain within limits of every finished run; GRPO-Guard and TempFlow-GRPO exist on the flow model only."""
 SENSITIVITY = """\
 Mean gain over the tasks with other limits of diversity and distance. Settings were chosen for the middle ones."""
 PRICES = """\
@@ -80,6 +82,9 @@ def frontier_page(results: StudyResults, images: Path, where: str) -> str:
             "## By reward",
             BY_REWARD,
             reward_table(results),
+            "## By task",
+            BY_TASK,
+            gains_by_task_table(results),
             "## Other limits",
             SENSITIVITY,
             sensitivity_table(results),
@@ -94,10 +99,7 @@ def frontier_page(results: StudyResults, images: Path, where: str) -> str:
 
 
 def frontier_family(results: StudyResults) -> dict[tuple[str, str], tuple[PairedDifference, float]]:
-    """Every method against native PPO, PCPO and DiffusionNFT, with corrected p-values.
-
-    The comparisons of the first wave are one family of tests, all others are another.
-    """
+    """Every method against native PPO, PCPO and DiffusionNFT, with p-values corrected by wave."""
     study = results.study
     references = [study.baseline, *REFERENCES]
     compared = {
@@ -106,10 +108,7 @@ def frontier_family(results: StudyResults) -> dict[tuple[str, str], tuple[Paired
         for name in results.methods
         if name not in references[: number + 1] and reference in results.methods
     }
-    first = [(name, reference) for name, reference in compared if {name, reference} <= set(study.methods)]
-    p: dict[tuple[str, str], float] = {}
-    for family in (first, [key for key in compared if key not in first]):
-        p |= corrected_p_values((key, compared[key].differences) for key in family)
+    p = corrected_by_wave(study, {key: one.differences for key, one in compared.items()}, tuple)
     return {key: (one, p[key]) for key, one in compared.items()}
 
 
@@ -135,14 +134,14 @@ def comparison_tables(results: StudyResults) -> list[str]:
 def reward_table(results: StudyResults) -> str:
     """Gain by reward over comparable tasks, and the difference to DiffusionNFT."""
     rewards = list(dict.fromkeys(task.task.reward for task in results.measured))
-    names = [name for name in results.methods if results.comparable(name)]
+    names = [name for name in results.general if results.comparable(name)]
     against = {
         (name, reward): paired_difference(results, name, STRONGEST, reward=reward)
         for name in names
         for reward in rewards
         if name != STRONGEST
     }
-    p = corrected_p_values((key, one.differences) for key, one in against.items())
+    p = corrected_by_wave(results.study, {key: one.differences for key, one in against.items()}, lambda key: key[:1])
     rows = []
     for name in names:
         row = [STUDY_METHODS[name].title]
@@ -155,11 +154,20 @@ def reward_table(results: StudyResults) -> str:
     return markdown_table(["", *head], rows)
 
 
+def gains_by_task_table(results: StudyResults) -> str:
+    """The gain of every method in every task; a dash where it does not exist or has no finished run."""
+    rows = []
+    for name in results.methods:
+        gains = ([run.gain for run in task.runs.get(name, ())] for task in results.measured)
+        rows.append([STUDY_METHODS[name].title, *(format_interval(t_interval(own)) for own in gains)])
+    return markdown_table(["", *(task.task.name for task in results.measured)], rows)
+
+
 def sensitivity_table(results: StudyResults) -> str:
     """Mean gains over comparable tasks for several limits."""
     every = sorted((LIMITS, *OTHER_LIMITS))
     rows = []
-    for name in (name for name in results.methods if results.comparable(name)):
+    for name in (name for name in results.general if results.comparable(name)):
         runs = [run for task in results.comparable(name) for run in task.runs[name]]
         means = (sum(run.gain_within(limits) for run in runs) / len(runs) for limits in every)
         rows.append([STUDY_METHODS[name].title, *map(format_number, means)])

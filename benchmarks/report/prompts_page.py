@@ -7,13 +7,14 @@ from ..study.outcome import Row, at_limits, tinyeval_curve
 from ..study.recipes import FOLLOWING
 from ..study.statistics import t_interval
 from .collect import CellRun, StudyResults, TaskResults
-from .comparison import corrected_p_values, means_by_seed
+from .comparison import corrected_by_wave, means_by_seed
 from .markdown import format_interval, format_number, format_p_value, markdown_table
 
 PROMPTS_INTRO = f"""TinyEval's hard tasks: {", ".join(HARD)}; 20 prompts each, one image per prompt from fixed noise,
 none of their combinations trained. Numbers are per cent of correct images, means over seeds with Student's 95 %
 interval. "Change" is that from before training to its end, "within the limits" that to the point where either limit is
-reached. p-values test a change of 0, over the tasks of a reward, and are corrected by Holm's method over the page."""
+reached. p-values test a change of 0, over the tasks of a reward, and are corrected by Holm's method over the page, the
+methods of the first wave and later ones apart. The first tables have the methods that exist on both models."""
 
 
 def prompts_page(results: StudyResults) -> str:
@@ -21,9 +22,9 @@ def prompts_page(results: StudyResults) -> str:
     tasks = sorted(results.measured, key=lambda task: task.task.reward != FOLLOWING)
     rewards = list(dict.fromkeys(task.task.reward for task in tasks))
     changes = {
-        (reward, name): means_by_seed(results, name, reward, change) for reward in rewards for name in results.methods
+        (reward, name): means_by_seed(results, name, reward, change) for reward in rewards for name in results.general
     }
-    p = corrected_p_values(changes.items())
+    p = corrected_by_wave(results.study, changes, lambda key: key[1:])
     parts = ["# Does it follow prompts better?", PROMPTS_INTRO]
     for reward in rewards:
         parts += [f"## Trained on {reward}", change_table(results, reward, p)]
@@ -32,9 +33,9 @@ def prompts_page(results: StudyResults) -> str:
 
 
 def change_table(results: StudyResults, reward: str, p: dict[tuple[str, str], float]) -> str:
-    """The change by method, a mean over the tasks of a reward."""
+    """The change by method that exists in every task, a mean over the tasks of a reward."""
     rows = []
-    for name in results.methods:
+    for name in results.general:
         means = (means_by_seed(results, name, reward, of) for of in (change, change_at_limits))
         whole, within = (format_interval(t_interval(values), 1) for values in means)
         rows.append([STUDY_METHODS[name].title, whole, format_p_value(p[reward, name]), within])

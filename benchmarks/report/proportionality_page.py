@@ -11,8 +11,8 @@ from ..study.recipes import RECIPES
 from ..study.statistics import t_interval
 from .collect import StudyResults, TaskResults, by_step
 from .comparison import PairedDifference, corrected_p_values, paired_difference
-from .frontier_figure import ProgressLine, ProgressPanel, progress_figure
 from .markdown import format_interval, format_p_value, markdown_table
+from .progress_figure import ProgressLine, ProgressPanel, progress_figure
 
 CREDIT_INTRO = """The log-hinge objective under every credit of the denoising steps, without and with branches.
 Tasks, seeds and rollouts are the same, the learning rate is tuned for each credit; "first 40 % of the steps" and "one

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..study.grid import study_tasks, task_methods
-from ..study.methods import CLIP_RANGE
+from ..study.methods import CLIP_RANGE, STUDY_METHODS
 from ..study.outcome import GOALS, LIMITS
 from ..study.recipes import RECIPES
 from ..study.studies import Setting, Study
@@ -62,7 +62,11 @@ def study_paragraph(name: str, study: Study) -> str:
     tuning = f"settings on the tuning seeds: {rungs}" if study.tuning else "no tuning"
     evaluation = f"evaluated {study.evaluations} times with {study.images} images, distance to {study.reference_images}"
     seeds = f"reported seeds {format_list(study.seeds)}"
-    return f"**{name}.** {size}, {steps}, {evaluation}. Sweep ({sweeps}); {tuning}; {seeds}."
+    wave = ""
+    if study.later:
+        first, later = ("; ".join(STUDY_METHODS[one].title for one in own) for own in study.waves)
+        wave = f" First wave: {first}. Later: {later}."
+    return f"**{name}.** {size}, {steps}, {evaluation}. Sweep ({sweeps}); {tuning}; {seeds}.{wave}"
 
 
 def _own_steps(name: str) -> str:

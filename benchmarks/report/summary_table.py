@@ -9,10 +9,10 @@ from .prompts_page import mean_change
 
 
 def summary_table(results: StudyResults) -> str:
-    """Gains at the end and at one price, the comparison with native PPO, and TinyEval."""
+    """Gains at the end and at one price, the comparison with native PPO, and TinyEval, of methods of every task."""
     family = frontier_family(results)
     rows = []
-    for name in results.methods:
+    for name in results.general:
         tasks, compared, gains = results.comparable(name), ["-"] * 2, ["-"] * (1 + len(UNITS))
         if (name, results.study.baseline) in family:
             one, p = family[name, results.study.baseline]

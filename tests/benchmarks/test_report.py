@@ -9,10 +9,12 @@ from PIL import Image
 
 from benchmarks.report import frontier_page, guard_page, prompts_page
 from benchmarks.report.collect import collect
-from benchmarks.report.comparison import paired_difference
-from benchmarks.report.frontier_figure import LOOKS, mean_path, mean_progress, shown_tasks, summary_figure, task_figure
+from benchmarks.report.comparison import corrected_by_wave, paired_difference
+from benchmarks.report.frontier_figure import mean_path, shown_tasks, summary_figure, task_figure
+from benchmarks.report.looks import LOOKS
 from benchmarks.report.pages import BEGIN, END, NOTHING_MEASURED, write_report
 from benchmarks.report.prices import cheapest_run
+from benchmarks.report.progress_figure import mean_progress
 from benchmarks.report.proportionality_page import credit_comparisons, proportionality_page
 from benchmarks.report.summary_table import summary_table
 from benchmarks.study.grid import StudyTask
@@ -131,6 +133,33 @@ def test_the_other_limits_stop_a_run_earlier_or_later(tmp_path):
     assert "| PCPO | 0.13 | 0.25 | 0.50 |" in table
     rewards = frontier_page.reward_table(collect("quick", study, tmp_path))
     assert "| PCPO | 0.25 [0.25, 0.25] | 0.00 [0.00, 0.00] | 1.000 |" in rewards
+
+
+def test_a_method_of_one_model_is_reported_by_task_and_compared_but_not_averaged(tmp_path):
+    """GRPO-Guard exists for flow models only: its mean over one task says nothing beside means over two."""
+    tasks = (("flow-grpo", "tinyeval"), ("dance-ddim", "tinyeval"))
+    study = small(seeds=SEEDS, tasks=tasks, methods=tuple(SLOPES), later=("awm", "grpo-guard"))
+    fill(study, tmp_path, by_slope_or(0.5), hard=0.7)
+    results = collect("quick", study, tmp_path)
+    assert results.methods == [*SLOPES, "awm", "grpo-guard"] and results.general == [*SLOPES, "awm"]
+    gain = "0.52 [0.50, 0.54]"
+    assert f"| AWM | {gain} | {gain} |\n| GRPO-Guard | {gain} | - |" in frontier_page.gains_by_task_table(results)
+    assert "| GRPO-Guard | 0.10 [0.10, 0.10] |" in frontier_page.comparison_tables(results)[0]
+    averaged = (frontier_page.reward_table, frontier_page.sensitivity_table, summary_table)
+    assert all("| AWM |" in (text := table(results)) and "GRPO-Guard" not in text for table in averaged)
+    page = prompts_page.prompts_page(results)
+    assert (
+        page.count("| GRPO-Guard |") == 1 and page.count("| AWM |") == 3
+    )  # of tasks; and of their mean
+
+
+def test_the_first_waves_p_values_stay_when_later_methods_are_compared(tmp_path):
+    differences = {("ppo",): (0.1, 0.2, 0.4), ("pcpo",): (0.2, 0.3, 0.5), ("awm",): (0.1, 0.3, 0.3)}
+    first = {key: differences[key] for key in (("ppo",), ("pcpo",))}
+    study = small(methods=("ppo", "pcpo"), later=("awm",))
+    p = corrected_by_wave(study, differences, tuple)
+    assert p == {**corrected_by_wave(study, first, tuple), ("awm",): t_test(differences["awm",])}
+    assert [p[key] for key in first] == pytest.approx(holm([t_test(own) for own in first.values()]))
 
 
 def test_a_gains_price_is_that_within_the_limits(tmp_path):
