@@ -35,8 +35,9 @@ def fit_mixed_model(rows: Sequence[Observation], reference: str) -> MixedModel:
 
     Laird and Ware 1982. A block is one seed of one task: its prompts and its noise are the same for all methods. With
     an effect of each task, a method that exists in some tasks only is not credited with how easy those are. The ratio
-    s_b^2 / s^2 is searched on a fine grid. Intervals are Student's t with n - methods - blocks + 1 degrees of freedom,
-    and NaN if that leaves none. All effects are NaN while a method shares no task with the others.
+    s_b^2 / s^2 is searched on a fine grid: it may be near 0, where statsmodels 0.15 does not converge. Intervals are
+    Student's t with n - methods - blocks + 1 degrees of freedom, and NaN if that leaves none. All effects are NaN
+    while a method shares no task with the others.
     """
     methods = [reference, *sorted({row.method for row in rows} - {reference})]
     tasks, blocks = sorted({row.task for row in rows}), sorted({(row.task, row.seed) for row in rows})
