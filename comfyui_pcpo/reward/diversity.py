@@ -39,6 +39,8 @@ class DiversityOf(GroupReward):
         raise NotImplementedError(f"{type(self).__name__} does not define embed. Define it: one row per image.")
 
     def score_group(self, images: Tensor, prompt: str) -> Tensor:
+        if len(images) == 1:
+            self.failure = "a single image of a prompt has none to differ from; generate two or more"
         parts = images.split(self.settings.images_at_once)
         return mean_distance(torch.cat([self.embed(part.to(self.device)).float() for part in parts]))
 

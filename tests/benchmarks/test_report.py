@@ -148,9 +148,7 @@ def test_a_method_of_one_model_is_reported_by_task_and_compared_but_not_averaged
     averaged = (frontier_page.reward_table, frontier_page.sensitivity_table, summary_table)
     assert all("| AWM |" in (text := table(results)) and "GRPO-Guard" not in text for table in averaged)
     page = prompts_page.prompts_page(results)
-    assert (
-        page.count("| GRPO-Guard |") == 1 and page.count("| AWM |") == 3
-    )  # of tasks; and of their mean
+    assert page.count("| GRPO-Guard |") == 1 and page.count("| AWM |") == 3  # of tasks; and of their mean
 
 
 def test_the_first_waves_p_values_stay_when_later_methods_are_compared(tmp_path):

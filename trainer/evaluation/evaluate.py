@@ -79,9 +79,15 @@ def evaluate(
         Metric(name, role(name, opened), *([v[name] for v in values.get(s, [])] for s in ("before", "after")))
         for name in values["before"][0]
     ]
-    notes += [f"{metric.name} has no value" for metric in metrics if not metric.measured]
+    notes += [no_value(metric.name, context.meter) for metric in metrics if not metric.measured]
     described = describe_setup(opened.config, source, options) | {"pictures": images_folder and str(images_folder)}
     return Report(described, context.prompts, metrics, shown, notes)
+
+
+def no_value(name: str, meter: Meter) -> str:
+    """A note on a metric without any value, with the reason where a reward has one."""
+    reason = meter.rewards[name].failure if name in meter.rewards else ""
+    return f"{name} has no value: {reason}" if reason else f"{name} has no value"
 
 
 def count_images(source: str, options: EvaluationOptions) -> int:
