@@ -24,12 +24,13 @@ The guard only measures until it stops a run, so one run that goes on is enough 
 would have done, and what no guard does. A loss is that of a held-out reward ({held_out}), in standard deviations of
 the base model's scores, or of diversity, as a share. The guard keeps the update with the highest reward within its
 limits; where there is none, a run ends with its last one. It stops a run after {patience} measurements in a row
-beyond the limits. It measures {images} images of {prompts} of the training prompts, the tables {evaluated} images of
-all {of_prompts} from other noise, so an update that the guard found within its limits may be beyond them here. On
-these prompts nearly all of the base model's images are right, so few wrong ones are many standard deviations of
-tinyeval. Both methods train at a learning rate of {rate:g}, which was not tuned. p-values test whether TinyEval of
-the guarded runs, on prompts that are never trained, is that of the base model; they are corrected by Holm's method
-over the page."""
+beyond the limits. "At one update" is the control: all runs of a row end with the evaluation nearest to the mean of
+the updates that the guard keeps, which nobody knows beforehand. The guard measures {images} images of {prompts} of
+the training prompts, the tables {evaluated} images of all {of_prompts} from other noise, so an update that the guard
+found within its limits may be beyond them here. On these prompts nearly all of the base model's images are right, so
+few wrong ones are many standard deviations of tinyeval. Both methods train at a learning rate of {rate:g}, which was
+not tuned. p-values test whether TinyEval of the guarded runs, on prompts that are never trained, is that of the base
+model; they are corrected by Holm's method over the page."""
 
 GUARD_TITLE = "The {} limits: {:g} standard deviations, {:g} % of diversity"
 
@@ -144,24 +145,41 @@ def guard_page(results: StudyResults) -> str:
     return "\n\n".join(["# Do guarded runs stay within the limits?", intro, *promises, *tables])
 
 
+def shared_end(side: Sequence[GuardedRun]) -> int:
+    """The evaluation nearest to the mean of the kept updates: one end for all runs, known in hindsight only."""
+    kept = [one.outcome.kept for one in side if one.outcome.kept is not None]
+    updates = [row["update"] for row in side[0].run.rows]
+    mean = sum(kept) / len(kept) if kept else updates[-1]
+    return min(range(len(updates)), key=lambda k: abs(updates[k] - mean))
+
+
 def promise_table(every: Sequence[GuardedRuns], limits: str) -> str:
-    """By task and method, and of all runs: how many the guard stops, and how many are within its limits."""
-    rows = [_promise_row(f"{one.task}, {one.title}", one.sides[limits]) for one in every]
+    """By task and method, and of all runs: how many the guard stops, how many are within its limits, their gain."""
+    sides = {f"{one.task}, {one.title}": one.sides[limits] for one in every}
+    ends = {title: [(one, shared_end(side)) for one in side] for title, side in sides.items()}
+    rows = [_promise_row(title, own) for title, own in ends.items()]
     if every:
-        rows.append(_promise_row("all", [run for one in every for run in one.sides[limits]]))
-    head = ["reward, method", "stopped", "with a kept update", "which, mean", "within the limits with the guard"]
-    return markdown_table([*head, "without", "the guard's share of model evaluations"], rows)
+        rows.append(_promise_row("all", [pair for own in ends.values() for pair in own]))
+    head = ["reward, method", "stopped", "with a kept update", "which, mean"]
+    head += [f"within the limits, {end}" for end in ("with the guard", "at one update", "without")]
+    head += [f"gain, {end}" for end in ("with the guard", "at one update")]
+    return markdown_table([*head, "the guard's share of model evaluations"], rows)
 
 
-def _promise_row(title: str, runs: list[GuardedRun]) -> list[str]:
+def _promise_row(title: str, ends: Sequence[tuple[GuardedRun, int]]) -> list[str]:
+    """A row of runs, each with the evaluation that the control ends it with."""
+    runs = [one for one, _ in ends]
     count, kept = len(runs), [one.outcome.kept for one in runs if one.outcome.kept is not None]
-    inside = [sum(one.is_within(one.kept) for one in runs), sum(one.is_within(one.last) for one in runs)]
+    sides = [[(one, one.kept) for one in runs], ends, [(one, one.last) for one in runs]]
+    inside = [sum(one.is_within(k) for one, k in side) for side in sides]
+    gained = [sum(one.run.gains[k] for one, k in side) / count for side in sides[:2]]
     return [
         title,
         f"{sum(one.outcome.stopped is not None for one in runs)} of {count}",
         f"{len(kept)} of {count}",
         format_number(sum(kept) / len(kept), 1) if kept else "-",
         *(f"{within} of {count}" for within in inside),
+        *map(format_number, gained),
         f"{100 * sum(one.guards_share for one in runs) / count:.0f} %",
     ]
 

@@ -279,11 +279,25 @@ def test_a_guards_outcome_is_the_evaluation_of_the_update_that_it_keeps(tmp_path
     results = collect("guard", study, tmp_path)
     page = guard_page.guard_page(results)
     for title in ("colorfulness, native PPO", "all"):
-        assert f"| {title} | 0 of 2 | 2 of 2 | 5.0 | 2 of 2 | 0 of 2 | 27 % |" in page
-    assert "| colorfulness, native PPO | 2 of 2 | 0 of 2 | - | 0 of 2 | 0 of 2 | 27 % |" in page
+        assert f"| {title} | 0 of 2 | 2 of 2 | 5.0 | 2 of 2 | 2 of 2 | 0 of 2 | 1.05 | 1.05 | 27 % |" in page
+    assert "| colorfulness, native PPO | 2 of 2 | 0 of 2 | - | 0 of 2 | 0 of 2 | 0 of 2 | 2.10 | 2.10 | 27 % |" in page
     assert "| gain in the reward | 0.00 | 2.10 [" in page and "| 1.05 [" in page
     assert "| diversity left, % | 100 | 40 [40, 40] | 70 [70, 70] | - | 40 [40, 40] | - |" in page
     assert "| TinyEval, hard tasks, % | 50 | 10 [10, 10] | 30 [30, 30] | < 0.001 | 10 [10, 10] | < 0.001 |" in page
+
+
+def test_the_guards_control_ends_all_runs_at_the_evaluation_nearest_to_the_mean_kept_update(tmp_path):
+    """The runs keep updates 10, 5 and 5, and the evaluation nearest to 6.7 is that of update 5."""
+    study = small(seeds=(0, 1, 2), methods=("ppo",), guard={"every": 5}, held_out=("polish",))
+    for cell, diversity in zip(reported(study, tmp_path), (0.9, 0.4, 0.4), strict=True):
+        write(cell, study, tmp_path, 2.0, diversity=diversity)
+    (group,) = guard_page.guarded_runs(collect("guard", study, tmp_path))
+    side = group.sides["default"]
+    assert [one.outcome.kept for one in side] == [10, 5, 5]
+    assert guard_page.shared_end(side) == 1  # of 0, 5 and 10
+    assert "| all | 0 of 3 | 3 of 3 | 6.7 | 3 of 3 | 3 of 3 | 1 of 3 | 1.33 | 1.00 |" in guard_page.promise_table(
+        [group], "default"
+    )
 
 
 def test_a_guarded_method_is_reported_once_all_of_its_seeds_are_finished(tmp_path):
