@@ -186,6 +186,11 @@ def tick() -> None:
 
 def out_of_memory(config: Config, error: Exception) -> ConfigError:
     r = config.rollout
+    if str(error).startswith("reward "):
+        return ConfigError(
+            f"out of memory while scoring ({error}). Choose dtype float16 in Load Reward, or a smaller reward. "
+            "Finished updates are saved; set resume to continue."
+        )
     return ConfigError(
         f"out of memory with images_at_once {r.images_at_once} at {r.width} x {r.height} pixels ({error}). "
         f"Set images_at_once to {max(1, r.images_at_once // 2)}, turn on gradient_checkpointing, or use a smaller "

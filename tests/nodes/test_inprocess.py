@@ -15,10 +15,13 @@ comfy_host.skip_without_host()
 
 import torch  # noqa: E402
 
+from comfyui_pcpo.reward.base import Reward, RewardSettings  # noqa: E402
+
 pytestmark = pytest.mark.slow
 
 comfy_host.load_pack()
 ConfigError = comfy_host.pack_module("trainer.config.schema").ConfigError
+types = comfy_host.pack_module("nodes.types")
 run = comfy_host.execute
 
 
@@ -31,6 +34,22 @@ def test_scores_put_the_best_first():
     assert torch.equal(best, images[[1, 2]])
     assert scores == sorted(scores, reverse=True) and len(scores) == 2
     assert report.count("\n") == 3 and grid.shape[0] == 1
+
+
+def test_rewards_score_on_their_device_and_leave_it():
+    """Also one that a training has moved to the CPU; ComfyUI does not know of the memory that a reward takes."""
+    used = []
+
+    class Recording(Reward):
+        name = "recording"
+
+        def score_batch(self, images, prompts):
+            used.append(self.device.type)
+            return torch.zeros(len(images))
+
+    reward = Recording(RewardSettings(device="meta")).to("cpu")
+    run("PCPOScoreImages", torch.rand(2, 8, 8, 3), types.WeightedRewards((reward,), (1.0,)), "", 0)
+    assert used == ["meta"] and reward.device.type == "cpu"
 
 
 def test_combined_rewards_add_up_and_refuse_repeats():

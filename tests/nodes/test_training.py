@@ -14,9 +14,11 @@ comfy_host.skip_without_host()
 import torch  # noqa: E402
 
 comfy_host.load_pack()
+import comfy.latent_formats  # noqa: E402
 import comfy.model_management as mm  # noqa: E402
 import comfy.model_sampling  # noqa: E402
 import comfy.utils  # noqa: E402
+import comfy_families  # noqa: E402
 import comfy_models  # noqa: E402
 from comfy_models import LINES, biggest  # noqa: E402
 
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.slow
 
 call = comfy_host.execute
 job = comfy_host.pack_module("nodes.job")
+ksampler = comfy_host.pack_module("nodes.host.ksampler")
 comfy_policy = comfy_host.pack_module("nodes.host.policy")
 types = comfy_host.pack_module("nodes.types")
 settings = comfy_host.pack_module("trainer.config.schema")
@@ -362,6 +365,27 @@ def test_compare_shows_the_same_noise_on_both_sides(flow):
     before, after, grid, report = call("PCPOCompare", flow.model, still, flow.vae, flow.prompts, 0, 4, 1.0, flow.reward)
     assert torch.equal(before, after) and before.shape == (2, 128, 128, 3) and grid.shape[0] == 1
     assert "before" in report
+
+
+def test_compare_takes_the_images_of_a_video_models_vae(flow):
+    """It decodes to frames, (B, 1, H, W, 3)."""
+
+    class Frames:
+        def decode(self, samples):
+            return flow.vae.decode(samples)[:, None]
+
+    one = (0, 4, 1.0)
+    request = [ksampler.ImageRequest(vae, flow.prompts, flow.latent(1), *one) for vae in (flow.vae, Frames())]
+    with torch.inference_mode():
+        assert torch.equal(request[0].generate(flow.model), request[1].generate(flow.model))
+
+
+def test_compare_generates_512_pixels_whatever_a_latent_stands_for(flow):
+    for latents, size in ((comfy.latent_formats.SDXL(), 64), (comfy.latent_formats.Flux2(), 32)):
+        model = comfy_families.make("sd3").model
+        model.model.latent_format = latents
+        assert ksampler.empty_latent(model)["samples"].shape == (1, latents.latent_channels, size, size)
+    assert ksampler.empty_latent(flow.model)["samples"].shape == (1, 16, 16, 16)
 
 
 def test_compare_takes_steps_and_cfg_of_training_at_0(flow):

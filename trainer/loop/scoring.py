@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.method.advantage import AdvantageRule, failed_share, score_groups
-from comfyui_pcpo.reward.base import Reward
+from comfyui_pcpo.reward.base import Reward, on_its_device
 
 from ..config.schema import Config
 from .plan import Plan
@@ -43,17 +43,6 @@ class ImageGroups:
     images: Tensor
     prompts: list[str]
     group_size: int
-
-
-@contextmanager
-def on_its_device(reward: Reward, offload: bool) -> Iterator[Reward]:
-    """The reward on its own device; with `offload` it leaves a GPU afterwards, so that the rollout has that memory."""
-    reward.to(reward.settings.device)
-    try:
-        yield reward
-    finally:
-        if offload and reward.device.type != "cpu":
-            reward.to("cpu")
 
 
 def score(
