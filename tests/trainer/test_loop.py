@@ -271,3 +271,9 @@ def test_prompts_are_encoded_once_per_run(make_config, learn):
     state.policy.encode = counted
     assert len(list(updates)) == 2
     assert calls == [["a fox", "a red star", "two frogs"]]
+
+
+def test_a_short_window_that_is_not_used_changes_nothing(make_config, learn):
+    """advantage.window has no effect with kind = group, so it may be shorter than min_count."""
+    plain, short = (next(learn(make_config(advantage={"window": window}))[1]) for window in (32, 8))
+    assert plain.metrics["loss"] == short.metrics["loss"]
