@@ -1,8 +1,8 @@
 """What the guard decides, from its rows in metrics.jsonl alone, so that a resumed run decides the same."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,12 +70,17 @@ def next_verdict(before: GuardVerdict, row: dict[str, Any], number: int, guard: 
     return GuardVerdict(before.kept, before.reward)
 
 
-def replay(records: Sequence[dict[str, Any]], guard: GuardConfig) -> GuardVerdict:
-    """The verdict after all recorded measurements."""
+def replay(records: Sequence[dict[str, Any]], guard: GuardConfig, saved: Container[int]) -> GuardVerdict:
+    """The verdict after all recorded measurements; of the updates, only those with a `saved` checkpoint can be kept.
+
+    An update that the limits of its time excluded was not saved, and one that a later update surpassed may be pruned.
+    """
     verdict = GuardVerdict()
     for record in records:
         if "guard" in record:
-            verdict = next_verdict(verdict, record["guard"], record["update"], guard)
+            after = next_verdict(verdict, record["guard"], record["update"], guard)
+            lacking = after.kept is not None and after.kept not in saved
+            verdict = replace(after, kept=verdict.kept, reward=verdict.reward) if lacking else after
     return verdict
 
 

@@ -27,13 +27,14 @@ from comfyui_pcpo.plotting.run_curves import curves
 from ..config.loading import build, dump, dump_shareable, tomllib
 from ..config.schema import Config, ConfigError
 from ..config.text_files import read_text
+from ..guard.limits import replay
 from ..loop.align import Update
 from ..loop.state import TrainingState
 from ..policy.base import LoraPairs
 from ..policy.lora_pairs import folded, load_pairs, read_lora
 from ..program import program_name
 from .checkpoint import EMA, LORA, Damaged, read_checkpoint, verify, write_checkpoint
-from .rows import append_record, final_checkpoint, read_rows, row_line
+from .rows import append_record, read_rows, row_line
 
 CONFIG_HEAD = "# The settings of this run. The last line says that nothing is missing.\n"
 CONFIG_END = "# end"
@@ -250,7 +251,7 @@ class RunFolder:
         if not numbers:
             raise ConfigError(f"{self.path} has no checkpoints yet. Resume it to continue training.")
         if which == "final":
-            which = final_checkpoint(self.records())
+            which = "latest" if self.kept() is None else "kept"
         if which == "latest":
             number = numbers[-1]
         elif which == "best":
@@ -270,11 +271,16 @@ class RunFolder:
         means = {row["update"]: mean for row in rows if (mean := comparable_mean(row, weights)) is not None}
         return max(numbers, key=lambda n: means.get(n, -math.inf))
 
+    def kept(self) -> int | None:
+        """The update that the guard keeps, by the limits of config.toml; None where there is none."""
+        guard = self.config().guard
+        return replay(self.records(), guard, self.numbers()).kept if guard.every else None
+
     def kept_number(self) -> int:
         """The update that the guard keeps. Raises ConfigError where there is none."""
-        kept = [row["guard"]["kept"] for row in self.records() if "guard" in row][-1:]
-        if kept and kept[0] in self.numbers():
-            return kept[0]
+        kept = self.kept()
+        if kept is not None:
+            return kept
         raise ConfigError(
             f"{self.path} has no kept checkpoint: the guard was off (guard.every = 0), or no measured update was "
             "within its limits. Use final, latest, best or a number."

@@ -1,7 +1,7 @@
 """Start, resume and continue a run: written once, for the command line, the ComfyUI node and the benchmark."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -120,8 +120,8 @@ class Run:
 
     def _write_kept(self) -> None:
         """Make lora.safetensors that of the update that the guard keeps."""
-        if self.guard is not None and self.guard.verdict.kept is not None:
-            number = self.guard.verdict.kept
+        number = None if self.guard is None else self.folder.kept()
+        if number is not None:
             with writing(self.folder.lora_file, self.folder.path):
                 pairs = self.folder.lora(str(number))
                 self.folder.write_lora(pairs, self.state.policy.family, self.config, number)
@@ -131,12 +131,20 @@ class Run:
             if not self.job.processes.main:
                 return
             self._record()  # without its row, no checkpoint of an update
-            if self.state.done > self.saved and not isinstance(error, NotSaved):
+            if isinstance(error, NotSaved):  # a full disk has no room for these either, but that error is the cause
+                with suppress(ConfigError):
+                    self._finish()
+                return
+            if self.state.done > self.saved:
                 self._save()
-            self._write_kept()
-            self.folder.draw_curves()
-            if self.board is not None:
-                self.board.close()
+            self._finish()
+
+    def _finish(self) -> None:
+        """Bring the files beside the checkpoints up to date."""
+        if self.board is not None:
+            self.board.close()
+        self._write_kept()
+        self.folder.draw_curves()
 
 
 def resume_changes(folder: RunFolder, job: Job, checkpoint: str | None) -> tuple[list[str], dict[str, Any]]:
@@ -173,17 +181,17 @@ def guard_after(
     """A job's guard, as it was after the recorded updates; `renew` measures the base model anew."""
     probe = Probe(policy, job.config, list(job.prompts), job.rewards, job.processes, job.tick)
     guard = make_guard(probe, folder.guard_file, renew=renew, write=job.processes.main)
-    guard.verdict = replay(records, job.config.guard)
+    guard.verdict = replay(records, job.config.guard, folder.numbers())
     return guard
 
 
 def close(folder: RunFolder, config: Config) -> None:
     """Do what the end of a finished run does, for one that was killed before it could."""
     with folder.locked():
-        kept = replay(folder.records(), config.guard).kept if config.guard.every else None
         folder.remove_leftovers()
+        kept = folder.kept()
         folder.prune(config.run.keep, kept)
-        if kept in folder.numbers():
+        if kept is not None:
             folder.write_lora(folder.lora(str(kept)), folder.family(), config, kept)
         folder.draw_curves()
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +85,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, list):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def final_checkpoint(records: Sequence[MetricsRow]) -> str:
-    """Which checkpoint is a run's lora.safetensors: `kept`, or `latest` where no measured update was kept."""
-    measured = [record["guard"]["kept"] for record in records if "guard" in record]
-    return "latest" if not measured or measured[-1] is None else "kept"
