@@ -27,7 +27,7 @@ from trainer.guard.limits import GuardVerdict, lost_deviations, next_verdict, re
 from trainer.policy.lora_pairs import read_lora
 from trainer.runs.export import ExportOptions, export_lora
 from trainer.runs.folder import RunFolder
-from trainer.runs.launch import ResumeOptions, resume_run
+from trainer.runs.launch import ResumeOptions, StoppedByGuard, resume_run
 from trainer.runs.launch import start_run as launch_run
 
 pytestmark = pytest.mark.slow
@@ -321,13 +321,32 @@ def test_the_lora_of_a_guarded_run_is_the_kept_one(hacked, tmp_path):
     same_tensors(export_lora(folder.path, ExportOptions(out=tmp_path / "exported.safetensors")), folder.lora_file)
 
 
-def test_a_stopped_run_is_resumed_only_from_before_the_violation_or_with_other_limits(hacked, tmp_path):
+def test_a_stopped_run_comes_to_the_same_end_unless_its_settings_change(hacked, tmp_path):
     source, _ = hacked
     folder = RunFolder(shutil.copytree(source.path, tmp_path / "copy"))
-    with pytest.raises(ConfigError, match=r"was stopped by its guard: .* Resume from an earlier checkpoint"):
+    with pytest.raises(ConfigError, match=r"was stopped by its guard: .* --checkpoint kept --accept-changes`"):
         resumed(folder)
-    resumed(folder, checkpoint=str(folder.kept_number()))
+    kept = folder.kept_number()
+    resumed(folder, checkpoint=str(kept))
     assert rows(folder) == rows(source)  # it comes to the same end
+    folder.rewrite_config(with_options(folder.config(), {"optimizer": {"learning_rate": 1e-4}}))
+    resumed(folder, checkpoint="kept", accept_changes=True)
+    assert folder.records()[-1]["update"] > source.records()[-1]["update"]
+
+
+def test_a_stopped_run_goes_on_if_its_guard_only_warns(hacked, tmp_path):
+    source, _ = hacked
+    folder = RunFolder(shutil.copytree(source.path, tmp_path / "copy"))
+    changes = {"guard": {"action": "warn"}, "run": {"updates": source.records()[-1]["update"] + 1}}
+    folder.rewrite_config(with_options(folder.config(), changes))
+    resumed(folder)
+    assert rows(folder)[:-1] == rows(source)
+
+
+def test_a_stopped_run_without_a_kept_update_is_not_told_to_resume_from_it(tmp_path):
+    message = str(StoppedByGuard(RunFolder(tmp_path), GuardVerdict(reason="diversity lost 81 %")))
+    assert "--checkpoint kept" not in message
+    assert message.endswith("start a new run with a lower optimizer.learning_rate or a higher objective.kl_weight.")
 
 
 def test_warn_goes_on_after_the_patience(make_config):

@@ -11,7 +11,7 @@ from ..config.loading import with_options
 from ..config.schema import Config, ConfigError
 from ..files import require_writable
 from ..guard.guard import Guard, make_guard
-from ..guard.limits import replay
+from ..guard.limits import GuardVerdict, replay
 from ..guard.probe import Probe
 from ..loop.align import Job, Update
 from ..loop.distributed import Processes, join
@@ -19,11 +19,26 @@ from ..loop.interrupts import interrupts
 from ..loop.state import TrainingState, make_training_state
 from ..policy.base import Policy
 from ..policy.loading import make_policy
+from ..program import program_name
 from .folder import NotSaved, RunFolder, writing
-from .identity import RunRecord, identity_of, require_accepted
+from .identity import NotResumed, RunRecord, identity_of, require_accepted
 from .rewards import read_rewards, require_prompts
 from .rows import row_problems
 from .tensorboard import make_board, write_board
+
+
+class StoppedByGuard(NotResumed):
+    """A run whose guard stopped it. Its updates are exactly repeatable, so without a change it would stop again."""
+
+    def __init__(self, folder: RunFolder, verdict: GuardVerdict):
+        self.kept = verdict.kept
+        other = "a lower optimizer.learning_rate or a higher objective.kl_weight"
+        command = f"`{program_name()} resume {folder.path} --checkpoint kept --accept-changes`"
+        super().__init__(
+            f"{folder.path} was stopped by its guard: {verdict.reason}.",
+            f'Raise the guard\'s tolerances in {folder.config_file} or set guard.action = "warn", then resume. Or '
+            + (f"start a new run with {other}." if self.kept is None else f"set {other} there, then {command}."),
+        )
 
 
 class Run:
@@ -79,18 +94,14 @@ class Run:
             self.folder.remove_unstarted()
 
     def _set_guard(self) -> None:
-        """Make the configured guard, as it was after the recorded updates. Raises ConfigError if it stopped the run."""
+        """Make the configured guard, as it was after the recorded updates. May raise StoppedByGuard."""
         if not self.config.guard.every:
             return
         job, new = self.job, self.checkpoint is None
         records = [] if new else [row for row in self.folder.records() if row["update"] <= self.state.done]
         self.guard = guard_after(records, self.state.policy, job, self.folder, renew=new)
         if self.guard.stopped:
-            raise ConfigError(
-                f"{self.folder.path} was stopped by its guard: {self.guard.verdict.reason}. Resume from an earlier "
-                "checkpoint (--checkpoint kept), or change its config.toml: larger tolerances of the guard, or "
-                'guard.action = "warn".'
-            )
+            raise StoppedByGuard(self.folder, self.guard.verdict)
         self.job = replace(job, guard=self.guard)
 
     def keep(self, update: Update) -> None:
