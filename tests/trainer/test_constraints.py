@@ -9,7 +9,7 @@ from comfyui_pcpo.reward.color import Colorfulness
 from trainer.config.loading import dump, load
 from trainer.config.schema import ConfigError
 from trainer.loop.scoring import RunError, check_failures
-from trainer.runs.folder import comparable_mean
+from trainer.runs.rows import ranked_mean, ranking_weights
 
 CONSTRAINED = {"weights": {"colorfulness": 1.0}, "constraints": ["jpeg_compressibility"], "constraint_rate": 0.5}
 
@@ -114,8 +114,8 @@ def test_a_scheduled_weight_may_be_given_as_0_and_the_last_ones_compare_updates(
     reward = make_config(reward={"weights": {"colorfulness": 0.0}, "schedule": schedule}).reward
     assert (reward.weights_at(1), reward.last_weights) == ({"colorfulness": 0.0}, {"colorfulness": 2.0})
     row = {"rewards": {"colorfulness": 0.5}, "reward_mean": 9.0, "weights": {"colorfulness": 18.0}}
-    assert comparable_mean(row, reward.last_weights) == 1.0
-    assert comparable_mean({"rewards": {"colorfulness": 0.5}, "reward_mean": 9.0}, {}) == 9.0
+    assert ranked_mean(row, ranking_weights([row], reward)) == 1.0
+    assert ranked_mean({"rewards": {"colorfulness": None}}, ranking_weights([row], reward)) is None
 
 
 def test_rewards_that_fail_on_different_images_leave_nothing_to_compare(make_config):

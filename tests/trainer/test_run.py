@@ -238,10 +238,9 @@ def test_resuming_from_an_older_checkpoint_puts_newer_ones_aside(make_config, tm
 
 def test_checkpoints_are_found_by_number_latest_and_best(make_config, tmp_path):
     folder = finished(make_config, tmp_path)
-    best = max(folder.records(), key=lambda row: row["reward_mean"])["update"]
     assert folder.checkpoint().name == "000002"
     assert folder.checkpoint("1").name == "000001"
-    assert int(folder.checkpoint("best").name) == best
+    assert folder.checkpoint("best").name == "000001"  # the latest is not rated yet
     with pytest.raises(ConfigError, match=r"checkpoint 7 is not in .* There are 1, 2"):
         folder.checkpoint("7")
     with pytest.raises(ConfigError, match="has no checkpoints"):

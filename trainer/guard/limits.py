@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from comfyui_pcpo.metrics.frechet import diversity
 
-from ..config.schema import Config, GuardConfig
+from ..config.schema import Config, GuardConfig, RewardConfig
 from .probe import ImageMeasures
 
 LEAST = 1e-8  # denominators of losses
@@ -30,16 +30,27 @@ class GuardVerdict:
 def guard_row(now: ImageMeasures, base: ImageMeasures, config: Config) -> dict[str, Any]:
     """One measurement: the trained reward, held-out rewards, diversity, distance, and what was lost."""
     group, held_out = config.guard.images, config.reward.held_out
-    trained = sum(weight * valid_mean(now.scores[name]) for name, weight in config.reward.last_weights.items())
     variety, base_variety = diversity(now.features, group), diversity(base.features, group)
     lost = {name: lost_deviations(now.scores[name], base.scores[name]) for name in held_out}
     return {
-        "reward": trained,
+        "reward": trained_reward(now, base, config.reward),
         "held_out": {name: valid_mean(now.scores[name]) for name in held_out},
         "diversity": variety,
         "distance": float((1 - F.cosine_similarity(now.features.double(), base.features.double())).mean()),
         "lost": {**lost, "diversity": (base_variety - variety) / max(base_variety, LEAST)},
     }
+
+
+def trained_reward(now: ImageMeasures, base: ImageMeasures, reward: RewardConfig) -> float:
+    """What updates are ranked by: the weighted sum of the trained rewards' means.
+
+    Where training standardises several, their gains over the base model are summed in standard deviations of its
+    scores; otherwise the reward with the largest unit would decide alone.
+    """
+    weights = reward.last_weights
+    if not reward.standardises:
+        return sum(weight * valid_mean(now.scores[name]) for name, weight in weights.items())
+    return -sum(weight * lost_deviations(now.scores[name], base.scores[name]) for name, weight in weights.items())
 
 
 def lost_deviations(now: Tensor, base: Tensor) -> float:

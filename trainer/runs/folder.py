@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from ..policy.base import LoraPairs
 from ..policy.lora_pairs import folded, load_pairs, read_lora
 from ..program import program_name
 from .checkpoint import EMA, LORA, Damaged, read_checkpoint, verify, write_checkpoint
-from .rows import append_record, read_rows, row_line
+from .rows import append_record, best_update, read_rows, row_line
 
 CONFIG_HEAD = "# The settings of this run. The last line says that nothing is missing.\n"
 CONFIG_END = "# end"
@@ -265,11 +265,8 @@ class RunFolder:
         return self.checkpoints / f"{number:06d}"
 
     def best_number(self, numbers: Collection[int]) -> int:
-        """The update with the highest mean reward among `numbers`, all by the weights that a schedule ends with."""
-        rows = read_rows(self.metrics_file)[0]
-        weights = self.config().reward.last_weights if any("weights" in row for row in rows) else {}
-        means = {row["update"]: mean for row in rows if (mean := comparable_mean(row, weights)) is not None}
-        return max(numbers, key=lambda n: means.get(n, -math.inf))
+        """The update with the highest mean reward among `numbers`."""
+        return best_update(read_rows(self.metrics_file)[0], numbers, self.config())
 
     def kept(self) -> int | None:
         """The update that the guard keeps, by the limits of config.toml; None where there is none."""
@@ -318,11 +315,3 @@ class RunFolder:
 def is_number(name: str) -> bool:
     """Whether a checkpoint can be called this: some digits are no numbers, and some numbers are too long."""
     return name.isascii() and name.isdigit() and len(name) < 20
-
-
-def comparable_mean(row: dict[str, Any], weights: Mapping[str, float]) -> float | None:
-    """The mean reward of a row of metrics, by `weights` if its own may change; None where a score failed."""
-    if "weights" not in row:
-        return row.get("reward_mean")
-    means = [row["rewards"].get(name) for name in weights]
-    return None if None in means else sum(w * mean for w, mean in zip(weights.values(), means, strict=True))
