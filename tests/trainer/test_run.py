@@ -105,6 +105,21 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(make_config, script, 
     assert_same_run(whole, resume(killed))
 
 
+def test_a_run_resumes_without_the_lora_that_it_started_from(make_config, tmp_path):
+    """The start LoRA also has modules that lora.targets leaves out; the checkpoint has them all."""
+    wide = train(make_config(run={"name": "wide", "updates": 1}, lora={"targets": "linear"}))
+    start = tmp_path / "start.safetensors"
+    shutil.copy(wide.lora_file, start)
+    lora = {"targets": "attention", "start": str(start)}
+    whole = train(make_config(run={"name": "whole", "updates": 2}, lora=lora))
+    parts = train(make_config(run={"name": "parts", "updates": 1}, lora=lora))
+    start.unlink()
+    resume(parts, updates=2)
+    assert rows(parts) == rows(whole)
+    one, other = (load_file(folder.checkpoint() / "lora.safetensors") for folder in (parts, whole))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_over(make_config):
     whole = train(make_config(run={"name": "whole"}))
     config = make_config(run={"name": "early"})

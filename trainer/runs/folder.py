@@ -290,6 +290,10 @@ class RunFolder:
         verify(folder, name)
         return folded(load_pairs(folder / name), self.config().lora.scale)
 
+    def lora_modules(self, which: str = "latest") -> list[str]:
+        """Names of the modules that a checkpoint's LoRA changes."""
+        return list(load_pairs(self.checkpoint(which) / LORA))
+
     def intact(self, which: str = "latest") -> int:
         """The number of a checkpoint, verified; of an older one, with a warning, if the latest is damaged."""
         chosen = self.checkpoint(which)

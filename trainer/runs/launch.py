@@ -1,6 +1,6 @@
 """Start, resume and continue a run: written once, for the command line, the ComfyUI node and the benchmark."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -245,13 +245,17 @@ def resume_run(path: Path, options: ResumeOptions = ResumeOptions(), tick: Calla
     prompts = config.prompts.read()
     changes, _ = resume_changes(folder, Job(config, prompts, {}), checkpoint)  # before minutes of loading
     require_accepted(path, changes, options.accept_changes)
-    run = Run(*_loaded(folder, config, tick), checkpoint)
+    modules = folder.lora_modules(checkpoint) if done and config.lora.start else []
+    run = Run(*_loaded(folder, config, tick, modules), checkpoint)
     run.accept_changes = options.accept_changes
     return run
 
 
-def _loaded(folder: RunFolder, config: Config, tick: Callable[[], None]) -> tuple[RunFolder, TrainingState, Job]:
+def _loaded(
+    folder: RunFolder, config: Config, tick: Callable[[], None], resumed: Collection[str] = ()
+) -> tuple[RunFolder, TrainingState, Job]:
+    """What a Run takes; `resumed` as in make_policy."""
     prompts, rewards = config.prompts.read(), read_rewards(config)
     require_prompts(rewards, prompts)
     job = Job(config, prompts, rewards, Processes(), tick)
-    return folder, make_training_state(make_policy(config), config), job
+    return folder, make_training_state(make_policy(config, resumed), config), job
