@@ -293,3 +293,32 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_is_completed_by_resume(
         resume_run(folder.path)
     assert folder.curves_file.is_file()
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["000001", "000002"]
+
+
+def steps_shown(folder: RunFolder) -> list[int]:
+    """The updates that TensorBoard shows the reward of."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder.path / "tensorboard"))
+    events.Reload()
+    return [event.step for event in events.Scalars("reward_mean")]
+
+
+def test_tensorboard_shows_each_update_once_after_a_resume_from_an_earlier_checkpoint(make_config):
+    pytest.importorskip("tensorboard")
+    folder = train(make_config(run={"updates": 3, "tensorboard": True}))
+    assert steps_shown(folder) == [1, 2, 3]
+    resume(folder, which="1", updates=2)
+    assert steps_shown(folder) == [1, 2]
+
+
+def test_a_run_without_a_finished_update_leaves_no_folder(make_config):
+    pytest.importorskip("tensorboard")
+
+    def stop():
+        raise KeyboardInterrupt
+
+    config = make_config(run={"tensorboard": True})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stop)
+    assert not (config.run.folder / "run").exists()

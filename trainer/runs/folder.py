@@ -75,6 +75,7 @@ class RunFolder:
         self.config_file, self.metrics_file = path / "config.toml", path / "metrics.jsonl"
         self.lora_file, self.curves_file = path / "lora.safetensors", path / "curves.png"
         self.checkpoints, self.grids, self.log_file = path / "checkpoints", path / "grids", path / "log.txt"
+        self.board = path / "tensorboard"
         self.record_file = path / "run.json"  # what the run was made with, and accepted changes
         self.guard_file = path / "guard.safetensors"  # what the guard measured of the base model
 
@@ -102,9 +103,12 @@ class RunFolder:
 
     def remove_unstarted(self) -> None:
         """Remove what a run without a finished update has written, and the folder unless it holds anything else."""
+        own = (self.config_file, self.record_file, self.guard_file, self.log_file, self.path / ".lock")
         with contextlib.suppress(OSError):
-            for file in (self.config_file, self.record_file, self.guard_file, self.log_file, self.path / ".lock"):
+            for file in (*self.board.glob("events.out.tfevents.*"), *own):
                 file.unlink(missing_ok=True)
+            if self.board.is_dir():
+                self.board.rmdir()
             self.path.rmdir()
 
     def require_new(self) -> None:

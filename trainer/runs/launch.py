@@ -74,7 +74,7 @@ class Run:
             with interrupts.allow():
                 self._set_guard()
             if main and self.config.run.tensorboard:
-                self.board = make_board(self.folder.path / "tensorboard")
+                self.board = make_board(self.folder.board, self.state.done)
             self._open = stack.pop_all()
         return self
 
