@@ -126,6 +126,20 @@ def test_rewards_that_fail_on_different_images_leave_nothing_to_compare(make_con
     check_failures(scores | {"redness": torch.tensor([torch.nan, 1.0])}, {}, config, 3)
 
 
+def test_of_rewards_that_leave_nothing_to_compare_only_those_that_failed_are_named(make_config):
+    config = make_config(reward=CONSTRAINED | {"weights": {"colorfulness": 1.0, "redness": 1.0}, "max_failed": 0.6})
+    first, second = torch.tensor([torch.nan, 1.0]), torch.tensor([1.0, torch.nan])
+    scores = {"colorfulness": first, "redness": torch.ones(2), "jpeg_compressibility": second}
+    with pytest.raises(RunError, match=r"one of the rewards colorfulness, jpeg_compressibility failed"):
+        check_failures(scores, {}, config, 3)
+
+
+def test_scores_that_all_failed_are_not_told_to_exceed_a_limit_of_1(make_config):
+    config = make_config(reward={"max_failed": 1.0})
+    with pytest.raises(RunError, match=r"100 % of the colorfulness scores failed \(.*\), so none can be compared\."):
+        check_failures({"colorfulness": torch.full((2,), torch.nan)}, {"colorfulness": Colorfulness()}, config, 3)
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
