@@ -27,7 +27,8 @@ from ..trainer.loop.plan import make_plan
 from ..trainer.loop.scoring import ImageGroups, score, unattended
 from ..trainer.loop.state import make_training_state
 from ..trainer.runs.folder import RunFolder
-from ..trainer.runs.launch import Run
+from ..trainer.runs.identity import NotResumed
+from ..trainer.runs.launch import Run, StoppedByGuard
 from ..trainer.runs.rewards import require_prompts
 from .files import STARTED, free_run_name, has_updates, last_started, runs_folder
 from .host.policy import ComfyPolicy, with_policy
@@ -167,6 +168,8 @@ def train_lora(inputs: TrainingInputs, config: Config, name: str) -> RunFolder:
         raise
     except torch.OutOfMemoryError as error:
         raise out_of_memory(config, error) from error
+    except NotResumed as error:
+        raise ConfigError(f"{error.what} {how_to_go_on(error, folder)}") from error
     logger.info("PCPO: saved the LoRA to %s", folder.lora_file.resolve())
     return folder
 
@@ -182,6 +185,15 @@ def warn_of_guard(update: Update, folder: RunFolder) -> None:
 def tick() -> None:
     """Runs before every model call, so Cancel takes effect within one denoising step."""
     mm.throw_exception_if_processing_interrupted()
+
+
+def how_to_go_on(error: NotResumed, folder: RunFolder) -> str:
+    """The node's fix for a run that cannot be resumed."""
+    if not isinstance(error, StoppedByGuard):
+        return "Undo that, or turn resume off to start a new run."
+    other = "set a lower learning_rate or a higher kl_weight"
+    start = "" if error.kept is None else f", connect Load Run (run {folder.path.name}, checkpoint kept) to lora"
+    return f"Set guard_every to 0 to go on without the guard. Or turn resume off{start}, and {other}."
 
 
 def out_of_memory(config: Config, error: Exception) -> ConfigError:

@@ -1,6 +1,7 @@
 """Training, in process: runs, interruption, resume, and the state that they leave."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -297,6 +298,22 @@ def test_a_guarded_run_holds_rewards_of_weight_0_out_and_outputs_the_kept_lora(f
     kept = call("PCPOLoadRun", run="guarded", checkpoint="kept")[1]
     assert call("PCPOPlotRun", run, 0.6, "guard")[0].shape[0] == 1
     assert kept.keys() == lora.keys() and all(torch.equal(kept[k], lora[k]) for k in kept)
+
+
+def test_a_run_that_cannot_be_resumed_names_the_inputs_that_continue_it(flow):
+    """None of the command line's options, which a user of the node does not have."""
+    folder = run_module.RunFolder(flow.train("stopped", updates=1, guard_every=1)[3].path)
+    with pytest.raises(ConfigError, match=r"learning_rate was .*\. Undo that, or turn resume off"):
+        flow.train("stopped", updates=2, guard_every=1, resume=True, learning_rate=0.01)
+    folder.rewrite_config(options.with_options(folder.config(), {"guard": {"patience": 1}}))
+    (row,) = folder.records()
+    row["guard"]["lost"]["diversity"] = 0.9
+    folder.metrics_file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConfigError, match=r"was stopped by its guard: diversity .* Set guard_every to 0 ") as error:
+        flow.train("stopped", updates=2, guard_every=1, resume=True)
+    assert "--" not in str(error.value) and "config.toml" not in str(error.value)
+    flow.train("stopped", updates=2, guard_every=0, resume=True)
+    assert len(folder.records()) == 2
 
 
 def test_a_group_reward_and_prompts_with_metadata_train_in_the_node(flow, monkeypatch):

@@ -18,7 +18,7 @@ from trainer.policy.loading import make_policy
 from trainer.runs.folder import RunFolder
 
 KEYS = {
-    *("update", "reward_mean", "reward_std", "reward_groups", "rewards", "held_out", "failed"),
+    *("update", "reward_mean", "reward_std", "reward_groups", "rewards", "rewards_std", "held_out", "failed"),
     *("advantage_mean", "advantage_abs_max", "loss", "log_ratio_mean", "log_ratio_abs_max", "first_log_ratio_abs_max"),
     *("clip_fraction", "kl", "grad_norm", "learning_rate", "model_evaluations", "per_step"),
     *("seconds_rollout", "seconds_reward", "seconds_rewards", "seconds_update"),
