@@ -1,6 +1,7 @@
 """A training run inside ComfyUI: configuration, the trainer's loop, live preview, run folder."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from .host.presets import host_preset, training_room
 from .types import EncodedPrompts, WeightedRewards
 
 logger = logging.getLogger("pcpo")
+BAR_UNITS = 100  # of an update in the progress bar
 PREVIEW_SIZE = 1024  # longer side, which ComfyUI reduces the preview to
 PREVIEW_IMAGES, PREVIEW_COLUMNS, PREVIEW_WIDTH = 8, 4, 416  # of a preview's images together
 PREVIEW_CURVE = 0.42  # height of a curve below the images, as a share of the preview's width
@@ -142,7 +144,7 @@ def train_lora(inputs: TrainingInputs, config: Config, name: str) -> RunFolder:
     """Train, or finish a resumed run. If it is interrupted or fails, the finished updates are saved."""
     folder = RunFolder(config.run.folder / config.run.name)
     rewards = {reward.name: reward for reward in inputs.reward.rewards}
-    bar = ProgressBar(config.run.updates)
+    bar = RunBar(config)
 
     def work(policy: ComfyPolicy) -> None:
         if inputs.lora is not None:
@@ -151,13 +153,11 @@ def train_lora(inputs: TrainingInputs, config: Config, name: str) -> RunFolder:
         STARTED[name] = config.run.name
         state = make_training_state(policy, config)
         checkpoint = "latest" if inputs.resume and has_updates(folder.path) else None
-        with Run(folder, state, Job(config, inputs.prompts.lines, rewards, tick=tick), checkpoint) as run:
-            bar.update_absolute(state.done, config.run.updates)
+        with Run(folder, state, Job(config, inputs.prompts.lines, rewards, tick=bar.tick), checkpoint) as run:
+            bar.show(state.done)
             for update in align(run.state, run.job):
                 run.keep(update)
-                bar.update_absolute(
-                    update.number, config.run.updates, ("JPEG", preview(update, folder, config), PREVIEW_SIZE)
-                )
+                bar.show(update.number, preview(update, folder, config))
                 folder.log(f"update {update.number}: reward {update.metrics['reward_mean']:.4f}")
                 warn_of_guard(update, folder)
 
@@ -182,9 +182,29 @@ def warn_of_guard(update: Update, folder: RunFolder) -> None:
         folder.log(message)
 
 
-def tick() -> None:
-    """Runs before every model call, so Cancel takes effect within one denoising step."""
-    mm.throw_exception_if_processing_interrupted()
+class RunBar:
+    """ComfyUI's progress bar over a run, which moves with the model calls of each update.
+
+    How many an update makes is a guess in the first one, and then what the one before it made.
+    """
+
+    def __init__(self, config: Config):
+        r = config.rollout
+        images = r.prompts_per_update * r.group_size
+        self.done, self.calls, self.expected = 0, 0, 2 * r.steps * math.ceil(images / r.images_at_once)
+        self.bar = ProgressBar(BAR_UNITS * config.run.updates)
+
+    def tick(self) -> None:
+        """Runs before every model call, so Cancel takes effect within one denoising step."""
+        mm.throw_exception_if_processing_interrupted()
+        self.calls += 1
+        share = min(self.calls / self.expected, 1 - 1 / BAR_UNITS)
+        self.bar.update_absolute(int(BAR_UNITS * (self.done + share)))
+
+    def show(self, done: int, image: Image.Image | None = None) -> None:
+        """That many updates are finished; `image` becomes the node's preview."""
+        self.expected, self.calls, self.done = self.calls or self.expected, 0, done
+        self.bar.update_absolute(BAR_UNITS * done, preview=image and ("JPEG", image, PREVIEW_SIZE))
 
 
 def how_to_go_on(error: NotResumed, folder: RunFolder) -> str:

@@ -1,5 +1,6 @@
 """Rewards: load, combine, and score images with them."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from .images import to_comfy_image
 from .inputs import ADVANCED, checked
 from .types import RewardType, WeightedRewards
 
+PACK = Path(__file__).resolve().parents[1]
+"""The folder of this pack, where `python -m trainer` works."""
 REWARD_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -30,6 +33,7 @@ def single_reward(name: str, dtype: str = "float32") -> WeightedRewards:
     settings = RewardSettings(
         reward_folder(files), str(mm.get_torch_device()), REWARD_DTYPES[dtype],
         tick=mm.throw_exception_if_processing_interrupted, plain=plain_prompt, make_room=make_room,
+        download=f'run in {PACK}: "{sys.executable}" -m trainer download',
     )  # fmt: skip
     return WeightedRewards((load_reward(name, settings),), (1.0,))
 

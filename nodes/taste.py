@@ -1,21 +1,25 @@
 """A person's taste as the reward: votes in the page, a reward learned from them, and blind comparisons."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from comfyui_pcpo.durable import write_durably
 from comfyui_pcpo.plotting.grids import before_after
 from comfyui_pcpo.reward import RewardSettings
-from comfyui_pcpo.taste.votes import CHOICES, Choose, VoteFolder
+from comfyui_pcpo.reward.base import eight_bit
+from comfyui_pcpo.taste.votes import CHOICES, Choose, VoteFolder, group_key
 
 from ..trainer.config.loading import build
 from ..trainer.config.schema import ConfigError
 from .files import tastes_folder, vote_names
 from .images import to_comfy_image
-from .inputs import ADVANCED, checked, seed_input
+from .inputs import ADVANCED, MAX_SEED, checked
 from .types import RewardType, RunType, WeightedRewards
 
 if TYPE_CHECKING:
@@ -207,6 +211,11 @@ class LoadTaste(io.ComfyNode):
         return True
 
     @classmethod
+    def fingerprint_inputs(cls, taste: str | None = None, clip_vision=None) -> float:
+        """When Train Taste last saved the taste; NaN, which equals nothing, for a linked name."""
+        return float("nan") if taste is None else taste_file(taste).stat().st_mtime_ns
+
+    @classmethod
     @checked
     def execute(cls, taste: str, clip_vision=None) -> io.NodeOutput:
         from comfyui_pcpo.taste.learned import TasteReward, check_encoder, load_taste
@@ -215,6 +224,23 @@ class LoadTaste(io.ComfyNode):
         check_encoder(loaded, encoder)
         reward = TasteReward(loaded, RewardSettings(), encoder, taste)
         return io.NodeOutput(WeightedRewards((reward,), (1.0,)))
+
+
+def blind_votes_file(images_a: Tensor, images_b: Tensor, about: str) -> Path:
+    """Where the votes on these pairs are kept, in a folder that is made for them."""
+    key = group_key(eight_bit(torch.cat([images_a, images_b])), about)
+    folder = tastes_folder() / "compare_blind"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{key}.json"
+
+
+def kept_wins(file: Path, most: int) -> list[float]:
+    """The votes of an earlier run of the node, in the order of the pairs; an unreadable file has none."""
+    try:
+        wins = json.loads(file.read_text(encoding="utf-8"))["wins"]
+        return [float(win) for win in wins][:most]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 class CompareBlind(io.ComfyNode):
@@ -235,7 +261,11 @@ class CompareBlind(io.ComfyNode):
                     "question", default="Which image is better?", tooltip="The question that you are asked."
                 ),
                 io.Int.Input("votes", default=0, min=0, max=4096, tooltip="Number of pairs to ask about; 0 is all."),
-                seed_input("Seed of the order and the sides."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=MAX_SEED,
+                    tooltip="Seed of the order and the sides. Votes are kept: the same images, question and seed go on "
+                    "with them, another seed asks anew.",
+                ),
             ],
             outputs=[
                 io.Float.Output(display_name="win_rate", tooltip="Share of votes for side B; ties count half."),
@@ -251,13 +281,16 @@ class CompareBlind(io.ComfyNode):
 
         from .host.booth import BOOTH  # imports the server
 
-        pairs, node, wins = blind_pairs(images_a, images_b, votes, seed), str(cls.hidden.unique_id), []
+        pairs = blind_pairs(images_a, images_b, votes, seed)
+        file = blind_votes_file(images_a, images_b, f"{question} {votes} {seed}")
+        wins = kept_wins(file, len(pairs))
         while len(wins) < len(pairs):
-            reply = BOOTH.ask(node, pair_question(pairs, len(wins), question))
+            reply = BOOTH.ask(str(cls.hidden.unique_id), pair_question(pairs, len(wins), question))
             if reply.action == "undo":
                 wins.pop()
             else:
                 wins.append(pairs[len(wins)].win_of_b(reply.ranks))
+            write_durably(file, json.dumps({"question": question, "seed": seed, "wins": wins}).encode())
         rate = win_rate(wins)
         shown = [pair.row for pair in pairs]
         captions = [{1.0: "B won", 0.0: "A won"}.get(win, "tie") for win in wins]

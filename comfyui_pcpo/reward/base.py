@@ -38,7 +38,8 @@ class RewardSettings:
 
     A host may add `tick`, called before each batch and several times a second while a reward waits for a server or a
     user's own reward computes (it may raise); `plain`, which removes the host's own syntax from a prompt, such as
-    weights; and `make_room`, called with a network's bytes before it moves to a GPU.
+    weights; `make_room`, called with a network's bytes before it moves to a GPU; and `download`, how its users call the
+    command that downloads weights.
     """
 
     folder: Path | None = None
@@ -49,6 +50,7 @@ class RewardSettings:
     tick: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
     plain: Callable[[str], str] = field(default=lambda prompt: prompt, compare=False, repr=False)
     make_room: Callable[[int], None] = field(default=lambda size: None, compare=False, repr=False)
+    download: str = field(default="run: pcpo download", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.images_at_once < 1:

@@ -193,6 +193,30 @@ def test_guidance_refuses_models_that_it_cannot_separate(flow):
         irg.IRGGuider(flow.model, [aligned(other, 1.0), aligned(lora_on(flow, 1, other), 1.0)])
 
 
+def wrapped(model):
+    """With a node's change that is no weight patch."""
+    model = model.clone()
+    model.set_model_unet_function_wrapper(lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
+    return model
+
+
+def test_changes_beside_weights_have_to_be_on_the_base_too(flow):
+    """Guidance samples every model with the base's, so those of an aligned model would be dropped without a word."""
+    lora = lora_on(flow, 1)
+    sampling = lora.clone()
+    sampling.add_object_patch("model_sampling", object())
+    for changed in (wrapped(lora), sampling):
+        with pytest.raises(ConfigError, match="differs from the base model in more than LoRAs"):
+            irg.IRGGuider(flow.model, [aligned(changed, 1.0)])
+    base = wrapped(flow.model)
+    irg.IRGGuider(base, [aligned(lora_on(flow.on(base), 1), 1.0)])  # applied before the LoRA
+    other = comfy_models.Tiny("emoji-flow").model
+    irg.IRGGuider(flow.model, [aligned(other, 1.0)])
+    irg.IRGGuider(base, [aligned(wrapped(other), 1.0)])
+    with pytest.raises(ConfigError, match="an option that the base model lacks \\(model_function_wrapper"):
+        irg.IRGGuider(flow.model, [aligned(wrapped(other), 1.0)])
+
+
 def test_guidance_by_two_models_costs_at_most_three_plain_samples(tiny):
     """At most (K + 1) x 1.1 of plain CFG in CPU time; the fastest of several interleaved runs of each."""
     guider = guider_on(tiny, [aligned(lora_on(tiny, 1), 1.5), aligned(lora_on(tiny, 2), 0.5)])

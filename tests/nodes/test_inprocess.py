@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,13 @@ def test_rewards_score_on_their_device_and_leave_it():
     reward = Recording(RewardSettings(device="meta")).to("cpu")
     run("PCPOScoreImages", torch.rand(2, 8, 8, 3), types.WeightedRewards((reward,), (1.0,)), "", 0)
     assert used == ["meta"] and reward.device.type == "cpu"
+
+
+def test_a_missing_weight_file_is_told_with_a_command_that_works_in_this_host():
+    reward = run("PCPOLoadReward", "hpsv2")[0]
+    command = f'run in {comfy_host.PACK}: "{sys.executable}" -m trainer download hpsv2 --folder "/'
+    with pytest.raises(Exception, match=re.escape(command)):
+        run("PCPOScoreImages", torch.rand(1, 8, 8, 3), reward, "a fox", 0)
 
 
 def test_combined_rewards_add_up_and_refuse_repeats():

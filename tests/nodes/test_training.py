@@ -226,9 +226,16 @@ def watched(train, **options) -> list[tuple]:
 
 def test_every_update_sends_a_preview(flow):
     seen = watched(flow.train, name="watched", updates=3)
-    previews = [preview[1] for value, total, preview in seen if preview is not None and total == 3]
+    previews = [preview[1] for value, total, preview in seen if preview is not None and total == 3 * job.BAR_UNITS]
     assert len(previews) == 3 and previews[0].size[0] >= 256
     assert previews[0].tobytes() != previews[2].tobytes()
+
+
+def test_the_bar_moves_within_an_update_and_never_back(flow):
+    """Otherwise a model whose update takes minutes stays at 0 % all that time."""
+    values = [value for value, _, _ in watched(flow.train, name="moving", updates=2, guard_every=1)]
+    assert values == sorted(values) and values[-1] == 2 * job.BAR_UNITS
+    assert any(0 < value < job.BAR_UNITS for value in values)
 
 
 def test_the_preview_of_a_large_group_has_images_from_its_best_to_its_worst(flow):
@@ -245,7 +252,7 @@ def test_the_preview_of_a_large_group_has_images_from_its_best_to_its_worst(flow
 
 def test_the_preview_has_the_guards_line_once_it_has_measured_twice(flow):
     seen = watched(flow.train, name="watched-by-the-guard", updates=3, guard_every=1)
-    heights = [preview[1].size[1] for _, total, preview in seen if preview is not None and total == 3]
+    heights = [preview[1].size[1] for _, total, preview in seen if preview is not None and total == 3 * job.BAR_UNITS]
     assert heights[0] < heights[1] == heights[2]
 
 
