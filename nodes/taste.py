@@ -1,6 +1,7 @@
 """A person's taste as the reward: votes in the page, a reward learned from them, and blind comparisons."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from comfyui_pcpo.taste.votes import CHOICES, Choose, VoteFolder
 
 from ..trainer.config.loading import build
 from ..trainer.config.schema import ConfigError
-from .files import tastes_folder, vote_names
+from .files import blind_folder, tastes_folder, vote_names
 from .images import to_comfy_image
 from .inputs import ADVANCED, checked, seed_input
 from .types import RewardType, RunType, WeightedRewards
@@ -207,6 +208,13 @@ class LoadTaste(io.ComfyNode):
         return True
 
     @classmethod
+    def fingerprint_inputs(cls, taste: str | None = None, clip_vision=None) -> str | float:
+        if taste is None:
+            return float("nan")  # a linked value is not known yet; NaN equals nothing, so the node runs
+        file = taste_file(taste)
+        return f"{file} {file.stat().st_mtime_ns}"
+
+    @classmethod
     @checked
     def execute(cls, taste: str, clip_vision=None) -> io.NodeOutput:
         from comfyui_pcpo.taste.learned import TasteReward, check_encoder, load_taste
@@ -235,7 +243,7 @@ class CompareBlind(io.ComfyNode):
                     "question", default="Which image is better?", tooltip="The question that you are asked."
                 ),
                 io.Int.Input("votes", default=0, min=0, max=4096, tooltip="Number of pairs to ask about; 0 is all."),
-                seed_input("Seed of the order and the sides."),
+                seed_input("Seed of the order and the sides; another seed asks about all pairs again.", changes=False),
             ],
             outputs=[
                 io.Float.Output(display_name="win_rate", tooltip="Share of votes for side B; ties count half."),
@@ -247,17 +255,12 @@ class CompareBlind(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, images_a: Tensor, images_b: Tensor, question: str, votes: int, seed: int) -> io.NodeOutput:
-        from comfyui_pcpo.taste.blind import blind_pairs, pair_question, sentence, win_rate
+        from comfyui_pcpo.taste.blind import ask_pairs, blind_pairs, sentence, win_rate
 
         from .host.booth import BOOTH  # imports the server
 
-        pairs, node, wins = blind_pairs(images_a, images_b, votes, seed), str(cls.hidden.unique_id), []
-        while len(wins) < len(pairs):
-            reply = BOOTH.ask(node, pair_question(pairs, len(wins), question))
-            if reply.action == "undo":
-                wins.pop()
-            else:
-                wins.append(pairs[len(wins)].win_of_b(reply.ranks))
+        pairs, node = blind_pairs(images_a, images_b, votes, seed), str(cls.hidden.unique_id)
+        wins = ask_pairs(pairs, question, partial(BOOTH.ask, node), VoteFolder(blind_folder(seed)))
         rate = win_rate(wins)
         shown = [pair.row for pair in pairs]
         captions = [{1.0: "B won", 0.0: "A won"}.get(win, "tie") for win in wins]

@@ -74,6 +74,22 @@ def test_loading_it_without_that_clip_vision_is_refused(images, clip_vision):
         comfy_host.execute("PCPOLoadTaste", taste="needs-clip")
 
 
+def test_a_taste_that_was_trained_again_is_loaded_again(images):
+    fingerprint = comfy_host.load_pack()["PCPOLoadTaste"].fingerprint_inputs
+    vote_in("again", images)
+    comfy_host.execute("PCPOTrainTaste", name="again")
+    before = fingerprint(taste="again")
+    assert fingerprint(taste="again", clip_vision=None) == before
+    comfy_host.execute("PCPOTrainTaste", name="again")
+    assert fingerprint(taste="again") != before
+    assert fingerprint(taste=None) != fingerprint(taste=None)  # linked: NaN
+
+
+def test_the_seed_of_a_blind_comparison_stays_so_that_its_votes_count_again():
+    (seed,) = [i for i in comfy_host.load_pack()["PCPOCompareBlind"].define_schema().inputs if i.id == "seed"]
+    assert seed.control_after_generate is False
+
+
 def test_liked_and_disliked_folders_and_the_embedded_features(images, tmp_path):
     order = redness(images).argsort(descending=True)
     for name, rows in (("yes", order[:15]), ("no", order[-15:])):
