@@ -14,6 +14,7 @@ from comfyui_pcpo.method.guidance import irg
 from ...trainer.config.schema import ConfigError
 from ..types import AlignedModel
 from .patches import PatchedWeight, extra_patches, patched_weights, switched_on
+from .settings import require_same_settings
 
 KEY = "pcpo_irg"
 
@@ -22,12 +23,14 @@ class IRGGuider(comfy.samplers.CFGGuider):
     """Classifier-free guidance on a base model that is guided by aligned models.
 
     LoRAs on the base share its weights, so their patched weights are switched on in turn; models with weights of
-    their own are loaded next to the base.
+    their own are loaded next to the base. Options, wrappers and replaced objects are those of the base.
     """
 
     def __init__(self, model: Any, aligned: Sequence[AlignedModel]):
         super().__init__(model.clone())
         self.aligned = list(aligned)
+        for number, one in enumerate(self.aligned, 1):
+            require_same_settings(model, one.model, number)
         self.patches = {
             k: extra_patches(model, a.model, k + 1) for k, a in enumerate(self.aligned) if a.model.is_clone(model)
         }
