@@ -1,5 +1,6 @@
 """Compare Before / After: the same prompts and the same noise without and with a LoRA."""
 
+from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from .host.ksampler import ImageRequest, empty_latent, with_lora
 from .host.presets import host_preset
 from .images import to_comfy_image
 from .inputs import cfg_input, checked, seed_input, steps_input
+from .rewards import scored
 from .types import EncodedPrompts, PromptsType, RewardType, WeightedRewards
 
 AS_TRAINED = " 0 takes the value with which Train LoRA trains this kind of model."
@@ -61,7 +63,8 @@ class Compare(io.ComfyNode):
         preset = PRESETS[host_preset(model)]
         request = ImageRequest(vae, prompts, latent_image, seed, steps or preset.steps, cfg or preset.cfg)
         aligned = with_lora(model, lora)
-        before, after = request.generate(model), request.generate(aligned)
+        bar = ProgressBar(2 * len(prompts.lines))
+        before, after = request.generate(model, bar.update), request.generate(aligned, bar.update)
         scores, report = score_sides(before, after, prompts, reward)
         grid = to_comfy_image(before_after(before, after, prompts.lines, scores, columns="square"))
         return io.NodeOutput(before, after, grid, report, ui=ui.PreviewImage(grid, cls=cls))
@@ -74,8 +77,7 @@ def score_sides(
     count = len(prompts.lines)
     if reward is None:
         return None, f"{count} prompts, no reward connected"
-    combined = reward.combined()
-    totals = [combined.score(images, list(prompts.lines)).total for images in (before, after)]
+    totals = [scored(reward, images, prompts.lines).total for images in (before, after)]
     scores = totals[0].tolist(), totals[1].tolist()
     names, (old, new) = " + ".join(r.name for r in reward.rewards), (t.nanmean() for t in totals)
     return scores, f"{names}: {old:.3f} before, {new:.3f} after, mean of {count} prompts"

@@ -33,11 +33,6 @@ def tastes_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "pcpo_votes"
 
 
-def blind_folder(seed: int) -> Path:
-    """The votes of Compare Blind with that seed."""
-    return Path(folder_paths.get_output_directory()) / "pcpo_blind" / f"seed-{seed}"
-
-
 def vote_names() -> list[str]:
     """Folders of votes with a trained taste, sorted by name."""
     return sorted(path.parent.name for path in tastes_folder().glob("*/taste.safetensors"))

@@ -51,9 +51,8 @@ def check_widget(item: io.Input, value: Any) -> None:
             raise ConfigError(f"{item.id} is {value!r}, but must be a {kind.__name__}. Change its input.")
 
 
-def seed_input(tooltip: str = "The same seed gives the same image.", changes: bool = True) -> io.Int.Input:
-    """`changes`: the page offers to change the seed after each run."""
-    return io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=changes, tooltip=tooltip)
+def seed_input(tooltip: str = "The same seed gives the same image.") -> io.Int.Input:
+    return io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=tooltip)
 
 
 def steps_input(default: int = 20, least: int = 1, tooltip: str = "Number of denoising steps.") -> io.Int.Input:

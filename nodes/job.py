@@ -1,6 +1,7 @@
 """A training run inside ComfyUI: configuration, the trainer's loop, live preview, run folder."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from ..trainer.loop.plan import make_plan
 from ..trainer.loop.scoring import ImageGroups, score, unattended
 from ..trainer.loop.state import make_training_state
 from ..trainer.runs.folder import RunFolder
-from ..trainer.runs.launch import Run
+from ..trainer.runs.identity import NotResumed
+from ..trainer.runs.launch import Run, StoppedByGuard
 from ..trainer.runs.rewards import require_prompts
 from .files import STARTED, free_run_name, has_updates, last_started, runs_folder
 from .host.policy import ComfyPolicy, with_policy
@@ -35,6 +37,7 @@ from .host.presets import host_preset, training_room
 from .types import EncodedPrompts, WeightedRewards
 
 logger = logging.getLogger("pcpo")
+BAR_UNITS = 100  # of an update in the progress bar
 PREVIEW_SIZE = 1024  # longer side, which ComfyUI reduces the preview to
 PREVIEW_IMAGES, PREVIEW_COLUMNS, PREVIEW_WIDTH = 8, 4, 416  # of a preview's images together
 PREVIEW_CURVE = 0.42  # height of a curve below the images, as a share of the preview's width
@@ -141,7 +144,7 @@ def train_lora(inputs: TrainingInputs, config: Config, name: str) -> RunFolder:
     """Train, or finish a resumed run. If it is interrupted or fails, the finished updates are saved."""
     folder = RunFolder(config.run.folder / config.run.name)
     rewards = {reward.name: reward for reward in inputs.reward.rewards}
-    bar = ProgressBar(config.run.updates)
+    bar = RunBar(config)
 
     def work(policy: ComfyPolicy) -> None:
         if inputs.lora is not None:
@@ -150,13 +153,11 @@ def train_lora(inputs: TrainingInputs, config: Config, name: str) -> RunFolder:
         STARTED[name] = config.run.name
         state = make_training_state(policy, config)
         checkpoint = "latest" if inputs.resume and has_updates(folder.path) else None
-        with Run(folder, state, Job(config, inputs.prompts.lines, rewards, tick=tick), checkpoint) as run:
-            bar.update_absolute(state.done, config.run.updates)
+        with Run(folder, state, Job(config, inputs.prompts.lines, rewards, tick=bar.tick), checkpoint) as run:
+            bar.show(state.done)
             for update in align(run.state, run.job):
                 run.keep(update)
-                bar.update_absolute(
-                    update.number, config.run.updates, ("JPEG", preview(update, folder, config), PREVIEW_SIZE)
-                )
+                bar.show(update.number, preview(update, folder, config))
                 folder.log(f"update {update.number}: reward {update.metrics['reward_mean']:.4f}")
                 warn_of_guard(update, folder)
 
@@ -167,6 +168,8 @@ def train_lora(inputs: TrainingInputs, config: Config, name: str) -> RunFolder:
         raise
     except torch.OutOfMemoryError as error:
         raise out_of_memory(config, error) from error
+    except NotResumed as error:
+        raise ConfigError(f"{error.what} {how_to_go_on(error, folder)}") from error
     logger.info("PCPO: saved the LoRA to %s", folder.lora_file.resolve())
     return folder
 
@@ -179,13 +182,47 @@ def warn_of_guard(update: Update, folder: RunFolder) -> None:
         folder.log(message)
 
 
-def tick() -> None:
-    """Runs before every model call, so Cancel takes effect within one denoising step."""
-    mm.throw_exception_if_processing_interrupted()
+class RunBar:
+    """ComfyUI's progress bar over a run, which moves with the model calls of each update.
+
+    How many an update makes is a guess in the first one, and then what the one before it made.
+    """
+
+    def __init__(self, config: Config):
+        r = config.rollout
+        images = r.prompts_per_update * r.group_size
+        self.done, self.calls, self.expected = 0, 0, 2 * r.steps * math.ceil(images / r.images_at_once)
+        self.bar = ProgressBar(BAR_UNITS * config.run.updates)
+
+    def tick(self) -> None:
+        """Runs before every model call, so Cancel takes effect within one denoising step."""
+        mm.throw_exception_if_processing_interrupted()
+        self.calls += 1
+        share = min(self.calls / self.expected, 1 - 1 / BAR_UNITS)
+        self.bar.update_absolute(int(BAR_UNITS * (self.done + share)))
+
+    def show(self, done: int, image: Image.Image | None = None) -> None:
+        """That many updates are finished; `image` becomes the node's preview."""
+        self.expected, self.calls, self.done = self.calls or self.expected, 0, done
+        self.bar.update_absolute(BAR_UNITS * done, preview=image and ("JPEG", image, PREVIEW_SIZE))
+
+
+def how_to_go_on(error: NotResumed, folder: RunFolder) -> str:
+    """The node's fix for a run that cannot be resumed."""
+    if not isinstance(error, StoppedByGuard):
+        return "Undo that, or turn resume off to start a new run."
+    other = "set a lower learning_rate or a higher kl_weight"
+    start = "" if error.kept is None else f", connect Load Run (run {folder.path.name}, checkpoint kept) to lora"
+    return f"Set guard_every to 0 to go on without the guard. Or turn resume off{start}, and {other}."
 
 
 def out_of_memory(config: Config, error: Exception) -> ConfigError:
     r = config.rollout
+    if str(error).startswith("reward "):
+        return ConfigError(
+            f"out of memory while scoring ({error}). Choose dtype float16 in Load Reward, or a smaller reward. "
+            "Finished updates are saved; set resume to continue."
+        )
     return ConfigError(
         f"out of memory with images_at_once {r.images_at_once} at {r.width} x {r.height} pixels ({error}). "
         f"Set images_at_once to {max(1, r.images_at_once // 2)}, turn on gradient_checkpointing, or use a smaller "

@@ -1,14 +1,19 @@
 """Rewards: load, combine, and score images with them."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import comfy.model_management as mm
 import torch
+from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.reward import REWARDS, RewardSettings, load_reward, offered
+from comfyui_pcpo.reward.base import on_its_device
+from comfyui_pcpo.reward.combine import CombinedScores
 from comfyui_pcpo.reward.weights.checkpoint import file_path
 
 from .files import reward_folder
@@ -17,6 +22,8 @@ from .images import to_comfy_image
 from .inputs import ADVANCED, checked
 from .types import RewardType, WeightedRewards
 
+PACK = Path(__file__).resolve().parents[1]
+"""The folder of this pack, where `python -m trainer` works."""
 REWARD_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -25,9 +32,27 @@ def single_reward(name: str, dtype: str = "float32") -> WeightedRewards:
     files = [str(file_path(Path(), file)) for file in REWARDS[name].files] if name in REWARDS else []
     settings = RewardSettings(
         reward_folder(files), str(mm.get_torch_device()), REWARD_DTYPES[dtype],
-        tick=mm.throw_exception_if_processing_interrupted, plain=plain_prompt,
+        tick=mm.throw_exception_if_processing_interrupted, plain=plain_prompt, make_room=make_room,
+        download=f'run in {PACK}: "{sys.executable}" -m trainer download',
     )  # fmt: skip
     return WeightedRewards((load_reward(name, settings),), (1.0,))
+
+
+def make_room(size: int) -> None:
+    """Let ComfyUI free this many bytes of GPU memory for a reward, and what scoring takes."""
+    with torch.inference_mode():  # in which ComfyUI moves its models
+        mm.free_memory(size + mm.minimum_inference_memory(), mm.get_torch_device())
+
+
+def scored(reward: WeightedRewards, images: Tensor, prompts: Sequence[str]) -> CombinedScores:
+    """All scores of images (B, H, W, 3); each reward is on its device only while it scores."""
+    combined, scores = reward.combined(), []
+    bar = ProgressBar(len(combined.rewards))
+    for one in combined.rewards:
+        with on_its_device(one):
+            scores.append(one.score(images, list(prompts)))
+        bar.update(1)
+    return combined.combine(scores)
 
 
 class LoadReward(io.ComfyNode):
@@ -127,7 +152,7 @@ class ScoreImages(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, images: Tensor, reward: WeightedRewards, prompt: str, keep_best: int) -> io.NodeOutput:
-        scores = reward.combined().score(images, [prompt] * len(images))
+        scores = scored(reward, images, [prompt] * len(images))
         order = scores.total.nan_to_num(-torch.inf).argsort(descending=True, stable=True)
         kept, totals, parts = order[: keep_best or None], scores.total[order], scores.components[:, order]
         report = score_report(totals, parts, [r.name for r in reward.rewards], prompt)

@@ -1,22 +1,25 @@
 """A person's taste as the reward: votes in the page, a reward learned from them, and blind comparisons."""
 
 import hashlib
-from functools import partial
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from comfyui_pcpo.durable import write_durably
 from comfyui_pcpo.plotting.grids import before_after
 from comfyui_pcpo.reward import RewardSettings
-from comfyui_pcpo.taste.votes import CHOICES, Choose, VoteFolder
+from comfyui_pcpo.reward.base import eight_bit
+from comfyui_pcpo.taste.votes import CHOICES, Choose, VoteFolder, group_key
 
 from ..trainer.config.loading import build
 from ..trainer.config.schema import ConfigError
-from .files import blind_folder, tastes_folder, vote_names
+from .files import tastes_folder, vote_names
 from .images import to_comfy_image
-from .inputs import ADVANCED, checked, seed_input
+from .inputs import ADVANCED, MAX_SEED, checked
 from .types import RewardType, RunType, WeightedRewards
 
 if TYPE_CHECKING:
@@ -208,11 +211,9 @@ class LoadTaste(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, taste: str | None = None, clip_vision=None) -> str | float:
-        if taste is None:
-            return float("nan")  # a linked value is not known yet; NaN equals nothing, so the node runs
-        file = taste_file(taste)
-        return f"{file} {file.stat().st_mtime_ns}"
+    def fingerprint_inputs(cls, taste: str | None = None, clip_vision=None) -> float:
+        """When Train Taste last saved the taste; NaN, which equals nothing, for a linked name."""
+        return float("nan") if taste is None else taste_file(taste).stat().st_mtime_ns
 
     @classmethod
     @checked
@@ -223,6 +224,23 @@ class LoadTaste(io.ComfyNode):
         check_encoder(loaded, encoder)
         reward = TasteReward(loaded, RewardSettings(), encoder, taste)
         return io.NodeOutput(WeightedRewards((reward,), (1.0,)))
+
+
+def blind_votes_file(images_a: Tensor, images_b: Tensor, about: str) -> Path:
+    """Where the votes on these pairs are kept, in a folder that is made for them."""
+    key = group_key(eight_bit(torch.cat([images_a, images_b])), about)
+    folder = tastes_folder() / "compare_blind"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{key}.json"
+
+
+def kept_wins(file: Path, most: int) -> list[float]:
+    """The votes of an earlier run of the node, in the order of the pairs; an unreadable file has none."""
+    try:
+        wins = json.loads(file.read_text(encoding="utf-8"))["wins"]
+        return [float(win) for win in wins][:most]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 class CompareBlind(io.ComfyNode):
@@ -243,7 +261,11 @@ class CompareBlind(io.ComfyNode):
                     "question", default="Which image is better?", tooltip="The question that you are asked."
                 ),
                 io.Int.Input("votes", default=0, min=0, max=4096, tooltip="Number of pairs to ask about; 0 is all."),
-                seed_input("Seed of the order and the sides; another seed asks about all pairs again.", changes=False),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=MAX_SEED,
+                    tooltip="Seed of the order and the sides. Votes are kept: the same images, question and seed go on "
+                    "with them, another seed asks anew.",
+                ),
             ],
             outputs=[
                 io.Float.Output(display_name="win_rate", tooltip="Share of votes for side B; ties count half."),
@@ -255,12 +277,20 @@ class CompareBlind(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, images_a: Tensor, images_b: Tensor, question: str, votes: int, seed: int) -> io.NodeOutput:
-        from comfyui_pcpo.taste.blind import ask_pairs, blind_pairs, sentence, win_rate
+        from comfyui_pcpo.taste.blind import blind_pairs, pair_question, sentence, win_rate
 
         from .host.booth import BOOTH  # imports the server
 
-        pairs, node = blind_pairs(images_a, images_b, votes, seed), str(cls.hidden.unique_id)
-        wins = ask_pairs(pairs, question, partial(BOOTH.ask, node), VoteFolder(blind_folder(seed)))
+        pairs = blind_pairs(images_a, images_b, votes, seed)
+        file = blind_votes_file(images_a, images_b, f"{question} {votes} {seed}")
+        wins = kept_wins(file, len(pairs))
+        while len(wins) < len(pairs):
+            reply = BOOTH.ask(str(cls.hidden.unique_id), pair_question(pairs, len(wins), question))
+            if reply.action == "undo":
+                wins.pop()
+            else:
+                wins.append(pairs[len(wins)].win_of_b(reply.ranks))
+            write_durably(file, json.dumps({"question": question, "seed": seed, "wins": wins}).encode())
         rate = win_rate(wins)
         shown = [pair.row for pair in pairs]
         captions = [{1.0: "B won", 0.0: "A won"}.get(win, "tie") for win in wins]

@@ -65,7 +65,7 @@ def group_advantage(rewards: Tensor, spread: Spread = "group", eps: float = 1e-4
     """Advantage of each image among those of its prompt, (P, G) -> (P, G) float32 or wider.
 
     DanceGRPO (arXiv 2505.07818):  A = (r - group mean) / (std + eps)
-    std of the group, or over the whole batch as in Flow-GRPO's code. A group without spread trains nothing.
+    std of the group, or over the whole batch as in Flow-GRPO's code. A group without spread has advantages of 0.
     """
     if spread not in ("group", "batch"):
         raise ValueError(f"spread is {spread!r}, but the std is taken over the 'group' or the 'batch'.")

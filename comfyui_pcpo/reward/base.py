@@ -36,8 +36,10 @@ class RewardFile:
 class RewardSettings:
     """Folder of the weight files, device, dtype of the network, images per forward pass, seconds to wait out an outage.
 
-    A host may add `tick`, called several times a second while a reward waits for a server or a user's own reward
-    computes (it may raise), and `plain`, which removes the host's own syntax from a prompt, such as weights.
+    A host may add `tick`, called before each batch and several times a second while a reward waits for a server or a
+    user's own reward computes (it may raise); `plain`, which removes the host's own syntax from a prompt, such as
+    weights; `make_room`, called with a network's bytes before it moves to a GPU; and `download`, how its users call the
+    command that downloads weights.
     """
 
     folder: Path | None = None
@@ -47,6 +49,8 @@ class RewardSettings:
     patience: float = 60.0
     tick: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
     plain: Callable[[str], str] = field(default=lambda prompt: prompt, compare=False, repr=False)
+    make_room: Callable[[int], None] = field(default=lambda size: None, compare=False, repr=False)
+    download: str = field(default="run: pcpo download", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.images_at_once < 1:
@@ -100,9 +104,11 @@ class Reward:
     def load(self) -> "Reward":
         """Load the weights if they are not loaded yet; `score` calls this."""
         if self.model is None:
-            model = self._own_code(self.build)
+            with ordinary_tensors():
+                model = self._own_code(self.build)
             if model is not None:
-                self.model = model.eval().requires_grad_(False).to(self.device)
+                self.model = model.eval().requires_grad_(False)
+                self.to(self.device)
         return self
 
     def unload(self) -> None:
@@ -114,9 +120,14 @@ class Reward:
         return self
 
     def to(self, device: str | torch.device) -> "Reward":
+        """Choose the device to score on; a loaded network moves there."""
         self.device = torch.device(device)
         if self.model is not None:
-            self.model.to(self.device)
+            elsewhere = [p for p in self.model.parameters() if p.device.type != self.device.type]
+            if elsewhere and self.device.type != "cpu":
+                self.settings.make_room(sum(p.nbytes for p in elsewhere))
+            with ordinary_tensors():
+                self.model.to(self.device)
         return self
 
     def score(self, images: Tensor, prompts: list[str], group_size: int | None = None) -> Tensor:
@@ -135,6 +146,7 @@ class Reward:
         if prompts:
             self.load()
         for part in self.parts(prompts, group_size):
+            self.settings.tick()
             scores = self.measure_batch(images[part], prompts[part])
             values.append(scores.values)
             for key, entries in scores.extras.items():
@@ -166,6 +178,24 @@ class Reward:
         return Scores(scores.values.masked_fill(broken, float("nan")), scores.extras)
 
 
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Weights that are made or moved inside can be used in and out of inference mode, in which some hosts score."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def on_its_device(reward: Reward, offload: bool = True) -> Iterator[Reward]:
+    """The reward on its own device; with `offload` it leaves a GPU afterwards, so that others have that memory."""
+    reward.to(reward.settings.device)
+    try:
+        yield reward
+    finally:
+        if offload and reward.device.type != "cpu":
+            reward.to("cpu")
+
+
 def checked_scores(output: object, count: int) -> Scores:
     """What score_batch returned, its values as float32 on the CPU, (B,)."""
     values, extras = (output.values, output.extras) if isinstance(output, Scores) else (output, {})
@@ -183,8 +213,8 @@ def blamed(reward: Reward) -> Iterator[None]:
     name = reward.name or type(reward).__name__
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"reward {name}: {error}") from error
     except RewardError as error:
         raise type(error)(f"reward {name}: {error}") from error
     except (Exception, SystemExit) as error:

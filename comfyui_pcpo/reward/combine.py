@@ -35,7 +35,11 @@ class CombinedReward:
 
     def score(self, images: Tensor, prompts: list[str]) -> CombinedScores:
         """All rewards' scores, float (B, H, W, C) -> components (K, B) and total (B,)."""
-        components = torch.stack([reward.score(images, prompts) for reward in self.rewards])
+        return self.combine([reward.score(images, prompts) for reward in self.rewards])
+
+    def combine(self, scores: Sequence[Tensor]) -> CombinedScores:
+        """The same from each reward's scores, K of (B,)."""
+        components = torch.stack(list(scores))
         counted = self.weights != 0  # weight 0: reported only, so its failures must not reach the total
         return CombinedScores(components, (self.weights[counted, None] * components[counted]).sum(0))
 

@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from comfyui_pcpo.reward.base import eight_bit
-from comfyui_pcpo.taste.human import Ask, Question
-from comfyui_pcpo.taste.votes import Vote, VoteError, VoteFolder, group_key
+from comfyui_pcpo.taste.human import Question
+from comfyui_pcpo.taste.votes import VoteError
 
 
 @dataclass(frozen=True)
@@ -49,28 +49,6 @@ def blind_pairs(a: Tensor, b: Tensor, count: int, seed: int) -> list[BlindPair]:
 def pair_question(pairs: Sequence[BlindPair], number: int, text: str) -> Question:
     """The question about a pair; the vote before it can be taken back."""
     return Question(text, "", pairs[number].images, "best", number + 1, len(pairs), number > 0, False)
-
-
-def ask_pairs(pairs: Sequence[BlindPair], text: str, ask: Ask, folder: VoteFolder) -> list[float]:
-    """Ask about the pairs that have no vote in `folder`, and keep every reply there at once -> the wins of B.
-
-    Only votes of this call can be taken back.
-    """
-    known = {vote.group: vote for vote in folder.votes()}
-    votes: list[Vote | None] = [known.get(group_key(pair.images, text)) for pair in pairs]
-    asked: list[tuple[int, Vote]] = []
-    while None in votes:
-        number = votes.index(None)
-        reply = ask(replace(pair_question(pairs, number, text), can_undo=bool(asked)))
-        if reply.action == "undo":
-            number, last = asked.pop()
-            folder.undo(last)
-            votes[number] = None
-        else:
-            vote = folder.add(pairs[number].images, text, reply.ranks, reply.seconds)
-            votes[number] = vote
-            asked.append((number, vote))
-    return [pair.win_of_b(vote.ranks) for pair, vote in zip(pairs, votes, strict=True) if vote is not None]
 
 
 @dataclass(frozen=True)

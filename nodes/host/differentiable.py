@@ -57,10 +57,9 @@ def differentiable(model: nn.Module, checkpointing: bool) -> Iterator[None]:
         for name in FUSED:
             stack.enter_context(_attribute(comfy.quant_ops.ck, name, getattr(eager, name)))
         for module in model.modules():
-            if isinstance(module, comfy.ops.CastWeightBiasOp) and isinstance(module, nn.Linear | nn.Conv2d):
+            if _is_product(module):
                 stack.enter_context(_forward(module, _product(module)))
-            elif not isinstance(module, nn.Embedding):
-                _own_parameters(module)
+        own_parameters(model)
         for block in repeated_blocks(model):
             for part in block.modules():
                 if isinstance(part, nn.LayerNorm | nn.RMSNorm):
@@ -152,11 +151,19 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return recomputed
 
 
-def _own_parameters(module: nn.Module) -> None:
-    """Replace parameters that are inference tensors by equal ones that autograd can save."""
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.is_inference():
-            setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+def own_parameters(model: nn.Module) -> None:
+    """Replace small parameters that are inference tensors, as they are after a move, by equal ones to be saved."""
+    for module in model.modules():
+        if _is_product(module) or isinstance(module, nn.Embedding):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_inference():
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether `differentiable` replaces the forward of a module, so that its weight is not saved."""
+    return isinstance(module, comfy.ops.CastWeightBiasOp) and isinstance(module, nn.Linear | nn.Conv2d)
 
 
 def _on_copies(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """Sampling as ComfyUI's KSampler does it, on the trainer's noise schedule or on ComfyUI's own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ...trainer.config.schema import ConfigError
 from ..types import EncodedPrompts
+from .decode import decode_images
 from .samplers import StepChoice, StochasticSampler
 from .spaces import space_of, training_grid
 
@@ -80,8 +82,8 @@ class ImageRequest:
     steps: int
     cfg: float
 
-    def generate(self, model: Any) -> Tensor:
-        """(P, H, W, 3); the noise of an image depends on the seed and the prompt's position in the list."""
+    def generate(self, model: Any, tick: Callable[[int], object] = lambda count: None) -> Tensor:
+        """(P, H, W, 3), with `tick` after each; an image's noise depends on the seed and the prompt's position."""
         first = {**self.latent, "samples": self.latent["samples"][:1]}
         sampler = StochasticSampler(StepChoice(noise_level=0.0, trainer_start=True, trainer_end=True))
         sigmas = noise_levels(model, TRAINING_SCHEDULER, self.steps)
@@ -89,14 +91,16 @@ class ImageRequest:
         for position, positive in enumerate(self.prompts.positive):
             guider = cfg_guider(model, positive, self.prompts.negative, self.cfg)
             latent = _sample(guider, self.seed + position, sampler, (sigmas, first), _interruptible)
-            images.append(self.vae.decode(latent["samples"])[..., :3])
+            images.append(decode_images(self.vae, latent["samples"]))
+            tick(1)
         return torch.cat(images)
 
 
 def empty_latent(model: Any) -> dict[str, Any]:
     """A square latent: 128 pixels for the embedded models, 512 for all others."""
-    size = 16 if "pcpo_model" in model.attachments else 64
-    return {"samples": torch.zeros(1, model.model.latent_format.latent_channels, size, size)}
+    latents = model.model.latent_format
+    size = (128 if "pcpo_model" in model.attachments else 512) // latents.spacial_downscale_ratio
+    return {"samples": torch.zeros(1, latents.latent_channels, size, size)}
 
 
 def with_lora(model: Any, lora: dict[str, Tensor]) -> Any:

@@ -21,7 +21,8 @@ from ...trainer.policy.base import LoraPairs, Progress, no_progress
 from ...trainer.policy.lora_pairs import started
 from ..types import EncodedPrompts
 from .adapter import fresh_layers, target_modules
-from .differentiable import differentiable
+from .decode import decode_images
+from .differentiable import differentiable, own_parameters
 from .lora_hooks import attached
 from .spaces import space_of, training_grid
 
@@ -57,7 +58,7 @@ class ComfyPolicy:
         self.conds = [_own(guider.conds[cond_key(n)]) for n in range(len(self.lines))]
         guider.conds["negative"] = _own(guider.conds["negative"])
         self.controls = comfy.sampler_helpers.get_additional_models(guider.conds, torch.float32)[0]
-        self.lora_on, self.evicted = True, False
+        self.lora_on, self.evicted, self.batch = True, False, reserved_batch(config)
         self.sigma: dict[float, float] = {}
 
     def grid(self, steps: int) -> Grid:
@@ -94,14 +95,15 @@ class ComfyPolicy:
         """Load the model again if decoding or rewards may have evicted it."""
         if self.evicted:
             models = [self.guider.model_patcher, *self.controls]
-            mm.load_models_gpu(models, self.model.memory_required([1, *self.latent_shape]))
+            with torch.inference_mode():
+                mm.load_models_gpu(models, self.model.memory_required([self.batch, *self.latent_shape]))
+            own_parameters(self.model.diffusion_model)
             self.evicted = False
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         self.evicted = True
-        images = self.vae.decode(self.model.process_latent_out(self._framed(latents.float())))
-        return images.reshape(-1, *images.shape[-3:])[..., :3].float().cpu()
+        return decode_images(self.vae, self.model.process_latent_out(self._framed(latents.float()))).float().cpu()
 
     def trainable(self) -> list[nn.Parameter]:
         return [factor for layer in self.layers.values() for factor in (layer.down, layer.up)]
@@ -186,8 +188,7 @@ def with_policy(
 ) -> Result:
     """Run `job` on a ComfyPolicy while ComfyUI keeps the model loaded; every change is undone afterwards."""
     patcher = model.clone()
-    batch = config.rollout.images_at_once * (2 if config.model.gradient_checkpointing else 4)
-    patcher.add_wrapper(WrappersMP.PREPARE_SAMPLING, _with_room_for(batch))
+    patcher.add_wrapper(WrappersMP.PREPARE_SAMPLING, _with_room_for(reserved_batch(config)))
     guider = comfy.samplers.CFGGuider(patcher)
     conds = {cond_key(n): cond for n, cond in enumerate(prompts.positive)}
     guider.inner_set_conds({**conds, "negative": prompts.negative})
@@ -202,9 +203,15 @@ def with_policy(
     return sampler.result
 
 
+def reserved_batch(config: Config) -> int:
+    """The batch whose inference takes about the memory that training takes, for ComfyUI to keep free."""
+    return config.rollout.images_at_once * (2 if config.model.gradient_checkpointing else 4)
+
+
 def _with_room_for(batch: int) -> Callable[..., Any]:
     def prepare(executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
-        return executor(model, [batch, *noise_shape[1:]], *args, **kwargs)
+        with torch.inference_mode():  # weights of a loader, moved outside of it, can no longer be used
+            return executor(model, [batch, *noise_shape[1:]], *args, **kwargs)
 
     return prepare
 

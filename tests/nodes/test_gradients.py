@@ -11,6 +11,8 @@ import comfy_host
 comfy_host.skip_without_host()
 
 comfy_host.load_pack()
+import comfy.model_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy_families  # noqa: E402
 import comfy_models  # noqa: E402
@@ -105,6 +107,54 @@ def of_the_base(policy):
     t = policy.grid(4).timesteps.tolist()[1]
     with torch.no_grad(), policy.reference():
         return policy.predict(x, t, policy.encode([LINES[0]]))
+
+
+class Moved(comfy.model_patcher.ModelPatcher):
+    """A MODEL whose weights get new storage on loading and unloading, as between a CPU and a GPU."""
+
+    moves = 0
+
+    def load(self, *args, **kwargs):
+        super().load(*args, **kwargs)
+        self.move()
+
+    def detach(self, *args, **kwargs):
+        result = super().detach(*args, **kwargs)
+        self.move()
+        return result
+
+    def move(self):
+        Moved.moves += 1
+        for parameter in self.model.parameters():
+            with torch.no_grad():
+                parameter.data = parameter.detach().clone()
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_gradients_over_weights_that_decoding_and_rewards_evict_meanwhile(name):
+    """A loader's weights are inference tensors, and moving those outside of inference mode makes them unusable."""
+    comfy_models.forget_loaded()
+    family = comfy_families.make(name)
+    family.model.__class__ = Moved
+
+    def work(policy):
+        found = []
+        for _ in range(2):
+            found.append(finite_difference(policy))
+            with torch.inference_mode():  # as in vae.decode
+                comfy.model_management.unload_all_models()
+            policy.evicted = True
+            for parameter in policy.trainable():
+                parameter.grad = None
+        return found
+
+    before = Moved.moves
+    for slope, expected in inside(family, config([comfy_families.LINE]), work):
+        assert slope == pytest.approx(expected, rel=1e-4)
+    assert Moved.moves - before >= 4
+    with torch.inference_mode():  # and ComfyUI can sample with them afterwards
+        assert all(torch.mul(p, 2) is not None for p in family.model.model.diffusion_model.parameters())
+    comfy_models.forget_loaded()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,13 @@ comfy_host.skip_without_host()
 
 import torch  # noqa: E402
 
+from comfyui_pcpo.reward.base import Reward, RewardSettings  # noqa: E402
+
 pytestmark = pytest.mark.slow
 
 comfy_host.load_pack()
 ConfigError = comfy_host.pack_module("trainer.config.schema").ConfigError
+types = comfy_host.pack_module("nodes.types")
 run = comfy_host.execute
 
 
@@ -31,6 +35,29 @@ def test_scores_put_the_best_first():
     assert torch.equal(best, images[[1, 2]])
     assert scores == sorted(scores, reverse=True) and len(scores) == 2
     assert report.count("\n") == 3 and grid.shape[0] == 1
+
+
+def test_rewards_score_on_their_device_and_leave_it():
+    """Also one that a training has moved to the CPU; ComfyUI does not know of the memory that a reward takes."""
+    used = []
+
+    class Recording(Reward):
+        name = "recording"
+
+        def score_batch(self, images, prompts):
+            used.append(self.device.type)
+            return torch.zeros(len(images))
+
+    reward = Recording(RewardSettings(device="meta")).to("cpu")
+    run("PCPOScoreImages", torch.rand(2, 8, 8, 3), types.WeightedRewards((reward,), (1.0,)), "", 0)
+    assert used == ["meta"] and reward.device.type == "cpu"
+
+
+def test_a_missing_weight_file_is_told_with_a_command_that_works_in_this_host():
+    reward = run("PCPOLoadReward", "hpsv2")[0]
+    command = f'run in {comfy_host.PACK}: "{sys.executable}" -m trainer download hpsv2 --folder "/'
+    with pytest.raises(Exception, match=re.escape(command)):
+        run("PCPOScoreImages", torch.rand(1, 8, 8, 3), reward, "a fox", 0)
 
 
 def test_combined_rewards_add_up_and_refuse_repeats():

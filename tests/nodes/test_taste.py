@@ -1,5 +1,7 @@
 """The taste nodes in a real host: a CLIP Vision model as the features, files, and what is refused."""
 
+import math
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +16,8 @@ comfy_host.skip_without_host()
 comfy_host.load_pack()
 
 from comfyui_pcpo.taste.votes import VoteFolder  # noqa: E402
+
+taste = comfy_host.pack_module("nodes.taste")
 
 pytestmark = pytest.mark.slow
 TINY_CLIP = {
@@ -74,22 +78,6 @@ def test_loading_it_without_that_clip_vision_is_refused(images, clip_vision):
         comfy_host.execute("PCPOLoadTaste", taste="needs-clip")
 
 
-def test_a_taste_that_was_trained_again_is_loaded_again(images):
-    fingerprint = comfy_host.load_pack()["PCPOLoadTaste"].fingerprint_inputs
-    vote_in("again", images)
-    comfy_host.execute("PCPOTrainTaste", name="again")
-    before = fingerprint(taste="again")
-    assert fingerprint(taste="again", clip_vision=None) == before
-    comfy_host.execute("PCPOTrainTaste", name="again")
-    assert fingerprint(taste="again") != before
-    assert fingerprint(taste=None) != fingerprint(taste=None)  # linked: NaN
-
-
-def test_the_seed_of_a_blind_comparison_stays_so_that_its_votes_count_again():
-    (seed,) = [i for i in comfy_host.load_pack()["PCPOCompareBlind"].define_schema().inputs if i.id == "seed"]
-    assert seed.control_after_generate is False
-
-
 def test_liked_and_disliked_folders_and_the_embedded_features(images, tmp_path):
     order = redness(images).argsort(descending=True)
     for name, rows in (("yes", order[:15]), ("no", order[-15:])):
@@ -115,6 +103,30 @@ def test_missing_tastes_and_votes_are_refused_in_a_sentence():
 @pytest.mark.parametrize("name", ["", "..", "a/b", "con\n"])
 def test_a_name_that_no_folder_can_have_is_refused(name):
     assert comfy_host.load_pack()["PCPOHumanVote"].validate_inputs(name=name) is not True
+
+
+def test_a_taste_that_is_trained_again_is_loaded_again(images):
+    vote_in("renewed", images)
+    comfy_host.execute("PCPOTrainTaste", name="renewed")
+    node, file = comfy_host.load_pack()["PCPOLoadTaste"], taste.taste_file("renewed")
+    before = node.fingerprint_inputs(taste="renewed")
+    assert before == node.fingerprint_inputs(taste="renewed")
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1_000_000))
+    assert before != node.fingerprint_inputs(taste="renewed")
+    assert math.isnan(node.fingerprint_inputs(taste=None))
+
+
+def test_a_blind_comparison_goes_on_with_the_votes_that_it_has():
+    a, b = torch.rand(2, 2, 8, 8, 3, generator=torch.Generator().manual_seed(0))
+    given = {"question": "?", "votes": 0, "seed": 3}
+    file = taste.blind_votes_file(a, b, "? 0 3")
+    assert taste.kept_wins(file, 2) == []
+    file.write_text('{"question": "?", "seed": 3, "wins": [1.0, 0.5]}')
+    rate, *_ = comfy_host.execute("PCPOCompareBlind", a, b, **given)  # nobody is asked
+    assert rate == 0.75
+    assert taste.blind_votes_file(a, b, "? 0 4") != file != taste.blind_votes_file(b, a, "? 0 3")
+    file.write_text('{"wins"')
+    assert taste.kept_wins(file, 2) == []
 
 
 def test_sides_of_a_blind_comparison_must_match():

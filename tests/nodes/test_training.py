@@ -1,6 +1,7 @@
 """Training, in process: runs, interruption, resume, and the state that they leave."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -14,9 +15,11 @@ comfy_host.skip_without_host()
 import torch  # noqa: E402
 
 comfy_host.load_pack()
+import comfy.latent_formats  # noqa: E402
 import comfy.model_management as mm  # noqa: E402
 import comfy.model_sampling  # noqa: E402
 import comfy.utils  # noqa: E402
+import comfy_families  # noqa: E402
 import comfy_models  # noqa: E402
 from comfy_models import LINES, biggest  # noqa: E402
 
@@ -26,6 +29,7 @@ pytestmark = pytest.mark.slow
 
 call = comfy_host.execute
 job = comfy_host.pack_module("nodes.job")
+ksampler = comfy_host.pack_module("nodes.host.ksampler")
 comfy_policy = comfy_host.pack_module("nodes.host.policy")
 types = comfy_host.pack_module("nodes.types")
 settings = comfy_host.pack_module("trainer.config.schema")
@@ -222,9 +226,16 @@ def watched(train, **options) -> list[tuple]:
 
 def test_every_update_sends_a_preview(flow):
     seen = watched(flow.train, name="watched", updates=3)
-    previews = [preview[1] for value, total, preview in seen if preview is not None and total == 3]
+    previews = [preview[1] for value, total, preview in seen if preview is not None and total == 3 * job.BAR_UNITS]
     assert len(previews) == 3 and previews[0].size[0] >= 256
     assert previews[0].tobytes() != previews[2].tobytes()
+
+
+def test_the_bar_moves_within_an_update_and_never_back(flow):
+    """Otherwise a model whose update takes minutes stays at 0 % all that time."""
+    values = [value for value, _, _ in watched(flow.train, name="moving", updates=2, guard_every=1)]
+    assert values == sorted(values) and values[-1] == 2 * job.BAR_UNITS
+    assert any(0 < value < job.BAR_UNITS for value in values)
 
 
 def test_the_preview_of_a_large_group_has_images_from_its_best_to_its_worst(flow):
@@ -241,7 +252,7 @@ def test_the_preview_of_a_large_group_has_images_from_its_best_to_its_worst(flow
 
 def test_the_preview_has_the_guards_line_once_it_has_measured_twice(flow):
     seen = watched(flow.train, name="watched-by-the-guard", updates=3, guard_every=1)
-    heights = [preview[1].size[1] for _, total, preview in seen if preview is not None and total == 3]
+    heights = [preview[1].size[1] for _, total, preview in seen if preview is not None and total == 3 * job.BAR_UNITS]
     assert heights[0] < heights[1] == heights[2]
 
 
@@ -294,6 +305,22 @@ def test_a_guarded_run_holds_rewards_of_weight_0_out_and_outputs_the_kept_lora(f
     kept = call("PCPOLoadRun", run="guarded", checkpoint="kept")[1]
     assert call("PCPOPlotRun", run, 0.6, "guard")[0].shape[0] == 1
     assert kept.keys() == lora.keys() and all(torch.equal(kept[k], lora[k]) for k in kept)
+
+
+def test_a_run_that_cannot_be_resumed_names_the_inputs_that_continue_it(flow):
+    """None of the command line's options, which a user of the node does not have."""
+    folder = run_module.RunFolder(flow.train("stopped", updates=1, guard_every=1)[3].path)
+    with pytest.raises(ConfigError, match=r"learning_rate was .*\. Undo that, or turn resume off"):
+        flow.train("stopped", updates=2, guard_every=1, resume=True, learning_rate=0.01)
+    folder.rewrite_config(options.with_options(folder.config(), {"guard": {"patience": 1}}))
+    (row,) = folder.records()
+    row["guard"]["lost"]["diversity"] = 0.9
+    folder.metrics_file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConfigError, match=r"was stopped by its guard: diversity .* Set guard_every to 0 ") as error:
+        flow.train("stopped", updates=2, guard_every=1, resume=True)
+    assert "--" not in str(error.value) and "config.toml" not in str(error.value)
+    flow.train("stopped", updates=2, guard_every=0, resume=True)
+    assert len(folder.records()) == 2
 
 
 def test_a_group_reward_and_prompts_with_metadata_train_in_the_node(flow, monkeypatch):
@@ -362,6 +389,27 @@ def test_compare_shows_the_same_noise_on_both_sides(flow):
     before, after, grid, report = call("PCPOCompare", flow.model, still, flow.vae, flow.prompts, 0, 4, 1.0, flow.reward)
     assert torch.equal(before, after) and before.shape == (2, 128, 128, 3) and grid.shape[0] == 1
     assert "before" in report
+
+
+def test_compare_takes_the_images_of_a_video_models_vae(flow):
+    """It decodes to frames, (B, 1, H, W, 3)."""
+
+    class Frames:
+        def decode(self, samples):
+            return flow.vae.decode(samples)[:, None]
+
+    one = (0, 4, 1.0)
+    request = [ksampler.ImageRequest(vae, flow.prompts, flow.latent(1), *one) for vae in (flow.vae, Frames())]
+    with torch.inference_mode():
+        assert torch.equal(request[0].generate(flow.model), request[1].generate(flow.model))
+
+
+def test_compare_generates_512_pixels_whatever_a_latent_stands_for(flow):
+    for latents, size in ((comfy.latent_formats.SDXL(), 64), (comfy.latent_formats.Flux2(), 32)):
+        model = comfy_families.make("sd3").model
+        model.model.latent_format = latents
+        assert ksampler.empty_latent(model)["samples"].shape == (1, latents.latent_channels, size, size)
+    assert ksampler.empty_latent(flow.model)["samples"].shape == (1, 16, 16, 16)
 
 
 def test_compare_takes_steps_and_cfg_of_training_at_0(flow):

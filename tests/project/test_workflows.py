@@ -110,7 +110,7 @@ def test_a_note_beside_numbers_of_the_tiny_model_sends_real_models_to_workflow_6
     trains = [node["widgets_values"] for node in nodes if node["type"] == "PCPOTrainLoRA"]
     fixed = any(dict(zip(names, values, strict=True))["learning_rate"] for values in trains)
     (note,) = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
-    assert ("use workflow 6" in note or "with workflow 6" in note) == fixed
+    assert ("workflow 6" in note) == fixed
     assert not (fixed and "by its loader" in note)
 
 

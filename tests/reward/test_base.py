@@ -51,6 +51,50 @@ def test_failed_scores_are_nan_never_zero():
     assert First().score(broken, ["", ""]).isnan().tolist() == [True, False]
 
 
+class Network(Reward):
+    """Has a weight, 4 bytes."""
+
+    name = "network"
+
+    def build(self):
+        return torch.nn.Linear(1, 1, bias=False)
+
+    def score_batch(self, images, prompts):
+        return self.model(images.float().flatten(1)[:, :1])[:, 0]
+
+
+def test_weights_that_were_made_or_moved_in_inference_mode_can_be_used_outside():
+    """A host may score in inference mode first; what is moved there in it raises on every later use outside."""
+    reward = Network()
+    with torch.inference_mode():
+        reward.score(images(0.5), ["a"])
+    assert not reward.model.weight.is_inference()
+    with torch.inference_mode():
+        reward.to("meta")
+    assert reward.model.weight.is_meta and not reward.model.weight.is_inference()
+
+
+def test_a_host_is_asked_for_room_before_a_network_moves_to_a_gpu():
+    asked = []
+    reward = Network(RewardSettings(device="meta", make_room=asked.append)).load()
+    assert asked == [4]
+    assert reward.to("meta") and asked == [4]  # it is there already
+    Network(RewardSettings(make_room=asked.append)).load()  # on the CPU
+    assert asked == [4]
+
+
+def test_a_host_can_stop_the_scoring_between_two_batches():
+    calls = []
+
+    def tick():
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        First(RewardSettings(images_at_once=1, tick=tick)).score(images(0.0, 0.0, 0.0, 0.0), ["a"] * 4)
+
+
 def test_no_images_have_no_scores():
     assert First().score(torch.zeros(0, 4, 4, 3), []).shape == (0,)
 

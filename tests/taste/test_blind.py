@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 
-from comfyui_pcpo.taste.blind import ask_pairs, blind_pairs, sentence, win_rate
+from comfyui_pcpo.taste.blind import blind_pairs, sentence, win_rate
 from comfyui_pcpo.taste.human import Question, Reply
-from comfyui_pcpo.taste.votes import VoteError, VoteFolder
+from comfyui_pcpo.taste.votes import VoteError
 from trainer.cli import main
 from trainer.evaluation.ballot_page import BallotServer
 from trainer.evaluation.blind import is_image_folder
@@ -43,50 +43,6 @@ def test_the_preferred_side_wins_whichever_place_it_has():
 def test_sides_of_different_number_or_size_are_refused():
     with pytest.raises(VoteError, match="Side A has 2 images of 4 x 4, side B 3 of 4 x 4"):
         blind_pairs(torch.zeros(2, 4, 4, 3), torch.zeros(3, 4, 4, 3), 0, 0)
-
-
-class Cancel(Exception):
-    pass
-
-
-class Judge:
-    """Prefers the brighter image; takes its vote back once after `undo_after` questions, gives up after `patience`."""
-
-    def __init__(self, patience: int = 1000, undo_after: int | None = None):
-        self.asked: list[Question] = []
-        self.patience, self.undo_after = patience, undo_after
-
-    def __call__(self, question: Question, /) -> Reply:
-        if len(self.asked) == self.patience:
-            raise Cancel
-        self.asked.append(question)
-        if len(self.asked) == self.undo_after:
-            assert question.can_undo
-            return Reply("undo")
-        return Reply("vote", prefers_white(question.images), 1.0)
-
-
-def gradient(count: int, low: float) -> torch.Tensor:
-    """Images of different pixels."""
-    return (low + torch.arange(count) / 255)[:, None, None, None].expand(count, 4, 4, 3)
-
-
-def test_votes_of_a_cancelled_comparison_are_kept_and_the_rest_is_asked(tmp_path):
-    pairs = blind_pairs(gradient(10, 0.0), gradient(10, 0.5), 0, seed=3)
-    first, rest, again = Judge(patience=7), Judge(), Judge()
-    with pytest.raises(Cancel):
-        ask_pairs(pairs, "Better?", first, VoteFolder(tmp_path))
-    assert ask_pairs(pairs, "Better?", rest, VoteFolder(tmp_path)) == [1.0] * 10
-    assert [question.number for question in rest.asked] == [8, 9, 10] and not rest.asked[0].can_undo
-    assert ask_pairs(pairs, "Better?", again, VoteFolder(tmp_path)) == [1.0] * 10 and not again.asked
-    assert len(ask_pairs(pairs, "Sharper?", again, VoteFolder(tmp_path))) == len(again.asked) == 10
-
-
-def test_a_blind_vote_that_was_taken_back_is_asked_again(tmp_path):
-    pairs = blind_pairs(gradient(4, 0.0), gradient(4, 0.5), 0, seed=3)
-    judge = Judge(undo_after=3)
-    assert ask_pairs(pairs, "Better?", judge, VoteFolder(tmp_path)) == [1.0] * 4
-    assert [question.number for question in judge.asked] == [1, 2, 3, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("wins", "votes"), [(0, 10), (3, 10), (10, 10), (55, 100)])

@@ -43,6 +43,14 @@ def test_a_branch_costs_fewer_model_evaluations_than_a_window_of_the_same_length
     assert branch["rollout"] < whole["rollout"]
 
 
+@pytest.mark.parametrize("name", ["nft", "awm"])
+def test_a_window_of_noisy_steps_leaves_the_noise_levels_of_a_forward_objective_alone(make_config, name):
+    """Their levels are drawn when an update trains; the sampler's steps, which may all be without noise, are others."""
+    configs = [make_config(rollout={"steps": 5, "sde_window": window}, objective={"name": name}) for window in (0, 1)]
+    every, window = (plan_of(config).trained for config in configs)
+    assert every == window and len(every) > 1
+
+
 def test_images_of_a_group_differ_by_the_noise_of_their_branch_alone(make_config, learn):
     update = next(learn(branching(make_config))[1])
     first = update.images.view(2, 4, -1)

@@ -176,6 +176,11 @@ def test_a_reward_with_a_dot_in_its_name_is_one_option():
         ({"advantage": {"min_count": 4}}, "advantage.min_count"),
         ({"objective": {"kl_weight": 0.1, "kl_images": 2}}, "objective.kl_images"),
         ({"objective": {"name": "awm"}, "rollout": {"sde_window": 2}}, "rollout.sde_window"),
+        ({"objective": {"kl_mask": 1e-5, "clip_range": 0.2}}, "objective.clip_range"),
+        ({"guard": {"every": 5, "kl_budget": 1e-4}, "objective": {"kl_images": 7}}, "objective.kl_images"),
+        ({"guard": {"every": 5, "kl_budget": 1e-4}, "objective": {"kl_every": 3}}, "objective.kl_every"),
+        ({"reward": {"constraint_rate": 3}}, "reward.constraint_rate"),
+        ({"rollout": {"cfg": 2, "detach_unconditional": True, "batch_cfg": False}}, "rollout.batch_cfg"),
         ({"objective": {"name": "nft"}, "rollout": {"method": "cps", "noise_level": 0.0}}, "rollout.method"),
     ],
 )

@@ -9,7 +9,7 @@ from comfyui_pcpo.reward.color import Colorfulness
 from trainer.config.loading import dump, load
 from trainer.config.schema import ConfigError
 from trainer.loop.scoring import RunError, check_failures
-from trainer.runs.folder import comparable_mean
+from trainer.runs.rows import ranked_mean, ranking_weights
 
 CONSTRAINED = {"weights": {"colorfulness": 1.0}, "constraints": ["jpeg_compressibility"], "constraint_rate": 0.5}
 
@@ -114,8 +114,8 @@ def test_a_scheduled_weight_may_be_given_as_0_and_the_last_ones_compare_updates(
     reward = make_config(reward={"weights": {"colorfulness": 0.0}, "schedule": schedule}).reward
     assert (reward.weights_at(1), reward.last_weights) == ({"colorfulness": 0.0}, {"colorfulness": 2.0})
     row = {"rewards": {"colorfulness": 0.5}, "reward_mean": 9.0, "weights": {"colorfulness": 18.0}}
-    assert comparable_mean(row, reward.last_weights) == 1.0
-    assert comparable_mean({"rewards": {"colorfulness": 0.5}, "reward_mean": 9.0}, {}) == 9.0
+    assert ranked_mean(row, ranking_weights([row], reward)) == 1.0
+    assert ranked_mean({"rewards": {"colorfulness": None}}, ranking_weights([row], reward)) is None
 
 
 def test_rewards_that_fail_on_different_images_leave_nothing_to_compare(make_config):
@@ -124,6 +124,20 @@ def test_rewards_that_fail_on_different_images_leave_nothing_to_compare(make_con
     with pytest.raises(RunError, match=r"update 3: of every image, one of the rewards colorfulness, redness failed"):
         check_failures(scores, {}, config, 3)
     check_failures(scores | {"redness": torch.tensor([torch.nan, 1.0])}, {}, config, 3)
+
+
+def test_of_rewards_that_leave_nothing_to_compare_only_those_that_failed_are_named(make_config):
+    config = make_config(reward=CONSTRAINED | {"weights": {"colorfulness": 1.0, "redness": 1.0}, "max_failed": 0.6})
+    first, second = torch.tensor([torch.nan, 1.0]), torch.tensor([1.0, torch.nan])
+    scores = {"colorfulness": first, "redness": torch.ones(2), "jpeg_compressibility": second}
+    with pytest.raises(RunError, match=r"one of the rewards colorfulness, jpeg_compressibility failed"):
+        check_failures(scores, {}, config, 3)
+
+
+def test_scores_that_all_failed_are_not_told_to_exceed_a_limit_of_1(make_config):
+    config = make_config(reward={"max_failed": 1.0})
+    with pytest.raises(RunError, match=r"100 % of the colorfulness scores failed \(.*\), so none can be compared\."):
+        check_failures({"colorfulness": torch.full((2,), torch.nan)}, {"colorfulness": Colorfulness()}, config, 3)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,42 @@ def test_images_are_shown_of_prompts_from_all_over_the_list():
     assert len(shown.images) == len(shown.scores) == 3
 
 
+def test_images_of_an_earlier_evaluation_are_replaced_once_all_new_ones_are_there(run, tmp_path):
+    """Otherwise those of more seeds or prompts stay, and a folder of them is a reference for distances."""
+    pictures = tmp_path / "pictures"
+    for seeds in (2, 1):
+        evaluate(str(run.path), small(seeds=seeds), pictures)
+        assert [f.name for f in sorted((pictures / "after").iterdir())] == [str(seed) for seed in range(seeds)]
+    with pytest.raises(ConfigError):
+        evaluate(str(run.path), small(rewards=("nothing",)), pictures)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pictures"] and list(pictures.iterdir())
+
+
+def test_the_command_replaces_images_only_when_asked(run, tmp_path, capsys):
+    arguments = ["evaluate", "emoji-flow", "--images", "1", "--seeds", "2", "--steps", "2", "--save-images"]
+    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    (tmp_path / "prompts.txt").write_text("a fox")
+    kept = tmp_path / "out" / "pictures" / "mine.png"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert main(arguments) == 2 and "pictures exists and is not overwritten" in capsys.readouterr().err
+    assert kept.exists()
+    assert main([*arguments, "--overwrite"]) == 0 and not kept.exists()
+
+
+def test_one_image_per_seed_is_too_few_for_a_distance_and_said_before_sampling(run, tmp_path, prompts):
+    prompts.write_text("a fox")
+    with pytest.raises(ConfigError, match="one image per seed, but distances"):
+        evaluate("emoji-flow", small(images=1, prompts=prompts, reference=reference(tmp_path)))
+
+
+def reference(folder):
+    """A folder of two images."""
+    for name in "ab":
+        Image.new("RGB", (128, 128), "red").save(folder / f"{name}.png")
+    return folder
+
+
 def test_a_metric_without_a_value_is_a_note_and_no_row(run):
     lone = evaluate(str(run.path), small(images=1, rewards=("redness", "tiny_diversity")))
     assert metric(lone, "tiny_diversity").before

@@ -4,8 +4,9 @@ import pytest
 import torch
 from running import start_run
 
+from trainer.config.loading import build
 from trainer.config.schema import Config, ConfigError
-from trainer.runs.failures import explained
+from trainer.runs.failures import explained, memory_advice
 from trainer.runs.folder import RunFolder
 
 
@@ -40,3 +41,9 @@ def test_out_of_memory_in_the_first_update_names_every_way(tmp_path):
         explained(Config(), RunFolder(tmp_path / "run")),
     ):
         raise torch.OutOfMemoryError("no memory")
+
+
+def test_a_sharded_model_that_is_out_of_memory_is_not_told_to_quantize(tmp_path):
+    sharded = memory_advice(build({"model": {"shard": True}}, "test"), RunFolder(tmp_path / "run"), ValueError("full"))
+    assert "quantize" not in sharded
+    assert 'model.quantize = "fp8"' in memory_advice(Config(), RunFolder(tmp_path / "run"), ValueError("full"))

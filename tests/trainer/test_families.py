@@ -275,6 +275,15 @@ def test_a_size_that_is_no_multiple_is_refused(pipelines, make_config, family):
         policy_of(pipelines[family], make_config, rollout={"height": 17})
 
 
+def test_chroma_is_only_sharded_where_all_processes_make_the_same_model_calls(pipelines, make_config):
+    """Images share a call where their texts have one length, which differs between processes."""
+    one = {"images_at_once": 1, "cfg": 2.0, "batch_cfg": False}
+    policy_of(pipelines["chroma"], make_config, model={"shard": True}, rollout=one)
+    for changed in ({"images_at_once": 2}, {"batch_cfg": True}):
+        with pytest.raises(ConfigError, match=r"model\.shard with Chroma needs rollout\.images_at_once = 1"):
+            policy_of(pipelines["chroma"], make_config, model={"shard": True}, rollout={**one, **changed})
+
+
 def test_a_pipeline_without_an_entry_is_refused(pipelines, make_config):
     other = diffusers.StableDiffusionImg2ImgPipeline(**pipelines["sd15"].components, requires_safety_checker=False)
     supported = ", ".join(FAMILIES)

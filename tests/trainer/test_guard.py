@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from comfyui_pcpo.plotting.run_curves import curve_panels
 from trainer.cli.progress import update_line
 from trainer.config.diagnostics import without_effect
 from trainer.config.guard_section import GuardConfig
-from trainer.config.loading import build, load, merge
+from trainer.config.loading import build, load, merge, with_options
 from trainer.config.schema import ConfigError
 from trainer.evaluation.demo import DEMO_RECIPES, demo_config
 from trainer.guard.guard import read_measures
@@ -26,9 +27,8 @@ from trainer.guard.limits import GuardVerdict, lost_deviations, next_verdict, re
 from trainer.policy.lora_pairs import read_lora
 from trainer.runs.export import ExportOptions, export_lora
 from trainer.runs.folder import RunFolder
-from trainer.runs.launch import ResumeOptions, resume_run
+from trainer.runs.launch import ResumeOptions, StoppedByGuard, resume_run
 from trainer.runs.launch import start_run as launch_run
-from trainer.runs.rows import final_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -139,10 +139,58 @@ def test_the_guard_is_on_in_the_demo_and_off_by_default(tmp_path, reward):
     assert GuardConfig().every == 0
 
 
-def test_the_lora_of_a_run_is_the_kept_one_or_the_latest():
-    assert final_checkpoint([]) == final_checkpoint([{"update": 1}]) == "latest"
-    assert final_checkpoint([{"guard": {"kept": None}}]) == "latest"
-    assert final_checkpoint([{"guard": {"kept": 1}}, {"update": 2}]) == "kept"
+def test_an_update_without_a_checkpoint_is_not_kept_and_its_violation_counts():
+    guard = GuardConfig(every=5, tolerance=0.5)
+    measured = {5: lost(0.1, reward=3.0), 10: lost(0.1, reward=1.0), 15: lost(0.9, reward=9.0)}
+    records = [{"update": number, "guard": row} for number, row in measured.items()]
+    verdict = replay(records, guard, [10, 15])
+    assert (verdict.kept, verdict.reward, verdict.violations) == (10, 1.0, 1)
+    assert replay(records, guard, []) == GuardVerdict(violations=1, reason=violation({"alignment": 0.9}, guard))
+
+
+def test_a_run_whose_best_update_was_not_saved_keeps_another(make_config):
+    """As after larger tolerances, which allow an update that the guard did not save, or an earlier --checkpoint."""
+    still = {"optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0}}  # all rewards are equal: the first is kept
+    folder = train(make_config(**merge(WARN, still)))
+    assert folder.kept_number() == 1
+    shutil.rmtree(folder.checkpoints / "000001")
+    resumed(folder, updates=3)
+    assert len(folder.records()) == 3
+    assert folder.kept_number() == int(folder.checkpoint("final").name) == 2
+    assert read_lora(folder.lora_file)[1]["pcpo.updates"] == "2"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes")
+def test_a_full_disk_is_named_where_the_update_to_keep_could_not_be_saved(make_config):
+    import resource
+
+    hacked = {"guard": {"diversity_tolerance": 1.0}, "optimizer": {"learning_rate": 5e-3}}
+    config = make_config(**merge(merge(WARN, HELD_OUT), hacked))
+    folder, updates = start_run(config)
+    next(updates)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"checkpoint 000002 could not be written .* Free some disk space"):
+            next(updates)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert folder.records()[-1]["guard"]["kept"] == 2
+    assert folder.numbers() == [1]
+    assert folder.kept_number() == int(folder.checkpoint("final").name) == 1
+    assert folder.kept_number() == int(read_lora(folder.lora_file)[1]["pcpo.updates"])
+    resumed(folder)
+    assert folder.kept_number() == 2
+
+
+def test_the_lora_of_a_run_whose_guard_was_turned_off_is_the_latest(make_config):
+    still = {"optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0}}
+    folder = train(make_config(**merge(WARN, still)))
+    assert folder.checkpoint("final").name == "000001"
+    folder.rewrite_config(with_options(folder.config(), {"guard": {"every": 0}}))
+    resumed(folder, updates=3)
+    assert folder.checkpoint("final").name == "000003"
+    assert read_lora(folder.lora_file)[1]["pcpo.updates"] == "3"
 
 
 def test_a_guard_that_is_off_calls_neither_the_model_nor_a_reward(make_config, monkeypatch):
@@ -227,7 +275,7 @@ def test_a_violation_names_all_that_is_beyond_its_tolerance():
 def test_the_highest_reward_within_the_limits_is_kept():
     guard = GuardConfig(every=1, tolerance=0.5)
     measured = [lost(0.1, reward=1.0), lost(0.2, reward=3.0), lost(0.3, reward=2.0), lost(0.9, reward=9.0)]
-    verdict = replay([{"update": n, "guard": row} for n, row in enumerate(measured, 1)], guard)
+    verdict = replay([{"update": n, "guard": row} for n, row in enumerate(measured, 1)], guard, range(1, 5))
     assert (verdict.kept, verdict.reward, verdict.violations) == (2, 3.0, 1)
 
 
@@ -273,13 +321,32 @@ def test_the_lora_of_a_guarded_run_is_the_kept_one(hacked, tmp_path):
     same_tensors(export_lora(folder.path, ExportOptions(out=tmp_path / "exported.safetensors")), folder.lora_file)
 
 
-def test_a_stopped_run_is_resumed_only_from_before_the_violation_or_with_other_limits(hacked, tmp_path):
+def test_a_stopped_run_comes_to_the_same_end_unless_its_settings_change(hacked, tmp_path):
     source, _ = hacked
     folder = RunFolder(shutil.copytree(source.path, tmp_path / "copy"))
-    with pytest.raises(ConfigError, match=r"was stopped by its guard: .* Resume from an earlier checkpoint"):
+    with pytest.raises(ConfigError, match=r"was stopped by its guard: .* --checkpoint kept --accept-changes`"):
         resumed(folder)
-    resumed(folder, checkpoint=str(folder.kept_number()))
+    kept = folder.kept_number()
+    resumed(folder, checkpoint=str(kept))
     assert rows(folder) == rows(source)  # it comes to the same end
+    folder.rewrite_config(with_options(folder.config(), {"optimizer": {"learning_rate": 1e-4}}))
+    resumed(folder, checkpoint="kept", accept_changes=True)
+    assert folder.records()[-1]["update"] > source.records()[-1]["update"]
+
+
+def test_a_stopped_run_goes_on_if_its_guard_only_warns(hacked, tmp_path):
+    source, _ = hacked
+    folder = RunFolder(shutil.copytree(source.path, tmp_path / "copy"))
+    changes = {"guard": {"action": "warn"}, "run": {"updates": source.records()[-1]["update"] + 1}}
+    folder.rewrite_config(with_options(folder.config(), changes))
+    resumed(folder)
+    assert rows(folder)[:-1] == rows(source)
+
+
+def test_a_stopped_run_without_a_kept_update_is_not_told_to_resume_from_it(tmp_path):
+    message = str(StoppedByGuard(RunFolder(tmp_path), GuardVerdict(reason="diversity lost 81 %")))
+    assert "--checkpoint kept" not in message
+    assert message.endswith("start a new run with a lower optimizer.learning_rate or a higher objective.kl_weight.")
 
 
 def test_warn_goes_on_after_the_patience(make_config):

@@ -18,7 +18,7 @@ from trainer.policy.loading import make_policy
 from trainer.runs.folder import RunFolder
 
 KEYS = {
-    *("update", "reward_mean", "reward_std", "reward_groups", "rewards", "held_out", "failed"),
+    *("update", "reward_mean", "reward_std", "reward_groups", "rewards", "rewards_std", "held_out", "failed"),
     *("advantage_mean", "advantage_abs_max", "loss", "log_ratio_mean", "log_ratio_abs_max", "first_log_ratio_abs_max"),
     *("clip_fraction", "kl", "grad_norm", "learning_rate", "model_evaluations", "per_step"),
     *("seconds_rollout", "seconds_reward", "seconds_rewards", "seconds_update"),
@@ -271,3 +271,9 @@ def test_prompts_are_encoded_once_per_run(make_config, learn):
     state.policy.encode = counted
     assert len(list(updates)) == 2
     assert calls == [["a fox", "a red star", "two frogs"]]
+
+
+def test_a_short_window_that_is_not_used_changes_nothing(make_config, learn):
+    """advantage.window has no effect with kind = group, so it may be shorter than min_count."""
+    plain, short = (next(learn(make_config(advantage={"window": window}))[1]) for window in (32, 8))
+    assert plain.metrics["loss"] == short.metrics["loss"]

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from trainer.cli.main import main
 from trainer.config import presets
-from trainer.config.loading import build, load, merge
+from trainer.config.loading import build, load, merge, with_preset
 from trainer.config.presets import AUTO, PRESET_OPTIONS, PRESETS, Room, preset_name, resolved
 from trainer.policy.model_family import PIPELINE_FAMILIES, index_preset, model_preset, weight_bytes
 
@@ -143,6 +143,50 @@ def test_a_folder_tells_its_preset(kind, tmp_path):
 def test_an_index_tells_few_step_models(kind, distilled, name, preset):
     index = {"_class_name": kind} | ({} if distilled is None else {"is_distilled": distilled})
     assert index_preset(index, name) == preset
+
+
+FEW_STEPS = (
+    "sd_xl_turbo_1.0_fp16", "SDXL-Lightning_4step", "sdxl_lightning_4step_lora", "Hyper-SDXL-8steps", "HyperSDXL",
+    "dreamshaperXL_lightningDPMSDE", "realvisxlV50_v50LightningBakedvae", "turbovisionxlSuperFastXL", "photonXL_LCM",
+    "dreamshaperXL8LCM", "sdxl_dmd2", "DMD2_SDXL_4step", "sdxl-distilled",
+)  # fmt: skip
+MANY_STEPS = (
+    "hyperrealismXL_v10", "breakfast_sdxl", "sd_xl_base_1.0", "hyperdetailedXL", "fastnegative_none",
+    "sdxl-de-distilled", "sdxl_undistilled", "juggernautXL_v9", "steadfastXL",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEW_STEPS)
+def test_names_of_few_step_models_are_recognised(name):
+    assert preset_name("sdxl", f"{name}.safetensors") == "sdxl-distilled"
+
+
+@pytest.mark.parametrize("name", MANY_STEPS)
+def test_names_that_only_contain_such_a_word_are_not(name):
+    assert preset_name("sdxl", f"{name}.safetensors") == "sdxl"
+
+
+def test_an_sd2_model_takes_its_preset_whether_or_not_it_is_on_this_computer(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    for width, preset in ((768, "sd15"), (1024, "sd2")):
+        (tmp_path / "unet" / "config.json").write_text(json.dumps({"cross_attention_dim": width}))
+        assert model_preset(str(tmp_path)) == preset
+    assert model_preset("stabilityai/stable-diffusion-2-1") == "sd2"
+    save_file({"cond_stage_model.model.ln_final.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert model_preset(str(tmp_path / "model.safetensors")) == "sd2"
+
+
+def test_auto_needs_no_gpu_where_it_does_not_depend_on_memory():
+    """The example configurations name cuda, and `check` runs anywhere."""
+    tree = {"model": {"device": "cuda:9"}, "rollout": {"steps": "auto"}}
+    assert with_preset(tree)[0]["rollout"] == {"steps": PRESETS["embedded"].steps}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a computer without a GPU")
+def test_a_gpu_that_this_computer_lacks_counts_as_none():
+    tree = {"model": {"device": "cuda", "gradient_checkpointing": "auto"}}
+    assert with_preset(tree)[0]["model"]["gradient_checkpointing"] is False
 
 
 def test_distilled_models_of_a_family_without_such_a_preset_take_the_familys():

@@ -8,10 +8,11 @@ import torch
 from running import start_run
 
 from comfyui_pcpo.reward import GroupReward, RewardError, RewardSettings
+from comfyui_pcpo.reward.base import on_its_device
 from comfyui_pcpo.reward.color import Colorfulness
 from trainer.config.loading import dump, load
 from trainer.config.schema import ConfigError
-from trainer.loop.scoring import ImageGroups, Stopwatch, on_its_device, score
+from trainer.loop.scoring import ImageGroups, Stopwatch, score
 from trainer.runs.check import check_run
 from trainer.runs.rewards import load_rewards
 

@@ -12,8 +12,8 @@ from comfyui_pcpo.tiny.align import PIXELS
 from trainer.config.schema import ConfigError
 from trainer.evaluation.images import sample_images
 from trainer.evaluation.options import SamplingOptions
-from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
-from trainer.evaluation.source import open_source, parse_guide, read_pairs
+from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy, untrained_seed
+from trainer.evaluation.source import on_this_computer, open_source, parse_guide, read_pairs
 from trainer.policy.diffusers_policy import module_names, order_channels_last
 from trainer.policy.families import denoiser_of
 from trainer.policy.loading import load_pipeline, make_policy
@@ -210,3 +210,18 @@ def test_a_runs_negative_prompt_is_its_own_unless_another_is_given(make_config):
         ).tobytes()
 
     assert picture(None) == picture("a red star") != picture("")
+
+
+def test_noise_of_samples_is_none_that_a_run_trains_on():
+    """A run draws its noise from (seed, update, group); one number less is the same as a 0 there."""
+    trained = {derive_seed(0, update, group) for update in range(50) for group in range(8)}
+    assert derive_seed(0, 3) in trained
+    assert not trained & {derive_seed(untrained_seed(0), prompt) for prompt in range(50)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a computer without a GPU")
+def test_a_run_of_a_gpu_can_be_sampled_without_one(make_config, tmp_path):
+    config = make_config(model={"device": "cuda:3"}, reward={"device": "cuda"})
+    opened = on_this_computer(config)
+    assert (opened.model.device, opened.reward.device) == ("auto", "auto")
+    assert on_this_computer(make_config(model={"device": "cpu"})).model.device == "cpu"

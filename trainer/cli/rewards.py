@@ -53,8 +53,11 @@ def evaluate_command(
     out = out or own or Path(free_name(Path(), "evaluation"))
     for name in FILES:
         require_writable(out / name, "--out", overwrite or out == own)
+    pictures = out / "pictures" if save_images else None
+    if pictures is not None and pictures.exists() and not (overwrite or out == own):
+        raise ConfigError(f"--out {pictures} exists and is not overwritten. Give another folder, or add --overwrite.")
     with tqdm(total=count_images(source, options), unit="image", leave=False, disable=None, dynamic_ncols=True) as bar:
-        report = evaluate(source, options, out / "pictures" if save_images else None, bar.update)
+        report = evaluate(source, options, pictures, bar.update)
     files = report.write(out)
     if as_json:
         print(json.dumps(report.tree()))

@@ -182,9 +182,9 @@ def ab_command(
 
     from ..evaluation.ballot_page import BallotServer
     from ..evaluation.blind import BlindTest, compare_blind, pairs_of_sides
-    from ..evaluation.sampling import Draw
+    from ..evaluation.sampling import Draw, untrained_seed
 
-    test = BlindTest(tuple(prompt or ()), Draw(seed, steps, each=images), question, pairs, seed)
+    test = BlindTest(tuple(prompt or ()), Draw(untrained_seed(seed), steps, each=images), question, pairs, seed)
     compared = pairs_of_sides(a, b, test)
 
     def keep(result: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from .schema import Config
 
 GUARD_MEASURES = ("prompts", "images", "tolerance", "diversity_tolerance", "patience", "action")
 """Options of the guard's measurements."""
+CONSTRAINTS = ("constraint_rate", "constraint_limit")
 
 
 def without_effect(config: Config) -> list[str]:
@@ -19,7 +20,10 @@ def without_effect(config: Config) -> list[str]:
         "model.config": (not config.model.name.endswith(".safetensors"), "model.name is not a .safetensors file"),
         "prompts.negative": (not guided, "rollout.cfg is 1"),
         "rollout.detach_unconditional": (not guided, "rollout.cfg is 1"),
-        "rollout.batch_cfg": (not guided, "rollout.cfg is 1"),
+        "rollout.batch_cfg": (
+            not guided or r.detach_unconditional,
+            "rollout.detach_unconditional takes a call of its own" if guided else "rollout.cfg is 1",
+        ),
         "rollout.method": (deterministic, f"{o.name} samples without noise"),
         "rollout.sigma": (deterministic, f"{o.name} samples without noise"),
         "rollout.sde_window": (
@@ -29,13 +33,15 @@ def without_effect(config: Config) -> list[str]:
         "advantage.spread": (a.kind == "window", "advantage.kind is window"),
         "advantage.window": (a.kind == "group", "advantage.kind is group"),
         "advantage.min_count": (a.kind == "group", "advantage.kind is group"),
+        "objective.clip_range": (o.kl_mask > 0, "objective.kl_mask takes its place"),
         **{f"objective.{key}": (True, f"objective.name is {o.name}") for key in objective.ignores},
         "objective.last_step": (o.skip_last is not None, "objective.skip_last is set"),
         "objective.train_steps": (bool(r.branch or o.levels), "rollout.branch or objective.levels decides the steps"),
-        "objective.kl_every": (o.kl_weight > 0 or o.kl_images == 0, "objective.kl_weight or kl_images decides it"),
+        "objective.kl_every": (config.trains_kl or o.kl_images == 0, "the KL is trained, or measured on no image"),
         "rollout.branch_first": (not r.branch, "rollout.branch is 0"),
         "rollout.shared_noise": (r.branch > 0, "the images of a branch always share their first noise"),
-        "objective.kl_images": (o.kl_weight > 0, "objective.kl_weight is above 0 and uses every image"),
+        "objective.kl_images": (config.trains_kl, "the KL is trained and uses every image"),
+        **{f"reward.{key}": (not config.reward.constraints, "reward.constraints is empty") for key in CONSTRAINTS},
         "optimizer.ema_every": (not config.optimizer.ema_decay, "optimizer.ema_decay is 0"),
         **{f"guard.{key}": (not g.every, "guard.every is 0") for key in GUARD_MEASURES},
         "guard.kl_start": (not g.kl_budget, "guard.kl_budget is 0"),

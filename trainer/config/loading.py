@@ -11,7 +11,7 @@ from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.prompt import require_text
 
 from .options import is_text, known_keys, nearest
-from .presets import described, has_auto, resolved
+from .presets import UNLIMITED, described, has_auto, needs_room, resolved
 from .schema import Config, ConfigError, ModelConfig
 from .text_files import read_text
 
@@ -157,7 +157,7 @@ def with_preset(tree: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
     model = {**ModelConfig().model_dump(), **tree.get("model", {})}
     name = model_preset(str(model["name"]))
-    filled, chosen = resolved(tree, name, device_room(model))
+    filled, chosen = resolved(tree, name, device_room(model) if needs_room(tree) else UNLIMITED)
     return filled, described(name, chosen)
 
 

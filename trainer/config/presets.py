@@ -8,6 +8,7 @@ Sources: DDPO (kvablack/ddpo-pytorch, config/base.py), Flow-GRPO (yifan123/flow_
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,23 +106,31 @@ PRESET_OPTIONS: dict[tuple[str, str], str] = {
 }
 """Which option takes which value of a preset. rollout.method has an `auto` of its own, by the kind of model."""
 
-DISTILLED = ("turbo", "lightning", "schnell", "hyper", "lcm", "distill", "dmd", "klein", "fast", "few-step")
-"""Words in the name of a model that samples in a few steps, for which guidance is built in."""
+DISTILLED = re.compile(
+    r"turbo|lightning|schnell|(?<![a-z])(hyper|lcm|dmd|klein|fast|few-step|(?<!de-)(?<!un-)distill(ed)?)(?![a-z])"
+)
+"""Words in the name of a model that samples in a few steps, for which guidance is built in; the later ones only as
+whole words, since other models are called hyperrealism, breakfast, or de-distilled."""
 
 
 def preset_name(family: str, name: str) -> str:
     """The preset of a family's model by its file or hub name: distilled models have presets of their own."""
-    words = name.lower().replace("_", "-")
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower().replace("_", "-")
     if family == "flux2" and "klein" in words:
         return "flux2-klein-base" if "base" in words else "flux2-klein"
-    distilled = any(word in words for word in DISTILLED) or (family == "hidream" and "dev" in words)
+    distilled = DISTILLED.search(words) is not None or (family == "hidream" and "dev" in words)
     return f"{family}-distilled" if distilled and f"{family}-distilled" in PRESETS else family
 
 
 def has_auto(tree: Mapping[str, Any]) -> bool:
     """Whether an option that presets know is `auto`."""
+    return needs_room(tree) or any(_given(tree, section, key) == AUTO for section, key in PRESET_OPTIONS)
+
+
+def needs_room(tree: Mapping[str, Any]) -> bool:
+    """Whether an option whose `auto` depends on the device's memory is `auto`."""
     memory = (("rollout", "images_at_once"), ("model", "gradient_checkpointing"))
-    return any(_given(tree, section, key) == AUTO for section, key in (*PRESET_OPTIONS, *memory))
+    return any(_given(tree, section, key) == AUTO for section, key in memory)
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,9 @@ class Room:
 
     free: float
     gpu: bool
+
+
+UNLIMITED = Room(math.inf, gpu=False)
 
 
 def resolved(tree: Mapping[str, Any], name: str, room: Room) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -129,6 +129,11 @@ class RewardConfig(Section):
         """The weights that the trained rewards end with: those by which updates of a run are compared."""
         return self.weights | {name: points[-1][1] for name, points in self.schedule.items()}
 
+    @property
+    def standardises(self) -> bool:
+        """Whether the trained rewards are summed in units of their spread: a single one (without those of 0) is not."""
+        return self.standardise and sum(weight != 0 for weight in self.last_weights.values()) > 1
+
     def weights_at(self, number: int) -> dict[str, float]:
         """The weights of the trained rewards in an update, without those of constraints."""
         scheduled = {name: scheduled_weight(list(points), number) for name, points in self.schedule.items()}

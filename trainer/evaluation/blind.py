@@ -15,7 +15,7 @@ from comfyui_pcpo.taste.human import Question, Reply
 from ..config.errors import ConfigError
 from ..policy.diffusers_policy import module_names
 from ..policy.families import denoiser_of
-from ..policy.loading import load_pipeline
+from ..policy.loading import load_configured
 from .image_files import images_in, read_image
 from .sampling import Draw, Guide, sample, sampling_policy
 from .source import open_source, read_pairs
@@ -48,7 +48,7 @@ def side_images(side: str, test: BlindTest) -> Tensor:
     if not test.prompts:
         raise ConfigError(f"{side} is no folder of images, so it is sampled, but there are no prompts. Give --prompt.")
     opened = open_source(side)
-    pipeline = load_pipeline(opened.config.model.name, opened.config.model.config)
+    pipeline = load_configured(opened.config.model)
     pairs = [] if opened.path is None else [read_pairs(opened.path, module_names(denoiser_of(pipeline)))]
     policy = sampling_policy(opened.config, pairs, pipeline)
     return sample(policy, list(test.prompts), [Guide(pair, ImplicitReward(1.0)) for pair in pairs], test.draw)

@@ -1,5 +1,6 @@
 """Evaluate a model with and without its LoRA on the same noise: rewards, distances and diversity over seeds."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +63,15 @@ def evaluate(
     images_folder: Path | None = None,
     tick: Callable[[int], object] = lambda count: None,
 ) -> Report:
-    """Sample and measure both sides for every seed; `tick` receives the number of images after every few."""
+    """Sample and measure both sides for every seed; `tick` receives the number of images after every few.
+
+    All images are written to `images_folder`, which is replaced once they are complete.
+    """
     opened = open_source(source)
-    context, notes = prepare(opened, options, images_folder, tick)
+    partial = images_folder and images_folder.with_name(f"{images_folder.name}.partial")
+    context, notes = prepare(opened, options, partial, tick)
+    if partial is not None:
+        shutil.rmtree(partial, ignore_errors=True)
     values: dict[str, list[dict[str, float]]] = {side: [] for side in context.sides}
     shown = {side: Shown() for side in context.sides}
     failed: dict[str, int] = {}
@@ -74,6 +81,9 @@ def evaluate(
             values[side].append(tally.metrics())
             for name, count in tally.failed().items():
                 failed[name] = failed.get(name, 0) + count
+    if partial is not None and images_folder is not None:
+        shutil.rmtree(images_folder, ignore_errors=True)
+        partial.rename(images_folder)
     notes += [f"{count} scores of {name} failed and were left out" for name, count in failed.items() if count]
     metrics = [
         Metric(name, role(name, opened), *([v[name] for v in values.get(s, [])] for s in ("before", "after")))
@@ -128,6 +138,11 @@ def prepare(
             pairs = read_pairs(opened.path, module_names(denoiser_of(pipeline)))
         guides = [Guide(pairs, ImplicitReward(1.0))]
     meter, notes = make_meter(opened, config, options)
+    if len(prompts) * options.images == 1 and (meter.reference or options.inception):
+        raise ConfigError(
+            "--images 1 of a single prompt is one image per seed, but distances and the Inception Score compare "
+            "several. Use --images 2 or more."
+        )
     require_prompts(meter.rewards, prompts)
     policy = sampling_policy(config, [guide.pairs for guide in guides], pipeline)
     return EvalContext(options, policy, guides, prompts, policy.encode(prompts), meter, images_folder, tick), notes

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from comfyui_pcpo.method.guidance import ImplicitReward
-from comfyui_pcpo.method.rollout import derive_seed
 from comfyui_pcpo.plotting.grids import before_after, grid
 from comfyui_pcpo.reward import GroupReward, RewardSettings
 
@@ -23,7 +22,7 @@ from ..policy.loading import load_configured
 from ..runs.rewards import make_reward
 from .image_files import IMAGE_SUFFIXES, images_in, read_image
 from .options import SamplingOptions
-from .sampling import Draw, Guide, sample, sampling_policy
+from .sampling import Draw, Guide, sample, sampling_policy, untrained_seed
 from .source import open_source, parse_guide, read_pairs
 
 
@@ -37,8 +36,7 @@ def sample_images(source: str, options: SamplingOptions) -> Image.Image:
     names = module_names(denoiser_of(pipeline))
     guides = [Guide(read_pairs(path, names), ImplicitReward(weight)) for path, weight in weights]
     policy = sampling_policy(config, [guide.pairs for guide in guides], pipeline)
-    # noise that no update was trained on, even if both seeds are 0
-    draw = Draw(derive_seed(options.seed, 0, 0, 2), options.steps, options.noise_level, options.images)
+    draw = Draw(untrained_seed(options.seed), options.steps, options.noise_level, options.images)
     after = sample(policy, prompts, guides, draw)
     texts = [prompt for prompt in prompts for _ in range(draw.each)]
     if not options.compare:

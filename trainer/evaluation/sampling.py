@@ -55,6 +55,11 @@ class Draw:
     each: int = 1  # images per prompt
 
 
+def untrained_seed(seed: int) -> int:
+    """The seed of noise that no update of a run was trained on, even one of the same seed."""
+    return derive_seed(seed, 0, 0, 2)
+
+
 def sample(policy: DiffusersPolicy, prompts: Sequence[str], guides: Sequence[Guide], draw: Draw) -> Tensor:
     """Images of all prompts, those of a prompt consecutive, -> (P * each, H, W, 3) in [0, 1]."""
     condition = policy.encode(list(prompts)).rows(range(len(prompts)))

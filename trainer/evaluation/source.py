@@ -7,9 +7,10 @@ from pathlib import Path
 from comfyui_pcpo.lora.formats import parse_state
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
-from ..config.loading import build, dump_shareable, tomllib
+from ..config.loading import build, dump_shareable, tomllib, with_options
 from ..config.schema import Config, ConfigError
 from ..policy.base import LoraPairs
+from ..policy.device import pick_device
 from ..policy.lora_pairs import read_lora
 from ..runs.folder import RunFolder
 
@@ -23,22 +24,39 @@ class Source:
 
 
 def open_source(source: str) -> Source:
-    """A run's folder, a LoRA file of this trainer, an embedded model or a model's folder; ConfigError otherwise."""
+    """A run's folder, a LoRA file of this trainer, an embedded model or a model's folder; ConfigError otherwise.
+
+    A GPU that a run was trained on, and that this computer lacks, becomes `auto`.
+    """
     path = Path(source)
     if (path / "model_index.json").is_file():
         return Source(build({"model": {"name": str(path.resolve())}}, source), None)
     if path.is_dir():
-        return Source(RunFolder(path).config(), path)
+        return Source(on_this_computer(RunFolder(path).config()), path)
     if path.suffix == ".safetensors":
         _, metadata = read_lora(path)
         if "pcpo.config" not in metadata:
             raise ConfigError(
                 f"{path} does not record its base model. Give a run's folder or a model, and this file as --guide."
             )
-        return Source(config_of(path, metadata["pcpo.config"]), path)
+        return Source(on_this_computer(config_of(path, metadata["pcpo.config"])), path)
     if source in EMBEDDED:
         return Source(build({"model": {"name": source}}, source), None)
     raise ConfigError(f"{source} is neither a run's folder, nor a .safetensors file, nor one of {', '.join(EMBEDDED)}.")
+
+
+def on_this_computer(config: Config) -> Config:
+    """The configuration with `auto` for each of its GPUs that PyTorch does not find here."""
+
+    def known(device: str) -> str:
+        try:
+            pick_device(device)
+        except ConfigError:
+            return "auto"
+        return device
+
+    devices = {"model": {"device": known(config.model.device)}, "reward": {"device": known(config.reward.device)}}
+    return with_options(config, devices)
 
 
 def config_of(path: Path, recorded: str) -> Config:

@@ -1,8 +1,8 @@
 """What the guard decides, from its rows in metrics.jsonl alone, so that a resumed run decides the same."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from comfyui_pcpo.metrics.frechet import diversity
 
-from ..config.schema import Config, GuardConfig
+from ..config.schema import Config, GuardConfig, RewardConfig
 from .probe import ImageMeasures
 
 LEAST = 1e-8  # denominators of losses
@@ -30,16 +30,27 @@ class GuardVerdict:
 def guard_row(now: ImageMeasures, base: ImageMeasures, config: Config) -> dict[str, Any]:
     """One measurement: the trained reward, held-out rewards, diversity, distance, and what was lost."""
     group, held_out = config.guard.images, config.reward.held_out
-    trained = sum(weight * valid_mean(now.scores[name]) for name, weight in config.reward.last_weights.items())
     variety, base_variety = diversity(now.features, group), diversity(base.features, group)
     lost = {name: lost_deviations(now.scores[name], base.scores[name]) for name in held_out}
     return {
-        "reward": trained,
+        "reward": trained_reward(now, base, config.reward),
         "held_out": {name: valid_mean(now.scores[name]) for name in held_out},
         "diversity": variety,
         "distance": float((1 - F.cosine_similarity(now.features.double(), base.features.double())).mean()),
         "lost": {**lost, "diversity": (base_variety - variety) / max(base_variety, LEAST)},
     }
+
+
+def trained_reward(now: ImageMeasures, base: ImageMeasures, reward: RewardConfig) -> float:
+    """What updates are ranked by: the weighted sum of the trained rewards' means.
+
+    Where training standardises several, their gains over the base model are summed in standard deviations of its
+    scores; otherwise the reward with the largest unit would decide alone.
+    """
+    weights = reward.last_weights
+    if not reward.standardises:
+        return sum(weight * valid_mean(now.scores[name]) for name, weight in weights.items())
+    return -sum(weight * lost_deviations(now.scores[name], base.scores[name]) for name, weight in weights.items())
 
 
 def lost_deviations(now: Tensor, base: Tensor) -> float:
@@ -70,12 +81,17 @@ def next_verdict(before: GuardVerdict, row: dict[str, Any], number: int, guard: 
     return GuardVerdict(before.kept, before.reward)
 
 
-def replay(records: Sequence[dict[str, Any]], guard: GuardConfig) -> GuardVerdict:
-    """The verdict after all recorded measurements."""
+def replay(records: Sequence[dict[str, Any]], guard: GuardConfig, saved: Container[int]) -> GuardVerdict:
+    """The verdict after all recorded measurements; of the updates, only those with a `saved` checkpoint can be kept.
+
+    An update that the limits of its time excluded was not saved, and one that a later update surpassed may be pruned.
+    """
     verdict = GuardVerdict()
     for record in records:
         if "guard" in record:
-            verdict = next_verdict(verdict, record["guard"], record["update"], guard)
+            after = next_verdict(verdict, record["guard"], record["update"], guard)
+            lacking = after.kept is not None and after.kept not in saved
+            verdict = replace(after, kept=verdict.kept, reward=verdict.reward) if lacking else after
     return verdict
 
 

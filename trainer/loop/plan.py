@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.method.branching import Branch, BranchPlan, choose_branches
+from comfyui_pcpo.method.forward_process import ALL_OBJECTIVES
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed
 from comfyui_pcpo.method.samplers import Method, SamplerSettings, deterministic, resolve_method
 from comfyui_pcpo.method.schedule import Grid
@@ -152,14 +153,18 @@ def run_steps(policy: Policy, config: Config, rules: StepRules) -> RunSteps:
 
 
 def plan_steps(rng: np.random.Generator, steps: RunSteps, config: Config) -> tuple[list[Transition], list[int]]:
-    """An update's transitions, (T,), and which of them are trained: the SDE window, then a random share."""
+    """An update's transitions, (T,), and which of them are trained: the SDE window, then a random share.
+
+    The noise levels of an objective that does not replay the steps are no steps of the sampler: no window applies.
+    """
     length, transitions, able = config.rollout.sde_window, steps.stochastic, steps.trainable
     if length:
         start = int(rng.integers(0, max(1, able[-1] + 2 - length)))
         window = range(start, start + length)
         pairs = zip(steps.stochastic, deterministic(steps.grid), strict=True)
         transitions = [noisy if i in window else ode for i, (noisy, ode) in enumerate(pairs)]
-        able = [i for i in able if i in window]
+        if ALL_OBJECTIVES[config.objective.name].replays_steps:
+            able = [i for i in able if i in window]
     return transitions, choose_steps(rng, able, config.objective.train_steps)
 
 

@@ -27,13 +27,15 @@ def record(measured: Measured, config: Config) -> dict[str, Any]:
     """An update's metrics."""
     plan, scored, statistics = measured.plan, measured.scored, measured.statistics
     scores, combined = scored.scores, scored.combined
+    trained = (*config.reward.weights, *config.reward.constraints)
     weighted = torch.stack([scored.weights[name] * scores[name] for name in config.reward.weights]).sum(0)
     return {
         "update": plan.number,
         "reward_mean": finite_mean(weighted),
-        "reward_std": float(weighted[weighted.isfinite()].std(correction=0)),
+        "reward_std": finite_std(weighted),
         "reward_groups": [finite_mean(group) for group in weighted.view(combined.shape)],
-        "rewards": {name: finite_mean(scores[name]) for name in (*config.reward.weights, *config.reward.constraints)},
+        "rewards": {name: finite_mean(scores[name]) for name in trained},
+        "rewards_std": {name: finite_std(scores[name]) for name in trained},
         **({"weights": scored.weights} if config.reward.schedule or config.reward.constraints else {}),
         "held_out": {name: finite_mean(scores[name]) for name in config.reward.held_out},
         "failed": int((~combined.isfinite()).sum()),
@@ -57,3 +59,8 @@ def record(measured: Measured, config: Config) -> dict[str, Any]:
 def finite_mean(values: Tensor) -> float:
     """Mean of the finite values; NaN where there are none."""
     return float(values[values.isfinite()].mean())
+
+
+def finite_std(values: Tensor) -> float:
+    """Population standard deviation of the finite values; NaN where there are none."""
+    return float(values[values.isfinite()].std(correction=0))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.method.advantage import AdvantageRule, failed_share, score_groups
-from comfyui_pcpo.reward.base import Reward
+from comfyui_pcpo.reward.base import Reward, on_its_device
 
 from ..config.schema import Config
 from .plan import Plan
@@ -43,17 +43,6 @@ class ImageGroups:
     images: Tensor
     prompts: list[str]
     group_size: int
-
-
-@contextmanager
-def on_its_device(reward: Reward, offload: bool) -> Iterator[Reward]:
-    """The reward on its own device; with `offload` it leaves a GPU afterwards, so that the rollout has that memory."""
-    reward.to(reward.settings.device)
-    try:
-        yield reward
-    finally:
-        if offload and reward.device.type != "cpu":
-            reward.to("cpu")
 
 
 def score(
@@ -102,17 +91,20 @@ def compare_scores(
 
 def check_failures(scores: dict[str, Tensor], rewards: dict[str, Reward], config: Config, number: int) -> None:
     """Raise RunError when more scores of a trained reward failed than the run allows, or all of them."""
-    for name in (*config.reward.weights, *config.reward.constraints):
+    trained, allowed = (*config.reward.weights, *config.reward.constraints), config.reward.max_failed
+    for name in trained:
         share = failed_share(scores[name])
-        if share > config.reward.max_failed or share == 1:
+        if share > allowed or share == 1:
             reason = rewards[name].failure or "NaN or infinite"
+            rule = f"more than reward.max_failed = {allowed:g} allows" if share > allowed else "so none can be compared"
             raise RunError(
-                f"update {number}: {100 * share:.0f} % of the {name} scores failed ({reason}), more than "
-                f"reward.max_failed = {config.reward.max_failed:g} allows. Fix the reward, then resume the run."
+                f"update {number}: {100 * share:.0f} % of the {name} scores failed ({reason}), {rule}. Fix the reward, "
+                "then resume the run."
             )
-    complete = torch.stack([scores[name].isfinite() for name in (*config.reward.weights, *config.reward.constraints)])
+    complete = torch.stack([scores[name].isfinite() for name in trained])
     if not complete.all(0).any():
+        failed = [name for name in trained if not scores[name].isfinite().all()]
         raise RunError(
-            f"update {number}: of every image, one of the rewards {', '.join(config.reward.weights)} failed, so no "
-            "images can be compared. Fix the rewards, then resume the run."
+            f"update {number}: of every image, one of the rewards {', '.join(failed)} failed, so no images can be "
+            "compared. Fix the rewards, then resume the run."
         )

@@ -86,7 +86,7 @@ def make_training_state(policy: Policy, config: Config) -> TrainingState:
     o, a = config.optimizer, config.advantage
     ema = LoraEma(policy.trainable(), o.ema_decay, o.ema_every) if o.ema_decay else None
     kl_weight = config.guard.kl_start if config.guard.kl_budget else None
-    optimizer, window = make_optimizer(policy.trainable(), o), PromptWindow(a.window, a.min_count)
+    optimizer, window = make_optimizer(policy.trainable(), o), PromptWindow(a.window, min(a.min_count, a.window))
     r = config.reward
     constraints = {name: Constraint(r.constraint_rate, r.constraint_limit) for name in r.constraints}
     return TrainingState(policy, optimizer, window, ema, kl_weight=kl_weight, constraints=constraints)

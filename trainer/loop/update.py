@@ -108,7 +108,7 @@ def step_rows(batch: UpdateBatch, i: int, rows: Tensor, first: bool) -> StepRows
 
     Otherwise, where `measures_kl`, on the first `kl_images` images of the `first` minibatch, whichever process has
     them; with branches on as many of every group, since groups train different steps. In one minibatch they share
-    model calls, and what is measured is the LoRA that sampled. Processes of a sharded model gather its weights for
+    model calls, and what is measured is the LoRA before the update. Processes of a sharded model gather its weights for
     every prediction, so they make as many.
     """
     together = first and measures_kl(batch) and sharded(batch.config.model)

@@ -48,6 +48,8 @@ class DiffusersPolicy:
         self.family: Family = self.adapter.layout
         self.kind: Kind = self.adapter.kind
         self.latent_shape: tuple[int, int, int] = self.adapter.latent_shape
+        if config.model.shard:
+            self.adapter.check_sharded()
         self.device = pick_device(config.model.device)
         self.dtype = PRECISIONS[config.model.precision]
         modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]

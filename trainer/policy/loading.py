@@ -1,6 +1,7 @@
 """From a configuration to a policy: embedded model, checkpoint file, local folder or hub name, and the LoRA's start."""
 
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,13 @@ def load_configured(model: ModelConfig) -> Any:
     return load_pipeline(model.name, model.config, PRECISIONS[model.precision])
 
 
-def make_policy(config: Config) -> DiffusersPolicy:
-    """The configured model with a fresh LoRA, or with that of `lora.start`."""
-    return _with_lora(load_configured(config.model), config)
+def make_policy(config: Config, resumed: Collection[str] = ()) -> DiffusersPolicy:
+    """The configured model with a fresh LoRA, or with that of `lora.start`.
+
+    `resumed` are the modules of a checkpoint's LoRA, which is loaded next: the start is not read then, and may be gone.
+    """
+    pipeline = load_configured(config.model)
+    return DiffusersPolicy(pipeline, config, resumed) if resumed else _with_lora(pipeline, config)
 
 
 def make_shapes(config: Config) -> DiffusersPolicy:

@@ -1,6 +1,7 @@
 """The preset of a model by its name: an embedded model, a folder, a checkpoint, or a name on the hub; no weights."""
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
-from ..config.presets import Room, preset_name
+from ..config.presets import UNLIMITED, Room, preset_name
 from ..config.text_files import read_object
-from .single_file import checkpoint_kind, read_keys
+from .device import pick_device
+from .single_file import SD2, checkpoint_kind, read_keys
 
 PIPELINE_FAMILIES = {
     "StableDiffusionPipeline": "sd15",
@@ -26,6 +28,7 @@ PIPELINE_FAMILIES = {
     "HiDreamImagePipeline": "hidream",
     "Krea2Pipeline": "krea2",
 }
+SD2_TEXT_WIDTH = 1024  # of SD1: 768, of SDXL: 2048
 HUB_WORDS = {  # words of hub names whose index is not on this computer, in the order in which they are tried
     "xl": "sdxl", "stable-diffusion-3": "sd3", "sd3": "sd3", "flux.2": "flux2", "flux": "flux", "chroma": "chroma",
     "qwen-image-2.1": "qwen-image-2.1", "qwen": "qwen-image", "z-image": "z-image", "hidream": "hidream",
@@ -40,12 +43,15 @@ def model_preset(name: str) -> str:
     path = Path(name)
     if path.suffix == ".safetensors":
         keys = read_keys(path)
-        family = PIPELINE_FAMILIES[checkpoint_kind(keys, path).pipeline]
+        kind = checkpoint_kind(keys, path)
+        family = "sd2" if kind is SD2 else PIPELINE_FAMILIES[kind.pipeline]
         no_guidance = family == "flux" and not any("guidance_in." in key for key in keys)
         return "flux-distilled" if no_guidance else preset_name(family, path.name)
     index = path / "model_index.json" if path.is_dir() else cached_index(name)
     if index is not None and index.is_file():
-        return index_preset(read_object(index), path.name)
+        unet = index.parent / "unet" / "config.json"
+        is_sd2 = unet.is_file() and read_object(unet).get("cross_attention_dim") == SD2_TEXT_WIDTH
+        return "sd2" if is_sd2 else index_preset(read_object(index), path.name)
     lower = name.lower()
     return preset_name(next((family for word, family in HUB_WORDS.items() if word in lower), "flow"), name)
 
@@ -73,14 +79,23 @@ def cached_index(name: str) -> Path | None:
 
 
 def device_room(model: Mapping[str, Any]) -> Room:
-    """What the weights of the configuration's `model` section leave of its device's free memory, at least a quarter."""
+    """What the weights of the configuration's `model` section leave of its device's free memory, at least a quarter.
+
+    Of several processes, each takes the smallest GPU's whole memory instead, so that all of them choose the same. A GPU
+    that this computer lacks counts as none: loading the model will say so.
+    """
     import torch
 
-    device = str(model["device"])
-    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        free = float(torch.cuda.mem_get_info(None if device in ("auto", "cuda") else device)[0])
-        return Room(max(free / 4, free - weight_bytes(model)), gpu=True)
-    return Room(float("inf"), gpu=False)
+    if str(model["device"]) == "cpu" or not torch.cuda.is_available():
+        return UNLIMITED
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        free = 0.9 * min(device.total_memory for device in devices)
+    else:
+        free = float(torch.cuda.mem_get_info(pick_device(str(model["device"])))[0])
+    weights = weight_bytes(model) / (processes if model["shard"] else 1)
+    return Room(max(free / 4, free - weights), gpu=True)
 
 
 WEIGHT_FILE = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")

@@ -53,7 +53,7 @@ def memory_advice(config: Config, folder: RunFolder, error: Exception) -> str:
     }
     in_a_new_run = {
         'model.precision = "bfloat16"': m.precision == "float32",
-        'model.quantize = "fp8"': m.quantize == "none",
+        'model.quantize = "fp8"': m.quantize == "none" and not m.shard,
         "a smaller rollout.height and rollout.width": True,
         "a lower lora.rank": config.lora.rank > 1,
     }

@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from comfyui_pcpo.plotting.run_curves import curves
 from ..config.loading import build, dump, dump_shareable, tomllib
 from ..config.schema import Config, ConfigError
 from ..config.text_files import read_text
+from ..guard.limits import replay
 from ..loop.align import Update
 from ..loop.state import TrainingState
 from ..policy.base import LoraPairs
 from ..policy.lora_pairs import folded, load_pairs, read_lora
 from ..program import program_name
 from .checkpoint import EMA, LORA, Damaged, read_checkpoint, verify, write_checkpoint
-from .rows import append_record, final_checkpoint, read_rows, row_line
+from .rows import append_record, best_update, read_rows, row_line
 
 CONFIG_HEAD = "# The settings of this run. The last line says that nothing is missing.\n"
 CONFIG_END = "# end"
@@ -74,6 +75,7 @@ class RunFolder:
         self.config_file, self.metrics_file = path / "config.toml", path / "metrics.jsonl"
         self.lora_file, self.curves_file = path / "lora.safetensors", path / "curves.png"
         self.checkpoints, self.grids, self.log_file = path / "checkpoints", path / "grids", path / "log.txt"
+        self.board = path / "tensorboard"
         self.record_file = path / "run.json"  # what the run was made with, and accepted changes
         self.guard_file = path / "guard.safetensors"  # what the guard measured of the base model
 
@@ -101,9 +103,12 @@ class RunFolder:
 
     def remove_unstarted(self) -> None:
         """Remove what a run without a finished update has written, and the folder unless it holds anything else."""
+        own = (self.config_file, self.record_file, self.guard_file, self.log_file, self.path / ".lock")
         with contextlib.suppress(OSError):
-            for file in (self.config_file, self.record_file, self.guard_file, self.log_file, self.path / ".lock"):
+            for file in (*self.board.glob("events.out.tfevents.*"), *own):
                 file.unlink(missing_ok=True)
+            if self.board.is_dir():
+                self.board.rmdir()
             self.path.rmdir()
 
     def require_new(self) -> None:
@@ -250,7 +255,7 @@ class RunFolder:
         if not numbers:
             raise ConfigError(f"{self.path} has no checkpoints yet. Resume it to continue training.")
         if which == "final":
-            which = final_checkpoint(self.records())
+            which = "latest" if self.kept() is None else "kept"
         if which == "latest":
             number = numbers[-1]
         elif which == "best":
@@ -264,17 +269,19 @@ class RunFolder:
         return self.checkpoints / f"{number:06d}"
 
     def best_number(self, numbers: Collection[int]) -> int:
-        """The update with the highest mean reward among `numbers`, all by the weights that a schedule ends with."""
-        rows = read_rows(self.metrics_file)[0]
-        weights = self.config().reward.last_weights if any("weights" in row for row in rows) else {}
-        means = {row["update"]: mean for row in rows if (mean := comparable_mean(row, weights)) is not None}
-        return max(numbers, key=lambda n: means.get(n, -math.inf))
+        """The update with the highest mean reward among `numbers`."""
+        return best_update(read_rows(self.metrics_file)[0], numbers, self.config())
+
+    def kept(self) -> int | None:
+        """The update that the guard keeps, by the limits of config.toml; None where there is none."""
+        guard = self.config().guard
+        return replay(self.records(), guard, self.numbers()).kept if guard.every else None
 
     def kept_number(self) -> int:
         """The update that the guard keeps. Raises ConfigError where there is none."""
-        kept = [row["guard"]["kept"] for row in self.records() if "guard" in row][-1:]
-        if kept and kept[0] in self.numbers():
-            return kept[0]
+        kept = self.kept()
+        if kept is not None:
+            return kept
         raise ConfigError(
             f"{self.path} has no kept checkpoint: the guard was off (guard.every = 0), or no measured update was "
             "within its limits. Use final, latest, best or a number."
@@ -286,6 +293,10 @@ class RunFolder:
         name = EMA if (folder / EMA).is_file() else LORA
         verify(folder, name)
         return folded(load_pairs(folder / name), self.config().lora.scale)
+
+    def lora_modules(self, which: str = "latest") -> list[str]:
+        """Names of the modules that a checkpoint's LoRA changes."""
+        return list(load_pairs(self.checkpoint(which) / LORA))
 
     def intact(self, which: str = "latest") -> int:
         """The number of a checkpoint, verified; of an older one, with a warning, if the latest is damaged."""
@@ -312,11 +323,3 @@ class RunFolder:
 def is_number(name: str) -> bool:
     """Whether a checkpoint can be called this: some digits are no numbers, and some numbers are too long."""
     return name.isascii() and name.isdigit() and len(name) < 20
-
-
-def comparable_mean(row: dict[str, Any], weights: Mapping[str, float]) -> float | None:
-    """The mean reward of a row of metrics, by `weights` if its own may change; None where a score failed."""
-    if "weights" not in row:
-        return row.get("reward_mean")
-    means = [row["rewards"].get(name) for name in weights]
-    return None if None in means else sum(w * mean for w, mean in zip(weights.values(), means, strict=True))

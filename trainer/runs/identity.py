@@ -67,6 +67,18 @@ def describe(key: str, before: Any, after: Any) -> str:
     return f"{key} was {before!r} and is {after!r}"
 
 
+class NotResumed(ConfigError):
+    """A run that cannot go on as it is. `what` is wrong; the fix is the command line's, and the node words its own."""
+
+    def __init__(self, what: str, fix: str):
+        super().__init__(f"{what} {fix}")
+        self.what = what
+
+
+class Changed(NotResumed):
+    """A run that is not as it was made."""
+
+
 class RunRecord:
     """run.json of one run."""
 
@@ -105,9 +117,9 @@ class RunRecord:
 
 
 def require_accepted(run: Path, changes: Sequence[str], accepted: bool) -> None:
-    """Raise ConfigError that names every change, unless they are accepted."""
+    """Raise Changed, which names every change, unless they are accepted."""
     if changes and not accepted:
-        raise ConfigError(
-            f"{run} would not go on as it began: {'; '.join(changes)}. Undo that, or continue with "
-            f"`{program_name()} resume {run} --accept-changes`, which records it."
+        raise Changed(
+            f"{run} would not go on as it began: {'; '.join(changes)}.",
+            f"Undo that, or continue with `{program_name()} resume {run} --accept-changes`, which records it.",
         )

@@ -1,7 +1,7 @@
 """Start, resume and continue a run: written once, for the command line, the ComfyUI node and the benchmark."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +11,7 @@ from ..config.loading import with_options
 from ..config.schema import Config, ConfigError
 from ..files import require_writable
 from ..guard.guard import Guard, make_guard
-from ..guard.limits import replay
+from ..guard.limits import GuardVerdict, replay
 from ..guard.probe import Probe
 from ..loop.align import Job, Update
 from ..loop.distributed import Processes, join
@@ -19,11 +19,26 @@ from ..loop.interrupts import interrupts
 from ..loop.state import TrainingState, make_training_state
 from ..policy.base import Policy
 from ..policy.loading import make_policy
+from ..program import program_name
 from .folder import NotSaved, RunFolder, writing
-from .identity import RunRecord, identity_of, require_accepted
+from .identity import NotResumed, RunRecord, identity_of, require_accepted
 from .rewards import read_rewards, require_prompts
 from .rows import row_problems
 from .tensorboard import make_board, write_board
+
+
+class StoppedByGuard(NotResumed):
+    """A run whose guard stopped it. Its updates are exactly repeatable, so without a change it would stop again."""
+
+    def __init__(self, folder: RunFolder, verdict: GuardVerdict):
+        self.kept = verdict.kept
+        other = "a lower optimizer.learning_rate or a higher objective.kl_weight"
+        command = f"`{program_name()} resume {folder.path} --checkpoint kept --accept-changes`"
+        super().__init__(
+            f"{folder.path} was stopped by its guard: {verdict.reason}.",
+            f'Raise the guard\'s tolerances in {folder.config_file} or set guard.action = "warn", then resume. Or '
+            + (f"start a new run with {other}." if self.kept is None else f"set {other} there, then {command}."),
+        )
 
 
 class Run:
@@ -59,7 +74,7 @@ class Run:
             with interrupts.allow():
                 self._set_guard()
             if main and self.config.run.tensorboard:
-                self.board = make_board(self.folder.path / "tensorboard")
+                self.board = make_board(self.folder.board, self.state.done)
             self._open = stack.pop_all()
         return self
 
@@ -79,18 +94,14 @@ class Run:
             self.folder.remove_unstarted()
 
     def _set_guard(self) -> None:
-        """Make the configured guard, as it was after the recorded updates. Raises ConfigError if it stopped the run."""
+        """Make the configured guard, as it was after the recorded updates. May raise StoppedByGuard."""
         if not self.config.guard.every:
             return
         job, new = self.job, self.checkpoint is None
         records = [] if new else [row for row in self.folder.records() if row["update"] <= self.state.done]
         self.guard = guard_after(records, self.state.policy, job, self.folder, renew=new)
         if self.guard.stopped:
-            raise ConfigError(
-                f"{self.folder.path} was stopped by its guard: {self.guard.verdict.reason}. Resume from an earlier "
-                "checkpoint (--checkpoint kept), or change its config.toml: larger tolerances of the guard, or "
-                'guard.action = "warn".'
-            )
+            raise StoppedByGuard(self.folder, self.guard.verdict)
         self.job = replace(job, guard=self.guard)
 
     def keep(self, update: Update) -> None:
@@ -120,8 +131,8 @@ class Run:
 
     def _write_kept(self) -> None:
         """Make lora.safetensors that of the update that the guard keeps."""
-        if self.guard is not None and self.guard.verdict.kept is not None:
-            number = self.guard.verdict.kept
+        number = None if self.guard is None else self.folder.kept()
+        if number is not None:
             with writing(self.folder.lora_file, self.folder.path):
                 pairs = self.folder.lora(str(number))
                 self.folder.write_lora(pairs, self.state.policy.family, self.config, number)
@@ -131,12 +142,20 @@ class Run:
             if not self.job.processes.main:
                 return
             self._record()  # without its row, no checkpoint of an update
-            if self.state.done > self.saved and not isinstance(error, NotSaved):
+            if isinstance(error, NotSaved):  # a full disk has no room for these either, but that error is the cause
+                with suppress(ConfigError):
+                    self._finish()
+                return
+            if self.state.done > self.saved:
                 self._save()
-            self._write_kept()
-            self.folder.draw_curves()
-            if self.board is not None:
-                self.board.close()
+            self._finish()
+
+    def _finish(self) -> None:
+        """Bring the files beside the checkpoints up to date."""
+        if self.board is not None:
+            self.board.close()
+        self._write_kept()
+        self.folder.draw_curves()
 
 
 def resume_changes(folder: RunFolder, job: Job, checkpoint: str | None) -> tuple[list[str], dict[str, Any]]:
@@ -173,17 +192,17 @@ def guard_after(
     """A job's guard, as it was after the recorded updates; `renew` measures the base model anew."""
     probe = Probe(policy, job.config, list(job.prompts), job.rewards, job.processes, job.tick)
     guard = make_guard(probe, folder.guard_file, renew=renew, write=job.processes.main)
-    guard.verdict = replay(records, job.config.guard)
+    guard.verdict = replay(records, job.config.guard, folder.numbers())
     return guard
 
 
 def close(folder: RunFolder, config: Config) -> None:
     """Do what the end of a finished run does, for one that was killed before it could."""
     with folder.locked():
-        kept = replay(folder.records(), config.guard).kept if config.guard.every else None
         folder.remove_leftovers()
+        kept = folder.kept()
         folder.prune(config.run.keep, kept)
-        if kept in folder.numbers():
+        if kept is not None:
             folder.write_lora(folder.lora(str(kept)), folder.family(), config, kept)
         folder.draw_curves()
 
@@ -226,13 +245,17 @@ def resume_run(path: Path, options: ResumeOptions = ResumeOptions(), tick: Calla
     prompts = config.prompts.read()
     changes, _ = resume_changes(folder, Job(config, prompts, {}), checkpoint)  # before minutes of loading
     require_accepted(path, changes, options.accept_changes)
-    run = Run(*_loaded(folder, config, tick), checkpoint)
+    modules = folder.lora_modules(checkpoint) if done and config.lora.start else []
+    run = Run(*_loaded(folder, config, tick, modules), checkpoint)
     run.accept_changes = options.accept_changes
     return run
 
 
-def _loaded(folder: RunFolder, config: Config, tick: Callable[[], None]) -> tuple[RunFolder, TrainingState, Job]:
+def _loaded(
+    folder: RunFolder, config: Config, tick: Callable[[], None], resumed: Collection[str] = ()
+) -> tuple[RunFolder, TrainingState, Job]:
+    """What a Run takes; `resumed` as in make_policy."""
     prompts, rewards = config.prompts.read(), read_rewards(config)
     require_prompts(rewards, prompts)
     job = Job(config, prompts, rewards, Processes(), tick)
-    return folder, make_training_state(make_policy(config), config), job
+    return folder, make_training_state(make_policy(config, resumed), config), job

@@ -4,14 +4,19 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from comfyui_pcpo.json_text import parse_json
 
-TABLES = {"rewards", "held_out", "weights", "per_step", "guard", "model_evaluations", "seconds_rewards"}
+from ..config.schema import Config, RewardConfig
+
+TABLES = {"rewards", "rewards_std", "held_out", "weights", "per_step", "guard", "model_evaluations", "seconds_rewards"}
 MetricsRow = dict[str, Any]
+RATING_UPDATES = 5
+"""Updates that rate the checkpoint before them: prompts differ from one update to the next."""
+LEAST_STD = 1e-8
 
 
 def read_rows(file: Path) -> tuple[list[MetricsRow], list[int]]:
@@ -88,7 +93,36 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def final_checkpoint(records: Sequence[MetricsRow]) -> str:
-    """Which checkpoint is a run's lora.safetensors: `kept`, or `latest` where no measured update was kept."""
-    measured = [record["guard"]["kept"] for record in records if "guard" in record]
-    return "latest" if not measured or measured[-1] is None else "kept"
+def best_update(rows: Sequence[MetricsRow], numbers: Collection[int], config: Config) -> int:
+    """The update among `numbers` whose LoRA has the highest mean reward, by the weights that a schedule ends with.
+
+    A row is of images that were sampled before its gradient steps, so a LoRA is rated by the rows that follow, up to
+    RATING_UPDATES or the next regular checkpoint. The newest has none, and is best only if no other is rated.
+    """
+    weights = ranking_weights(rows, config.reward)
+    means = {row["update"]: mean for row in rows if (mean := ranked_mean(row, weights)) is not None}
+
+    def rating(number: int) -> float:
+        following = range(number + 1, number + 1 + min(config.run.save_every, RATING_UPDATES))
+        rated = [means[n] for n in following if n in means]
+        return sum(rated) / len(rated) if rated else -math.inf
+
+    return max(numbers, key=rating)
+
+
+def ranking_weights(rows: Sequence[MetricsRow], reward: RewardConfig) -> dict[str, float]:
+    """The trained rewards' last weights; where training standardises, per standard deviation of the first images.
+
+    Those are the base model's. A reward whose first images all score alike is measured by the first that do not.
+    """
+    if not reward.standardises:
+        return reward.last_weights
+    spreads = {name: [row.get("rewards_std", {}).get(name) or 0.0 for row in rows] for name in reward.last_weights}
+    deviations = {name: next((one for one in stds if one > LEAST_STD), 1.0) for name, stds in spreads.items()}
+    return {name: weight / deviations[name] for name, weight in reward.last_weights.items()}
+
+
+def ranked_mean(row: MetricsRow, weights: Mapping[str, float]) -> float | None:
+    """The weighted sum of a row's mean rewards; None where all scores of one failed."""
+    means = [row.get("rewards", {}).get(name) for name in weights]
+    return None if None in means else sum(w * mean for w, mean in zip(weights.values(), means, strict=True))

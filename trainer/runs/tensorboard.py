@@ -7,19 +7,22 @@ from ..config.schema import ConfigError
 from ..loop.align import Update
 
 
-def make_board(folder: Path) -> Any:
-    """A SummaryWriter. Raises ConfigError where TensorBoard is not installed."""
+def make_board(folder: Path, done: int) -> Any:
+    """A SummaryWriter for the updates after `done`, whose earlier events are hidden: a resume replaces them.
+
+    Raises ConfigError where TensorBoard is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
             "run.tensorboard is true, but TensorBoard is not installed. `pip install tensorboard`, or set it to false."
         ) from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=done + 1)
 
 
 def write_board(board: Any, update: Update) -> None:
-    """Every number of an update's metrics."""
+    """The metrics of an update that are single numbers, the mean of each reward, and what the guard measured."""
     for key, value in update.metrics.items():
         if isinstance(value, int | float):
             board.add_scalar(key, value, update.number)

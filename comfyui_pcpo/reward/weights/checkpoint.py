@@ -25,8 +25,8 @@ def locate(settings: RewardSettings, file: RewardFile, reward: str) -> Path:
     path = file_path(settings.folder, file)
     if not path.is_file():
         raise RewardError(
-            f"{path} does not exist, but this reward needs {source}. Put it there, or run: "
-            f"pcpo download {reward} --folder {settings.folder}"
+            f"{path} does not exist, but this reward needs {source}. Put it there, or "
+            f'{settings.download} {reward} --folder "{settings.folder}"'
         )
     return path
 

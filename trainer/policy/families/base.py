@@ -33,6 +33,9 @@ class PipelineAdapter:
         self.denoiser: Any = denoiser_of(pipeline)
         self.latent_shape = (self.channels(), *self._sides())
 
+    def check_sharded(self) -> None:
+        """Raise ConfigError where processes might make different numbers of model calls, which FSDP makes together."""
+
     def channels(self) -> int:
         """Channels of the latent."""
         return self.denoiser.config.in_channels

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...config.schema import ConfigError
 from .base import Inputs
 from .flux import T5_TOKENS, Flux, pack, position_ids, unpack
 
@@ -15,6 +16,16 @@ class Chroma(Flux):
     ChromaPipeline passes its mask as numbers, which attention adds instead of masking with them, and the transformer
     leaves it out where blocks are checkpointed; without padding neither matters.
     """
+
+    def check_sharded(self) -> None:
+        r = self.rollout
+        calls = r.cfg == 1 or not r.batch_cfg or r.detach_unconditional
+        if r.images_at_once > 1 or not calls:
+            raise ConfigError(
+                f"model.shard with Chroma needs rollout.images_at_once = 1 (it is {r.images_at_once}) and "
+                f"rollout.batch_cfg = false (it is {str(r.batch_cfg).lower()}): texts of different lengths take calls "
+                "of their own, and all processes must make the same calls. Set them, or use model.quantize."
+            )
 
     def embed(self, prompts: Sequence[str], device: torch.device) -> Inputs:
         tokenizer = self.pipeline.tokenizer
