@@ -238,6 +238,19 @@ def test_the_bar_moves_within_an_update_and_never_back(flow):
     assert any(0 < value < job.BAR_UNITS for value in values)
 
 
+def test_the_guards_calls_before_the_first_update_are_no_measure_of_one(flow):
+    bar = job.RunBar(config("emoji-flow", updates=2))
+    guess = bar.expected
+    for _ in range(3):
+        bar.tick()
+    bar.show(0)
+    assert bar.expected == guess
+    for _ in range(40):
+        bar.tick()
+    bar.show(1, job.Image.new("RGB", (8, 8)))
+    assert bar.expected == 40
+
+
 def test_the_preview_of_a_large_group_has_images_from_its_best_to_its_worst(flow):
     sizes = []
     for size in (8, 20, 2, 3):
