@@ -33,7 +33,7 @@ from ..trainer.runs.launch import Run, StoppedByGuard
 from ..trainer.runs.rewards import require_prompts
 from .files import STARTED, free_run_name, has_updates, last_started, runs_folder
 from .host.policy import ComfyPolicy, with_policy
-from .host.presets import host_preset, training_room
+from .host.presets import host_preset, model_content, training_room
 from .types import EncodedPrompts, WeightedRewards
 
 logger = logging.getLogger("pcpo")
@@ -153,7 +153,8 @@ def train_lora(inputs: TrainingInputs, config: Config, name: str) -> RunFolder:
         STARTED[name] = config.run.name
         state = make_training_state(policy, config)
         checkpoint = "latest" if inputs.resume and has_updates(folder.path) else None
-        with Run(folder, state, Job(config, inputs.prompts.lines, rewards, tick=bar.tick), checkpoint) as run:
+        job = Job(config, inputs.prompts.lines, rewards, tick=bar.tick, content=model_content(inputs.model))
+        with Run(folder, state, job, checkpoint) as run:
             bar.show(state.done)
             for update in align(run.state, run.job):
                 run.keep(update)

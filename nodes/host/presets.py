@@ -1,11 +1,14 @@
 """The preset of a MODEL, and the memory that its training can use."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
+from torch import Tensor
 
 from ...trainer.config.presets import Room, preset_name
+from ...trainer.files import sampled_digest
 from .spaces import space_of
 
 HOST_FAMILIES = {  # ComfyUI's configuration class -> the family in trainer/config/presets.py
@@ -32,8 +35,36 @@ def host_preset(model: Any) -> str:
 
 def file_name(model: Any) -> str:
     """Name of the file that a MODEL was loaded from, empty if its loader did not keep it."""
-    arguments = (model.cached_patcher_init or (None, ()))[1]
-    return next((Path(text).name for text in arguments if isinstance(text, str)), "")
+    return next((path.name for path in loaded_from(model)), "")
+
+
+def loaded_from(model: Any) -> list[Path]:
+    """The texts among what a MODEL's loader was called with, of which the first is its file."""
+    return [Path(text) for text in (model.cached_patcher_init or (None, ()))[1] if isinstance(text, str)]
+
+
+def model_content(model: Any) -> str | None:
+    """What tells a MODEL from others of its kind: a sample of its file, and of the patches on it, such as LoRAs.
+
+    None for one without patches whose loader kept no file, such as an embedded model.
+    """
+    file = next((sampled_digest(path)[:16] for path in loaded_from(model) if path.is_file()), "")
+    patches = hashlib.sha256()
+    for key in sorted(model.patches):
+        patches.update(f"{key} {sampled(model.patches[key])}".encode())
+    return f"{file} {patches.hexdigest()[:16] if model.patches else ''}".strip() or None
+
+
+def sampled(value: Any) -> str:
+    """The numbers in a patch; of a tensor its shape and 16 of them."""
+    if isinstance(value, Tensor):
+        flat = value.detach().flatten()
+        return f"{tuple(value.shape)} {flat[:: max(1, len(flat) // 16)][:16].float().tolist()}"
+    if isinstance(value, list | tuple):
+        return " ".join(map(sampled, value))
+    if hasattr(value, "weights"):  # ComfyUI's adapters
+        return sampled(value.weights)
+    return repr(value) if isinstance(value, int | float | str) else ""
 
 
 def training_room(model: Any) -> Room:

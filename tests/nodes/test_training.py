@@ -213,6 +213,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
+def test_a_run_is_not_resumed_on_another_base(flow):
+    """The LoRA and the optimizer's moments belong to the model that they were trained on."""
+    base = flow.on(comfy_models.lora_on(flow, 1))
+    base.train("on-a-lora", updates=1)
+    assert base.train("on-a-lora", updates=2, resume=True)[2] == 2
+    for other in (flow, flow.on(comfy_models.lora_on(flow, 2)), flow.on(comfy_models.lora_on(flow, 1, strength=0.5))):
+        with pytest.raises(ConfigError, match=r"the model has other weights.*Undo that, or turn resume off"):
+            other.train("on-a-lora", updates=3, resume=True)
+    comfy_models.forget_loaded()
+
+
 def watched(train, **options) -> list[tuple]:
     """What a training tells the progress bar: (value, total, preview) each time."""
     seen = []

@@ -53,6 +53,7 @@ class Job:
     tick: Callable[[], None] = lambda: None  # called before every model call; may raise
     guard: UpdateGuard | None = None
     encoding: Progress = no_progress  # over the prompts
+    content: str | None = None  # of a model that a host has loaded: what tells it from others of its kind
 
     @cached_property
     def objective(self) -> Objective:

@@ -26,8 +26,8 @@ FREE = {
 MODEL_CONTENT = "content of model.name"
 
 
-def identity_of(config: Config, prompts: Sequence[str]) -> dict[str, Any]:
-    """Everything that makes this run what it is, by name."""
+def identity_of(config: Config, prompts: Sequence[str], content: str | None = None) -> dict[str, Any]:
+    """Everything that makes this run what it is, by name; `content` is that of a model that a host has loaded."""
     tree = config.model_dump(mode="json")
     settings = {
         f"{section}.{key}": value
@@ -38,7 +38,7 @@ def identity_of(config: Config, prompts: Sequence[str]) -> dict[str, Any]:
     return {
         **settings,
         "prompts": [prompt_line(p) for p in prompts],
-        MODEL_CONTENT: fingerprint(Path(config.model.name)),
+        MODEL_CONTENT: content or fingerprint(Path(config.model.name)),
     }
 
 
@@ -63,7 +63,7 @@ def describe(key: str, before: Any, after: Any) -> str:
             return "the prompts are in another order, or repeated"
         return f"{len(odd)} prompts were added, removed or edited, such as {odd[0]!r}"
     if key == MODEL_CONTENT:
-        return "the model's files have other weights"
+        return "the model has other weights"
     return f"{key} was {before!r} and is {after!r}"
 
 

@@ -160,7 +160,7 @@ class Run:
 
 def resume_changes(folder: RunFolder, job: Job, checkpoint: str | None) -> tuple[list[str], dict[str, Any]]:
     """What a resume would change of the folder's run, its damaged metrics included, and what the run is now."""
-    identity = identity_of(job.config, job.prompts)
+    identity = identity_of(job.config, job.prompts, job.content)
     if checkpoint is None:
         return [], identity
     done = int(folder.checkpoint(checkpoint).name) if folder.numbers() else 0
