@@ -186,7 +186,8 @@ def warn_of_guard(update: Update, folder: RunFolder) -> None:
 class RunBar:
     """ComfyUI's progress bar over a run, which moves with the model calls of each update.
 
-    How many an update makes is a guess in the first one, and then what the one before it made.
+    How many an update makes is a guess in the first one, and then what the one before it made. The guard's calls for
+    the base model move the bar as well; ComfyUI does not draw it backwards, so it then waits for the first update.
     """
 
     def __init__(self, config: Config):
@@ -204,7 +205,9 @@ class RunBar:
 
     def show(self, done: int, image: Image.Image | None = None) -> None:
         """That many updates are finished; `image` becomes the node's preview."""
-        self.expected, self.calls, self.done = self.calls or self.expected, 0, done
+        if image is not None:  # after an update; what was called before the first one says nothing about an update
+            self.expected = self.calls
+        self.calls, self.done = 0, done
         self.bar.update_absolute(BAR_UNITS * done, preview=image and ("JPEG", image, PREVIEW_SIZE))
 
 

@@ -228,7 +228,7 @@ class LoadTaste(io.ComfyNode):
 
 def blind_votes_file(images_a: Tensor, images_b: Tensor, about: str) -> Path:
     """Where the votes on these pairs are kept, in a folder that is made for them."""
-    key = group_key(eight_bit(torch.cat([images_a, images_b])), about)
+    key = group_key(eight_bit(torch.cat([images_a, images_b])).cpu(), about)
     folder = tastes_folder() / "compare_blind"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{key}.json"
@@ -282,7 +282,7 @@ class CompareBlind(io.ComfyNode):
         from .host.booth import BOOTH  # imports the server
 
         pairs = blind_pairs(images_a, images_b, votes, seed)
-        file = blind_votes_file(images_a, images_b, f"{question} {votes} {seed}")
+        file = blind_votes_file(images_a, images_b, f"{question} {seed}")
         wins = kept_wins(file, len(pairs))
         while len(wins) < len(pairs):
             reply = BOOTH.ask(str(cls.hidden.unique_id), pair_question(pairs, len(wins), question))

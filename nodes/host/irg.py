@@ -13,7 +13,8 @@ from comfyui_pcpo.method.guidance import irg
 
 from ...trainer.config.schema import ConfigError
 from ..types import AlignedModel
-from .patches import PatchedWeight, extra_patches, option_names, patched_weights, switched_on
+from .patches import PatchedWeight, extra_patches, patched_weights, switched_on
+from .settings import require_same_settings
 
 KEY = "pcpo_irg"
 
@@ -22,17 +23,19 @@ class IRGGuider(comfy.samplers.CFGGuider):
     """Classifier-free guidance on a base model that is guided by aligned models.
 
     LoRAs on the base share its weights, so their patched weights are switched on in turn; models with weights of
-    their own are loaded next to the base.
+    their own are loaded next to the base. Options, wrappers and replaced objects are those of the base.
     """
 
     def __init__(self, model: Any, aligned: Sequence[AlignedModel]):
         super().__init__(model.clone())
         self.aligned = list(aligned)
+        for number, one in enumerate(self.aligned, 1):
+            require_same_settings(model, one.model, number)
         self.patches = {
             k: extra_patches(model, a.model, k + 1) for k, a in enumerate(self.aligned) if a.model.is_clone(model)
         }
         self.others = [a.model for a in self.aligned if not a.model.is_clone(model)]
-        _check_others(model, self.others)
+        _check_others(self.others)
         self.model_patcher.set_additional_models(KEY, self.others)
         self.patched: dict[int, list[PatchedWeight]] = {}
 
@@ -90,13 +93,8 @@ class IRGGuider(comfy.samplers.CFGGuider):
             return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
 
 
-def _check_others(base: Any, others: Sequence[Any]) -> None:
+def _check_others(others: Sequence[Any]) -> None:
     for n, model in enumerate(others):
-        if more := option_names(model.model_options) - option_names(base.model_options):
-            raise ConfigError(
-                f"an aligned model has an option that the base model lacks ({min(more)}), from a node such as PAG or "
-                "FreeU. Guidance uses the base's options for every model. Apply that node to the base model too."
-            )
         if any(model.is_clone(other) for other in others[:n]):
             raise ConfigError(
                 "two aligned models are LoRAs on the same checkpoint, which is not the base model. They share weights, "

@@ -17,46 +17,12 @@ from ...trainer.config.schema import ConfigError
 Patches = dict[str, list[Any]]
 
 
-SHARED = ("model_options", "object_patches", "wrappers", "callbacks", "hook_patches")
-"""What a ModelPatcher changes beside weights; while sampling, that of the base holds for every aligned model."""
-
-
-def alike(a: Any, b: Any) -> bool:
-    """Whether two settings hold the same objects, in containers that a clone has copied."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        a, b = ({key: value for key, value in one.items() if not _is_empty(value)} for one in (a, b))
-        return a.keys() == b.keys() and all(alike(value, b[key]) for key, value in a.items())
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(alike, a, b))
-    if a is b:
-        return True
-    return isinstance(a, bool | int | float | str) and type(a) is type(b) and a == b
-
-
-def option_names(options: Any, place: str = "") -> set[str]:
-    """The names of a MODEL's options that are set, with those of the dicts around them."""
-    if not isinstance(options, dict):
-        return set() if _is_empty(options) else {place}
-    return {name for key, value in options.items() for name in option_names(value, f"{place}.{key}".lstrip("."))}
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, dict | list | tuple) and (
-        not value or (isinstance(value, dict) and all(map(_is_empty, value.values())))
-    )
-
-
 def extra_patches(base: Any, aligned: Any, number: int) -> Patches:
     """Patches, by weight, that `aligned`, a clone of `base`, has beyond it. Raises ConfigError if there are none."""
     if aligned.injections.keys() - base.injections.keys():
         raise ConfigError(
             f"aligned model {number} has a LoRA in bypass mode, which cannot be separated from the base model. "
             "Turn bypass off in the node that loads the LoRA."
-        )
-    if not all(alike(getattr(base, name), getattr(aligned, name)) for name in SHARED):
-        raise ConfigError(
-            f"aligned model {number} differs from the base model in more than LoRAs: a node such as PAG, FreeU or "
-            "ModelSampling changed one of them. Apply it to the base model, before the LoRAs of the aligned models."
         )
     for key, own in base.patches.items():
         patches = aligned.patches.get(key, [])

@@ -14,9 +14,12 @@ comfy_host.skip_without_host()
 comfy_host.load_pack()
 import comfy.sd  # noqa: E402
 import comfy_models  # noqa: E402
+import folder_paths  # noqa: E402
 import torch  # noqa: E402
 from comfy.model_patcher import MemoryCounter  # noqa: E402
-from comfy_models import biggest, forget_loaded, lora_on, partly_loaded  # noqa: E402
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3  # noqa: E402
+from comfy_models import biggest, forget_loaded, lora_on, partly_loaded, random_lora  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 from comfyui_pcpo.method.guidance import ImplicitReward  # noqa: E402
 from comfyui_pcpo.tiny import pipelines  # noqa: E402
@@ -193,28 +196,69 @@ def test_guidance_refuses_models_that_it_cannot_separate(flow):
         irg.IRGGuider(flow.model, [aligned(other, 1.0), aligned(lora_on(flow, 1, other), 1.0)])
 
 
-def wrapped(model):
-    """With a node's change that is no weight patch."""
-    model = model.clone()
-    model.set_model_unet_function_wrapper(lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
-    return model
+def scaled(factor):
+    """A wrapper of the model function, as a node makes it."""
+
+    def wrapper(apply, args):
+        return factor * apply(args["input"], args["timestep"], **args["c"])
+
+    return wrapper
 
 
-def test_changes_beside_weights_have_to_be_on_the_base_too(flow):
-    """Guidance samples every model with the base's, so those of an aligned model would be dropped without a word."""
-    lora = lora_on(flow, 1)
-    sampling = lora.clone()
-    sampling.add_object_patch("model_sampling", object())
-    for changed in (wrapped(lora), sampling):
-        with pytest.raises(ConfigError, match="differs from the base model in more than LoRAs"):
-            irg.IRGGuider(flow.model, [aligned(changed, 1.0)])
-    base = wrapped(flow.model)
-    irg.IRGGuider(base, [aligned(lora_on(flow.on(base), 1), 1.0)])  # applied before the LoRA
-    other = comfy_models.Tiny("emoji-flow").model
-    irg.IRGGuider(flow.model, [aligned(other, 1.0)])
-    irg.IRGGuider(base, [aligned(wrapped(other), 1.0)])
-    with pytest.raises(ConfigError, match="an option that the base model lacks \\(model_function_wrapper"):
-        irg.IRGGuider(flow.model, [aligned(wrapped(other), 1.0)])
+def set_on(model, what, value=0.9):
+    """A MODEL with a change that is not of its weights."""
+    changed = model.clone()
+    if what == "model_function_wrapper":
+        changed.set_model_unet_function_wrapper(scaled(value))
+    elif what == "sampler_post_cfg_function":
+        changed.set_model_sampler_post_cfg_function(lambda args: value * args["denoised"])
+    elif what == "patches_replace":
+        changed.set_model_attn1_replace(scaled(value), "double_block", 0)
+    elif what == "wrappers":
+        changed.add_wrapper("diffusion_model", scaled(value))
+    else:
+        changed = ModelSamplingSD3().patch(model, 4 * value)[0]
+    return changed
+
+
+KINDS = ["model_function_wrapper", "sampler_post_cfg_function", "patches_replace", "wrappers", "model_sampling"]
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_what_an_aligned_model_has_besides_weights_and_the_base_lacks_is_refused(flow, what):
+    for base in (flow.model, set_on(flow.model, what, 0.8)):
+        changed = set_on(lora_on(flow, 1, base), what)
+        with pytest.raises(ConfigError, match=rf"aligned model 1 has settings that the base model lacks \(.*{what}"):
+            irg.IRGGuider(base, [aligned(changed, 1.0)])
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_what_the_base_has_as_well_is_accepted(flow, what):
+    """The LoRA on the changed base, and the same node once on the base and once on the LoRA."""
+    base = set_on(flow.model, what)
+    for model in (lora_on(flow, 1, base), set_on(lora_on(flow, 1), what)):
+        irg.IRGGuider(base, [aligned(model, 1.0)])
+    if what not in ("patches_replace", "wrappers"):  # for which the wrapper has the wrong arguments
+        lora = lora_on(flow, 1, base)
+        assert torch.equal(guided(flow, [aligned(lora, 1.0)], base=base), flow.stock(model=lora))
+
+
+def test_another_checkpoint_with_options_that_the_base_lacks_is_refused(flow):
+    other = another_checkpoint(flow, 0.98)
+    irg.IRGGuider(flow.model, [aligned(set_on(other, "model_sampling"), 1.0)])  # which it is loaded with
+    for what in ("model_function_wrapper", "wrappers"):
+        irg.IRGGuider(set_on(flow.model, what), [aligned(set_on(other, what), 1.0)])
+        for base in (flow.model, set_on(flow.model, what, 0.8)):
+            with pytest.raises(ConfigError, match=what):
+                irg.IRGGuider(base, [aligned(set_on(other, what), 1.0)])
+
+
+def test_comfyuis_lora_loaders_add_nothing_but_weights(flow, tmp_path, monkeypatch):
+    save_file(random_lora(flow, 1), tmp_path / "one.safetensors")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    loaded = comfy_host.execute("LoraLoader", flow.model, flow.clip, "one.safetensors", 1.0, 1.0)[0]
+    comfy_models.sample(flow.guider(loaded), flow.sigmas()[[2, -1]], flow.latent())
+    irg.IRGGuider(flow.model, [aligned(loaded, 1.0), aligned(lora_on(flow, 2), 1.0)])
 
 
 def test_guidance_by_two_models_costs_at_most_three_plain_samples(tiny):

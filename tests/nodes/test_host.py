@@ -242,6 +242,18 @@ def test_a_clone_shares_weights_and_knows_its_base(tiny):
     assert isinstance(clone.patches, dict) and isinstance(clone.injections, dict)
 
 
+def test_what_nodes_set_besides_weights_is_in_six_dicts_of_a_model(tiny):
+    settings = tiny[0].clone()
+    settings.set_model_unet_function_wrapper(max)
+    settings.add_object_patch("model_sampling", max)
+    settings.add_wrapper("diffusion_model", max)
+    settings.add_weight_wrapper("a.weight", max)
+    assert settings.model_options["model_function_wrapper"] is settings.object_patches["model_sampling"] is max
+    assert settings.wrappers["diffusion_model"][None] == settings.weight_wrapper_patches["a.weight"] == [max]
+    assert isinstance(settings.callbacks, dict) and isinstance(settings.hook_patches, dict)
+    assert not tiny[0].object_patches and "model_function_wrapper" not in tiny[0].model_options
+
+
 def test_a_lora_is_a_patch_of_a_weight_and_unknown_keys_add_none(tiny):
     model = tiny[0]
     name, key = next(

@@ -177,3 +177,34 @@ def test_cancel_while_a_question_is_open_ends_the_run_at_once(comfyui):
     assert time.time() - since[0] < 15
     assert any(message[0] == "execution_interrupted" for message in entry["status"]["messages"])
     assert comfyui.get("/pcpo/vote") == {"open": False}
+
+
+def test_a_cancelled_blind_comparison_goes_on_where_it_stopped(comfyui):
+    colors = {"1": 0xFF0000, "2": 0x00FF00, "3": 0x0000FF, "4": 0xFFFFFF}
+    graph = {
+        **{key: {"class_type": "EmptyImage", "inputs": {"width": 16, "height": 16, "batch_size": 1, "color": color}}
+           for key, color in colors.items()},
+        "5": {"class_type": "ImageBatch", "inputs": {"image1": ["1", 0], "image2": ["2", 0]}},
+        "6": {"class_type": "ImageBatch", "inputs": {"image1": ["3", 0], "image2": ["4", 0]}},
+        "7": {"class_type": "PCPOCompareBlind", "inputs": {
+            "images_a": ["5", 0], "images_b": ["6", 0], "question": "Which?", "votes": 0, "seed": 5,
+        }},
+    }  # fmt: skip
+    numbers = []
+
+    def vote_once_then(cancel: bool):
+        def look():
+            question = comfyui.get("/pcpo/vote")
+            if question["open"] and cancel and numbers:
+                comfyui.post("/interrupt", {})
+            elif question["open"]:
+                numbers.append(question["number"])
+                assert comfyui.post(f"/pcpo/vote/{question['id']}", {"ranks": [0, 1]})[0] == 200
+
+        return look
+
+    assert comfyui.run(graph, while_running=vote_once_then(cancel=True))["status"]["status_str"] == "error"
+    assert comfyui.run(graph, while_running=vote_once_then(cancel=False))["status"]["status_str"] == "success"
+    assert numbers == [1, 2]
+    (kept,) = (comfyui.base / "output/pcpo_votes/compare_blind").glob("*.json")
+    assert len(json.loads(kept.read_text())["wins"]) == 2

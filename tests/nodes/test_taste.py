@@ -119,12 +119,14 @@ def test_a_taste_that_is_trained_again_is_loaded_again(images):
 def test_a_blind_comparison_goes_on_with_the_votes_that_it_has():
     a, b = torch.rand(2, 2, 8, 8, 3, generator=torch.Generator().manual_seed(0))
     given = {"question": "?", "votes": 0, "seed": 3}
-    file = taste.blind_votes_file(a, b, "? 0 3")
+    file = taste.blind_votes_file(a, b, "? 3")
     assert taste.kept_wins(file, 2) == []
     file.write_text('{"question": "?", "seed": 3, "wins": [1.0, 0.5]}')
     rate, *_ = comfy_host.execute("PCPOCompareBlind", a, b, **given)  # nobody is asked
     assert rate == 0.75
-    assert taste.blind_votes_file(a, b, "? 0 4") != file != taste.blind_votes_file(b, a, "? 0 3")
+    rate, *_ = comfy_host.execute("PCPOCompareBlind", a, b, **{**given, "votes": 1})  # the first of the same order
+    assert rate == 1
+    assert taste.blind_votes_file(a, b, "? 4") != file != taste.blind_votes_file(b, a, "? 3")
     file.write_text('{"wins"')
     assert taste.kept_wins(file, 2) == []
 

@@ -41,6 +41,7 @@ lora_pairs = comfy_host.pack_module("trainer.policy.lora_pairs")
 align = comfy_host.pack_module("trainer.loop.align")
 learning = comfy_host.pack_module("trainer.loop.state")
 ConfigError = settings.ConfigError
+HOST_MODEL = comfy_host.pack_module("trainer.runs.identity").HOST_MODEL
 
 
 @pytest.fixture(scope="module", params=pipelines.EMBEDDED)
@@ -221,6 +222,21 @@ def test_a_run_is_not_resumed_on_another_base(flow):
     for other in (flow, flow.on(comfy_models.lora_on(flow, 2)), flow.on(comfy_models.lora_on(flow, 1, strength=0.5))):
         with pytest.raises(ConfigError, match=r"the model has other weights.*Undo that, or turn resume off"):
             other.train("on-a-lora", updates=3, resume=True)
+    flow.train("on-nothing", updates=1)
+    with pytest.raises(ConfigError, match="the model has other weights"):
+        base.train("on-nothing", updates=2, resume=True)
+    comfy_models.forget_loaded()
+
+
+def test_a_run_from_before_its_base_was_recorded_resumes_and_records_it(flow):
+    base = flow.on(comfy_models.lora_on(flow, 1))
+    folder = run_module.RunFolder(base.train("older", updates=1)[3].path)
+    record = json.loads(folder.record_file.read_text())
+    del record["identity"][HOST_MODEL]
+    folder.record_file.write_text(json.dumps(record))
+    assert base.train("older", updates=2, resume=True)[2] == 2
+    with pytest.raises(ConfigError, match="the model has other weights"):
+        flow.train("older", updates=3, resume=True)
     comfy_models.forget_loaded()
 
 
@@ -247,6 +263,19 @@ def test_the_bar_moves_within_an_update_and_never_back(flow):
     values = [value for value, _, _ in watched(flow.train, name="moving", updates=2, guard_every=1)]
     assert values == sorted(values) and values[-1] == 2 * job.BAR_UNITS
     assert any(0 < value < job.BAR_UNITS for value in values)
+
+
+def test_the_guards_calls_before_the_first_update_are_no_measure_of_one(flow):
+    bar = job.RunBar(config("emoji-flow", updates=2))
+    guess = bar.expected
+    for _ in range(3):
+        bar.tick()
+    bar.show(0)
+    assert bar.expected == guess
+    for _ in range(40):
+        bar.tick()
+    bar.show(1, job.Image.new("RGB", (8, 8)))
+    assert bar.expected == 40
 
 
 def test_the_preview_of_a_large_group_has_images_from_its_best_to_its_worst(flow):

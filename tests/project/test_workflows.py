@@ -101,6 +101,19 @@ def test_train_lora_shows_at_most_nine_widgets():
     assert len([i for i in inputs if is_widget(i[1]) and not is_advanced(i)]) <= 9
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_a_note_beside_numbers_of_the_tiny_model_sends_real_models_to_workflow_6(path):
+    """A number that a widget gives wins over the recipe of the connected model."""
+    workflow = read(path)
+    nodes = [*workflow["nodes"], *(n for s in workflow.get("definitions", {}).get("subgraphs", ()) for n in s["nodes"])]
+    names = [i[0] for i in NODES["PCPOTrainLoRA"]["inputs"] if is_widget(i[1])]
+    trains = [node["widgets_values"] for node in nodes if node["type"] == "PCPOTrainLoRA"]
+    fixed = any(dict(zip(names, values, strict=True))["learning_rate"] for values in trains)
+    (note,) = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    assert ("workflow 6" in note) == fixed
+    assert not (fixed and "by its loader" in note)
+
+
 def test_workflow_6_leaves_everything_to_the_recipe():
     workflow = read(WORKFLOWS[5])
     (train,) = [node for node in workflow["nodes"] if node["type"] == "PCPOTrainLoRA"]

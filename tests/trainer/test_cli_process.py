@@ -183,3 +183,10 @@ def test_without_a_terminal_an_unfinished_update_reports_its_progress(monkeypatc
         bar.tick()
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["loading the model and the rewards ...", "update 1/3: 1 model calls in 0 s"]
+
+
+def test_the_trainers_folder_runs_from_anywhere_even_where_python_ignores_the_current_folder(tmp_path):
+    """-I stands for the embeddable Python of ComfyUI for Windows, whose ._pth file isolates it."""
+    command = [sys.executable, "-I", str(ROOT / "trainer"), "download", "no-such-reward"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "'no-such-reward' is not a known reward" in done.stderr

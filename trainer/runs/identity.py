@@ -24,6 +24,7 @@ FREE = {
 }
 """Settings that may change on resume: they decide where and how something is computed, or when to stop, not what."""
 MODEL_CONTENT = "content of model.name"
+HOST_MODEL = "content of the host's model"  # by a name of its own: runs from before it was recorded still resume
 
 
 def identity_of(config: Config, prompts: Sequence[str], content: str | None = None) -> dict[str, Any]:
@@ -38,7 +39,8 @@ def identity_of(config: Config, prompts: Sequence[str], content: str | None = No
     return {
         **settings,
         "prompts": [prompt_line(p) for p in prompts],
-        MODEL_CONTENT: content or fingerprint(Path(config.model.name)),
+        MODEL_CONTENT: fingerprint(Path(config.model.name)),
+        HOST_MODEL: content,
     }
 
 
@@ -64,6 +66,8 @@ def describe(key: str, before: Any, after: Any) -> str:
         return f"{len(odd)} prompts were added, removed or edited, such as {odd[0]!r}"
     if key == MODEL_CONTENT:
         return "the model has other weights"
+    if key == HOST_MODEL:
+        return "the model has other weights (another file, or other LoRAs applied to it)"
     return f"{key} was {before!r} and is {after!r}"
 
 

@@ -16,6 +16,12 @@ class ModelPatcher:
     patches: dict[str, list[Any]]
     injections: dict[str, list[Any]]
     attachments: dict[str, Any]
+    model_options: dict[str, Any]
+    object_patches: dict[str, Any]
+    weight_wrapper_patches: dict[str, list[Any]]
+    wrappers: dict[str, dict[str, list[Any]]]
+    callbacks: dict[str, dict[str, list[Any]]]
+    hook_patches: dict[Any, Any]
     cached_patcher_init: tuple[Callable[..., ModelPatcher], tuple[Any, ...]] | None
 
     def __init__(self, model: BaseModel, load_device: torch.device, offload_device: torch.device) -> None: ...
