@@ -1,6 +1,7 @@
 """Rewards to advantages: per group, per prompt window, several rewards.
 
-A reward of NaN is a failed sample: it leaves every statistic and its advantage is 0.
+A reward of NaN is a failed sample: it leaves every statistic, its advantage is 0, and the update leaves out its loss.
+An advantage of 0 has no gradient, but for nft, whose loss is then least where the model is the old one.
 Standard deviations are the population's (divided by n, as numpy's), in float64 or the rewards' own width if wider.
 """
 
@@ -65,7 +66,7 @@ def group_advantage(rewards: Tensor, spread: Spread = "group", eps: float = 1e-4
     """Advantage of each image among those of its prompt, (P, G) -> (P, G) float32 or wider.
 
     DanceGRPO (arXiv 2505.07818):  A = (r - group mean) / (std + eps)
-    std of the group, or over the whole batch as in Flow-GRPO's code. A group without spread has advantages of 0.
+    std of the group, or over the whole batch as in Flow-GRPO's code. A group without spread has advantage 0.
     """
     if spread not in ("group", "batch"):
         raise ValueError(f"spread is {spread!r}, but the std is taken over the 'group' or the 'batch'.")

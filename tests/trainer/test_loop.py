@@ -157,6 +157,24 @@ def test_failed_samples_train_nothing(make_config, learn, value):
     assert math.isfinite(metrics["reward_mean"])
 
 
+@pytest.mark.parametrize("name", ["log_hinge", "nft"])
+def test_a_failed_sample_has_no_part_in_later_minibatches_either(make_config, learn, name):
+    """Only the second part differs from the model that sampled, and all its images failed."""
+    config = make_config(
+        rollout={"group_size": 4},
+        objective={"name": name},
+        optimizer={"minibatches": 2, "weight_decay": 0.0, "beta1": 0.0},
+        run={"updates": 1},
+    )
+    state, updates = learn(config, rewards={"colorfulness": Failing({1, 3})})
+    found = []
+    step = state.optimizer.step
+    state.optimizer.step = lambda: (found.append([p.grad.clone() for p in state.policy.trainable()]), step())
+    next(updates)
+    first, second = found
+    assert any(g.count_nonzero() for g in first) and not any(g.count_nonzero() for g in second)
+
+
 def test_a_group_of_which_all_but_one_failed_trains_nothing(make_config, learn):
     config = make_config(
         rollout={"group_size": 4}, reward={"max_failed": 0.8}, optimizer={"weight_decay": 0.0}, run={"updates": 1}

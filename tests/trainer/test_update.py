@@ -82,17 +82,18 @@ class Problem:
         for p, d in zip(self.policy.trainable(), direction, strict=True):
             p += d
 
-    def run(self, learning_rate):
+    def run(self, learning_rate, advantage=(1.0, -0.5), failed=None):
         """Plain gradient descent in the optimizer's place: the parameters move by exactly -gradient x rate."""
         sgd = torch.optim.SGD(self.policy.trainable(), lr=learning_rate)
         state = TrainingState(self.policy, sgd, self.state.window)
-        advantage = torch.tensor([1.0, -0.5])
-        batch = UpdateBatch(self.plan, self.objective, self.path, advantage, self.predict, self.config)
+        failed = None if failed is None else torch.tensor(failed)
+        scored = torch.tensor(advantage)
+        batch = UpdateBatch(self.plan, self.objective, self.path, scored, self.predict, self.config, failed)
         return improve(state, batch, Processes())
 
-    def gradient(self):
+    def gradient(self, *scored):
         before = [p.detach().clone() for p in self.policy.trainable()]
-        self.run(1.0)
+        self.run(1.0, *scored)
         gradient = [old - p.detach() for p, old in zip(self.policy.trainable(), before, strict=True)]
         with torch.no_grad():
             for p, old in zip(self.policy.trainable(), before, strict=True):
@@ -107,6 +108,22 @@ class Problem:
             total += factor * self.run(0.0).loss
             self.move([-place * h * d for d in direction])
         return total / (12 * h)
+
+
+@pytest.mark.parametrize("name", ["log_hinge", "ppo", "awm", "nft"])
+def test_the_loss_leaves_out_an_image_without_a_score(make_config, name):
+    """nft pulls an image of advantage 0 towards the old model; the others have no gradient there anyway."""
+    config = make_config(objective={"name": name, "clip_range": 0.9}, optimizer={"max_grad_norm": 1e6})
+    problem = Problem(config)
+
+    def gradient(*scored):
+        return torch.cat([g.flatten() for g in problem.gradient(*scored)])
+
+    both, first = gradient((1.0, 0.0)), gradient((1.0, 0.0), (False, True))
+    second = gradient((1.0, 0.0), (True, False))
+    torch.testing.assert_close(first + second, both)
+    assert gradient((1.0, 0.0), (True, True)).count_nonzero() == 0
+    assert bool(second.count_nonzero()) == (name == "nft")
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,8 @@ def update_batch(state: TrainingState, job: Job, plan: Plan, samples: Samples, s
     noise = plan.noise(job.config.run.seed, state.policy.latent_shape, 1, shared=shared)
     with state.sampling(job.config.rollout.policy):
         path = job.objective.prepare(samples.path, plan, noise, samples.predict)
-    return UpdateBatch(plan, job.objective, path, own_rows(scored.advantage, job), samples.predict, job.config)
+    advantage, failed = own_rows(scored.advantage, job), own_rows(scored.combined, job).isnan()
+    return UpdateBatch(plan, job.objective, path, advantage, samples.predict, job.config, failed)
 
 
 def guarded(state: TrainingState, job: Job, kl: float) -> dict[str, Any]:

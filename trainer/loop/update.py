@@ -29,6 +29,7 @@ class UpdateBatch:
     advantage: Tensor  # (B,)
     predict: Predict
     config: Config
+    failed: Tensor | None = None  # (B,) bool: images without a score, whose loss is left out; None: no image
 
 
 def improve(state: TrainingState, batch: UpdateBatch, processes: Processes) -> StepStatistics:
@@ -76,6 +77,8 @@ def step_terms(policy: Policy, batch: UpdateBatch, step: StepRows) -> tuple[Term
     advantage = upload(batch.advantage[step.rows], out.device)
     terms = batch.objective.terms(batch.path, batch.plan, step, out, advantage)
     terms = replace(terms, loss=terms.loss * float(batch.plan.loss_weights[step.i]))
+    if batch.failed is not None:  # an advantage of 0 is not enough: nft's loss then pulls towards the old model
+        terms = replace(terms, loss=terms.loss.masked_fill(upload(batch.failed[step.rows], out.device), 0.0))
     measured = step.rows[step.measured]
     if not len(measured):
         if step.together:
