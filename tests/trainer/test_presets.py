@@ -184,9 +184,12 @@ def test_auto_needs_no_gpu_where_it_does_not_depend_on_memory():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a computer without a GPU")
-def test_a_gpu_that_this_computer_lacks_counts_as_none():
-    tree = {"model": {"device": "cuda", "gradient_checkpointing": "auto"}}
-    assert with_preset(tree)[0]["model"]["gradient_checkpointing"] is False
+def test_a_gpu_that_this_computer_lacks_has_no_room():
+    """So that `check` estimates the least that a configuration takes."""
+    tree = {"model": {"gradient_checkpointing": "auto"}, "rollout": {"images_at_once": "auto"}}
+    for device, chosen in (("cuda", (True, 1)), ("auto", (False, 16)), ("cpu", (False, 16))):
+        filled = with_preset(merge(tree, {"model": {"device": device}}))[0]
+        assert (filled["model"]["gradient_checkpointing"], filled["rollout"]["images_at_once"]) == chosen
 
 
 def test_distilled_models_of_a_family_without_such_a_preset_take_the_familys():

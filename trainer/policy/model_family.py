@@ -81,12 +81,14 @@ def cached_index(name: str) -> Path | None:
 def device_room(model: Mapping[str, Any]) -> Room:
     """What the weights of the configuration's `model` section leave of its device's free memory, at least a quarter.
 
-    Of several processes, each takes the smallest GPU's whole memory instead, so that all of them choose the same. A GPU
-    that this computer lacks counts as none: loading the model will say so.
+    Of several processes, each takes the smallest GPU's whole memory instead, so that all of them choose the same. For a
+    GPU that this computer lacks there is no room, so that an estimate for it is the smallest.
     """
     import torch
 
-    if str(model["device"]) == "cpu" or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        return Room(0.0, gpu=True) if str(model["device"]).startswith("cuda") else UNLIMITED
+    if str(model["device"]) == "cpu":
         return UNLIMITED
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
