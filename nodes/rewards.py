@@ -22,8 +22,7 @@ from .images import to_comfy_image
 from .inputs import ADVANCED, checked
 from .types import RewardType, WeightedRewards
 
-PACK = Path(__file__).resolve().parents[1]
-"""The folder of this pack, where `python -m trainer` works."""
+TRAINER = Path(__file__).resolve().parents[1] / "trainer"  # its folder runs as a command from anywhere
 REWARD_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -33,7 +32,7 @@ def single_reward(name: str, dtype: str = "float32") -> WeightedRewards:
     settings = RewardSettings(
         reward_folder(files), str(mm.get_torch_device()), REWARD_DTYPES[dtype],
         tick=mm.throw_exception_if_processing_interrupted, plain=plain_prompt, make_room=make_room,
-        download=f'run in {PACK}: "{sys.executable}" -m trainer download',
+        download=f'run: "{sys.executable}" "{TRAINER}" download',
     )  # fmt: skip
     return WeightedRewards((load_reward(name, settings),), (1.0,))
 

@@ -55,7 +55,7 @@ def test_rewards_score_on_their_device_and_leave_it():
 
 def test_a_missing_weight_file_is_told_with_a_command_that_works_in_this_host():
     reward = run("PCPOLoadReward", "hpsv2")[0]
-    command = f'run in {comfy_host.PACK}: "{sys.executable}" -m trainer download hpsv2 --folder "/'
+    command = f'run: "{sys.executable}" "{comfy_host.PACK / "trainer"}" download hpsv2 --folder "/'
     with pytest.raises(Exception, match=re.escape(command)):
         run("PCPOScoreImages", torch.rand(1, 8, 8, 3), reward, "a fox", 0)
 
