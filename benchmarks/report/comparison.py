@@ -66,12 +66,9 @@ def corrected_by_wave(
     study: Study, differences: Mapping[_Key, Sequence[float]], methods: Callable[[_Key], Iterable[str]]
 ) -> dict[_Key, float]:
     """The same in two families: the comparisons between `methods` of the first wave, and all others."""
-    first = {key for key in differences if set(methods(key)) <= set(study.methods)}
-    families = ([key for key in differences if (key in first) is early] for early in (True, False))
-    corrected: dict[_Key, float] = {}
-    for family in families:
-        corrected |= corrected_p_values((key, differences[key]) for key in family)
-    return corrected
+    first = {key: own for key, own in differences.items() if set(methods(key)) <= set(study.methods)}
+    others = {key: own for key, own in differences.items() if key not in first}
+    return corrected_p_values(first.items()) | corrected_p_values(others.items())
 
 
 def mixed_model(results: StudyResults, reference: str) -> MixedModel:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
+from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
 from ...trainer.config.presets import Room, preset_name
@@ -62,7 +63,7 @@ def sampled(value: Any) -> str:
         return f"{tuple(value.shape)} {flat[:: max(1, len(flat) // 16)][:16].float().tolist()}"
     if isinstance(value, list | tuple):
         return " ".join(map(sampled, value))
-    if hasattr(value, "weights"):  # ComfyUI's adapters
+    if isinstance(value, WeightAdapterBase):
         return sampled(value.weights)
     return repr(value) if isinstance(value, int | float | str) else ""
 

@@ -1,0 +1,4 @@
+import torch
+
+class WeightAdapterBase:
+    weights: list[torch.Tensor]
