@@ -156,6 +156,18 @@ def test_equal_settings_have_no_differences_and_unknown_ones_are_left_out(make_c
     assert differences(one, other) == []
 
 
+def test_another_noise_schedule_is_a_difference_and_rounding_or_another_number_of_steps_is_none(make_config):
+    def made(*levels: float) -> dict:
+        return json.loads(json.dumps(identity_of(make_config(), ["a fox"], levels=levels or None)))
+
+    one = made(1.0, 0.858, 0.602, 0.0)
+    assert differences(one, made(1.0, 0.667, 0.334, 0.0)) == [
+        "the model has another noise schedule (such as another shift)"
+    ]
+    for same in (made(1.0, 0.858 + 1e-6, 0.602, 0.0), made(1.0, 0.5, 0.0), made()):
+        assert differences(one, same) == differences(made(), same) == []
+
+
 def test_a_models_fingerprint_changes_with_any_byte_that_is_sampled(tmp_path):
     file = tmp_path / "model.safetensors"
     content = bytearray(3 << 20)

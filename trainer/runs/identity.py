@@ -1,6 +1,7 @@
 """What a run was made with (run.json), and what a resume would change: refused by name, or accepted and recorded."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,18 @@ FREE = {
 """Settings that may change on resume: they decide where and how something is computed, or when to stop, not what."""
 MODEL_CONTENT = "content of model.name"
 HOST_MODEL = "content of the host's model"  # by a name of its own: runs from before it was recorded still resume
+LEVELS = "noise levels of the model's schedule"
+SAME_LEVEL = 1e-4  # two libraries compute the levels of one schedule
 
 
-def identity_of(config: Config, prompts: Sequence[str], content: str | None = None) -> dict[str, Any]:
-    """Everything that makes this run what it is, by name; `content` is that of a model that a host has loaded."""
+def identity_of(
+    config: Config, prompts: Sequence[str], content: str | None = None, levels: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """Everything that makes this run what it is, by name.
+
+    `content` is that of a model that a host has loaded, `levels` are the noise levels of a rollout; they are left out
+    before the model is loaded.
+    """
     tree = config.model_dump(mode="json")
     settings = {
         f"{section}.{key}": value
@@ -41,6 +50,7 @@ def identity_of(config: Config, prompts: Sequence[str], content: str | None = No
         "prompts": [prompt_line(p) for p in prompts],
         MODEL_CONTENT: fingerprint(Path(config.model.name)),
         HOST_MODEL: content,
+        **({} if levels is None else {LEVELS: list(levels)}),
     }
 
 
@@ -52,8 +62,15 @@ def fingerprint(model: Path) -> str | None:
 
 def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A phrase for everything that is not as it was; settings that the record does not know are new, and left out."""
-    changed = [key for key, value in now.items() if key in recorded and recorded[key] != value]
+    changed = [key for key, value in now.items() if key in recorded and not unchanged(key, recorded[key], value)]
     return [describe(key, recorded[key], now[key]) for key in changed]
+
+
+def unchanged(key: str, before: Any, after: Any) -> bool:
+    """Whether a value is as it was; of the noise levels, their number is a setting of its own."""
+    if key == LEVELS and len(before) == len(after):
+        return all(math.isclose(a, b, abs_tol=SAME_LEVEL) for a, b in zip(before, after, strict=True))
+    return key == LEVELS or before == after
 
 
 def describe(key: str, before: Any, after: Any) -> str:
@@ -68,6 +85,8 @@ def describe(key: str, before: Any, after: Any) -> str:
         return "the model has other weights"
     if key == HOST_MODEL:
         return "the model has other weights (another file, or other LoRAs applied to it)"
+    if key == LEVELS:
+        return "the model has another noise schedule (such as another shift)"
     return f"{key} was {before!r} and is {after!r}"
 
 

@@ -80,7 +80,8 @@ class Run:
 
     def _begin(self, write: bool) -> None:
         """Begin or continue the folder's run, and record what it is made with."""
-        changes, identity = resume_changes(self.folder, self.job, self.checkpoint)
+        levels = self.state.policy.grid(self.config.rollout.steps).levels.tolist()
+        changes, identity = resume_changes(self.folder, self.job, self.checkpoint, levels)
         require_accepted(self.folder.path, changes, self.accept_changes)
         begin(self.folder, self.state, self.config, self.checkpoint, write)
         if write:
@@ -158,9 +159,14 @@ class Run:
         self.folder.draw_curves()
 
 
-def resume_changes(folder: RunFolder, job: Job, checkpoint: str | None) -> tuple[list[str], dict[str, Any]]:
-    """What a resume would change of the folder's run, its damaged metrics included, and what the run is now."""
-    identity = identity_of(job.config, job.prompts, job.content)
+def resume_changes(
+    folder: RunFolder, job: Job, checkpoint: str | None, levels: Sequence[float] | None = None
+) -> tuple[list[str], dict[str, Any]]:
+    """What a resume would change of the folder's run, its damaged metrics included, and what the run is now.
+
+    `levels` are the noise levels of a rollout, None before the model is loaded.
+    """
+    identity = identity_of(job.config, job.prompts, job.content, levels)
     if checkpoint is None:
         return [], identity
     done = int(folder.checkpoint(checkpoint).name) if folder.numbers() else 0
