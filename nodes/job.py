@@ -27,6 +27,7 @@ from ..trainer.loop.objectives import make_objective
 from ..trainer.loop.plan import make_plan
 from ..trainer.loop.scoring import ImageGroups, score, unattended
 from ..trainer.loop.state import make_training_state
+from ..trainer.policy.base import LoraPairs
 from ..trainer.runs.folder import RunFolder
 from ..trainer.runs.identity import NotResumed
 from ..trainer.runs.launch import Run, StoppedByGuard
@@ -85,9 +86,10 @@ def make_config(inputs: TrainingInputs, tree: dict[str, dict[str, Any]]) -> Conf
         "run": run,
     }
     known = run_settings(runs_folder() / found) if found else {}
-    sections = {
+    chosen_now = {
         key: {**known.get(key, {}), **chosen_again(values, known.get(key, {}))} for key, values in sections.items()
     }
+    sections = {**known, **chosen_now}
     preset = host_preset(inputs.model)
     sections, chosen = resolved(sections, preset, training_room(inputs.model))
     config = build(sections, "Train LoRA (PCPO, GRPO)")
@@ -125,6 +127,17 @@ def try_once(policy: ComfyPolicy, rewards: dict[str, Reward], config: Config) ->
     score(unattended(rewards), pair)
 
 
+def connected_lora(state: dict[str, Tensor], modules: list[str]) -> LoraPairs:
+    """The LoRA to continue from, by module. Raises ConfigError if it is one of another model."""
+    try:
+        return parse_state(state, modules)
+    except ValueError as error:
+        what = str(error).split(". ")[0]  # its remedy is one for callers of the library
+        raise ConfigError(
+            f"the connected lora does not belong to this model ({what}). Connect one that was trained on this model."
+        ) from error
+
+
 def chosen_again(widgets: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     """The widgets of a section, without those at `auto` that a resumed run has already resolved."""
     return {key: value for key, value in widgets.items() if value != AUTO or key not in known}
@@ -148,7 +161,7 @@ def train_lora(inputs: TrainingInputs, config: Config, name: str) -> RunFolder:
 
     def work(policy: ComfyPolicy) -> None:
         if inputs.lora is not None:
-            policy.start_from(parse_state(inputs.lora, list(policy.layers)))
+            policy.start_from(connected_lora(inputs.lora, list(policy.layers)))
         try_once(policy, rewards, config)
         STARTED[name] = config.run.name
         state = make_training_state(policy, config)
@@ -168,7 +181,7 @@ def train_lora(inputs: TrainingInputs, config: Config, name: str) -> RunFolder:
         logger.info("PCPO: cancelled; finished updates are saved in %s. Set resume to continue.", folder.path)
         raise
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(config, error) from error
+        raise out_of_memory(config, error, has_updates(folder.path)) from error
     except NotResumed as error:
         raise ConfigError(f"{error.what} {how_to_go_on(error, folder)}") from error
     logger.info("PCPO: saved the LoRA to %s", folder.lora_file.resolve())
@@ -220,17 +233,19 @@ def how_to_go_on(error: NotResumed, folder: RunFolder) -> str:
     return f"Set guard_every to 0 to go on without the guard. Or turn resume off{start}, and {other}."
 
 
-def out_of_memory(config: Config, error: Exception) -> ConfigError:
+def out_of_memory(config: Config, error: Exception, saved: bool) -> ConfigError:
+    """What needs less memory and is not set yet; `saved`: whether any update was finished."""
     r = config.rollout
+    kept = " Finished updates are saved; set resume to continue." if saved else ""
     if str(error).startswith("reward "):
         return ConfigError(
-            f"out of memory while scoring ({error}). Choose dtype float16 in Load Reward, or a smaller reward. "
-            "Finished updates are saved; set resume to continue."
+            f"out of memory while scoring ({error}). Choose dtype float16 in Load Reward, or a smaller reward.{kept}"
         )
+    fewer = f"set images_at_once to {r.images_at_once // 2}, " if r.images_at_once > 1 else ""
+    checkpointed = "" if config.model.gradient_checkpointing else "turn on gradient_checkpointing, "
     return ConfigError(
-        f"out of memory with images_at_once {r.images_at_once} at {r.width} x {r.height} pixels ({error}). "
-        f"Set images_at_once to {max(1, r.images_at_once // 2)}, turn on gradient_checkpointing, or use a smaller "
-        "latent. Finished updates are saved; set resume to continue."
+        f"out of memory with images_at_once {r.images_at_once} at {r.width} x {r.height} pixels ({error}). To need "
+        f"less, {fewer}{checkpointed}{'or ' if fewer or checkpointed else ''}use a smaller latent.{kept}"
     )
 
 

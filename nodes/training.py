@@ -114,6 +114,7 @@ class TrainLoRA(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         from .job import TrainingInputs, make_config, train_lora  # imports the trainer's loop when a run starts
 
+        widgets = {one.id: one.default for one in advanced_inputs()} | widgets  # a prompt by API may leave them out
         latent = check_training_latent(model, latent_image)
         check_conditioning(model, [*prompts.positive, prompts.negative], "prompts")
         check_vae(model, vae)
@@ -177,7 +178,7 @@ def basic_inputs() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def advanced_inputs() -> list[io.Input]:
+def advanced_inputs() -> list[io.WidgetInput]:
     """Options that are rarely changed; the new node renderer collapses them."""
     return [
         io.Float.Input(

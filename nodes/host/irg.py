@@ -6,6 +6,7 @@ from typing import Any
 
 import comfy.model_management as mm
 import comfy.samplers
+from comfy.hooks import EnumHookType, HookGroup
 from comfy.model_patcher import MemoryCounter
 from torch import Tensor
 
@@ -39,6 +40,14 @@ class IRGGuider(comfy.samplers.CFGGuider):
         self.model_patcher.set_additional_models(KEY, self.others)
         self.patched: dict[int, list[PatchedWeight]] = {}
 
+    def inner_set_conds(self, conds: dict[str, Any]) -> None:
+        super().inner_set_conds(conds)
+        if self.others and any(has_weight_hooks(part) for part in self.original_conds.values()):
+            raise ConfigError(
+                "a conditioning has a LoRA hook, which acts on the base model but not on an aligned model that is "
+                "another checkpoint. Remove the hook, or use LoRAs on the base as the aligned models."
+            )
+
     def inner_sample(self, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         room = self.room(noise)
         self.patched = {k: patched_weights(self.inner_model, p, k + 1, room) for k, p in self.patches.items()}
@@ -68,7 +77,7 @@ class IRGGuider(comfy.samplers.CFGGuider):
         if list(active.values()) == [1]:  # exactly that model; the base has weight 0
             out = outs[0]
         else:
-            base = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+            base = calculated(self.inner_model, conds, x, timestep, options)
             out = [irg(own, [o[part] for o in outs], list(active.values())) for part, own in enumerate(base)]
         for function in options.get("sampler_pre_cfg_function", []):
             out = function({
@@ -88,9 +97,23 @@ class IRGGuider(comfy.samplers.CFGGuider):
     def _evaluate(self, k: int, conds: list[Any], x: Tensor, timestep: Tensor, options: Any) -> list[Tensor]:
         """Conditional and unconditional prediction of aligned model k."""
         if k not in self.patched:
-            return comfy.samplers.calc_cond_batch(self.aligned[k].model.model, conds, x, timestep, options)
+            return calculated(self.aligned[k].model.model, conds, x, timestep, options)
         with switched_on(self.patched[k]):
-            return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+            return calculated(self.inner_model, conds, x, timestep, options)
+
+
+def calculated(model: Any, conds: list[Any], x: Tensor, timestep: Tensor, options: Any) -> list[Tensor]:
+    """Conditional and unconditional prediction, by the function that a node has set in place of ComfyUI's, if any."""
+    function = options.get("sampler_calc_cond_batch_function")
+    if function is None:
+        return comfy.samplers.calc_cond_batch(model, conds, x, timestep, options)
+    return function({"conds": conds, "input": x, "sigma": timestep, "model": model, "model_options": options})
+
+
+def has_weight_hooks(conds: Sequence[dict[str, Any]]) -> bool:
+    """Whether any of a guider's conditionings has hooks that change a model's weights."""
+    groups: list[HookGroup] = [cond["hooks"] for cond in conds if cond.get("hooks") is not None]
+    return any(group.get_type(EnumHookType.Weight) for group in groups)
 
 
 def _check_others(others: Sequence[Any]) -> None:

@@ -46,9 +46,10 @@ class PatchedWeight:
     """A weight function: takes the base's weight, returns the aligned model's, as ComfyUI's loader computes it.
 
     The result is cached while memory allows; otherwise each call computes it again, as ComfyUI does for a layer that
-    does not fit on the device.
+    does not fit on the device. Hooks of a conditioning change the base's weight between calls: nothing is cached then.
     """
 
+    model: Any
     key: str
     module: nn.Module
     patches: list[Any]
@@ -61,12 +62,14 @@ class PatchedWeight:
         return self.key.rsplit(".", 1)[1] + "_function"
 
     def __call__(self, own: Tensor) -> Tensor:
-        if self.cached is not None and (self.cached.dtype, self.cached.device) == (own.dtype, own.device):
-            return self.cached
+        hooked = self.model.current_patcher.current_hooks is not None
+        kept = None if hooked else self.cached
+        if kept is not None and (kept.dtype, kept.device) == (own.dtype, own.device):
+            return kept
         wide = own.to(mm.lora_compute_dtype(own.device), copy=True)
         patched = comfy.lora.calculate_weight(self.patches, wide, self.key)
         patched = comfy.float.stochastic_rounding(patched, own.dtype, comfy.utils.string_to_seed(self.key))
-        if self.room.use(patched):
+        if not hooked and self.room.use(patched):
             self.cached = patched
         return patched
 
@@ -82,7 +85,7 @@ def patched_weights(model: Any, patches: Patches, number: int, room: MemoryCount
                 f"aligned model {number} patches {key}, but only weights and biases of layers can be switched while "
                 "sampling. Save the merged model and load it as a separate checkpoint."
             )
-        weights.append(PatchedWeight(key, module, some, room))
+        weights.append(PatchedWeight(model, key, module, some, room))
     return weights
 
 

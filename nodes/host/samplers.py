@@ -92,7 +92,9 @@ def sample_steps(
     choice: StepChoice,
     recorder: Recorder | None = None,
 ) -> Tensor:
-    """Sample along `sigmas`; step noise is drawn on the CPU from its own generator."""
+    """Sample along `sigmas`; step noise is drawn on the CPU from its own generator. One sigma is no step."""
+    if len(sigmas) < 2:
+        return x
     space = space_of(model.inner_model.model_patcher)
     grid = space.grid(sigmas)
     steps, levels = choice.transitions(grid), sigmas.tolist()

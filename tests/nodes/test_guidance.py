@@ -1,5 +1,6 @@
 """Implicit reward guidance, in process: exactness, memory, cost, refusals."""
 
+import copy
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ import comfy_host
 comfy_host.skip_without_host()
 
 comfy_host.load_pack()
+import comfy.hooks  # noqa: E402
+import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy_models  # noqa: E402
 import folder_paths  # noqa: E402
@@ -74,6 +77,35 @@ def test_weight_0_is_the_base_and_1_the_aligned_model(tiny, cfg):
     assert torch.equal(guided(tiny, [aligned(lora, 0.0)], cfg=cfg), base)
     assert torch.equal(guided(tiny, [aligned(lora, 1.0)], cfg=cfg), alone)
     assert torch.equal(tiny.stock(cfg=cfg), base)
+
+
+def with_hook(tiny, conditioning, seed):
+    """A conditioning with a LoRA hook, as Create Hook LoRA and Cond Set Props make it."""
+    hooks = comfy.hooks.create_hook_lora(random_lora(tiny, seed), 1.0, 0.0)
+    return comfy.hooks.set_hooks_for_conditioning(conditioning, hooks)
+
+
+def test_a_lora_hook_on_one_conditioning_acts_on_the_aligned_model_as_well(flow):
+    lora, hooked = lora_on(flow, 1), copy.copy(flow)
+    hooked.positive = with_hook(flow, flow.positive, 3)
+    alone = hooked.stock(model=lora)
+    assert biggest(alone, flow.stock(model=lora)) > 1e-2
+    assert biggest(guided(hooked, [aligned(lora, 1.0)]), alone) < 1e-5
+    assert torch.equal(guided(hooked, [aligned(lora, 0.0)]), hooked.stock())
+    with pytest.raises(ConfigError, match="LoRA hook"):
+        guided(hooked, [aligned(another_checkpoint(flow, 0.98), 1.0)])
+
+
+def test_a_function_in_place_of_comfyuis_prediction_is_called_for_every_model(flow):
+    def doubled(args):
+        names = ("model", "conds", "input", "sigma", "model_options")
+        return [2 * out for out in comfy.samplers.calc_cond_batch(*(args[name] for name in names))]
+
+    base = flow.model.clone()
+    base.set_model_sampler_calc_cond_batch_function(doubled)
+    lora, sigmas = lora_on(flow, 1, base), flow.sigmas()[[2, -1]]
+    for weight, model in ((0.0, base), (1.0, lora)):
+        assert torch.equal(guided(flow, [aligned(lora, weight)], sigmas, base), flow.stock(sigmas, model))
 
 
 @pytest.mark.parametrize("level", [0, 2, 5])

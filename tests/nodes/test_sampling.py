@@ -87,6 +87,12 @@ def test_noise_level_0_equals_the_stock_deterministic_sampler(tiny, scheduler):
     assert biggest(result, expected) < bound * expected.abs().max().item()
 
 
+def test_one_sigma_is_no_step_as_in_comfyuis_samplers(tiny):
+    """The high half of SplitSigmas at step 0, its default."""
+    sigmas = tiny.sigmas()[:1]
+    assert torch.equal(tiny.ours(steps.StepChoice(), sigmas), tiny.stock(sigmas, cfg=1.0))
+
+
 def test_the_same_seed_gives_the_same_image_and_another_does_not(tiny):
     first = tiny.ours(steps.StepChoice())
     assert torch.equal(first, tiny.ours(steps.StepChoice()))

@@ -21,6 +21,7 @@ import comfy.model_sampling  # noqa: E402
 import comfy.utils  # noqa: E402
 import comfy_families  # noqa: E402
 import comfy_models  # noqa: E402
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3  # noqa: E402
 from comfy_models import LINES, biggest  # noqa: E402
 
 from comfyui_pcpo.tiny import pipelines  # noqa: E402
@@ -201,6 +202,30 @@ def test_the_command_line_continues_the_nodes_run_and_the_node_the_command_lines
     assert flow.train("there-and-back", updates=3, resume=True)[2] == 3
 
 
+def test_the_node_continues_a_command_lines_run_with_options_that_have_no_widget(flow):
+    path = flow.train("no-widget", updates=1)[3].path
+    folder = run_module.RunFolder(path)
+    config = folder.config().model_copy(deep=True)
+    config = options.with_options(config, {"run": {"name": "no-widget-window"}, "advantage": {"kind": "window"}})
+    assert finish(launch.start_run(config)) == [1]
+    flow.train("no-widget-window", updates=2, resume=True)
+    assert run_module.RunFolder(path.parent / "no-widget-window").config().advantage.kind == "window"
+
+
+def test_what_a_prompt_by_api_leaves_out_has_the_widgets_default(flow):
+    schema = comfy_host.load_pack()["PCPOTrainLoRA"].GET_SCHEMA()
+    optional = {i.id: i.default for i in schema.inputs if i.optional and hasattr(i, "default")}
+    given = {"updates": 1, "prompts_per_update": 2, "group_size": 4, "steps": 4, "rank": 4, "learning_rate": 3e-3}
+    connected = {name: getattr(flow, name) for name in ("model", "vae", "prompts", "reward")}
+    connected |= {"latent_image": flow.latent(1), "credit": "proportionate", "seed": 0}
+    left_out, spelled_out = (
+        run_module.RunFolder(call("PCPOTrainLoRA", name=name, **connected, **given, **more)[3].path).config()
+        for name, more in (("left-out", {}), ("spelled-out", optional))
+    )
+    assert left_out.model_dump(exclude={"run": {"name"}}) == spelled_out.model_dump(exclude={"run": {"name"}})
+    assert left_out.guard.every > 0
+
+
 def test_a_taken_name_gets_a_number(flow):
     first, second = (flow.train("twice", updates=1)[3].path for _ in range(2))
     assert (first.name, second.name) == ("twice", "twice-2")
@@ -226,6 +251,16 @@ def test_a_run_is_not_resumed_on_another_base(flow):
     with pytest.raises(ConfigError, match="the model has other weights"):
         base.train("on-nothing", updates=2, resume=True)
     comfy_models.forget_loaded()
+
+
+def test_a_run_is_not_resumed_with_another_noise_schedule(flow):
+    """The noise levels decide the credit of every step."""
+    shifted = flow.on(ModelSamplingSD3().patch(flow.model, 5.0)[0])
+    flow.train("levels", updates=1)
+    with pytest.raises(ConfigError, match=r"another noise schedule.*Undo that, or turn resume off"):
+        shifted.train("levels", updates=2, resume=True)
+    shifted.train("shifted-levels", updates=1)
+    assert shifted.train("shifted-levels", updates=2, resume=True)[2] == 2
 
 
 def test_a_run_from_before_its_base_was_recorded_resumes_and_records_it(flow):
@@ -404,6 +439,26 @@ def test_out_of_memory_names_the_inputs_saves_finished_updates_and_the_next_run_
     assert torch.equal(flow.stock(), before)
     assert flow.train("full", updates=done + 1, resume=True)[2] == done + 1
     assert flow.train("room", updates=1)[2] == 1
+
+
+@pytest.mark.parametrize(
+    ("at_once", "checkpointing", "saved", "named", "absent"),
+    [
+        (8, False, True, ["set images_at_once to 4, turn on gradient_checkpointing, or use", "set resume"], []),
+        (1, True, False, ["To need less, use a smaller latent."], ["images_at_once to", "turn on", "saved"]),
+    ],
+)
+def test_out_of_memory_names_only_what_still_helps(at_once, checkpointing, saved, named, absent):
+    sections = {"rollout": {"images_at_once": at_once}, "model": {"gradient_checkpointing": checkpointing}}
+    config = options.with_options(settings.Config(), sections)
+    message = str(job.out_of_memory(config, torch.OutOfMemoryError("no room"), saved))
+    assert all(text in message for text in named) and not any(text in message for text in absent)
+
+
+def test_a_lora_of_another_model_is_refused_in_words(flow):
+    other = comfy_models.random_lora(comfy_models.Tiny("emoji-eps"), 1)
+    with pytest.raises(ConfigError, match=r"the connected lora does not belong to this model.*Connect one"):
+        flow.train("another-models-lora", updates=1, lora=other)
 
 
 def test_training_continues_from_a_lora(flow):

@@ -45,9 +45,9 @@ class Tiny:
         return {"samples": torch.zeros(count, 16, side, side)}
 
     def train(self, name, updates=2, **widgets):
-        """Train LoRA (PCPO, GRPO), by default without its guard -> (lora, loss_map, steps, run)."""
+        """Train LoRA (PCPO, GRPO), by default without guard and branches -> (lora, loss_map, steps, run)."""
         small = {"prompts_per_update": 2, "group_size": 4, "steps": 4, "rank": 4, "learning_rate": 3e-3}
-        small |= {"guard_every": 0}
+        small |= {"guard_every": 0, "branch": 0}
         return comfy_host.execute(
             "PCPOTrainLoRA", model=self.model, vae=self.vae, prompts=self.prompts, reward=self.reward,
             latent_image=self.latent(1), name=name, updates=updates, **{**small, **widgets},

@@ -20,6 +20,7 @@ class CFGGuider:
     model_patcher: ModelPatcher
     inner_model: BaseModel
     conds: dict[str, Any]
+    original_conds: dict[str, list[dict[str, Any]]]
     cfg: float
 
     def __init__(self, model_patcher: ModelPatcher) -> None: ...

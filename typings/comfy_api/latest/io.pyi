@@ -8,6 +8,9 @@ class Input:
         self, id: str, *, optional: bool = False, tooltip: str | None = None, advanced: bool | None = None
     ) -> None: ...
 
+class WidgetInput(Input):
+    default: Any
+
 class Output:
     def __init__(
         self, *, display_name: str | None = None, tooltip: str | None = None, is_output_list: bool = False
@@ -37,7 +40,7 @@ class Vae(ComfyTypeIO): ...
 class Boolean:
     class Output(_Output): ...
 
-    class Input(_Input):
+    class Input(WidgetInput):
         def __init__(
             self,
             id: str,
@@ -51,7 +54,7 @@ class Boolean:
 class Int:
     class Output(_Output): ...
 
-    class Input(_Input):
+    class Input(WidgetInput):
         min: int | None
         max: int | None
         def __init__(
@@ -70,7 +73,7 @@ class Int:
 class Float:
     class Output(_Output): ...
 
-    class Input(_Input):
+    class Input(WidgetInput):
         min: float | None
         max: float | None
         def __init__(
@@ -90,7 +93,7 @@ class Float:
 class String:
     class Output(_Output): ...
 
-    class Input(_Input):
+    class Input(WidgetInput):
         def __init__(
             self,
             id: str,
@@ -105,7 +108,7 @@ class String:
 class Combo:
     class Output(_Output): ...
 
-    class Input(_Input):
+    class Input(WidgetInput):
         options: Sequence[str]
         def __init__(
             self,
