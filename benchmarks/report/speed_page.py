@@ -46,7 +46,8 @@ def peers_part(out: Path) -> str:
     return f"""## Against public training scripts
 
 Commit {commits}. The scripts run unchanged from clones, on the embedded model and at the sizes of our loop: one CPU
-thread, in turn with our loop, medians. What a script does not set is our default.
+thread, in turn with our loop, medians; "relative" is the median of the
+rounds' ratios, not the ratio of these medians. What a script does not set is our default.
 
 {peer_table(rows)}"""
 

@@ -192,3 +192,10 @@ def test_a_models_path_in_a_configuration_is_relative_to_it(tmp_path):
         (tmp_path / "run.toml").write_text(f'[model]\nname = "{name}"\nconfig = "{name}"\n')
         config = load(tmp_path / "run.toml")
         assert (config.model.name, config.model.config) == (expected, expected)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_as_such(tmp_path, script):
+    child = script(FROM_THE_HUB, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    _, error = child.communicate(timeout=300)
+    last = error.strip().splitlines()[-1]
+    assert "has no copy of it" in last and "the Hugging Face hub cannot be reached" in last

@@ -31,7 +31,7 @@ Tokens = Annotated[
         name="CONFIG.toml --section.field value",
         allow_leading_hyphen=True,
         help="A TOML file (see configs/), then options that override its values; `options` lists all. Without a "
-        "file, the embedded model is trained with default settings.",
+        "file, the options alone configure a run of the embedded model; they must give `--prompts.lines`.",
     ),
 ]
 

@@ -1,6 +1,7 @@
 """From a configuration to a policy: embedded model, checkpoint file, local folder or hub name, and the LoRA's start."""
 
 import difflib
+import socket
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,11 @@ def _not_loaded(name: str, base: str | None, error: Exception) -> str:
             "encoders, VAE and configuration), set model.config to a folder or hub name of such a pipeline."
             + (f" It is {base} now." if base else "")
         )
+    if unreachable(error):
+        return (
+            f"model.name {name} could not be loaded: this computer has no copy of it, or not a whole one, and the "
+            "Hugging Face hub cannot be reached. Check the connection, or give the folder of a copy."
+        )
     near = difflib.get_close_matches(name, pipelines.EMBEDDED, 1)
     guess = f"Did you mean {near[0]}? " if near else ""
     why = str(error).split(". ")[0].rstrip(".")  # what follows is advice for programmers
@@ -70,6 +76,15 @@ def _not_loaded(name: str, base: str | None, error: Exception) -> str:
         f"model.name {name} could not be loaded: {why}. {guess}Use {', '.join(pipelines.EMBEDDED)}, a .safetensors "
         "checkpoint, a folder that save_pretrained wrote, or a name on the hub that this computer has or can download."
     )
+
+
+def unreachable(error: BaseException | None) -> bool:
+    """Whether a failed connection is among the causes of an error."""
+    while error is not None:
+        if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def load_configured(model: ModelConfig) -> Any:
