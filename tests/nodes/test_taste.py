@@ -15,9 +15,12 @@ import comfy_host
 comfy_host.skip_without_host()
 comfy_host.load_pack()
 
+from comfyui_pcpo.plotting.grids import before_after  # noqa: E402
+from comfyui_pcpo.taste.blind import blind_pairs  # noqa: E402
 from comfyui_pcpo.taste.votes import VoteFolder  # noqa: E402
 
 taste = comfy_host.pack_module("nodes.taste")
+to_comfy_image = comfy_host.pack_module("nodes.images").to_comfy_image
 
 pytestmark = pytest.mark.slow
 TINY_CLIP = {
@@ -129,6 +132,18 @@ def test_a_blind_comparison_goes_on_with_the_votes_that_it_has():
     assert taste.blind_votes_file(a, b, "? 4") != file != taste.blind_votes_file(b, a, "? 3")
     file.write_text('{"wins"')
     assert taste.kept_wins(file, 2) == []
+
+
+def test_sides_of_a_blind_comparison_may_differ_in_channels_and_precision_and_are_named_in_the_grid():
+    a, b = torch.rand(2, 2, 8, 8, 4, generator=torch.Generator().manual_seed(0))
+    expected = taste.blind_votes_file(a[..., :3], b[..., :3], "? 3")
+    expected.write_text('{"question": "?", "seed": 3, "wins": [1.0, 0.5]}')
+    assert taste.blind_votes_file(a[..., :3], b, "? 3") == expected
+    assert taste.blind_votes_file(a.double(), b[..., :3], "? 3") == expected
+    *_, grid = comfy_host.execute("PCPOCompareBlind", a[..., :3], b, question="?", votes=0, seed=3)
+    order = [pair.row for pair in blind_pairs(a, b, 0, 3)]
+    drawn = before_after(a[order][..., :3], b[order][..., :3], ["B won", "tie"], titles=("A", "B"))
+    assert torch.equal(grid, to_comfy_image(drawn))
 
 
 def test_sides_of_a_blind_comparison_must_match():
