@@ -65,7 +65,9 @@ def clip_vision_encoder(model: Any) -> "Encoder":
     from comfyui_pcpo.taste.encoders import Encoder
 
     def encode(images: Tensor) -> Tensor:
-        return model.encode_image(images.float() / 255)["image_embeds"].float().flatten(1)
+        with torch.inference_mode():  # in which ComfyUI moves its models
+            features = model.encode_image(images.float() / 255)["image_embeds"]
+        return features.float().flatten(1).clone()  # an ordinary tensor outside of it
 
     return Encoder("ComfyUI's CLIP Vision", encode)
 
