@@ -1,5 +1,6 @@
 """Rewards: load, combine, and score images with them."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from .images import to_comfy_image
 from .inputs import ADVANCED, checked
 from .types import RewardType, WeightedRewards
 
+logger = logging.getLogger("pcpo")
 TRAINER = Path(__file__).resolve().parents[1] / "trainer"  # its folder runs as a command from anywhere
 REWARD_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -111,6 +113,16 @@ def weight_input(name: str, which: str) -> io.Float.Input:
     )  # fmt: skip
 
 
+def warn_of_another_standardise(name: str, given: WeightedRewards, standardise: bool) -> None:
+    """Log that a combination's own `standardise` has no effect in a later one that differs."""
+    if len(given.rewards) > 1 and given.standardise != standardise:
+        own, here = ("on" if value else "off" for value in (given.standardise, standardise))
+        logger.warning(
+            "PCPO: %s combines %d rewards with standardise %s, but here it is %s, which decides for all rewards. Set "
+            "both alike.", name, len(given.rewards), own, here,
+        )  # fmt: skip
+
+
 class CombineRewards(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -127,7 +139,8 @@ class CombineRewards(io.ComfyNode):
                 weight_input("weight_b", "second"),
                 io.Boolean.Input(
                     "standardise", default=True, **ADVANCED,
-                    tooltip="In training, z-score each reward within its group before the sum.",
+                    tooltip="In training, z-score each reward within its group before the sum. In a chain, the last "
+                    "node decides for all rewards.",
                 ),
             ],
             outputs=[RewardType.Output(display_name="reward", tooltip="The combined reward.")],
@@ -136,6 +149,8 @@ class CombineRewards(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, reward_a, weight_a, reward_b, weight_b, standardise=True) -> io.NodeOutput:
+        for name, given in (("reward_a", reward_a), ("reward_b", reward_b)):
+            warn_of_another_standardise(name, given, standardise)
         weights = (*(weight_a * w for w in reward_a.weights), *(weight_b * w for w in reward_b.weights))
         combination = WeightedRewards((*reward_a.rewards, *reward_b.rewards), weights, standardise)
         combination.combined()  # refuses a reward that occurs twice

@@ -111,6 +111,20 @@ def test_combined_rewards_add_up_and_refuse_repeats():
         run("PCPOCombineRewards", both, 1.0, a, 1.0)
 
 
+def test_a_chained_combination_takes_standardise_of_the_last_node_and_warns_if_another_differs(caplog):
+    a, b, c = (run("PCPOLoadReward", name)[0] for name in ("redness", "colorfulness", "jpeg_compressibility"))
+    raw, scaled = (run("PCPOCombineRewards", a, 1.0, b, 1.0, standardise)[0] for standardise in (False, True))
+    with caplog.at_level("WARNING", "pcpo"):
+        assert run("PCPOCombineRewards", scaled, 1.0, c, 1.0, True)[0].standardise
+        single = run("PCPOCombineRewards", types.WeightedRewards(c.rewards, (1.0,), False), 1.0, b, 1.0, True)[0]
+        assert single.standardise and not caplog.records  # of a single reward nothing is standardised
+        assert run("PCPOCombineRewards", c, 1.0, raw, 1.0, True)[0].standardise
+        assert not run("PCPOCombineRewards", scaled, 1.0, c, 1.0, False)[0].standardise
+    first, second = caplog.messages
+    assert first.startswith("PCPO: reward_b combines 2 rewards with standardise off, but here it is on")
+    assert second.startswith("PCPO: reward_a combines 2 rewards with standardise on, but here it is off")
+
+
 def test_prompts_refuse_an_empty_list():
     clip = run("PCPOLoadTinyModel", "emoji-flow")[1]
     assert run("PCPOPrompts", clip, "a fox\n\n# no\n a frog ")[0].lines == ("a fox", "a frog")
