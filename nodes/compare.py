@@ -13,7 +13,7 @@ from .host.ksampler import ImageRequest, empty_latent, with_lora
 from .host.presets import host_preset
 from .images import to_comfy_image
 from .inputs import cfg_input, checked, seed_input, steps_input
-from .rewards import scored
+from .rewards import require_scorable, scored
 from .types import EncodedPrompts, PromptsType, RewardType, WeightedRewards
 
 AS_TRAINED = " 0 takes the value with which Train LoRA trains this kind of model."
@@ -58,6 +58,8 @@ class Compare(io.ComfyNode):
         check_training_latent(model, latent_image)
         check_conditioning(model, [*prompts.positive, prompts.negative], "prompts")
         check_vae(model, vae)
+        if reward is not None:
+            require_scorable(reward, prompts.lines)
         if steps == 1:
             raise ConfigError("steps is 1, but the sampler needs 2 or more. Use 0 for the value of training.")
         preset = PRESETS[host_preset(model)]
@@ -73,11 +75,12 @@ class Compare(io.ComfyNode):
 def score_sides(
     before: Tensor, after: Tensor, prompts: EncodedPrompts, reward: WeightedRewards | None
 ) -> tuple[tuple[list[float], list[float]] | None, str]:
-    """Scores of both sides (None without a reward) and a line with their means."""
+    """Scores of both sides (None without a reward), and their means with the reasons of failed scores."""
     count = len(prompts.lines)
     if reward is None:
         return None, f"{count} prompts, no reward connected"
-    totals = [scored(reward, images, prompts.lines).total for images in (before, after)]
-    scores = totals[0].tolist(), totals[1].tolist()
-    names, (old, new) = " + ".join(r.name for r in reward.rewards), (t.nanmean() for t in totals)
-    return scores, f"{names}: {old:.3f} before, {new:.3f} after, mean of {count} prompts"
+    (old, old_failed), (new, new_failed) = (scored(reward, images, prompts.lines) for images in (before, after))
+    names, means = " + ".join(r.name for r in reward.rewards), [side.total.nanmean() for side in (old, new)]
+    lines = [f"{names}: {means[0]:.3f} before, {means[1]:.3f} after, mean of {count} prompts"]
+    lines += [f"before: {sentence}" for sentence in old_failed] + [f"after: {sentence}" for sentence in new_failed]
+    return (old.total.tolist(), new.total.tolist()), "\n".join(lines)

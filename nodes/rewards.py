@@ -1,5 +1,6 @@
 """Rewards: load, combine, and score images with them."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +12,19 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from comfyui_pcpo.plotting.grids import grid
-from comfyui_pcpo.reward import REWARDS, RewardSettings, load_reward, offered
+from comfyui_pcpo.reward import REWARDS, Reward, RewardSettings, load_reward, offered
 from comfyui_pcpo.reward.base import on_its_device
 from comfyui_pcpo.reward.combine import CombinedScores
 from comfyui_pcpo.reward.weights.checkpoint import file_path
 
+from ..trainer.config.schema import ConfigError
 from .files import reward_folder
 from .host.prompt_syntax import plain_prompt
 from .images import to_comfy_image
 from .inputs import ADVANCED, checked
 from .types import RewardType, WeightedRewards
 
+logger = logging.getLogger("pcpo")
 TRAINER = Path(__file__).resolve().parents[1] / "trainer"  # its folder runs as a command from anywhere
 REWARD_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -43,15 +46,34 @@ def make_room(size: int) -> None:
         mm.free_memory(size + mm.minimum_inference_memory(), mm.get_torch_device())
 
 
-def scored(reward: WeightedRewards, images: Tensor, prompts: Sequence[str]) -> CombinedScores:
-    """All scores of images (B, H, W, 3); each reward is on its device only while it scores."""
-    combined, scores = reward.combined(), []
+def require_scorable(reward: WeightedRewards, prompts: Sequence[str]) -> None:
+    """Raise ConfigError for a prompt that one of the rewards cannot score."""
+    from ..trainer.runs.rewards import require_prompts  # imports all that learned rewards need
+
+    require_prompts({one.name: one for one in reward.rewards}, prompts)
+
+
+def scored(reward: WeightedRewards, images: Tensor, prompts: Sequence[str]) -> tuple[CombinedScores, list[str]]:
+    """All scores of images (B, H, W, 3), and a sentence for each reward of which some failed.
+
+    Each reward is on its device only while it scores.
+    """
+    require_scorable(reward, prompts)
+    combined, scores, failed = reward.combined(), [], []
     bar = ProgressBar(len(combined.rewards))
     for one in combined.rewards:
+        one.failure = ""  # of an earlier time
         with on_its_device(one):
             scores.append(one.score(images, list(prompts)))
+        failed += failed_scores(one, scores[-1])
         bar.update(1)
-    return combined.combine(scores)
+    return combined.combine(scores), failed
+
+
+def failed_scores(reward: Reward, scores: Tensor) -> list[str]:
+    """A sentence with the reason of a reward's failed scores (B,); none if all are there."""
+    count, reason = int((~scores.isfinite()).sum()), reward.failure.rstrip(".") or "NaN or infinite"
+    return [f"{count} of {len(scores)} {reward.name} scores failed ({reason})."] if count else []
 
 
 class LoadReward(io.ComfyNode):
@@ -91,6 +113,16 @@ def weight_input(name: str, which: str) -> io.Float.Input:
     )  # fmt: skip
 
 
+def warn_of_another_standardise(name: str, given: WeightedRewards, standardise: bool) -> None:
+    """Log that a combination's own `standardise` has no effect in a later one that differs."""
+    if len(given.rewards) > 1 and given.standardise != standardise:
+        own, here = ("on" if value else "off" for value in (given.standardise, standardise))
+        logger.warning(
+            "PCPO: %s combines %d rewards with standardise %s, but here it is %s, which decides for all rewards. Set "
+            "both alike.", name, len(given.rewards), own, here,
+        )  # fmt: skip
+
+
 class CombineRewards(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -107,7 +139,8 @@ class CombineRewards(io.ComfyNode):
                 weight_input("weight_b", "second"),
                 io.Boolean.Input(
                     "standardise", default=True, **ADVANCED,
-                    tooltip="In training, z-score each reward within its group before the sum.",
+                    tooltip="In training, z-score each reward within its group before the sum. In a chain, the last "
+                    "node decides for all rewards.",
                 ),
             ],
             outputs=[RewardType.Output(display_name="reward", tooltip="The combined reward.")],
@@ -116,6 +149,8 @@ class CombineRewards(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, reward_a, weight_a, reward_b, weight_b, standardise=True) -> io.NodeOutput:
+        for name, given in (("reward_a", reward_a), ("reward_b", reward_b)):
+            warn_of_another_standardise(name, given, standardise)
         weights = (*(weight_a * w for w in reward_a.weights), *(weight_b * w for w in reward_b.weights))
         combination = WeightedRewards((*reward_a.rewards, *reward_b.rewards), weights, standardise)
         combination.combined()  # refuses a reward that occurs twice
@@ -151,10 +186,12 @@ class ScoreImages(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, images: Tensor, reward: WeightedRewards, prompt: str, keep_best: int) -> io.NodeOutput:
-        scores = scored(reward, images, [prompt] * len(images))
+        scores, failed = scored(reward, images, [prompt] * len(images))
+        if failed and not scores.total.isfinite().any():
+            raise ConfigError(f"{' '.join(failed)} Fix the reward, the prompt or the images.")
         order = scores.total.nan_to_num(-torch.inf).argsort(descending=True, stable=True)
         kept, totals, parts = order[: keep_best or None], scores.total[order], scores.components[:, order]
-        report = score_report(totals, parts, [r.name for r in reward.rewards], prompt)
+        report = "\n".join([score_report(totals, parts, [r.name for r in reward.rewards], prompt), *failed])
         shown = to_comfy_image(grid(images[order][..., :3], [f"{s:.3f}" for s in totals.tolist()]))
         preview = ui.PreviewImage(shown, cls=cls)
         return io.NodeOutput(images[kept], totals[: len(kept)].tolist(), report, shown, ui=preview)

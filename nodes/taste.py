@@ -65,7 +65,9 @@ def clip_vision_encoder(model: Any) -> "Encoder":
     from comfyui_pcpo.taste.encoders import Encoder
 
     def encode(images: Tensor) -> Tensor:
-        return model.encode_image(images.float() / 255)["image_embeds"].float().flatten(1)
+        with torch.inference_mode():  # in which ComfyUI moves its models
+            features = model.encode_image(images.float() / 255)["image_embeds"]
+        return features.float().flatten(1).clone()  # an ordinary tensor outside of it
 
     return Encoder("ComfyUI's CLIP Vision", encode)
 
@@ -228,7 +230,7 @@ class LoadTaste(io.ComfyNode):
 
 def blind_votes_file(images_a: Tensor, images_b: Tensor, about: str) -> Path:
     """Where the votes on these pairs are kept, in a folder that is made for them."""
-    key = group_key(eight_bit(torch.cat([images_a, images_b])).cpu(), about)
+    key = group_key(torch.cat([eight_bit(images).cpu() for images in (images_a, images_b)]), about)
     folder = tastes_folder() / "compare_blind"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{key}.json"
@@ -294,5 +296,6 @@ class CompareBlind(io.ComfyNode):
         rate = win_rate(wins)
         shown = [pair.row for pair in pairs]
         captions = [{1.0: "B won", 0.0: "A won"}.get(win, "tie") for win in wins]
-        grid = to_comfy_image(before_after(images_a[shown][..., :3], images_b[shown][..., :3], captions))
+        left, right = (images[shown][..., :3] for images in (images_a, images_b))
+        grid = to_comfy_image(before_after(left, right, captions, titles=("A", "B")))
         return io.NodeOutput(rate.rate, sentence(rate), grid, ui=ui.PreviewImage(grid, cls=cls))

@@ -156,11 +156,12 @@ def before_after(
     prompts: Sequence[str],
     scores: SideScores | None = None,
     columns: int | Literal["square"] | None = None,
+    titles: tuple[str, str] = ("before", "after"),
 ) -> Image.Image:
     """Pairs of images on cards with their prompt and scores, (B, H, W, 3) twice; 4 or 3 columns, without a hole.
 
     Scores may be verdicts (bool), which become ticks and crosses. `columns` may be "square": as many as make the
-    sheet nearest to a square.
+    sheet nearest to a square. `titles` name the two sides above each column.
     """
     pairs = to_pil_images(before), to_pil_images(after)
     count = len(pairs[0])
@@ -175,11 +176,11 @@ def before_after(
         columns = _square_columns(count, *cards[0].size)
     columns = max(1, min(columns or min((4, 3), key=lambda n: -count % n), count))
     sheet = _sheet(cards, columns, CARD_GAP, DESK, HEAD)
-    titles = Canvas(cards[0].width, HEAD + CARD_GAP, DESK)
-    for middle, label, color in zip(_middles(size[0]), ("before", "after"), (MUTED, PALETTE[0]), strict=True):
-        titles.text((middle, titles.size[1] / 2 + 4), label, color, HEADING)
+    header = Canvas(cards[0].width, HEAD + CARD_GAP, DESK)
+    for middle, title, color in zip(_middles(size[0]), titles, (MUTED, PALETTE[0]), strict=True):
+        header.text((middle, header.size[1] / 2 + 4), title, color, HEADING)
     for k in range(columns):
-        sheet.paste(titles.finish(), (CARD_GAP + k * (cards[0].width + CARD_GAP), 0))
+        sheet.paste(header.finish(), (CARD_GAP + k * (cards[0].width + CARD_GAP), 0))
     return sheet
 
 

@@ -71,7 +71,7 @@ def draw_panels(panels: Sequence[Panel], columns: int = 2, size: tuple[int, int]
 def panel_figure(panels: Sequence[Panel], columns: int = 2, size: tuple[int, int] = PANEL_SIZE) -> Figure:
     """Panels of one size in rows; a last row that is not full shares the width."""
     if not panels:
-        raise ValueError("No panels given. Name at least one of reward, clip, kl, per_step.")
+        raise ValueError("No panels given. Give at least one.")
     columns = min(columns, len(panels))
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     figure = style.new_figure(columns * size[0], len(rows) * size[1])

@@ -134,10 +134,11 @@ def _per_step_panels(records: Sequence[Record], _: float) -> list[Panel]:
 
 
 def _guard_panels(records: Sequence[Record], _: float) -> list[Panel]:
-    """What the guard measured on fixed noise, as changes from the base model; no panel where it was off."""
+    """What the guard measured on fixed noise, as changes from the base model; without lines where it was off."""
+    title, label = "Guard", "change from the base model"
     measured = [record for record in records if record.get("guard")]
     if not measured:
-        return []
+        return [Panel(title, "update", label, [], note="no measurements")]
     x = column(measured, "update")
 
     def change(name: str) -> list[float]:
@@ -148,7 +149,7 @@ def _guard_panels(records: Sequence[Record], _: float) -> list[Panel]:
     lines.append(Line("diversity (share)", x, change("diversity"), color=0))
     distance = [Line("distance", x, column(measured, "guard", "distance"), style="dashed", color=1 + len(rewards))]
     right = {"right": distance, "right_label": "distance from the base model", "note": "fixed noise"}
-    return [Panel("Guard", "update", "change from the base model", lines, hlines=(0.0,), **right)]
+    return [Panel(title, "update", label, lines, hlines=(0.0,), **right)]
 
 
 PANELS: dict[str, Callable[[Sequence[Record], float], list[Panel]]] = {
@@ -171,14 +172,17 @@ def says_something(panel: Panel) -> bool:
 
 
 def curve_panels(records: Sequence[Record], smoothing: float, names: Sequence[str]) -> list[Panel]:
-    """The named panels of a run; of several, those with something to see."""
+    """The named panels of a run: those with something to see, or all where none has."""
     _require_records(records)
+    if not names:
+        raise ValueError(f"No panels given. Name at least one of {', '.join(PANELS)}.")
     for name in names:
         if name not in PANELS:
             raise ValueError(f"panel '{name}' is not one of {', '.join(PANELS)}. Name one of these.")
     drawn = [(name, panel) for name in names for panel in PANELS[name](records, smoothing)]
-    every = len(names) == 1 or len(records) == 1
-    return [panel for name, panel in drawn if every or name not in SPARSE or says_something(panel)]
+    every = len(records) == 1
+    seen = [p for name, p in drawn if p.all_lines() and (every or name not in SPARSE or says_something(p))]
+    return seen or [panel for _, panel in drawn]
 
 
 def curves(

@@ -84,7 +84,7 @@ class HumanVote(GroupReward):
         self.ask, self.vote, self.make_encoder = ask, vote, encoder
         self.encoder: Encoder | None = None
         self.seen: dict[str, Tensor] = {}  # features (D,) by file name
-        self.last: tuple[int, Learned] | None = None  # a fit, and how many votes it is of
+        self.last: tuple[list[Vote], Learned] | None = None  # a fit, and the votes that it is of
 
     def score_group(self, images: Tensor, prompt: str) -> Tensor:
         """What the learned taste finds, or zeros while there is none; `measure` asks."""
@@ -151,13 +151,15 @@ class HumanVote(GroupReward):
         votes = self.vote.folder.ranked()
         if len(votes) < LEAST_VOTES:
             return None
-        if self.last is not None and 0 <= len(votes) - self.last[0] < refit_every:
-            return self.last[1]
+        if self.last is not None:
+            fitted, learned = self.last
+            if votes[: len(fitted)] == fitted and len(votes) - len(fitted) < refit_every:
+                return learned
         names = list(dict.fromkeys(name for vote in votes for name in vote.images))
         row = {name: n for n, name in enumerate(names)}
         pairs = from_rankings([([row[name] for name in vote.images], vote.ranks) for vote in votes])
         learned = learn(self.file_features(names), pairs, self.loaded_encoder())
-        self.last = len(votes), learned
+        self.last = votes, learned
         return learned
 
     def loaded_encoder(self) -> Encoder:

@@ -12,7 +12,6 @@ comfy_host.skip_without_host()
 
 comfy_host.load_pack()
 import comfy.model_management  # noqa: E402
-import comfy.model_patcher  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy_families  # noqa: E402
 import comfy_models  # noqa: E402
@@ -109,33 +108,12 @@ def of_the_base(policy):
         return policy.predict(x, t, policy.encode([LINES[0]]))
 
 
-class Moved(comfy.model_patcher.ModelPatcher):
-    """A MODEL whose weights get new storage on loading and unloading, as between a CPU and a GPU."""
-
-    moves = 0
-
-    def load(self, *args, **kwargs):
-        super().load(*args, **kwargs)
-        self.move()
-
-    def detach(self, *args, **kwargs):
-        result = super().detach(*args, **kwargs)
-        self.move()
-        return result
-
-    def move(self):
-        Moved.moves += 1
-        for parameter in self.model.parameters():
-            with torch.no_grad():
-                parameter.data = parameter.detach().clone()
-
-
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_gradients_over_weights_that_decoding_and_rewards_evict_meanwhile(name):
     """A loader's weights are inference tensors, and moving those outside of inference mode makes them unusable."""
     comfy_models.forget_loaded()
     family = comfy_families.make(name)
-    family.model.__class__ = Moved
+    family.model.__class__ = comfy_models.Moved
 
     def work(policy):
         found = []
@@ -148,10 +126,10 @@ def test_gradients_over_weights_that_decoding_and_rewards_evict_meanwhile(name):
                 parameter.grad = None
         return found
 
-    before = Moved.moves
+    before = comfy_models.Moved.moves
     for slope, expected in inside(family, config([comfy_families.LINE]), work):
         assert slope == pytest.approx(expected, rel=1e-4)
-    assert Moved.moves - before >= 4
+    assert comfy_models.Moved.moves - before >= 4
     with torch.inference_mode():  # and ComfyUI can sample with them afterwards
         assert all(torch.mul(p, 2) is not None for p in family.model.model.diffusion_model.parameters())
     comfy_models.forget_loaded()

@@ -1,6 +1,7 @@
 """Rewards, prompts, schemas and loading of the pack, in process."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -60,6 +61,46 @@ def test_a_missing_weight_file_is_told_with_a_command_that_works_in_this_host():
         run("PCPOScoreImages", torch.rand(1, 8, 8, 3), reward, "a fox", 0)
 
 
+class Forgetful(Reward):
+    """Brightness; fails for dark images, and can say why."""
+
+    name = "forgetful"
+    reason = "it was too dark"
+
+    def score_batch(self, images, prompts):
+        bright = images.float().mean((1, 2, 3)) / 255
+        if (bright < 0.5).any():
+            self.failure = self.reason
+        return bright.where(bright >= 0.5, torch.nan)
+
+
+def test_failed_scores_are_told_with_their_reason():
+    forgetful, images = Forgetful(), torch.tensor([0.2, 0.8]).view(2, 1, 1, 1).expand(2, 8, 8, 3)
+    reward = types.WeightedRewards((forgetful,), (1.0,))
+    _, scores, report, _ = run("PCPOScoreImages", images, reward, "", 0)
+    assert scores[0] > 0.7 and report.splitlines()[-1] == "1 of 2 forgetful scores failed (it was too dark)."
+    with pytest.raises(ConfigError, match=r"^2 of 2 forgetful scores failed \(it was too dark\)\. Fix the"):
+        run("PCPOScoreImages", images[[0, 0]], reward, "", 0)
+    assert len(run("PCPOScoreImages", images[[1, 1]], reward, "", 0)[2].splitlines()) == 3
+    forgetful.reason = ""
+    with pytest.raises(ConfigError, match=r"scores failed \(NaN or infinite\)"):  # not the reason of an earlier time
+        run("PCPOScoreImages", images[[0, 0]], reward, "", 0)
+
+
+def test_a_reward_of_weight_0_that_fails_is_told_beside_the_scores():
+    redness, forgetful = run("PCPOLoadReward", "redness")[0], types.WeightedRewards((Forgetful(),), (1.0,))
+    both = run("PCPOCombineRewards", redness, 1.0, forgetful, 0.0)[0]
+    _, scores, report, _ = run("PCPOScoreImages", torch.zeros(2, 8, 8, 3), both, "", 0)
+    assert all(math.isfinite(score) for score in scores)
+    assert report.splitlines()[-1] == "2 of 2 forgetful scores failed (it was too dark)."
+
+
+def test_a_prompt_that_the_reward_cannot_score_is_refused_with_the_reason():
+    ocr, images = run("PCPOLoadReward", "ocr")[0], torch.rand(2, 8, 8, 3)
+    with pytest.raises(ConfigError, match="the prompt 'a fox' has no text in double quotes"):
+        run("PCPOScoreImages", images, ocr, "a fox", 0)
+
+
 def test_combined_rewards_add_up_and_refuse_repeats():
     a, b = run("PCPOLoadReward", "redness")[0], run("PCPOLoadReward", "colorfulness")[0]
     both = run("PCPOCombineRewards", a, 2.0, b, -1.0)[0]
@@ -68,6 +109,20 @@ def test_combined_rewards_add_up_and_refuse_repeats():
     assert torch.allclose(both.combined().score(images, ["", ""]).total, 2 * parts[0] - parts[1])
     with pytest.raises(ValueError, match="must be unique"):
         run("PCPOCombineRewards", both, 1.0, a, 1.0)
+
+
+def test_a_chained_combination_takes_standardise_of_the_last_node_and_warns_if_another_differs(caplog):
+    a, b, c = (run("PCPOLoadReward", name)[0] for name in ("redness", "colorfulness", "jpeg_compressibility"))
+    raw, scaled = (run("PCPOCombineRewards", a, 1.0, b, 1.0, standardise)[0] for standardise in (False, True))
+    with caplog.at_level("WARNING", "pcpo"):
+        assert run("PCPOCombineRewards", scaled, 1.0, c, 1.0, True)[0].standardise
+        single = run("PCPOCombineRewards", types.WeightedRewards(c.rewards, (1.0,), False), 1.0, b, 1.0, True)[0]
+        assert single.standardise and not caplog.records  # of a single reward nothing is standardised
+        assert run("PCPOCombineRewards", c, 1.0, raw, 1.0, True)[0].standardise
+        assert not run("PCPOCombineRewards", scaled, 1.0, c, 1.0, False)[0].standardise
+    first, second = caplog.messages
+    assert first.startswith("PCPO: reward_b combines 2 rewards with standardise off, but here it is on")
+    assert second.startswith("PCPO: reward_a combines 2 rewards with standardise on, but here it is off")
 
 
 def test_prompts_refuse_an_empty_list():

@@ -15,9 +15,15 @@ import comfy_host
 comfy_host.skip_without_host()
 comfy_host.load_pack()
 
+import comfy.clip_vision  # noqa: E402
+import comfy_models  # noqa: E402
+
+from comfyui_pcpo.plotting.grids import before_after  # noqa: E402
+from comfyui_pcpo.taste.blind import blind_pairs  # noqa: E402
 from comfyui_pcpo.taste.votes import VoteFolder  # noqa: E402
 
 taste = comfy_host.pack_module("nodes.taste")
+to_comfy_image = comfy_host.pack_module("nodes.images").to_comfy_image
 
 pytestmark = pytest.mark.slow
 TINY_CLIP = {
@@ -27,15 +33,17 @@ TINY_CLIP = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def clip_vision():
-    import comfy.clip_vision
-
+def tiny_clip_vision():
     torch.manual_seed(0)
     model = comfy.clip_vision.ClipVisionModel(TINY_CLIP)
     for parameter in model.model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return model
+
+
+@pytest.fixture(scope="module")
+def clip_vision():
+    return tiny_clip_vision()
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +77,22 @@ def test_a_taste_on_clip_vision_is_trained_saved_loaded_and_scores(clip_vision, 
     torch.testing.assert_close(scores, reward.combined().score(new, [""] * len(new)).total)
     assert torch.corrcoef(torch.stack([scores, redness(images[60:])]))[0, 1] > 0.7
     assert loaded.rewards[0].name == "with-clip"
+
+
+def test_a_clip_vision_model_whose_weights_are_moved_scores_while_a_lora_is_trained(clip_vision, images):
+    """A loader's weights are inference tensors, and training, in which rewards score, is outside of inference mode."""
+    with torch.inference_mode():
+        loaded = tiny_clip_vision()
+    loaded.patcher.__class__ = comfy_models.Moved
+    encode, before = taste.clip_vision_encoder(loaded).encode, comfy_models.Moved.moves
+    with torch.inference_mode(False), torch.no_grad():
+        for _ in range(2):
+            features = encode(images[:2])
+            torch.testing.assert_close(features, taste.clip_vision_encoder(clip_vision).encode(images[:2]))
+            assert not features.is_inference()
+            with torch.inference_mode():
+                comfy_models.forget_loaded()
+    assert comfy_models.Moved.moves - before >= 4
 
 
 def test_loading_it_without_that_clip_vision_is_refused(images, clip_vision):
@@ -129,6 +153,18 @@ def test_a_blind_comparison_goes_on_with_the_votes_that_it_has():
     assert taste.blind_votes_file(a, b, "? 4") != file != taste.blind_votes_file(b, a, "? 3")
     file.write_text('{"wins"')
     assert taste.kept_wins(file, 2) == []
+
+
+def test_sides_of_a_blind_comparison_may_differ_in_channels_and_precision_and_are_named_in_the_grid():
+    a, b = torch.rand(2, 2, 8, 8, 4, generator=torch.Generator().manual_seed(0))
+    expected = taste.blind_votes_file(a[..., :3], b[..., :3], "? 3")
+    expected.write_text('{"question": "?", "seed": 3, "wins": [1.0, 0.5]}')
+    assert taste.blind_votes_file(a[..., :3], b, "? 3") == expected
+    assert taste.blind_votes_file(a.double(), b[..., :3], "? 3") == expected
+    *_, grid = comfy_host.execute("PCPOCompareBlind", a[..., :3], b, question="?", votes=0, seed=3)
+    order = [pair.row for pair in blind_pairs(a, b, 0, 3)]
+    drawn = before_after(a[order][..., :3], b[order][..., :3], ["B won", "tie"], titles=("A", "B"))
+    assert torch.equal(grid, to_comfy_image(drawn))
 
 
 def test_sides_of_a_blind_comparison_must_match():

@@ -486,6 +486,21 @@ def test_compare_shows_the_same_noise_on_both_sides(flow):
     assert "before" in report
 
 
+def test_compare_tells_why_scores_failed(flow):
+    lora = comfy_models.random_lora(flow, 1)
+    reward = call("PCPOLoadReward", "tiny_diversity")[0]
+    report = call("PCPOCompare", flow.model, lora, flow.vae, flow.prompts, 0, 4, 1.0, reward)[3].splitlines()
+    reason = "2 of 2 tiny_diversity scores failed (a single image of a prompt has none to differ from"
+    assert [line.split("; ")[0] for line in report[1:]] == [f"{side}: {reason}" for side in ("before", "after")]
+
+
+def test_compare_refuses_prompts_that_the_reward_cannot_score_before_any_image(flow, monkeypatch):
+    monkeypatch.setattr(ksampler.ImageRequest, "generate", None)
+    lora, reward = comfy_models.random_lora(flow, 1), call("PCPOLoadReward", "ocr")[0]
+    with pytest.raises(ConfigError, match="the prompt 'a red fox' has no text in double quotes"):
+        call("PCPOCompare", flow.model, lora, flow.vae, flow.prompts, 0, 4, 1.0, reward)
+
+
 def test_compare_takes_the_images_of_a_video_models_vae(flow):
     """It decodes to frames, (B, 1, H, W, 3)."""
 

@@ -9,7 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_pcpo.plotting.grids import GAP, TITLE_ROW, before_after, grid, group_grid, text_width, to_pil_images
+from comfyui_pcpo.plotting.grids import (
+    CARD_GAP,
+    GAP,
+    HEAD,
+    TITLE_ROW,
+    before_after,
+    grid,
+    group_grid,
+    text_width,
+    to_pil_images,
+)
 from comfyui_pcpo.plotting.style import BETTER, WORSE
 from comfyui_pcpo.plotting.text import shorten, wrap
 
@@ -83,6 +93,20 @@ def test_before_stands_left_of_after():
     image = before_after(plain((200, 30, 30), 1), plain((30, 30, 200), 1), ["a heart"], columns=1)
     red, blue = (np.argwhere(near(image, color, 2))[:, 1] for color in ("#c81e1e", "#1e1ec8"))
     assert len(red) > 20000 and len(blue) > 20000 and red.max() < blue.min()
+
+
+def test_the_sides_are_named_above_each_column():
+    grey = plain((90, 90, 90), 4)
+
+    def heads(**titles: tuple[str, str]) -> np.ndarray:
+        return np.asarray(before_after(grey, grey, ["p"] * 4, columns=2, **titles))[:HEAD]
+
+    usual, letters, bare = heads(), heads(titles=("A", "B")), heads(titles=("", ""))
+    assert np.array_equal(usual, heads(titles=("before", "after")))
+    long, short = ((image != bare).any((0, 2)) for image in (usual, letters))  # where letters are, from left to right
+    assert 0 < short.sum() < long.sum() / 3
+    width = (len(short) - CARD_GAP) // 2  # of a column
+    assert np.array_equal(short[:width], short[width : 2 * width])
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,25 @@ def test_panels_with_nothing_to_see_are_left_out_unless_they_are_asked_for():
     assert [panel.title for panel in panels] == ["Reward", "Per denoising step"]
     assert panels[1].y_label == "gradient norm" and not panels[1].bars and not panels[1].right
     assert [panel.title for panel in run_curves.curve_panels(rows, 0.6, ("kl",))] == ["KL to the reference"]
+    titles = [panel.title for panel in run_curves.curve_panels(rows, 0.6, ("clip", "kl"))]
+    assert titles == ["Clip fraction", "KL to the reference"]
     titles = [panel.title for panel in run_curves.comparison_panels({"a": rows, "b": rows}, 0.6)]
     assert "Clip fraction" not in titles and "Clip fraction per step" in titles
+
+
+def test_a_run_without_a_guard_has_an_empty_guard_panel_only_where_it_is_asked_for():
+    for count in (1, 3):
+        rows = [record(k + 1) for k in range(count)]
+        (panel,) = run_curves.curve_panels(rows, 0.6, ("guard",))
+        assert panel.title == "Guard" and not panel.all_lines() and panel.note == "no measurements"
+        assert run_curves.curves(rows, panels=("guard",)).size == PANEL_SIZE
+        titles = [panel.title for panel in run_curves.curve_panels(rows, 0.6, tuple(run_curves.PANELS))]
+        assert "Guard" not in titles and "Reward" in titles
+
+
+def test_no_panel_at_all_is_refused_with_the_names_of_all():
+    with pytest.raises(ValueError, match=r"No panels given\. Name at least one of reward, clip, kl, per_step, guard\."):
+        run_curves.curves([record(1)], panels=())
 
 
 def test_compared_runs_keep_one_colour_each_in_every_panel():

@@ -13,6 +13,8 @@ from comfyui_pcpo.reward import RewardError, RewardSettings, load_reward
 from comfyui_pcpo.reward.service.remote import Remote, peer_from_environment
 from comfyui_pcpo.reward.service.server import RewardServer, ServerOptions
 from comfyui_pcpo.reward.service.wire import Peer, ServerUnavailable, ask
+from trainer.config.schema import ConfigError
+from trainer.runs.rewards import require_prompts
 
 TOKEN = "0123456789abcdef-test"
 IMAGES = torch.full((2, 8, 8, 3), 0.5)
@@ -142,6 +144,7 @@ def test_an_outage_is_waited_out_with_a_line_that_tells_it(play, caplog, monkeyp
     broken = reply("starting", "503 Service Unavailable")
     url = play(answering(GOOD, broken, broken, b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\ncut", TWO))
     remote = Remote(RewardSettings(), quick(url, patience=10.0))
+    remote.require_prompts(["a fox"])
     with caplog.at_level("WARNING"):
         assert remote.score(IMAGES, ["", ""]).tolist() == [0.5, 0.25]
     told = {record.getMessage() for record in caplog.records if "Waiting up to" in record.getMessage()}
@@ -150,10 +153,8 @@ def test_an_outage_is_waited_out_with_a_line_that_tells_it(play, caplog, monkeyp
 
 def test_a_server_is_tried_once_before_the_first_image_and_without_patience(play):
     start = time.monotonic()
-    with pytest.raises(
-        ServerUnavailable, match=r"reward remote: http://127.0.0.1:1 does not answer .* Start the server"
-    ):
-        Remote(RewardSettings(), Peer("http://127.0.0.1:1", patience=60)).load()
+    with pytest.raises(ConfigError, match=r"reward remote: http://127.0.0.1:1 does not answer .* Start the server"):
+        require_prompts({"remote": Remote(RewardSettings(), Peer("http://127.0.0.1:1", patience=60))}, ["a fox"])
     assert time.monotonic() - start < 20
     seen = []
 
@@ -162,7 +163,19 @@ def test_a_server_is_tried_once_before_the_first_image_and_without_patience(play
         answering(GOOD)(connection, number)
 
     reward = Remote(RewardSettings(), quick(play(count)))
-    assert reward.load().load() is reward and seen == [1]
+    reward.require_prompts([])
+    assert reward.load() is reward and seen == []
+    for _ in range(2):
+        reward.require_prompts(["a fox", "a frog"])
+    assert seen == [1]
+    assert reward.score(IMAGES[:1], ["a fox"]).tolist() == [0.5] and seen == [1, 2]
+
+
+def test_the_first_scores_without_a_trial_are_not_waited_for():
+    start = time.monotonic()
+    with pytest.raises(ServerUnavailable, match="does not answer"):
+        Remote(RewardSettings(), Peer("http://127.0.0.1:1", patience=60)).score(IMAGES, ["", ""])
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize(
@@ -185,9 +198,26 @@ def test_a_server_is_tried_once_before_the_first_image_and_without_patience(play
     ],
 )
 def test_a_wrong_answer_is_one_sentence_with_the_rewards_name_and_the_cause(play, answer, reason):
-    with pytest.raises(RewardError) as raised:
-        Remote(RewardSettings(), quick(play(answering(answer)))).load()
+    with pytest.raises(ConfigError) as raised:
+        require_prompts({"remote": Remote(RewardSettings(), quick(play(answering(answer))))}, ["a fox"])
     assert str(raised.value).startswith("reward remote: ") and reason in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "fix"),
+    [
+        ("400 Bad Request", "Fix the request, or check the address."),
+        ("401 Unauthorized", "Fix the token."),
+        ("403 Forbidden", "Fix the token."),
+        ("422 Unprocessable Content", "Fix the prompt, or the server's reward."),
+        ("429 Too Many Requests", "Read the server's log."),
+        ("500 Internal Server Error", "Read the server's log."),
+        ("503 Service Unavailable", "Start the server, or check its address."),
+    ],
+)
+def test_an_error_ends_with_the_fix_that_its_status_calls_for(play, status, fix):
+    with pytest.raises(RewardError, match=rf"status {status[:3]}: .*\. {fix}$"):
+        ask(quick(play(answering(reply("why", status))), patience=0), "/info")
 
 
 def test_a_server_that_rejects_a_large_body_before_reading_it_gives_its_reason(play):

@@ -94,6 +94,17 @@ def test_failed_scores_travel_as_null(serve):
     assert scores.isnan().tolist() == [False, True, False]
 
 
+def test_a_served_reward_that_needs_a_prompt_scores_as_a_local_one(serve):
+    """Such as TinyEval, which scores nothing without a scene in the prompt; so the server is tried with a real one."""
+    local, remote = load_reward("tinyeval"), client(serve(load_reward("tinyeval")).url)
+    batch = torch.rand(3, 96, 96, 3, generator=torch.Generator().manual_seed(0))
+    prompts = ["a fox", "two foxes", "a star above a house"]
+    remote.require_prompts(prompts)
+    torch.testing.assert_close(remote.load().score(batch, prompts), local.score(batch, prompts))
+    with pytest.raises(RewardError, match=r"status 422.*the Eiffel Tower.*Fix the prompt, or the server's reward\.$"):
+        client(serve(load_reward("tinyeval")).url).require_prompts(["the Eiffel Tower"])
+
+
 def test_eight_clients_at_once_get_their_own_scores(serve):
     url = serve(Moody()).url
     count = 63  # 8 clients x 63 = 504 images
@@ -293,6 +304,18 @@ class Counting(Reward):
 def test_metadata_of_prompts_reaches_the_server(serve):
     prompts = [Prompt("two foxes", {"count": 2}), "a fox"]
     assert client(serve(Counting()).url).score(images(2), prompts).tolist() == [2, -1]
+
+
+def test_a_server_is_tried_with_the_metadata_and_the_plain_text_of_the_first_prompt(serve):
+    class Picky(Counting):
+        def score_batch(self, images, prompts):
+            seen.extend((str(prompt), metadata_of(prompt)["count"]) for prompt in prompts)
+            return super().score_batch(images, prompts)
+
+    seen = []
+    remote = Remote(RewardSettings(plain=str.lower), Peer(serve(Picky()).url, TOKEN, patience=0))
+    remote.require_prompts([Prompt("Two foxes", {"count": 2}), "a fox"])
+    assert seen == [("two foxes", 2)]
 
 
 @pytest.mark.parametrize("metadata", [[{}], ["x", "y"], {}, 1])

@@ -7,6 +7,7 @@ import torch
 
 comfy_host.load_pack()
 import comfy.model_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 from comfy.patcher_extension import CallbacksMP  # noqa: E402
@@ -117,6 +118,27 @@ def partly_loaded(model):
     offloaded = model.clone()
     offloaded.add_callback(CallbacksMP.ON_LOAD, lambda own, *_: own.partially_unload(own.offload_device, 1e12))
     return offloaded
+
+
+class Moved(comfy.model_patcher.ModelPatcher):
+    """A MODEL whose weights get new storage on loading and unloading, as between a CPU and a GPU."""
+
+    moves = 0
+
+    def load(self, *args, **kwargs):
+        super().load(*args, **kwargs)
+        self.move()
+
+    def detach(self, *args, **kwargs):
+        result = super().detach(*args, **kwargs)
+        self.move()
+        return result
+
+    def move(self):
+        Moved.moves += 1
+        for parameter in self.model.parameters():
+            with torch.no_grad():
+                parameter.data = parameter.detach().clone()
 
 
 def forget_loaded():

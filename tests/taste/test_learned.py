@@ -241,6 +241,15 @@ class TestHumanVote:
         self.human(tmp_path, ask, encoder).score(*self.batch(drawings, 7), group_size=GROUP)
         assert [q.can_finish for q in asked] == [False] * 5 + [True] * 2
 
+    def test_a_vote_that_was_undone_leaves_the_learned_taste(self, drawings, encoder, tmp_path):
+        vote, opposite = Reply("vote", (0, 1, 2, 3, 4, 5)), Reply("vote", (5, 4, 3, 2, 1, 0))
+        replies = iter([vote] * 5 + [Reply("undo"), opposite, Reply("finish")])
+        human = self.human(tmp_path, lambda question: next(replies), encoder, votes=0)
+        human.score(*self.batch(drawings, 6), group_size=GROUP)
+        learned, anew = human.learn(), learned_from(VoteFolder(tmp_path), encoder)
+        assert learned is not None
+        torch.testing.assert_close(learned.taste.weight, anew.taste.weight)
+
     def test_the_most_informative_group_is_asked_first(self, drawings, encoder, tmp_path):
         voted(drawings, Voter(preference("redness")), VoteFolder(tmp_path), 20)
         asked: list[str] = []

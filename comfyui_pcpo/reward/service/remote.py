@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.prompt import metadata_of
+from comfyui_pcpo.prompt import Prompt, metadata_of
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardSettings
 from comfyui_pcpo.reward.service.images import encode_png
 from comfyui_pcpo.reward.service.wire import BadAnswer, Peer, ServerUnavailable, ask
@@ -60,22 +60,23 @@ class Remote(Reward):
         except (ServerUnavailable, BadAnswer):
             return False
 
-    def build(self) -> None:
-        """Try the server once, without patience, so that a wrong address or token is reported before any work."""
-        if not self.tried:
-            self.request(replace(self.peer, patience=0), TRIAL, [""])
-            self.tried = True
+    def require_prompts(self, prompts: list[str]) -> None:
+        """Try the server once, with the first prompt, so that a wrong address or token is reported before any work."""
+        if prompts and not self.tried:
+            self.request(TRIAL, [Prompt(self.settings.plain(prompts[0]), metadata_of(prompts[0]))])
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return self.request(self.peer, images, prompts)
+        return self.request(images, prompts)
 
-    def request(self, peer: Peer, images: Tensor, prompts: list[str]) -> Tensor:
-        """The server's scores of images, uint8 (B, H, W, 3) -> (B,)."""
+    def request(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """The server's scores of images, uint8 (B, H, W, 3) -> (B,); the first request is made without patience."""
+        peer = self.peer if self.tried else replace(self.peer, patience=0)
         payload: dict[str, Any] = {"prompts": prompts, "images": [encode_png(image) for image in images.cpu().numpy()]}
         metadata = [metadata_of(prompt) for prompt in prompts]
         if any(metadata):
             payload["metadata"] = metadata
         scores = decode_scores(ask(peer, "/compute", payload, self.settings.tick), len(prompts))
+        self.tried = True
         if scores.isnan().any():
             self.failure = f"{peer.url} sent null"
         return scores

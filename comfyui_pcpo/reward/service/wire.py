@@ -19,10 +19,20 @@ logger = logging.getLogger(__name__)
 MAX_BYTES = 64_000_000
 POLL = 0.1  # seconds between two calls of `tick`
 LONGEST_PAUSE = 10.0
+FIXES = {401: "Fix the token.", 403: "Fix the token.", 422: "Fix the prompt, or the server's reward."}
+"""What to do about a rejection, by its status."""
 
 
 class ServerUnavailable(RewardError):
     """A server that does not answer, or only with errors of its own."""
+
+    fix = "Start the server, or check its address."
+
+
+class ServerFailed(ServerUnavailable):
+    """A server that answers with an error of its own."""
+
+    fix = "Read the server's log."
 
 
 class BadAnswer(RewardError):
@@ -78,7 +88,7 @@ def ask(peer: Peer, path: str, payload: dict[str, Any] | None = None, tick: Call
                     logger.warning("%s Waiting up to %g s for it.", error, peer.patience)
             if now + pause > end:
                 waited = f" It was tried for {peer.patience:g} s." if peer.patience else ""
-                raise type(error)(f"{error}{waited} Start the server, or check its address.") from error
+                raise type(error)(f"{error}{waited} {error.fix}") from error
         wait(pause, tick)
     raise AssertionError("pauses never end")
 
@@ -180,9 +190,12 @@ def read_answer(peer: Peer, path: str, answer: Answer) -> Any:
     if 400 <= answer.status < 500 and answer.status not in (408, 425, 429):
         raise RewardError(
             f"{peer.url}{path} rejected the request with status {answer.status}: {answer.reason}. "
-            "Fix the request or the token."
+            f"{FIXES.get(answer.status, 'Fix the request, or check the address.')}"
         )
-    raise ServerUnavailable(f"{peer.url}{path} answers with status {answer.status}: {answer.reason}.")
+    absent = answer.status in (502, 503, 504)  # as proxies answer for a server that is not running
+    raise (ServerUnavailable if absent else ServerFailed)(
+        f"{peer.url}{path} answers with status {answer.status}: {answer.reason}."
+    )
 
 
 def decode_json(body: bytes) -> Any:
