@@ -16,7 +16,6 @@ from typing import Any
 
 import filelock
 import torch
-from safetensors import SafetensorError
 
 from comfyui_pcpo.durable import flush_folder, safetensors_parts, write_durably
 from comfyui_pcpo.lora.families import LORA_FAMILIES, Family, detect_family
@@ -198,7 +197,7 @@ class RunFolder:
             discard(final)
             temporary.rename(final)
             flush_folder(self.checkpoints)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise NotSaved(
                 f"checkpoint {name} could not be written to {self.checkpoints}: {error}. "
