@@ -160,6 +160,20 @@ def test_a_run_whose_best_update_was_not_saved_keeps_another(make_config):
     assert read_lora(folder.lora_file)[1]["pcpo.updates"] == "2"
 
 
+@pytest.mark.parametrize("half_saved", [True, False])
+def test_a_run_goes_on_with_its_settings_whatever_an_editor_does_to_its_configuration(make_config, half_saved):
+    still = {"optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0}, "run": {"updates": 3, "keep": 1}}
+    folder, updates = start_run(make_config(**merge(WARN, still)))  # all rewards are equal: the first is kept
+    next(updates)
+    first = folder.lora_file.read_bytes()
+    text = folder.config_file.read_text()
+    edited = text.replace("rank = 2\n", "rank = 2\nalpha = 64.0\n")
+    assert edited != text
+    folder.config_file.write_text(text[: text.index("rank = 2") + len("rank = ")] if half_saved else edited)
+    list(updates)
+    assert folder.lora_file.read_bytes() == first
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes")
 def test_a_full_disk_is_named_where_the_update_to_keep_could_not_be_saved(make_config):
     import resource

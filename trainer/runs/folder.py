@@ -77,6 +77,7 @@ class RunFolder:
         self.board = path / "tensorboard"
         self.record_file = path / "run.json"  # what the run was made with, and accepted changes
         self.guard_file = path / "guard.safetensors"  # what the guard measured of the base model
+        self._used: Config | None = None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -94,6 +95,15 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    @contextmanager
+    def using(self, config: Config) -> Iterator[None]:
+        """Inside, the run's settings are these, whatever an editor does to config.toml meanwhile."""
+        self._used = config
+        try:
+            yield
+        finally:
+            self._used = None
 
     def start(self, config: Config) -> None:
         """Write the resolved configuration into an empty folder."""
@@ -119,6 +129,9 @@ class RunFolder:
             )
 
     def config(self) -> Config:
+        """The settings in use, or those of config.toml."""
+        if self._used is not None:
+            return self._used
         if not self.config_file.is_file():
             raise ConfigError(f"{self.path} is not a run: it has no config.toml. Give a folder that `train` made.")
         try:

@@ -69,6 +69,7 @@ class Run:
             if main:
                 stack.enter_context(self.folder.locked())
                 stack.callback(self._remove_unstarted)
+            stack.enter_context(self.folder.using(self.config))
             self._begin(main)
             self.saved = self.state.done
             with interrupts.allow():
