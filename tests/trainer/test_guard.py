@@ -174,6 +174,24 @@ def test_a_run_goes_on_with_its_settings_whatever_an_editor_does_to_its_configur
     assert folder.lora_file.read_bytes() == first
 
 
+def test_the_lora_is_the_kept_one_even_if_the_run_is_killed(make_config):
+    still = {"optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0}}
+    folder, updates = start_run(make_config(**merge(WARN, still)))
+    for _ in updates:
+        assert folder.kept_number() == int(read_lora(folder.lora_file)[1]["pcpo.updates"]) == 1
+
+
+def test_a_damaged_kept_checkpoint_is_named_when_a_run_is_resumed(make_config):
+    still = {"optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0}}
+    folder = train(make_config(**merge(WARN, still)))
+    (folder.checkpoint("kept") / "lora.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"000001 is damaged: .* Remove it, and the guard keeps another update"):
+        resumed(folder, updates=3)
+    shutil.rmtree(folder.checkpoint("kept"))
+    resumed(folder, updates=3)
+    assert folder.kept_number() == 2
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes")
 def test_a_full_disk_is_named_where_the_update_to_keep_could_not_be_saved(make_config):
     import resource

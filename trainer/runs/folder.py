@@ -199,14 +199,15 @@ class RunFolder:
             with writing(self.curves_file, self.path):
                 curves(records).save(self.curves_file)
 
-    def save(self, state: TrainingState, config: Config) -> Path:
-        """A checkpoint after the last finished update, and the LoRA to use."""
+    def save(self, state: TrainingState, config: Config, use: bool = True) -> Path:
+        """A checkpoint after the last finished update; `use` makes lora.safetensors its LoRA."""
         name = f"{state.done:06d}"
         final, temporary = self.checkpoints / name, self.checkpoints / f"{name}.tmp"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             pairs = write_checkpoint(state, temporary)
-            self.write_lora(folded(pairs, config.lora.scale), state.policy.family, config, state.done)
+            if use:
+                self.write_lora(folded(pairs, config.lora.scale), state.policy.family, config, state.done)
             discard(final)
             temporary.rename(final)
             flush_folder(self.checkpoints)
@@ -246,6 +247,16 @@ class RunFolder:
             "format": "pt",
         }
         write_durably(self.lora_file, *safetensors_parts(tensors, metadata))
+
+    def write_final(self, family: Family, config: Config) -> None:
+        """Make lora.safetensors that of the final checkpoint."""
+        number = int(self.checkpoint("final").name)
+        try:
+            pairs = self.lora(str(number))
+        except Damaged as error:
+            raise ConfigError(f"{error} Remove it, and the guard keeps another update.") from None
+        with writing(self.lora_file, self.path):
+            self.write_lora(pairs, family, config, number)
 
     def family(self) -> Family:
         """The LoRA's family, which its file names; module names alone can be those of several."""

@@ -127,17 +127,10 @@ class Run:
             self._unrecorded = None
 
     def _save(self) -> None:
-        self.folder.save(self.state, self.config)
+        kept = None if self.guard is None else self.guard.verdict.kept
+        self.folder.save(self.state, self.config, kept in (None, self.state.done))
         self.saved = self.state.done
-        self.folder.prune(self.config.run.keep, None if self.guard is None else self.guard.verdict.kept)
-
-    def _write_kept(self) -> None:
-        """Make lora.safetensors that of the update that the guard keeps."""
-        number = None if self.guard is None else self.folder.kept()
-        if number is not None:
-            with writing(self.folder.lora_file, self.folder.path):
-                pairs = self.folder.lora(str(number))
-                self.folder.write_lora(pairs, self.state.policy.family, self.config, number)
+        self.folder.prune(self.config.run.keep, kept)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         with self._open, interrupts.hold():
@@ -156,7 +149,8 @@ class Run:
         """Bring the files beside the checkpoints up to date."""
         if self.board is not None:
             self.board.close()
-        self._write_kept()
+        if self.guard is not None and self.folder.numbers():
+            self.folder.write_final(self.state.policy.family, self.config)
         self.folder.draw_curves()
 
 
@@ -191,6 +185,8 @@ def begin(folder: RunFolder, state: TrainingState, config: Config, checkpoint: s
             folder.keep_records(state.done)
             folder.keep_checkpoints(state.done)
             folder.remove_leftovers()
+        if folder.numbers():
+            folder.write_final(state.policy.family, config)
 
 
 def guard_after(
@@ -210,7 +206,7 @@ def close(folder: RunFolder, config: Config) -> None:
         kept = folder.kept()
         folder.prune(config.run.keep, kept)
         if kept is not None:
-            folder.write_lora(folder.lora(str(kept)), folder.family(), config, kept)
+            folder.write_final(folder.family(), config)
         folder.draw_curves()
 
 
