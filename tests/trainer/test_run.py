@@ -173,6 +173,22 @@ def test_the_lora_of_a_run_resumed_from_an_older_checkpoint_is_the_older_one(mak
     assert all(torch.equal(own[0][key], expected[0][key]) for key in expected[0])
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"objective": {"name": "nft", "levels": 20}}, r"objective.levels: .*20"),
+        ({"rollout": {"branch": 3}, "objective": {"last_step": False}}, r"rollout.branch: a branch has 3 stochastic"),
+        ({"rollout": {"method": "ddim"}}, r"rollout: method is 'ddim' on a flow grid"),
+        ({"rollout": {"target_weight": 4.5}}, r"rollout: target_weight is 4.5, .*, or no target_weight"),
+    ],
+)
+def test_steps_that_cannot_be_planned_are_refused_before_the_folder_is_made(make_config, sections, message):
+    config = make_config(**sections)
+    with pytest.raises(ConfigError, match=message):
+        start_run(config)
+    assert not (config.run.folder / "run").exists()
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"is not a run: it has no config.toml"):
         resume_run(tmp_path)

@@ -16,6 +16,7 @@ from ..guard.probe import Probe
 from ..loop.align import Job, Update
 from ..loop.distributed import Processes, join
 from ..loop.interrupts import interrupts
+from ..loop.plan import make_plan
 from ..loop.state import TrainingState, make_training_state
 from ..policy.base import Policy
 from ..policy.loading import make_policy
@@ -261,4 +262,6 @@ def _loaded(
     prompts, rewards = config.prompts.read(), read_rewards(config)
     require_prompts(rewards, prompts)
     job = Job(config, prompts, rewards, Processes(), tick)
-    return folder, make_training_state(make_policy(config, resumed), config), job
+    state = make_training_state(make_policy(config, resumed), config)
+    make_plan(state.policy, config, job.objective, prompts, state.done + 1)  # refuses steps that do not fit the model
+    return folder, state, job
