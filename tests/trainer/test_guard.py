@@ -24,6 +24,9 @@ from trainer.config.schema import ConfigError
 from trainer.evaluation.demo import DEMO_RECIPES, demo_config
 from trainer.guard.guard import read_measures
 from trainer.guard.limits import GuardVerdict, lost_deviations, next_verdict, replay, violation
+from trainer.guard.probe import Probe
+from trainer.loop.distributed import Processes
+from trainer.policy.loading import make_policy
 from trainer.policy.lora_pairs import read_lora
 from trainer.runs.export import ExportOptions, export_lora
 from trainer.runs.folder import RunFolder
@@ -424,6 +427,24 @@ def test_base_values_of_other_images_are_not_read(make_config):
     assert read_measures(run.folder.guard_file, probe.identity + "x") is None
     run.folder.guard_file.write_bytes(b"damaged")
     assert read_measures(run.folder.guard_file, probe.identity) is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model": {"quantize": "int8"}},
+        {"reward": {"precision": "float16"}},
+        {"reward": {"weights": {"colorfulness": 2.0}}},
+        {"guard": {"images": 3}},
+    ],
+)
+def test_measurements_are_compared_only_if_model_rewards_and_images_are_the_same(make_config, changed):
+    def identity(config, content=None):
+        return Probe(policy, config, ["a fox"], {}, Processes(), lambda: None, content).identity
+
+    policy, config = make_policy(make_config()), make_config()
+    assert identity(make_config(**changed)) != identity(config) != identity(config, "content of a host's model")
+    assert identity(make_config(run={"updates": 9}, guard={"tolerance": 0.1})) == identity(config)
 
 
 def test_models_without_an_encoder_are_compared_by_pixels(make_config):
