@@ -314,6 +314,34 @@ def test_the_highest_reward_within_the_limits_is_kept():
     assert (verdict.kept, verdict.reward, verdict.violations) == (2, 3.0, 1)
 
 
+def test_rewards_and_violations_of_other_measurements_do_not_count():
+    """The kept update stays until a measurement of the new kind is within the limits."""
+    guard = GuardConfig(every=1, tolerance=0.5)
+
+    def verdict(*measured, now="b"):
+        rows = [{"update": n, "guard": {**row, **probe}} for n, (row, probe) in enumerate(measured, 1)]
+        return replay(rows, guard, range(9), now)
+
+    old, easy, hard = {}, {"probe": "a"}, {"probe": "b"}
+    best, beyond = (lost(0.1, reward=0.9), easy), (lost(0.9), easy)
+    worse = (lost(0.1, reward=0.3), hard), (lost(0.1, reward=0.4), hard)
+    assert verdict(best, *worse) == GuardVerdict(3, 0.4)
+    assert verdict(best, beyond) == GuardVerdict(1)
+    assert verdict(best, beyond, (lost(0.9), hard)).violations == 1
+    assert verdict(best, beyond, (lost(0.9), hard)).kept == 1
+    assert verdict(best, beyond, now="a").violations == 1
+    assert verdict((lost(0.1, reward=0.9), old), *worse) == GuardVerdict(1, 0.9)
+
+
+@pytest.mark.parametrize("before", [1, 3])
+def test_a_guard_of_other_prompts_compares_only_its_own_measurements(make_config, before):
+    still = {"optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0}}
+    folder = train(make_config(**merge(merge(WARN, still), {"guard": {"prompts": before}})))
+    folder.rewrite_config(with_options(folder.config(), {"guard": {"prompts": 4 - before}}))
+    resumed(folder, updates=3)
+    assert folder.kept_number() == int(read_lora(folder.lora_file)[1]["pcpo.updates"]) == 3
+
+
 def test_a_measurement_within_the_limits_resets_patience():
     guard = GuardConfig(every=1, tolerance=0.5)
     verdict = GuardVerdict()

@@ -1,5 +1,6 @@
 """What the guard measures: images of fixed prompts from fixed noise, their scores and their features."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,6 +74,11 @@ class Probe:
         trained = (sorted(reward.last_weights.items()), reward.standardises, reward.precision)
         scores = (sorted(self.rewards), sorted(reward_fingerprints(self.rewards).items()), trained)
         return repr((model, self.config.prompts.negative, sampling, self.texts, scores))
+
+    @property
+    def digest(self) -> str:
+        """The identity in short."""
+        return hashlib.sha256(self.identity.encode()).hexdigest()[:12]
 
     def measure(self) -> ImageMeasures:
         """The policy as it is. Every process measures all images; the results are those of the main one."""

@@ -196,7 +196,7 @@ def guard_after(
     """A job's guard, as it was after the recorded updates; `renew` measures the base model anew."""
     probe = Probe(policy, job.config, list(job.prompts), job.rewards, job.processes, job.tick, job.content)
     guard = make_guard(probe, folder.guard_file, renew=renew, write=job.processes.main)
-    guard.verdict = replay(records, job.config.guard, folder.numbers())
+    guard.verdict = replay(records, job.config.guard, folder.numbers(), probe.digest)
     return guard
 
 
