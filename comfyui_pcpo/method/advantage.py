@@ -119,10 +119,10 @@ class PromptWindow:
     """Advantages against a running window of each prompt's own rewards.
 
     DDPO (arXiv 2305.13301), per-prompt normalization; the code's PerPromptStatTracker: the new rewards enter first,
-    and a prompt with fewer than `min_count` of them uses the batch's statistics.
+    and a prompt with fewer than `min_count` of them uses the batch's statistics. `of` names the rewards, in JSON.
     """
 
-    def __init__(self, size: int = 32, min_count: int = 16, eps: float = 1e-6) -> None:
+    def __init__(self, size: int = 32, min_count: int = 16, eps: float = 1e-6, of: Any = None) -> None:
         if not 1 <= min_count <= size:
             raise ValueError(
                 f"min_count is {min_count} and size {size}, but a window must be able to hold min_count >= 1 rewards. "
@@ -131,6 +131,7 @@ class PromptWindow:
         self.size = size
         self.min_count = min_count
         self.eps = eps
+        self.of = of
         self.windows: dict[str, deque[Any]] = {}  # of numbers, or of K numbers
 
     def advantage(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
@@ -191,11 +192,12 @@ class PromptWindow:
 
     def state_dict(self) -> dict[str, Any]:
         """The rewards as plain Python, for a checkpoint; the sizes are the configuration's."""
-        return {"windows": {prompt: list(window) for prompt, window in self.windows.items()}}
+        return {"windows": {prompt: list(window) for prompt, window in self.windows.items()}, "of": self.of}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`; of a longer window, with the newest rewards."""
-        self.windows = {prompt: deque(values, maxlen=self.size) for prompt, values in state["windows"].items()}
+        """Continue from `state_dict`; of a longer window, with the newest rewards, and of other rewards with none."""
+        windows = state["windows"] if state.get("of", self.of) == self.of else {}
+        self.windows = {prompt: deque(values, maxlen=self.size) for prompt, values in windows.items()}
 
 
 def _width(rewards: Tensor) -> torch.dtype:

@@ -64,6 +64,6 @@ def check_target(choice: Sigma, target: float | None, smallest: float, where: st
     if target is None or not target >= smallest * (1 - 1e-12) or not math.isfinite(target):
         enough = math.ceil(smallest * 1e4) / 1e4
         raise ValueError(
-            f"target is {target}, but sigma = {choice!r} solves C / sigma = w*, and {where} cannot carry a w* below "
-            f"{enough:.4f}. Use target = {enough:.4f} or more, or sigma = 'native'."
+            f"target_weight is {target}, but sigma = {choice!r} solves C / sigma = w*, and {where} cannot carry a w* "
+            f"below {enough:.4f}. Use target_weight = {enough:.4f} or more, or sigma = 'native'."
         )

@@ -114,8 +114,8 @@ def _check_sigma(grid: Grid, method: Method, noise_level: float, sigma: Sigma, t
     if sigma == "native":
         if target is not None:
             raise ValueError(
-                f"target is {target}, but sigma = 'native' has no target. "
-                "Use sigma = 'uniform' or 'paper', or no target."
+                f"target_weight is {target}, but sigma = 'native' has no target. "
+                "Use sigma = 'uniform' or 'paper', or no target_weight."
             )
         return
     if method != "ddim":

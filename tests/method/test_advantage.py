@@ -172,6 +172,17 @@ def test_a_resumed_window_equals_an_uninterrupted_one():
     assert first.state_dict() == second.state_dict()
 
 
+def test_a_window_goes_on_only_with_the_rewards_that_it_holds():
+    before = PromptWindow(size=4, min_count=2, of=["sharpness", 1.0])
+    before.advantage(["a", "a"], torch.tensor([1.0, 2.0]))
+    state = json.loads(json.dumps(before.state_dict()))
+    older = {"windows": state["windows"]}  # names no rewards
+    for saved, of, kept in ((state, before.of, True), (state, ["sharpness", 2.0], False), (older, before.of, True)):
+        after = PromptWindow(size=4, min_count=2, of=of)
+        after.load_state_dict(saved)
+        assert bool(after.windows) is kept
+
+
 def test_a_window_that_is_made_shorter_keeps_the_newest_rewards():
     long, short = PromptWindow(size=4, min_count=2), PromptWindow(size=2, min_count=1)
     long.advantage(["a"] * 3, torch.tensor([1.0, 2.0, 3.0]))

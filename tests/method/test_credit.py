@@ -160,13 +160,13 @@ def test_native_sigma_at_eta_one_sits_on_the_smallest_target():
 
 @pytest.mark.parametrize("choice", ["uniform", "paper"])
 def test_an_impossible_target_is_refused_with_the_smallest_that_works_on_the_whole_grid(choice):
-    with pytest.raises(ValueError, match=r"target is 3.0.* one of the grid's 50 steps .* below 3.2748"):
+    with pytest.raises(ValueError, match=r"target_weight is 3.0.* one of the grid's 50 steps .* below 3.2748"):
         transitions(ddim_grid(50), "ddim", 1.0, choice, 3.0)
     assert all(tr.std > 0 for tr in transitions(ddim_grid(50), "ddim", 1.0, choice, 3.2748))
 
 
 def test_a_missing_target_is_refused():
-    with pytest.raises(ValueError, match="target is None"):
+    with pytest.raises(ValueError, match="target_weight is None"):
         transitions(ddim_grid(50), "ddim", 1.0, "uniform")
 
 

@@ -6,6 +6,8 @@ from running import start_run
 
 from trainer.config.loading import build
 from trainer.config.schema import Config, ConfigError
+from trainer.loop.align import align
+from trainer.runs import launch
 from trainer.runs.failures import explained, memory_advice
 from trainer.runs.folder import RunFolder
 
@@ -41,6 +43,21 @@ def test_out_of_memory_in_the_first_update_names_every_way(tmp_path):
         explained(Config(), RunFolder(tmp_path / "run")),
     ):
         raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("mat1")])
+def test_an_error_of_the_model_while_a_checkpoint_is_written_is_not_one_of_the_disk(make_config, monkeypatch, error):
+    run = launch.start_run(make_config(run={"updates": 1}))
+
+    def fail():
+        raise error
+
+    with pytest.raises(type(error), match=str(error)), run:
+        updates = list(align(run.state, run.job))
+        monkeypatch.setattr(run.state.policy, "lora", fail)
+        run.keep(updates[0])
+    assert run.folder.numbers() == []
 
 
 def test_a_sharded_model_that_is_out_of_memory_is_not_told_to_quantize(tmp_path):

@@ -24,6 +24,9 @@ from trainer.config.schema import ConfigError
 from trainer.evaluation.demo import DEMO_RECIPES, demo_config
 from trainer.guard.guard import read_measures
 from trainer.guard.limits import GuardVerdict, lost_deviations, next_verdict, replay, violation
+from trainer.guard.probe import Probe
+from trainer.loop.distributed import Processes
+from trainer.policy.loading import make_policy
 from trainer.policy.lora_pairs import read_lora
 from trainer.runs.export import ExportOptions, export_lora
 from trainer.runs.folder import RunFolder
@@ -160,6 +163,38 @@ def test_a_run_whose_best_update_was_not_saved_keeps_another(make_config):
     assert read_lora(folder.lora_file)[1]["pcpo.updates"] == "2"
 
 
+@pytest.mark.parametrize("half_saved", [True, False])
+def test_a_run_goes_on_with_its_settings_whatever_an_editor_does_to_its_configuration(make_config, half_saved):
+    still = {"optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0}, "run": {"updates": 3, "keep": 1}}
+    folder, updates = start_run(make_config(**merge(WARN, still)))  # all rewards are equal: the first is kept
+    next(updates)
+    first = folder.lora_file.read_bytes()
+    text = folder.config_file.read_text()
+    edited = text.replace("rank = 2\n", "rank = 2\nalpha = 64.0\n")
+    assert edited != text
+    folder.config_file.write_text(text[: text.index("rank = 2") + len("rank = ")] if half_saved else edited)
+    list(updates)
+    assert folder.lora_file.read_bytes() == first
+
+
+def test_the_lora_is_the_kept_one_even_if_the_run_is_killed(make_config):
+    still = {"optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0}}
+    folder, updates = start_run(make_config(**merge(WARN, still)))
+    for _ in updates:
+        assert folder.kept_number() == int(read_lora(folder.lora_file)[1]["pcpo.updates"]) == 1
+
+
+def test_a_damaged_kept_checkpoint_is_named_when_a_run_is_resumed(make_config):
+    still = {"optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0}}
+    folder = train(make_config(**merge(WARN, still)))
+    (folder.checkpoint("kept") / "lora.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"000001 is damaged: .* Remove it, and the guard keeps another update"):
+        resumed(folder, updates=3)
+    shutil.rmtree(folder.checkpoint("kept"))
+    resumed(folder, updates=3)
+    assert folder.kept_number() == 2
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes")
 def test_a_full_disk_is_named_where_the_update_to_keep_could_not_be_saved(make_config):
     import resource
@@ -279,6 +314,34 @@ def test_the_highest_reward_within_the_limits_is_kept():
     assert (verdict.kept, verdict.reward, verdict.violations) == (2, 3.0, 1)
 
 
+def test_rewards_and_violations_of_other_measurements_do_not_count():
+    """The kept update stays until a measurement of the new kind is within the limits."""
+    guard = GuardConfig(every=1, tolerance=0.5)
+
+    def verdict(*measured, now="b"):
+        rows = [{"update": n, "guard": {**row, **probe}} for n, (row, probe) in enumerate(measured, 1)]
+        return replay(rows, guard, range(9), now)
+
+    old, easy, hard = {}, {"probe": "a"}, {"probe": "b"}
+    best, beyond = (lost(0.1, reward=0.9), easy), (lost(0.9), easy)
+    worse = (lost(0.1, reward=0.3), hard), (lost(0.1, reward=0.4), hard)
+    assert verdict(best, *worse) == GuardVerdict(3, 0.4)
+    assert verdict(best, beyond) == GuardVerdict(1)
+    assert verdict(best, beyond, (lost(0.9), hard)).violations == 1
+    assert verdict(best, beyond, (lost(0.9), hard)).kept == 1
+    assert verdict(best, beyond, now="a").violations == 1
+    assert verdict((lost(0.1, reward=0.9), old), *worse) == GuardVerdict(1, 0.9)
+
+
+@pytest.mark.parametrize("before", [1, 3])
+def test_a_guard_of_other_prompts_compares_only_its_own_measurements(make_config, before):
+    still = {"optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0}}
+    folder = train(make_config(**merge(merge(WARN, still), {"guard": {"prompts": before}})))
+    folder.rewrite_config(with_options(folder.config(), {"guard": {"prompts": 4 - before}}))
+    resumed(folder, updates=3)
+    assert folder.kept_number() == int(read_lora(folder.lora_file)[1]["pcpo.updates"]) == 3
+
+
 def test_a_measurement_within_the_limits_resets_patience():
     guard = GuardConfig(every=1, tolerance=0.5)
     verdict = GuardVerdict()
@@ -392,6 +455,24 @@ def test_base_values_of_other_images_are_not_read(make_config):
     assert read_measures(run.folder.guard_file, probe.identity + "x") is None
     run.folder.guard_file.write_bytes(b"damaged")
     assert read_measures(run.folder.guard_file, probe.identity) is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model": {"quantize": "int8"}},
+        {"reward": {"precision": "float16"}},
+        {"reward": {"weights": {"colorfulness": 2.0}}},
+        {"guard": {"images": 3}},
+    ],
+)
+def test_measurements_are_compared_only_if_model_rewards_and_images_are_the_same(make_config, changed):
+    def identity(config, content=None):
+        return Probe(policy, config, ["a fox"], {}, Processes(), lambda: None, content).identity
+
+    policy, config = make_policy(make_config()), make_config()
+    assert identity(make_config(**changed)) != identity(config) != identity(config, "content of a host's model")
+    assert identity(make_config(run={"updates": 9}, guard={"tolerance": 0.1})) == identity(config)
 
 
 def test_models_without_an_encoder_are_compared_by_pixels(make_config):

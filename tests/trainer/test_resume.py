@@ -5,13 +5,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from running import start_run
+import torch
+from running import kept, start_run
+from safetensors.torch import load_file
 
-from trainer.config.loading import with_options
-from trainer.config.schema import ConfigError
+from comfyui_pcpo.reward.base import RewardSettings
+from comfyui_pcpo.taste.encoders import tiny_encoder
+from comfyui_pcpo.taste.learned import Taste, TasteReport
+from trainer.config.loading import build, with_options
+from trainer.config.schema import Config, ConfigError
+from trainer.files import fingerprint
 from trainer.loop.align import align
 from trainer.runs.folder import RunFolder
-from trainer.runs.identity import differences, fingerprint, identity_of
+from trainer.runs.identity import differences, identity_of
 from trainer.runs.launch import ResumeOptions, resume_run
 from trainer.runs.rows import append_record, read_rows, row_problems
 
@@ -138,6 +144,63 @@ def test_rows_of_the_metrics_that_are_not_there_once_are_named(folder, spoil, na
     folder.metrics_file.write_text("".join(spoil(lines)))
     with pytest.raises(ConfigError, match=named):
         resume_run(folder.path, ResumeOptions(updates=3))
+
+
+def learn_taste(file: Path, seed: int) -> str:
+    """Write a taste of random weights, -> its name as a reward."""
+    probe = tiny_encoder(RewardSettings()).probe()
+    weight = torch.randn(len(probe), generator=torch.Generator().manual_seed(seed))
+    Taste("emoji-align", weight, 0.0, probe, TasteReport(5, 5, 0.5, 0.1, 0.5, 1.0)).save(file)
+    return str(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_taste_that_was_learned_again_is_a_change_and_the_guard_measures_the_base_again(
+    make_config, tmp_path, trained
+):
+    taste = learn_taste(tmp_path / "taste.safetensors", 1)
+    reward = {"weights": {taste: 1.0}} if trained else {"held_out": [taste]}
+    guard = {"every": 1, "prompts": 2, "images": 2, "action": "warn"}
+    folder, updates = start_run(make_config(reward=reward, guard=guard, run={"updates": 1}))
+    list(updates)
+    before = load_file(folder.guard_file)[f"scores.{taste}"]
+    with resume_run(folder.path, ResumeOptions(updates=2)) as run:
+        assert torch.equal(run.guard.base.scores[taste], before)
+    learn_taste(Path(taste), 2)
+    with pytest.raises(ConfigError, match=r"the reward \S*taste.safetensors has other weights\..*--accept-changes"):
+        resume_run(folder.path, ResumeOptions(updates=2))
+    with resume_run(folder.path, ResumeOptions(updates=2, accept_changes=True)) as run:
+        assert not torch.equal(run.guard.base.scores[taste], before)
+
+
+@pytest.mark.slow
+def test_a_window_of_other_rewards_is_left_out_when_the_change_is_accepted(make_config, tmp_path):
+    """One reward to two, whose windows have other shapes; another weight, of a raw sum; a taste learned again."""
+    taste, window = learn_taste(tmp_path / "taste.safetensors", 1), {"kind": "window", "window": 4, "min_count": 2}
+    config = make_config(advantage=window, prompts={"lines": ["a fox"]}, run={"updates": 1})
+
+    def trained_on(weights: dict[str, float], config: Config) -> Config:
+        tree = config.model_dump()
+        tree["reward"]["weights"] = weights
+        return build(tree, "test")
+
+    folder, updates = start_run(trained_on({taste: 1.0}, config))
+    list(updates)
+
+    def sizes(weights: dict[str, float], updates: int) -> list[int]:
+        """Lengths of the window after one more update."""
+        folder.rewrite_config(trained_on(weights, folder.config()))
+        run = resume_run(folder.path, ResumeOptions(updates=updates, accept_changes=True))
+        list(kept(run))
+        return [len(rewards) for rewards in run.state.window.windows.values()]
+
+    assert sizes({taste: 1.0}, 2) == [4]
+    assert sizes({taste: 2.0}, 3) == [2]
+    assert sizes({taste: 2.0, "colorfulness": 1.0}, 4) == [2]
+    learn_taste(Path(taste), 2)
+    assert sizes({taste: 2.0, "colorfulness": 1.0}, 5) == [2]
+    assert sizes({"colorfulness": 1.0, taste: 2.0}, 6) == [2]
 
 
 def test_a_damaged_record_is_named(tmp_path, make_config):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from trainer.config.loading import merge
 from trainer.config.schema import ConfigError
+from trainer.policy.lora_pairs import read_lora
 from trainer.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -156,6 +157,36 @@ def test_a_finished_run_is_not_resumed_but_goes_on_with_more_updates(make_config
         resume_run(folder.path)
     assert_same_run(whole, resume(folder, updates=3))
     assert folder.config().run.updates == 3
+
+
+@pytest.mark.parametrize("sections", [{}, AVERAGE], ids=["plain", "average"])
+def test_the_lora_of_a_run_resumed_from_an_older_checkpoint_is_the_older_one(make_config, sections):
+    def stop():
+        raise KeyboardInterrupt
+
+    short = train(make_config(run={"name": "short", "updates": 1}, **sections))
+    folder = train(make_config(run={"updates": 3}, **sections))
+    with pytest.raises(KeyboardInterrupt):
+        list(resume_run(folder.path, "1", tick=stop)[2])
+    own, expected = read_lora(folder.lora_file), read_lora(short.lora_file)
+    assert own[1]["pcpo.updates"] == "1"
+    assert all(torch.equal(own[0][key], expected[0][key]) for key in expected[0])
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"objective": {"name": "nft", "levels": 20}}, r"objective.levels: .*20"),
+        ({"rollout": {"branch": 3}, "objective": {"last_step": False}}, r"rollout.branch: a branch has 3 stochastic"),
+        ({"rollout": {"method": "ddim"}}, r"rollout: method is 'ddim' on a flow grid"),
+        ({"rollout": {"target_weight": 4.5}}, r"rollout: target_weight is 4.5, .*, or no target_weight"),
+    ],
+)
+def test_steps_that_cannot_be_planned_are_refused_before_the_folder_is_made(make_config, sections, message):
+    config = make_config(**sections)
+    with pytest.raises(ConfigError, match=message):
+        start_run(config)
+    assert not (config.run.folder / "run").exists()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -48,7 +48,7 @@ class Guard:
             row = guard_row(self.probe.measure(), self.base, self.probe.config)
         self.verdict = next_verdict(self.verdict, row, number, self.probe.config.guard)
         row |= {"kept": self.verdict.kept, "violations": self.verdict.violations, "message": self.message()}
-        row["model_evaluations"] = self.probe.evaluations
+        row |= {"probe": self.probe.digest, "model_evaluations": self.probe.evaluations}
         return {"guard": row, "seconds_guard": round(time.perf_counter() - start, 4)}
 
     def message(self) -> str | None:

@@ -81,18 +81,31 @@ def next_verdict(before: GuardVerdict, row: dict[str, Any], number: int, guard: 
     return GuardVerdict(before.kept, before.reward)
 
 
-def replay(records: Sequence[dict[str, Any]], guard: GuardConfig, saved: Container[int]) -> GuardVerdict:
+def replay(
+    records: Sequence[dict[str, Any]], guard: GuardConfig, saved: Container[int], probe: str | None = None
+) -> GuardVerdict:
     """The verdict after all recorded measurements; of the updates, only those with a `saved` checkpoint can be kept.
 
     An update that the limits of its time excluded was not saved, and one that a later update surpassed may be pruned.
+    `probe` is the digest of what measures from now on.
     """
-    verdict = GuardVerdict()
+    verdict, last = GuardVerdict(), None
     for record in records:
         if "guard" in record:
-            after = next_verdict(verdict, record["guard"], record["update"], guard)
+            row = record["guard"]
+            verdict, last = renewed(verdict, last, row.get("probe")), row.get("probe")
+            after = next_verdict(verdict, row, record["update"], guard)
             lacking = after.kept is not None and after.kept not in saved
             verdict = replace(after, kept=verdict.kept, reward=verdict.reward) if lacking else after
-    return verdict
+    return renewed(verdict, last, probe)
+
+
+def renewed(verdict: GuardVerdict, before: str | None, now: str | None) -> GuardVerdict:
+    """The verdict when another probe takes over: rewards and violations count anew.
+
+    The kept update stays until another one is kept. Older rows name no probe and count as those of the next one.
+    """
+    return verdict if before == now or None in (before, now) else GuardVerdict(verdict.kept)
 
 
 def violation(lost: dict[str, float | None], guard: GuardConfig) -> str | None:

@@ -1,8 +1,10 @@
 """What the guard measures: images of fixed prompts from fixed noise, their scores and their features."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from comfyui_pcpo.reward.base import Reward
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
 from ..config.schema import Config
+from ..files import fingerprint, reward_fingerprints
 from ..loop.distributed import Processes
 from ..loop.scoring import ImageGroups, score, unattended
 from ..memory.transfer import upload
@@ -43,6 +46,7 @@ class Probe:
     rewards: dict[str, Reward]
     processes: Processes
     tick: Callable[[], None]
+    content: str | None = None  # of a model that a host has loaded
 
     @cached_property
     def texts(self) -> list[str]:
@@ -60,12 +64,21 @@ class Probe:
     def condition(self) -> Condition:
         return self.policy.encode([str(text) for text in self.texts])
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        """What measurements depend on besides the policy; equal only if they can be compared."""
-        r = self.config.rollout
-        sampling = (self.config.run.seed, r.steps, r.cfg, r.shift, r.guidance, self.policy.latent_shape)
-        return repr((self.config.model.name, self.config.prompts.negative, sampling, self.texts, sorted(self.rewards)))
+        """What measurements depend on besides the LoRA; equal only if they can be compared."""
+        m, r, reward = self.config.model, self.config.rollout, self.config.reward
+        levels = [round(level, 3) for level in self.policy.grid(r.steps).levels.tolist()]
+        model = (m.name, m.config, m.precision, m.quantize, fingerprint(Path(m.name)), self.content, levels)
+        sampling = (self.config.run.seed, r.steps, r.cfg, r.guidance, self.policy.latent_shape)
+        trained = (sorted(reward.last_weights.items()), reward.standardises, reward.precision)
+        scores = (sorted(self.rewards), sorted(reward_fingerprints(self.rewards).items()), trained)
+        return repr((model, self.config.prompts.negative, sampling, self.texts, scores))
+
+    @property
+    def digest(self) -> str:
+        """The identity in short."""
+        return hashlib.sha256(self.identity.encode()).hexdigest()[:12]
 
     def measure(self) -> ImageMeasures:
         """The policy as it is. Every process measures all images; the results are those of the main one."""

@@ -12,6 +12,7 @@ from comfyui_pcpo.method.advantage import PromptWindow
 from comfyui_pcpo.method.constraint import Constraint
 
 from ..config.schema import Config
+from ..files import reward_fingerprints
 from ..memory.transfer import cloned
 from ..policy.base import Policy
 from .ema import LoraEma
@@ -83,10 +84,11 @@ class TrainingState:
 
 def make_training_state(policy: Policy, config: Config) -> TrainingState:
     """A fresh state around the policy's LoRA."""
-    o, a = config.optimizer, config.advantage
+    o, a, r = config.optimizer, config.advantage, config.reward
     ema = LoraEma(policy.trainable(), o.ema_decay, o.ema_every) if o.ema_decay else None
     kl_weight = config.guard.kl_start if config.guard.kl_budget else None
-    optimizer, window = make_optimizer(policy.trainable(), o), PromptWindow(a.window, min(a.min_count, a.window))
-    r = config.reward
+    of = [list(map(list, r.weights.items())), r.standardises, reward_fingerprints(r.weights)]  # in the window's order
+    window = PromptWindow(a.window, min(a.min_count, a.window), of=of)
     constraints = {name: Constraint(r.constraint_rate, r.constraint_limit) for name in r.constraints}
+    optimizer = make_optimizer(policy.trainable(), o)
     return TrainingState(policy, optimizer, window, ema, kl_weight=kl_weight, constraints=constraints)

@@ -16,7 +16,6 @@ from typing import Any
 
 import filelock
 import torch
-from safetensors import SafetensorError
 
 from comfyui_pcpo.durable import flush_folder, safetensors_parts, write_durably
 from comfyui_pcpo.lora.families import LORA_FAMILIES, Family, detect_family
@@ -78,6 +77,7 @@ class RunFolder:
         self.board = path / "tensorboard"
         self.record_file = path / "run.json"  # what the run was made with, and accepted changes
         self.guard_file = path / "guard.safetensors"  # what the guard measured of the base model
+        self._used: Config | None = None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -95,6 +95,15 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    @contextmanager
+    def using(self, config: Config) -> Iterator[None]:
+        """Inside, the run's settings are these, whatever an editor does to config.toml meanwhile."""
+        self._used = config
+        try:
+            yield
+        finally:
+            self._used = None
 
     def start(self, config: Config) -> None:
         """Write the resolved configuration into an empty folder."""
@@ -120,6 +129,9 @@ class RunFolder:
             )
 
     def config(self) -> Config:
+        """The settings in use, or those of config.toml."""
+        if self._used is not None:
+            return self._used
         if not self.config_file.is_file():
             raise ConfigError(f"{self.path} is not a run: it has no config.toml. Give a folder that `train` made.")
         try:
@@ -187,18 +199,19 @@ class RunFolder:
             with writing(self.curves_file, self.path):
                 curves(records).save(self.curves_file)
 
-    def save(self, state: TrainingState, config: Config) -> Path:
-        """A checkpoint after the last finished update, and the LoRA to use."""
+    def save(self, state: TrainingState, config: Config, use: bool = True) -> Path:
+        """A checkpoint after the last finished update; `use` makes lora.safetensors its LoRA."""
         name = f"{state.done:06d}"
         final, temporary = self.checkpoints / name, self.checkpoints / f"{name}.tmp"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             pairs = write_checkpoint(state, temporary)
-            self.write_lora(folded(pairs, config.lora.scale), state.policy.family, config, state.done)
+            if use:
+                self.write_lora(folded(pairs, config.lora.scale), state.policy.family, config, state.done)
             discard(final)
             temporary.rename(final)
             flush_folder(self.checkpoints)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise NotSaved(
                 f"checkpoint {name} could not be written to {self.checkpoints}: {error}. "
@@ -234,6 +247,16 @@ class RunFolder:
             "format": "pt",
         }
         write_durably(self.lora_file, *safetensors_parts(tensors, metadata))
+
+    def write_final(self, family: Family, config: Config) -> None:
+        """Make lora.safetensors that of the final checkpoint."""
+        number = int(self.checkpoint("final").name)
+        try:
+            pairs = self.lora(str(number))
+        except Damaged as error:
+            raise ConfigError(f"{error} Remove it, and the guard keeps another update.") from None
+        with writing(self.lora_file, self.path):
+            self.write_lora(pairs, family, config, number)
 
     def family(self) -> Family:
         """The LoRA's family, which its file names; module names alone can be those of several."""

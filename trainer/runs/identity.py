@@ -11,7 +11,7 @@ from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.prompt import prompt_line
 
 from ..config.schema import Config, ConfigError
-from ..files import sampled_digest
+from ..files import fingerprint, reward_fingerprints
 from ..program import program_name
 
 FREE = {
@@ -26,6 +26,7 @@ FREE = {
 """Settings that may change on resume: they decide where and how something is computed, or when to stop, not what."""
 MODEL_CONTENT = "content of model.name"
 HOST_MODEL = "content of the host's model"  # by a name of its own: runs from before it was recorded still resume
+REWARD_CONTENT = "content of "  # and the name of a reward that is a file
 LEVELS = "noise levels of the model's schedule"
 SAME_LEVEL = 1e-4  # two libraries compute the levels of one schedule
 
@@ -50,14 +51,9 @@ def identity_of(
         "prompts": [prompt_line(p) for p in prompts],
         MODEL_CONTENT: fingerprint(Path(config.model.name)),
         HOST_MODEL: content,
+        **{REWARD_CONTENT + name: found for name, found in reward_fingerprints(config.reward.names).items()},
         **({} if levels is None else {LEVELS: list(levels)}),
     }
-
-
-def fingerprint(model: Path) -> str | None:
-    """A sampled digest of a local model's weights; None for an embedded model or one of the hub."""
-    files = [model] if model.is_file() else sorted(model.rglob("*.safetensors")) if model.is_dir() else []
-    return " ".join(sampled_digest(file)[:16] for file in files) or None
 
 
 def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -87,6 +83,8 @@ def describe(key: str, before: Any, after: Any) -> str:
         return "the model has other weights (another file, or other LoRAs applied to it)"
     if key == LEVELS:
         return "the model has another noise schedule (such as another shift)"
+    if key.startswith(REWARD_CONTENT):
+        return f"the reward {key.removeprefix(REWARD_CONTENT)} has other weights"
     return f"{key} was {before!r} and is {after!r}"
 
 

@@ -16,6 +16,7 @@ from ..guard.probe import Probe
 from ..loop.align import Job, Update
 from ..loop.distributed import Processes, join
 from ..loop.interrupts import interrupts
+from ..loop.plan import make_plan
 from ..loop.state import TrainingState, make_training_state
 from ..policy.base import Policy
 from ..policy.loading import make_policy
@@ -69,6 +70,7 @@ class Run:
             if main:
                 stack.enter_context(self.folder.locked())
                 stack.callback(self._remove_unstarted)
+            stack.enter_context(self.folder.using(self.config))
             self._begin(main)
             self.saved = self.state.done
             with interrupts.allow():
@@ -126,17 +128,10 @@ class Run:
             self._unrecorded = None
 
     def _save(self) -> None:
-        self.folder.save(self.state, self.config)
+        kept = None if self.guard is None else self.guard.verdict.kept
+        self.folder.save(self.state, self.config, kept in (None, self.state.done))
         self.saved = self.state.done
-        self.folder.prune(self.config.run.keep, None if self.guard is None else self.guard.verdict.kept)
-
-    def _write_kept(self) -> None:
-        """Make lora.safetensors that of the update that the guard keeps."""
-        number = None if self.guard is None else self.folder.kept()
-        if number is not None:
-            with writing(self.folder.lora_file, self.folder.path):
-                pairs = self.folder.lora(str(number))
-                self.folder.write_lora(pairs, self.state.policy.family, self.config, number)
+        self.folder.prune(self.config.run.keep, kept)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         with self._open, interrupts.hold():
@@ -155,7 +150,8 @@ class Run:
         """Bring the files beside the checkpoints up to date."""
         if self.board is not None:
             self.board.close()
-        self._write_kept()
+        if self.guard is not None and self.folder.numbers():
+            self.folder.write_final(self.state.policy.family, self.config)
         self.folder.draw_curves()
 
 
@@ -190,15 +186,17 @@ def begin(folder: RunFolder, state: TrainingState, config: Config, checkpoint: s
             folder.keep_records(state.done)
             folder.keep_checkpoints(state.done)
             folder.remove_leftovers()
+        if folder.numbers():
+            folder.write_final(state.policy.family, config)
 
 
 def guard_after(
     records: Sequence[dict[str, Any]], policy: Policy, job: Job, folder: RunFolder, renew: bool = False
 ) -> Guard:
     """A job's guard, as it was after the recorded updates; `renew` measures the base model anew."""
-    probe = Probe(policy, job.config, list(job.prompts), job.rewards, job.processes, job.tick)
+    probe = Probe(policy, job.config, list(job.prompts), job.rewards, job.processes, job.tick, job.content)
     guard = make_guard(probe, folder.guard_file, renew=renew, write=job.processes.main)
-    guard.verdict = replay(records, job.config.guard, folder.numbers())
+    guard.verdict = replay(records, job.config.guard, folder.numbers(), probe.digest)
     return guard
 
 
@@ -209,7 +207,7 @@ def close(folder: RunFolder, config: Config) -> None:
         kept = folder.kept()
         folder.prune(config.run.keep, kept)
         if kept is not None:
-            folder.write_lora(folder.lora(str(kept)), folder.family(), config, kept)
+            folder.write_final(folder.family(), config)
         folder.draw_curves()
 
 
@@ -264,4 +262,6 @@ def _loaded(
     prompts, rewards = config.prompts.read(), read_rewards(config)
     require_prompts(rewards, prompts)
     job = Job(config, prompts, rewards, Processes(), tick)
-    return folder, make_training_state(make_policy(config, resumed), config), job
+    state = make_training_state(make_policy(config, resumed), config)
+    make_plan(state.policy, config, job.objective, prompts, state.done + 1)  # refuses steps that do not fit the model
+    return folder, state, job
