@@ -73,6 +73,11 @@ def test_a_key_like_no_other_says_where_they_are_listed():
         ),
         ({"reward": {"weights": {}}}, r"no reward is set"),
         ({"rollout": {"branch": 1}, "model": {"shard": True}}, r"branch 1 cannot be combined with model.shard"),
+        (
+            {"objective": {"name": "nft"}, "rollout": {"shared_noise": True}},
+            r"shared_noise = true .* objective.name = nft and no rollout.noise_level: .* equal.* or a noise_level",
+        ),
+        ({"objective": {"name": "awm"}, "rollout": {"shared_noise": True, "noise_level": 0.0}}, r"would be equal"),
         ({"run": {"name": "../outside"}}, r"run.name"),
         ({"run": {"name": "a/b"}}, r"run.name"),
         ({"run": {"name": "a\\b"}}, r"run.name"),
@@ -88,6 +93,12 @@ def test_a_key_like_no_other_says_where_they_are_listed():
 def test_what_cannot_run_is_refused_with_the_number_and_the_rule(tree, message):
     with pytest.raises(ConfigError, match=message):
         build(tree, "test")
+
+
+@pytest.mark.parametrize("name", ["nft", "awm"])
+def test_shared_noise_of_the_training_and_of_a_sampler_with_noise_are_fine_on_the_forward_process(name):
+    build({"objective": {"name": name, "shared_noise": True}}, "test")
+    build({"objective": {"name": name}, "rollout": {"shared_noise": True, "noise_level": 0.7}}, "test")
 
 
 def test_a_file_that_is_missing_or_not_toml_is_named(tmp_path):

@@ -94,6 +94,13 @@ class Config(Section):
                 f"rollout.decode = predicted cannot be combined with objective.name = {self.objective.name} and a "
                 "noise_level: the scored image would not be the one that is trained on. Use decode = final."
             )
+        if forward and r.shared_noise and not r.noise_level:
+            raise ValueError(
+                f"rollout.shared_noise = true cannot be combined with objective.name = {self.objective.name} and no "
+                "rollout.noise_level: the images of a group would be equal, and nothing would be trained. Set "
+                "shared_noise = false or a noise_level; objective.shared_noise, the noise of training, is another "
+                "option."
+            )
         if not r.branch and r.branch_points > 1:
             raise ValueError(f"rollout.branch_points is {r.branch_points}, but needs rollout.branch of 1 or more.")
         if r.prompts_per_update % r.branch_points:
