@@ -41,7 +41,7 @@ class Unet(PipelineAdapter):
         c = self.scheduler.config
         try:
             return ddim_grid(steps, self.alphas, c.num_train_timesteps, steps_offset=c.steps_offset,
-                             set_alpha_to_one=c.set_alpha_to_one)  # fmt: skip
+                             set_alpha_to_one=c.set_alpha_to_one, spacing=c.timestep_spacing)  # fmt: skip
         except ValueError as error:
             raise ConfigError(f"denoising steps: {error}") from None
 
