@@ -43,6 +43,16 @@ def test_out_of_memory_in_the_first_update_names_every_way(tmp_path):
         raise torch.OutOfMemoryError("no memory")
 
 
+def test_a_reward_that_is_out_of_memory_is_told_its_own_settings(tmp_path):
+    folder, error = RunFolder(tmp_path / "run"), torch.OutOfMemoryError("reward hpsv2: no memory")
+    advice = memory_advice(build({"reward": {"offload": False}}, "test"), folder, error)
+    assert advice.startswith("out of memory with reward.images_at_once = 16: reward hpsv2: no memory.")
+    for way in ("reward.images_at_once = 8", "reward.offload = true", 'reward.device = "cpu"', "reward.precision ="):
+        assert way in advice
+    assert "rollout" not in advice and "lora" not in advice
+    assert "reward.offload" not in memory_advice(Config(), folder, error)
+
+
 def test_a_sharded_model_that_is_out_of_memory_is_not_told_to_quantize(tmp_path):
     sharded = memory_advice(build({"model": {"shard": True}}, "test"), RunFolder(tmp_path / "run"), ValueError("full"))
     assert "quantize" not in sharded

@@ -44,7 +44,30 @@ def explained(config: Config, folder: RunFolder) -> Iterator[None]:
 
 def memory_advice(config: Config, folder: RunFolder, error: Exception) -> str:
     """Out of memory: the settings that need less, as far as they are not in use, and how to go on."""
+    ways = reward_ways if str(error).startswith("reward ") else model_ways
+    where, *kinds = ways(config)
+    first, later = ([way for way, unused in kind.items() if unused] for kind in kinds)
+    said = f"out of memory with {where}: {error}."
+    if not folder.numbers():
+        return f"{said} These need less: {', '.join([*first, *later])}. No update was finished: start again with them."
+    resume = f"in {folder.config_file}, then `{program_name()} resume {folder.path}`; finished updates are saved"
+    return " ".join(
+        [
+            said,
+            *([f"These need less: {', '.join(first)}. Change them {resume}."] if first else []),
+            f"{'Only a' if not first else 'A'} new run can also use {', '.join(later)}.",
+        ]
+    )
+
+
+Ways = dict[str, bool]
+"""What needs less memory, and whether it is not in use yet."""
+
+
+def model_ways(config: Config) -> tuple[str, Ways, Ways]:
+    """What the model's memory depends on, what may change at any time, and what in a new run."""
     m, r = config.model, config.rollout
+    size = f"{r.width} x {r.height} pixels" if r.width and r.height else "the model's own size"
     any_time = {
         f"rollout.images_at_once = {r.images_at_once // 2}": r.images_at_once > 1,
         "rollout.batch_cfg = false": r.cfg != 1 and r.batch_cfg,
@@ -57,16 +80,16 @@ def memory_advice(config: Config, folder: RunFolder, error: Exception) -> str:
         "a smaller rollout.height and rollout.width": True,
         "a lower lora.rank": config.lora.rank > 1,
     }
-    first, later = ([way for way, unused in ways.items() if unused] for ways in (any_time, in_a_new_run))
-    size = f"{r.width} x {r.height} pixels" if r.width and r.height else "the model's own size"
-    said = f"out of memory with rollout.images_at_once = {r.images_at_once} at {size}: {error}."
-    if not folder.numbers():
-        return f"{said} These need less: {', '.join([*first, *later])}. No update was finished: start again with them."
-    resume = f"in {folder.config_file}, then `{program_name()} resume {folder.path}`; finished updates are saved"
-    return " ".join(
-        [
-            said,
-            *([f"These need less: {', '.join(first)}. Change them {resume}."] if first else []),
-            f"{'Only a' if not first else 'A'} new run can also use {', '.join(later)}.",
-        ]
-    )
+    return f"rollout.images_at_once = {r.images_at_once} at {size}", any_time, in_a_new_run
+
+
+def reward_ways(config: Config) -> tuple[str, Ways, Ways]:
+    """The same of a reward's memory; the model stays on its device while rewards score."""
+    r = config.reward
+    any_time = {
+        f"reward.images_at_once = {r.images_at_once // 2}": r.images_at_once > 1,
+        "reward.offload = true": not r.offload,
+        'reward.device = "cpu"': r.device != "cpu",
+    }
+    in_a_new_run = {'reward.precision = "float16"': r.precision == "float32", "a smaller reward": True}
+    return f"reward.images_at_once = {r.images_at_once}", any_time, in_a_new_run
