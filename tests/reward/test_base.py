@@ -93,7 +93,7 @@ class Full(torch.nn.Linear):
 def test_a_device_without_room_names_the_reward_that_moves_there():
     reward = Network().load()
     reward.model = Full(1, 1)
-    with pytest.raises(torch.OutOfMemoryError, match="^reward network: no room$"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"^reward network: no room$"):
         reward.to("meta")
 
 

@@ -105,9 +105,7 @@ def test_a_skeleton_has_as_many_parameters_as_the_published_model(name, part, mi
     assert sum(p.numel() for p in model.parameters()) == round(millions * 1e6)
 
 
-@pytest.mark.parametrize(
-    ("name", "spacing"), [("sd_xl_turbo_1.0_fp16", "trailing"), ("juggernautXL_v9", "leading")]
-)
+@pytest.mark.parametrize(("name", "spacing"), [("sd_xl_turbo_1.0_fp16", "trailing"), ("juggernautXL_v9", "leading")])
 def test_the_scheduler_of_a_file_named_as_distilled_begins_at_pure_noise(name, spacing, tmp_path):
     folder = checkpoint_skeleton(tmp_path / f"{name}.safetensors", CHECKPOINT_KINDS[0], tmp_path)
     assert diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler").config["timestep_spacing"] == spacing

@@ -1,4 +1,4 @@
-"""Errors of PyTorch during a run, in a sentence that names the fix."""
+"""Errors during a run: those of PyTorch in a sentence that names the fix, and after all of them how to go on."""
 
 import traceback
 from collections.abc import Iterator
@@ -10,36 +10,39 @@ from comfyui_pcpo.metrics.errors import MetricError
 from comfyui_pcpo.reward.base import RewardError
 
 from ..config.schema import Config, ConfigError
+from ..loop.distributed import ProcessLost
 from ..loop.scoring import RunError
 from ..program import program_name
 from .folder import RunFolder
 
-UNDERSTOOD = RunError, RewardError, MetricError
+UNDERSTOOD = RunError, RewardError, MetricError, FloatingPointError, ProcessLost
 """Errors whose message is meant for the user; PyTorch's RuntimeErrors are not."""
 
 
 @contextmanager
 def explained(config: Config, folder: RunFolder) -> Iterator[None]:
-    """Around a run: turn errors of PyTorch into ConfigErrors. Finished updates are saved before."""
+    """Around a run: turn its errors into ConfigErrors that say how to go on. Finished updates are saved before."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ConfigError(memory_advice(config, folder, error)) from error
-    except UNDERSTOOD:
-        raise
+    except UNDERSTOOD as error:
+        raise ConfigError(f"{error} {going_on(folder)}") from error
     except RuntimeError as error:
         with suppress(ConfigError, OSError):  # the disk is full: the error itself matters more
             folder.path.mkdir(parents=True, exist_ok=True)  # without a finished update, it is gone by now
             folder.log(traceback.format_exc())
-        going_on = (
-            f"Finished updates are saved; continue with `{program_name()} resume {folder.path}`."
-            if folder.numbers()
-            else "No update was finished, so the same command starts anew."
-        )
         raise ConfigError(
             f"{error} (a {type(error).__name__} of PyTorch or of a model; its traceback is in {folder.log_file}). "
-            f"{going_on}"
+            f"{going_on(folder)}"
         ) from error
+
+
+def going_on(folder: RunFolder) -> str:
+    """What is left of a run that failed, and how to go on."""
+    if folder.numbers():
+        return f"Finished updates are saved; continue with `{program_name()} resume {folder.path}`."
+    return "No update was finished, so the same command starts anew."
 
 
 def memory_advice(config: Config, folder: RunFolder, error: Exception) -> str:
