@@ -165,6 +165,26 @@ def test_a_table_given_whole_replaces_and_an_entry_is_added(tmp_path):
     assert more.reward.weights == {"alignment": 1.0, "redness": 2.0}
 
 
+def test_an_entry_is_added_to_a_reward_given_by_its_name_alone(tmp_path):
+    both = {"alignment": 1.0, "jpeg": 2.0}
+    file = tmp_path / "run.toml"
+    file.write_text('[reward]\nweights = "alignment"\n')
+    assert load(file, parse_overrides(["--reward.weights.jpeg", "2"])).reward.weights == both
+    assert load(file, parse_overrides(["--reward.weights", "jpeg"])).reward.weights == {"jpeg": 1.0}
+    options = ["--reward.weights", "alignment", "--reward.weights.jpeg", "2"]
+    assert load(None, parse_overrides(options)).reward.weights == both
+
+
+@pytest.mark.parametrize("value", ["3", '["alignment"]', '""', "true"])
+def test_weights_that_are_neither_a_name_nor_a_table_are_refused_before_an_entry_is_added(tmp_path, value):
+    file = tmp_path / "run.toml"
+    file.write_text(f"[reward]\nweights = {value}\n")
+    with pytest.raises(ConfigError, match=r"run.toml: reward.weights is .*, but must be a reward's name or a table"):
+        load(file, parse_overrides(["--reward.weights.jpeg", "2"]))
+    with pytest.raises(ConfigError, match=r"options: reward.weights is "):
+        parse_overrides(["--reward.weights", value, "--reward.weights.jpeg", "2"])
+
+
 def test_a_reward_with_a_dot_in_its_name_is_one_option():
     overrides = parse_overrides(["--reward.weights.hpsv2.1", "0.5", "--reward.weights.my-pack.mod:Judge=2"])
     assert overrides["reward"]["weights"] == {"hpsv2.1": 0.5, "my-pack.mod:Judge": 2}
