@@ -80,7 +80,7 @@ class Update:
 class Samples:
     """One update's images of this process, and the trajectory behind them."""
 
-    path: Trajectory
+    path: Trajectory  # as far as the objective trains it
     images: Tensor  # (B, H, W, 3) in [0, 1]
     predict: Predict
 
@@ -104,12 +104,14 @@ def align(state: TrainingState, job: Job) -> Iterator[Update]:
                     scored = score_rollout(state, job, overlap, samples.images)
             with seconds("update"):
                 statistics = improve(state, update_batch(state, job, plan, samples, scored), job.processes)
+            images = samples.images
+            del samples  # its trajectory: the next rollout takes as much memory
             state.done = number
             metrics = record(Measured(plan, scored, statistics, seconds, state.learning_rate), job.config)
             if overlap.rewards:
                 metrics["seconds_saved"] = round(overlap.saved, 4)
             metrics |= guarded(state, job, metrics["kl"])
-        yield Update(number, metrics, samples.images, plan.texts, own_rows(scored.combined, job))
+        yield Update(number, metrics, images, plan.texts, own_rows(scored.combined, job))
         if job.guard is not None and job.guard.stopped:
             return
 
@@ -137,9 +139,10 @@ def roll_out(state: TrainingState, job: Job, overlap: Overlap, condition: Condit
                     overlap.add(part, policy.decode(clean_latents(path, plan, r.decode)[part]))
     assert path is not None  # there is at least one chunk
     if overlap.rewards:
-        return Samples(path, overlap.images, predict)
+        return Samples(job.objective.kept(path), overlap.images, predict)
     final = clean_latents(path, plan, r.decode)
-    return Samples(path, torch.cat([policy.decode(x) for x in final.split(len(plan.chunks[0]))]), predict)
+    images = torch.cat([policy.decode(x) for x in final.split(len(plan.chunks[0]))])
+    return Samples(job.objective.kept(path), images, predict)
 
 
 def sampled_parts(
