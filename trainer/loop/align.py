@@ -51,6 +51,7 @@ class Job:
     rewards: dict[str, Reward]  # the trained and the held-out ones, by name
     processes: Processes = field(default_factory=Processes)
     tick: Callable[[], None] = lambda: None  # called before every model call; may raise
+    waiting: Callable[[], None] = lambda: None  # the same, several times a second while rewards elsewhere score
     guard: UpdateGuard | None = None
     encoding: Progress = no_progress  # over the prompts
     content: str | None = None  # of a model that a host has loaded: what tells it from others of its kind
@@ -62,7 +63,7 @@ class Job:
     def overlap(self, plan: Plan) -> Overlap:
         """The rewards that score while the policy samples."""
         elsewhere = {name: reward for name, reward in self.rewards.items() if reward.elsewhere}
-        return Overlap(elsewhere, plan, self.config.reward.overlap, self.tick)
+        return Overlap(elsewhere, plan, self.config.reward.overlap, self.waiting)
 
 
 @dataclass
