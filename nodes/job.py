@@ -166,7 +166,10 @@ def train_lora(inputs: TrainingInputs, config: Config, name: str) -> RunFolder:
         STARTED[name] = config.run.name
         state = make_training_state(policy, config)
         checkpoint = "latest" if inputs.resume and has_updates(folder.path) else None
-        job = Job(config, inputs.prompts.lines, rewards, tick=bar.tick, content=model_content(inputs.model))
+        job = Job(
+            config, inputs.prompts.lines, rewards, tick=bar.tick, content=model_content(inputs.model),
+            waiting=mm.throw_exception_if_processing_interrupted,
+        )  # fmt: skip
         with Run(folder, state, job, checkpoint) as run:
             bar.show(state.done)
             for update in align(run.state, run.job):

@@ -60,15 +60,18 @@ def make_config(tmp_path: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def learn() -> Callable[..., Any]:
-    """learn(config, tick) -> (state, updates): the loop alone, without a folder."""
+    """learn(config, tick, rewards, waiting=...) -> (state, updates): the loop alone, without a folder."""
     from trainer.loop.align import Job, align
     from trainer.loop.state import make_training_state
     from trainer.policy.loading import make_policy
     from trainer.runs.rewards import load_rewards
 
-    def start(config: Any, tick: Callable[[], None] = lambda: None, rewards: dict[str, Any] | None = None) -> Any:
+    def start(
+        config: Any, tick: Callable[[], None] = lambda: None, rewards: dict[str, Any] | None = None, **more: Any
+    ) -> Any:
         state = make_training_state(make_policy(config), config)
-        return state, align(state, Job(config, config.prompts.read(), rewards or load_rewards(config), tick=tick))
+        job = Job(config, config.prompts.read(), rewards or load_rewards(config), tick=tick, **more)
+        return state, align(state, job)
 
     return start
 

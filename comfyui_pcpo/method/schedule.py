@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Kind = Literal["ddim", "flow"]
+Spacing = Literal["leading", "trailing"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +95,13 @@ def ddim_grid(
     beta_end: float = 0.012,
     steps_offset: int = 1,
     set_alpha_to_one: bool = False,
+    spacing: Spacing = "leading",
 ) -> Grid:
-    """The DDIM grid with `leading` spacing, levels (T + 1,) of alpha_bar.
+    """The DDIM grid, levels (T + 1,) of alpha_bar.
 
-    DDIM (arXiv 2010.02502), Section 4.2, spaced as diffusers' DDIMScheduler: t_i = offset + i * (num_train // steps),
-    and each step goes to t - num_train // steps; below 0 that is alpha_bar_0, or 1 with `set_alpha_to_one`.
+    DDIM (arXiv 2010.02502), Section 4.2, spaced as diffusers' DDIMScheduler, `spacing` as in Table 2 of 2305.08891:
+    leading t_i = offset + i * (num_train // steps), trailing t_i = round(num_train - i * num_train / steps) - 1, from
+    pure noise. The last step goes to t - num_train // steps; below 0 that is alpha_bar_0, or 1 with `set_alpha_to_one`.
     """
     if not 1 <= steps <= num_train:
         raise ValueError(f"steps is {steps}, but the model knows {num_train} timesteps. Use 1 to {num_train}.")
@@ -106,16 +110,29 @@ def ddim_grid(
     )
     if len(alphas) != num_train:
         raise ValueError(f"alphas_cumprod has {len(alphas)} entries, but num_train is {num_train}. Make them equal.")
-    ratio = num_train // steps
-    times = torch.arange(steps - 1, -1, -1) * ratio + steps_offset
+    times = _ddim_times(steps, num_train, steps_offset, spacing)
     if times[0] >= num_train:
         raise ValueError(
             f"the first timestep is {int(times[0])}, but the model ends at {num_train - 1}. "
             "Use fewer steps or steps_offset = 0."
         )
-    previous = int(times[-1]) - ratio
+    if alphas[times[0]] == 0:
+        raise ValueError(
+            f"alpha_bar is 0 at the first timestep {int(times[0])} (zero terminal SNR), from which no ddim step leads. "
+            "Set timestep_spacing = leading in the configuration of the model's scheduler."
+        )
+    previous = int(times[-1]) - num_train // steps
     final = alphas.new_ones(1) if set_alpha_to_one and previous < 0 else alphas[max(previous, 0)].reshape(1)
     return Grid("ddim", torch.cat([alphas[times], final]), times)
+
+
+def _ddim_times(steps: int, num_train: int, offset: int, spacing: Spacing) -> Tensor:
+    """The timesteps of a DDIM grid, (T,) int64."""
+    if spacing == "leading":
+        return torch.arange(steps - 1, -1, -1) * (num_train // steps) + offset
+    if spacing == "trailing":  # numpy's sums, whose rounding the scheduler has
+        return torch.from_numpy(np.arange(num_train, 0, -num_train / steps)[:steps].round()).long() - 1
+    raise ValueError(f"spacing is {spacing!r}, but ddim steps are spaced leading or trailing. Use one of these.")
 
 
 def flow_grid(steps: int, shift: float = 3.0) -> Grid:

@@ -126,7 +126,7 @@ class Reward:
             elsewhere = [p for p in self.model.parameters() if p.device.type != self.device.type]
             if elsewhere and self.device.type != "cpu":
                 self.settings.make_room(sum(p.nbytes for p in elsewhere))
-            with ordinary_tensors():
+            with blamed(self), ordinary_tensors():
                 self.model.to(self.device)
         return self
 

@@ -1,7 +1,6 @@
 """The preset of a MODEL, and the memory that its training can use."""
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ...trainer.config.presets import Room, preset_name
 from ...trainer.files import sampled_digest
+from .origin import file_name, loaded_from
 from .spaces import space_of
 
 HOST_FAMILIES = {  # ComfyUI's configuration class -> the family in trainer/config/presets.py
@@ -32,16 +32,6 @@ def host_preset(model: Any) -> str:
     if family == "flux2" and config.unet_config.get("hidden_size", KLEIN_BELOW) < KLEIN_BELOW:
         name += " klein"
     return preset_name(family, name)
-
-
-def file_name(model: Any) -> str:
-    """Name of the file that a MODEL was loaded from, empty if its loader did not keep it."""
-    return next((path.name for path in loaded_from(model)), "")
-
-
-def loaded_from(model: Any) -> list[Path]:
-    """The texts among what a MODEL's loader was called with, of which the first is its file."""
-    return [Path(text) for text in (model.cached_patcher_init or (None, ()))[1] if isinstance(text, str)]
 
 
 def model_content(model: Any) -> str | None:

@@ -13,9 +13,11 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.method.schedule import Grid, ddim_grid
+from comfyui_pcpo.method.schedule import Grid, Spacing, ddim_grid
 
+from ...trainer.config.presets import timestep_spacing
 from ...trainer.config.schema import ConfigError
+from .origin import file_name
 
 VARIANCE_EXPLODING = (comfy.model_sampling.EPS, comfy.model_sampling.V_PREDICTION)
 UNSUPPORTED = (comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW)
@@ -28,6 +30,7 @@ class Space:
     kind: Literal["ddim", "flow"]
     sampling: Any
     exploding: bool  # ComfyUI's latents are x0 + sigma eps
+    spacing: Spacing = "leading"  # of ddim's timesteps
 
     def grid(self, sigmas: Tensor) -> Grid:
         """ComfyUI's sigmas (T + 1,) as the library's grid."""
@@ -65,7 +68,7 @@ def space_of(model: Any) -> Space:
     if isinstance(sampling, comfy.model_sampling.COSMOS_RFLOW):
         return Space("flow", sampling, exploding=True)
     if isinstance(sampling, VARIANCE_EXPLODING) and not isinstance(sampling, UNSUPPORTED):
-        return Space("ddim", sampling, exploding=True)
+        return Space("ddim", sampling, exploding=True, spacing=timestep_spacing(file_name(model)))
     kind = ", ".join(base.__name__ for base in type(sampling).__mro__[1:3])
     raise ConfigError(
         f"the model's sampling type is {kind}, but PCPO supports epsilon prediction, v-prediction and flow matching. "
@@ -74,10 +77,10 @@ def space_of(model: Any) -> Space:
 
 
 def training_grid(space: Space, steps: int) -> Grid:
-    """The trainer's noise levels: the DDIM or flow matching grid of diffusers."""
+    """The trainer's noise levels: the DDIM or flow matching grid of diffusers, as it spaces a single file's."""
     sampling = space.sampling
     if space.kind == "ddim" and isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
         alphas = 1 / (1 + sampling.sigmas.detach().cpu().double().square())
-        return ddim_grid(steps, alphas, len(alphas))
+        return ddim_grid(steps, alphas, len(alphas), spacing=space.spacing)
     name = "simple" if isinstance(sampling, comfy.model_sampling.ModelSamplingFlux) else "normal"
     return space.grid(comfy.samplers.calculate_sigmas(sampling, name, steps))

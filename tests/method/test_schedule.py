@@ -10,12 +10,15 @@ torch.set_num_threads(1)
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
-@pytest.mark.parametrize("steps", [1, 20, 30, 50, 999])
+@pytest.mark.parametrize(
+    ("steps", "spacing"),
+    [*((n, spacing) for n in (1, 4, 20, 30, 48, 50) for spacing in ("leading", "trailing")), (999, "leading")],
+)
 @pytest.mark.parametrize("to_one", [False, True])
-def test_ddim_grid_equals_the_diffusers_scheduler(steps, to_one):
-    scheduler = DDIMScheduler(**SD15, set_alpha_to_one=to_one)
+def test_ddim_grid_equals_the_diffusers_scheduler(steps, to_one, spacing):
+    scheduler = DDIMScheduler(**SD15, set_alpha_to_one=to_one, timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
-    grid = ddim_grid(steps, set_alpha_to_one=to_one)
+    grid = ddim_grid(steps, set_alpha_to_one=to_one, spacing=spacing)
     assert grid.timesteps.dtype == torch.int64
     assert grid.timesteps.tolist() == scheduler.timesteps.tolist()
     # the scheduler multiplies its alphas in float32
@@ -30,6 +33,13 @@ def test_ddim_grid_takes_the_alphas_of_a_model():
     grid = ddim_grid(5, alphas, num_train=10)
     assert grid.timesteps.tolist() == [9, 7, 5, 3, 1]
     assert grid.levels.tolist() == alphas[[9, 7, 5, 3, 1, 0]].tolist()
+
+
+def test_no_ddim_step_leads_from_a_level_without_signal():
+    alphas = scaled_linear_alphas().index_fill(0, torch.tensor(999), 0)  # zero terminal SNR
+    assert ddim_grid(4, alphas).levels.isfinite().all()
+    with pytest.raises(ValueError, match=r"alpha_bar is 0 at the first timestep 999 .* timestep_spacing = leading"):
+        ddim_grid(4, alphas, spacing="trailing")
 
 
 def test_ddim_steps_are_even():
@@ -66,6 +76,7 @@ def test_flow_grid_from_sigmas_is_what_diffusers_uses():
         (lambda: ddim_grid(1001), "steps is 1001"),
         (lambda: ddim_grid(1000), "first timestep is 1000"),
         (lambda: ddim_grid(5, scaled_linear_alphas(10)), "10 entries, but num_train is 1000"),
+        (lambda: ddim_grid(4, spacing="linspace"), "spacing is 'linspace', but"),  # type: ignore[arg-type]
         (lambda: flow_grid(0), "at least one step"),
         (lambda: flow_grid(5, shift=0.0), "shift is 0.0"),
         (lambda: flow_grid_from_sigmas([1.0, 0.5]), "Append the trailing 0"),

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 job = comfy_host.pack_module("nodes.job")
 host_presets = comfy_host.pack_module("nodes.host.presets")
+host_spaces = comfy_host.pack_module("nodes.host.spaces")
 presets = comfy_host.pack_module("trainer.config.presets")
 training = comfy_host.pack_module("nodes.training")
 types = comfy_host.pack_module("nodes.types")
@@ -63,6 +64,16 @@ def test_a_distilled_model_is_known_by_its_file(file, preset):
     model = host_models.make("z-image").model
     model.cached_patcher_init = (print, (f"/models/diffusion_models/{file}", {}))
     assert host_presets.host_preset(model) == preset
+
+
+@pytest.mark.parametrize(
+    ("file", "timesteps"),
+    [("sd_xl_turbo_1.0_fp16.safetensors", [999, 749, 499, 249]), ("juggernautXL_v9.safetensors", [751, 501, 251, 1])],
+)
+def test_a_distilled_epsilon_model_begins_at_pure_noise_as_in_the_trainer(file, timesteps):
+    model = comfy_families.make("sdxl").model
+    model.cached_patcher_init = (print, (f"/models/checkpoints/{file}", {}))
+    assert host_spaces.training_grid(host_spaces.space_of(model), 4).timesteps.tolist() == timesteps
 
 
 def test_sdxl_trains_with_guidance_and_flux_without(monkeypatch):

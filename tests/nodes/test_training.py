@@ -3,6 +3,8 @@
 import copy
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ import comfy_models  # noqa: E402
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3  # noqa: E402
 from comfy_models import LINES, biggest  # noqa: E402
 
+from comfyui_pcpo.reward.color import Colorfulness  # noqa: E402
 from comfyui_pcpo.tiny import pipelines  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -423,6 +426,28 @@ def test_interrupt_stops_at_the_next_step_and_saves_finished_updates(flow):
     again = flow.train("cancelled", updates=done + 1, resume=True)[0]
     whole = flow.train("never-cancelled", updates=done + 1)[0]
     assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_interrupt_does_not_wait_for_a_reward_elsewhere(flow):
+    class Slow(Colorfulness):
+        """Asks to cancel when the last images of an update arrive, and then does not answer."""
+
+        elsewhere, calls, released = True, 0, threading.Event()
+
+        def score_batch(self, images, prompts):
+            self.calls += 1
+            if self.calls == 3:  # before it, the trial and the first half
+                mm.interrupt_current_processing()
+                self.released.wait(60)
+            return super().score_batch(images, prompts)
+
+    reward, slow = Slow(), copy.copy(flow)
+    slow.reward = types.WeightedRewards((reward,), (1.0,))
+    start = time.perf_counter()
+    with pytest.raises(mm.InterruptProcessingException):
+        slow.train("not-waited-for", prompts_per_update=1)
+    assert time.perf_counter() - start < 60 and reward.calls == 3
+    reward.released.set()
 
 
 def test_out_of_memory_names_the_inputs_saves_finished_updates_and_the_next_run_works(flow):

@@ -83,6 +83,20 @@ def test_a_host_is_asked_for_room_before_a_network_moves_to_a_gpu():
     assert asked == [4]
 
 
+class Full(torch.nn.Linear):
+    """A network for which the device has no room."""
+
+    def to(self, device):
+        raise torch.OutOfMemoryError("no room")
+
+
+def test_a_device_without_room_names_the_reward_that_moves_there():
+    reward = Network().load()
+    reward.model = Full(1, 1)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^reward network: no room$"):
+        reward.to("meta")
+
+
 def test_a_host_can_stop_the_scoring_between_two_batches():
     calls = []
 

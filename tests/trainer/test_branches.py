@@ -9,7 +9,7 @@ from running import resume_run, start_run
 from trainer.config.loading import build, load
 from trainer.config.schema import ConfigError
 from trainer.loop.objectives import make_objective
-from trainer.loop.plan import make_plan
+from trainer.loop.plan import make_plan, run_steps
 from trainer.policy.loading import make_policy
 
 pytestmark = pytest.mark.slow
@@ -175,11 +175,42 @@ def test_dancegrpos_configurations_decode_the_prediction():
     assert predicted == {"flux-dance", "flux-dance-24gb"}
 
 
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({}, r"cannot be combined with objective.last_step = true: .* decode = final, or objective.last_step = false"),
+        (
+            {"skip_last": 0, "last_step": False},
+            r"cannot be combined with objective.skip_last = 0: .* objective.skip_last = 1",
+        ),
+    ],
+)
+def test_a_last_step_whose_noise_is_not_scored_is_not_trained(make_config, objective, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(rollout={"decode": "predicted"}, objective=objective)
+
+
+@pytest.mark.parametrize(
+    ("objective", "rollout"),
+    [
+        ({"skip_last": 1}, {}),
+        ({"first_steps": 2}, {}),
+        ({"name": "nft"}, {}),
+        ({}, {"method": "cps"}),
+    ],
+)
+def test_a_prediction_is_scored_where_the_last_step_has_no_noise_or_is_not_trained(make_config, objective, rollout):
+    config = make_config(rollout={"decode": "predicted", **rollout}, objective=objective)
+    policy, rules = make_policy(config), make_objective(config)
+    steps = run_steps(policy, config, rules)
+    assert steps.trainable[-1] < 2 or steps.stochastic[-1].std == 0
+
+
 def test_decoding_the_prediction_leaves_out_the_noise_of_the_last_step(make_config, learn):
     images = {}
     for decode in ("final", "predicted"):
         rollout = {"method": "dance_sde", "noise_level": 1.0, "decode": decode}
-        images[decode] = next(learn(make_config(rollout=rollout))[1]).images
+        images[decode] = next(learn(make_config(rollout=rollout, objective={"last_step": False}))[1]).images
     assert not torch.equal(images["final"], images["predicted"])
     still = [next(learn(make_config(objective={"name": "nft"}, rollout={"decode": d}))[1]).images for d in images]
     torch.testing.assert_close(*still, rtol=0, atol=1e-4)  # without noise they are one latent

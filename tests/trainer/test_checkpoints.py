@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from trainer.config.loading import load
 from trainer.config.schema import ConfigError
 from trainer.policy.loading import load_pipeline, make_policy
-from trainer.policy.single_file import CHECKPOINT_KINDS, checkpoint_kind
+from trainer.policy.single_file import CHECKPOINT_KINDS, checkpoint_kind, checkpoint_skeleton
 from trainer.policy.skeletons import SKELETONS, write_skeleton
 
 pytestmark = pytest.mark.slow
@@ -103,6 +103,12 @@ def test_a_skeleton_has_as_many_parameters_as_the_published_model(name, part, mi
         else:
             model = getattr(diffusers, config.pop("_class_name")).from_config(config)
     assert sum(p.numel() for p in model.parameters()) == round(millions * 1e6)
+
+
+@pytest.mark.parametrize(("name", "spacing"), [("sd_xl_turbo_1.0_fp16", "trailing"), ("juggernautXL_v9", "leading")])
+def test_the_scheduler_of_a_file_named_as_distilled_begins_at_pure_noise(name, spacing, tmp_path):
+    folder = checkpoint_skeleton(tmp_path / f"{name}.safetensors", CHECKPOINT_KINDS[0], tmp_path)
+    assert diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler").config["timestep_spacing"] == spacing
 
 
 def test_a_skeletons_tokenizer_is_clips(tmp_path):

@@ -73,6 +73,11 @@ def test_a_key_like_no_other_says_where_they_are_listed():
         ),
         ({"reward": {"weights": {}}}, r"no reward is set"),
         ({"rollout": {"branch": 1}, "model": {"shard": True}}, r"branch 1 cannot be combined with model.shard"),
+        (
+            {"objective": {"name": "nft"}, "rollout": {"shared_noise": True}},
+            r"shared_noise = true .* objective.name = nft and no rollout.noise_level: .* equal.* or a noise_level",
+        ),
+        ({"objective": {"name": "awm"}, "rollout": {"shared_noise": True, "noise_level": 0.0}}, r"would be equal"),
         ({"run": {"name": "../outside"}}, r"run.name"),
         ({"run": {"name": "a/b"}}, r"run.name"),
         ({"run": {"name": "a\\b"}}, r"run.name"),
@@ -88,6 +93,12 @@ def test_a_key_like_no_other_says_where_they_are_listed():
 def test_what_cannot_run_is_refused_with_the_number_and_the_rule(tree, message):
     with pytest.raises(ConfigError, match=message):
         build(tree, "test")
+
+
+@pytest.mark.parametrize("name", ["nft", "awm"])
+def test_shared_noise_of_the_training_and_of_a_sampler_with_noise_are_fine_on_the_forward_process(name):
+    build({"objective": {"name": name, "shared_noise": True}}, "test")
+    build({"objective": {"name": name}, "rollout": {"shared_noise": True, "noise_level": 0.7}}, "test")
 
 
 def test_a_file_that_is_missing_or_not_toml_is_named(tmp_path):
@@ -152,6 +163,26 @@ def test_a_table_given_whole_replaces_and_an_entry_is_added(tmp_path):
     assert whole.reward.weights == {"redness": 2.0}
     more = load(file, parse_overrides(["--reward.weights.redness", "2.0"]))
     assert more.reward.weights == {"alignment": 1.0, "redness": 2.0}
+
+
+def test_an_entry_is_added_to_a_reward_given_by_its_name_alone(tmp_path):
+    both = {"alignment": 1.0, "jpeg": 2.0}
+    file = tmp_path / "run.toml"
+    file.write_text('[reward]\nweights = "alignment"\n')
+    assert load(file, parse_overrides(["--reward.weights.jpeg", "2"])).reward.weights == both
+    assert load(file, parse_overrides(["--reward.weights", "jpeg"])).reward.weights == {"jpeg": 1.0}
+    options = ["--reward.weights", "alignment", "--reward.weights.jpeg", "2"]
+    assert load(None, parse_overrides(options)).reward.weights == both
+
+
+@pytest.mark.parametrize("value", ["3", '["alignment"]', '""', "true"])
+def test_weights_that_are_neither_a_name_nor_a_table_are_refused_before_an_entry_is_added(tmp_path, value):
+    file = tmp_path / "run.toml"
+    file.write_text(f"[reward]\nweights = {value}\n")
+    with pytest.raises(ConfigError, match=r"run.toml: reward.weights is .*, but must be a reward's name or a table"):
+        load(file, parse_overrides(["--reward.weights.jpeg", "2"]))
+    with pytest.raises(ConfigError, match=r"options: reward.weights is "):
+        parse_overrides(["--reward.weights", value, "--reward.weights.jpeg", "2"])
 
 
 def test_a_reward_with_a_dot_in_its_name_is_one_option():

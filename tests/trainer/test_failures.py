@@ -4,9 +4,11 @@ import pytest
 import torch
 from running import start_run
 
+from comfyui_pcpo.reward import Reward, RewardError
 from trainer.config.loading import build
 from trainer.config.schema import Config, ConfigError
 from trainer.loop.align import align
+from trainer.loop.scoring import RunError, check_failures
 from trainer.runs import launch
 from trainer.runs.failures import explained, memory_advice
 from trainer.runs.folder import RunFolder
@@ -37,6 +39,32 @@ def test_a_run_goes_on_from_its_finished_updates(make_config):
     assert "lora.rank" not in str(caught.value).split("A new run")[0]
 
 
+@pytest.mark.parametrize("kind", [RunError, RewardError, FloatingPointError])
+def test_a_failure_of_the_first_update_does_not_speak_of_resuming(tmp_path, kind):
+    with (
+        pytest.raises(
+            ConfigError, match=r"^Fix the reward\. No update was finished, so the same command starts anew\.$"
+        ),
+        explained(Config(), RunFolder(tmp_path / "run")),
+    ):
+        raise kind("Fix the reward.")
+
+
+@pytest.mark.slow
+def test_what_the_loop_says_of_failed_scores_holds_for_the_first_update_and_for_later_ones(make_config):
+    with pytest.raises(RunError) as first:
+        check_failures({"colorfulness": torch.full((2,), torch.nan)}, {"colorfulness": Reward()}, make_config(), 1)
+    assert str(first.value).endswith("max_failed = 0.5 allows. Fix the reward.") and "resume" not in str(first.value)
+    config = make_config(run={"updates": 1})
+    folder, updates = start_run(config)
+    list(updates)
+    with (
+        pytest.raises(ConfigError, match=r"Fix the reward\. Finished updates are saved; continue with `.* resume "),
+        explained(config, folder),
+    ):
+        raise first.value
+
+
 def test_out_of_memory_in_the_first_update_names_every_way(tmp_path):
     with (
         pytest.raises(ConfigError, match=r"lora.rank\. No update was finished: start again with them\.$"),
@@ -58,6 +86,16 @@ def test_an_error_of_the_model_while_a_checkpoint_is_written_is_not_one_of_the_d
         monkeypatch.setattr(run.state.policy, "lora", fail)
         run.keep(updates[0])
     assert run.folder.numbers() == []
+
+
+def test_a_reward_that_is_out_of_memory_is_told_its_own_settings(tmp_path):
+    folder, error = RunFolder(tmp_path / "run"), torch.OutOfMemoryError("reward hpsv2: no memory")
+    advice = memory_advice(build({"reward": {"offload": False}}, "test"), folder, error)
+    assert advice.startswith("out of memory with reward.images_at_once = 16: reward hpsv2: no memory.")
+    for way in ("reward.images_at_once = 8", "reward.offload = true", 'reward.device = "cpu"', "reward.precision ="):
+        assert way in advice
+    assert "rollout" not in advice and "lora" not in advice
+    assert "reward.offload" not in memory_advice(Config(), folder, error)
 
 
 def test_a_sharded_model_that_is_out_of_memory_is_not_told_to_quantize(tmp_path):

@@ -216,6 +216,21 @@ def test_a_unets_usual_scheduler_does_not_change_the_trained_grid(pipelines, mak
     assert torch.equal(ours.levels, theirs.levels) and torch.equal(ours.timesteps, theirs.timesteps)
 
 
+def test_a_unets_own_timestep_spacing_is_trained(pipelines, make_config):
+    """SDXL-Turbo's scheduler is one of Euler with trailing timesteps."""
+    turbo = copy.copy(pipelines["sdxl"])
+    turbo.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(
+        turbo.scheduler.config, timestep_spacing="trailing"
+    )
+    expected = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    expected.set_timesteps(4)
+    assert policy_of(turbo, make_config).adapter.grid(4).timesteps.tolist() == expected.timesteps.tolist()
+    assert expected.timesteps.tolist() == [999, 749, 499, 249]
+    assert policy_of(pipelines["sdxl"], make_config).grid(4).timesteps.tolist() == [751, 501, 251, 1]
+    turbo.scheduler = diffusers.DDIMScheduler(timestep_spacing="linspace")
+    assert policy_of(turbo, make_config).grid(4).timesteps.tolist() == [751, 501, 251, 1]
+
+
 def test_v_prediction_is_converted_to_the_epsilon_that_made_x(pipelines, make_config):
     wiring = policy_of(pipelines["sd21"], make_config).adapter
     t = torch.tensor([21, 981])

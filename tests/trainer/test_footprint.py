@@ -1,5 +1,6 @@
 """The memory that `check` names is what PyTorch's allocator hands out."""
 
+import gc
 import importlib.util
 import json
 
@@ -11,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from trainer.cli.main import main
 from trainer.config.loading import dump
-from trainer.memory.estimate import memory, pretends
+from trainer.memory.estimate import budget, memory, pretends
 from trainer.memory.tracker import peak_bytes
 from trainer.policy.diffusers_policy import DiffusersPolicy
 from trainer.policy.loading import make_policy
@@ -109,6 +110,22 @@ def test_every_setting_that_saves_memory_shows_in_the_estimate(make_config):
     assert found(precision="bfloat16", quantize="int8").denoiser < half.denoiser
     assert found(ema=0.9).lora > plain.lora
     assert plain.phases()["update"] < found(offload=False).phases()["update"]
+
+
+@pytest.mark.parametrize("objective", ["log_hinge", "nft", "awm"])
+def test_trajectories_take_the_memory_that_check_counts(make_config, learn, objective):
+    """In every model call of two updates: none is kept for longer than it is needed."""
+    config = make_config(objective={"name": objective}, rollout={"prompts_per_update": 2, "steps": 4})
+    alive = []
+
+    def tick():
+        found = (t for t in gc.get_objects() if type(t) is torch.Tensor and t.ndim == 5)  # (T, B, C, H, W)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+        alive.append(sum(storages.values()))
+
+    state, updates = learn(config, tick)
+    list(updates)
+    assert max(alive) == budget(state.policy, config).trajectory_bytes
 
 
 def test_check_shows_the_phases_and_their_peak(make_config, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -138,3 +139,24 @@ def test_an_interrupt_does_not_wait_for_requests(make_config, learn, slow):
         next(updates)
     assert time.perf_counter() - start < 60
     assert len(calls) == 9 and state.done == 0
+
+
+def test_waiting_for_a_server_is_no_model_call(make_config, learn, slow):
+    config, ticks, waits = two_chunks(make_config, True), {slow: [], Colorfulness(): []}, []
+    for reward, calls in ticks.items():
+        tick, waiting = partial(calls.append, 1), partial(waits.append, 1)
+        list(learn(config, tick, {"colorfulness": reward}, waiting=waiting)[1])
+    served, here = map(len, ticks.values())
+    assert served == here and waits
+
+
+def test_a_host_can_end_the_wait_for_a_server(make_config, learn, slow):
+    def waiting():
+        raise KeyboardInterrupt
+
+    slow.tried, slow.server.delay = True, 60.0
+    state, updates = learn(two_chunks(make_config, True), rewards={"colorfulness": slow}, waiting=waiting)
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        next(updates)
+    assert time.perf_counter() - start < 60 and state.done == 0

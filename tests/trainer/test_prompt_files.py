@@ -25,7 +25,7 @@ class Counting(Reward):
 
 
 def read(tmp_path, name, text):
-    (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
     return PromptsConfig(file=tmp_path / name).read()
 
 
@@ -53,6 +53,11 @@ def test_a_csv_with_a_column_of_prompts_has_metadata_in_the_others(tmp_path):
     prompts = read(tmp_path, "p.csv", 'tag,prompt,style\ncolor,"a red fox, at night",\n,,\nshape,a star,ink\n')
     assert prompts == ["a red fox, at night", "a star"]
     assert [metadata_of(prompt) for prompt in prompts] == [{"tag": "color"}, {"tag": "shape", "style": "ink"}]
+
+
+def test_a_line_break_in_a_csv_cell_is_a_space_of_the_prompt_and_stays_in_metadata(tmp_path):
+    (prompt,) = read(tmp_path, "p.csv", 'prompt,note\n"a red fox\r\nin  snow","two\r\nlines"\n')
+    assert (prompt, metadata_of(prompt)) == ("a red fox in snow", {"note": "two\nlines"})
 
 
 def test_text_and_csv_without_such_a_column_are_a_prompt_per_line_as_before(tmp_path):

@@ -51,39 +51,55 @@ def shown(value: Any, most: int = 80) -> str:
 def parse_overrides(tokens: list[str]) -> dict[str, Any]:
     """`--section.field value` or `--section.field=value` tokens -> nested dict; values are parsed as TOML."""
     tree: dict[str, Any] = {}
-    keys = known_keys()
     rest = list(tokens)
     while rest:
         token = rest.pop(0)
         if not token.startswith("--"):
             raise ConfigError(f"`{token}` is not an option. Options look like --rollout.group-size 16.")
-        given, equals, value = token[2:].partition("=")
-        path = _key_path(given)
-        if ".".join(path) not in keys and path[:-1] != ["reward", "weights"]:
-            near = nearest(".".join(path)).replace("Did you mean ", "Did you mean --").replace("_", "-")
-            raise ConfigError(f"unknown option --{given}. {near}")
+        option, equals, text = token[2:].partition("=")
+        section, key, reward = _place(option)
         if not equals:
             if not rest:
-                raise ConfigError(f"--{given} has no value. Give it after the option.")
-            value = rest.pop(0)
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        read = _value(given, value)
-        texts = path[:-1] != ["reward", "weights"] and is_text(".".join(path))
-        node[path[-1]] = value if texts and not isinstance(read, str | list | dict) else read  # a name such as 2024
+                raise ConfigError(f"--{option} has no value. Give it after the option.")
+            text = rest.pop(0)
+        values, value = tree.setdefault(section, {}), _value(option, text)
+        if reward is not None:
+            values.setdefault(key, {})[reward] = value
+        elif (section, key) == ("reward", "weights"):
+            values[key] = weight_table(value, "options")
+        elif is_text(f"{section}.{key}") and not isinstance(value, str | list | dict):
+            values[key] = text  # a name such as 2024
+        else:
+            values[key] = value
     return tree
 
 
-def _key_path(option: str) -> list[str]:
-    """`rollout.group-size` -> its parts; what follows `reward.weights.` is a reward's name, which may contain dots."""
+def _place(option: str) -> tuple[str, str, str | None]:
+    """Section, key, and of `reward.weights.NAME` the reward's name, which may contain dots: where a value belongs."""
     if option.startswith("reward.weights."):
-        return ["reward", "weights", option.removeprefix("reward.weights.")]
-    return option.replace("-", "_").split(".")
+        return "reward", "weights", option.removeprefix("reward.weights.")
+    path = option.replace("-", "_")
+    if path not in known_keys():
+        near = nearest(path).replace("Did you mean ", "Did you mean --").replace("_", "-")
+        raise ConfigError(f"unknown option --{option}. {near}")
+    section, key = path.split(".")
+    return section, key, None
 
 
 class InlineTable(dict):
     """A table given as one value, `{a = 1}`: it replaces the existing table instead of being merged into it."""
+
+
+def weight_table(value: Any, source: str) -> Any:
+    """`reward.weights` as a table, to which entries can be added: a plain name has weight 1."""
+    if isinstance(value, str) and value:
+        return InlineTable({value: 1.0})
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{source}: reward.weights is {shown(value)}, but must be a reward's name or a table of weights. "
+            "Try {alignment = 1.0}."
+        )
+    return value
 
 
 def _value(option: str, text: str) -> Any:
@@ -133,6 +149,7 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
 def load_described(path: Path | None, overrides: dict[str, Any] | None = None) -> tuple[Config, str]:
     """As `load`, and a line that names what every `auto` was resolved to, empty without any."""
     tree: dict[str, Any] = {}
+    overrides = overrides or {}
     if path is not None:
         if not path.is_file():
             raise ConfigError(f"{path} does not exist. Give a TOML file, such as one of configs/.")
@@ -141,11 +158,11 @@ def load_described(path: Path | None, overrides: dict[str, Any] | None = None) -
             if not isinstance(tree[key], dict):
                 raise ConfigError(f"{path}: {key} is {shown(tree[key])}, but must be a section. Write [{key}].")
         _require_text(tree, str(path))
-        _resolve(tree, path.parent)
-    _require_text(overrides or {}, "options")
-    _resolve(overrides or {}, Path())
+        _resolve(tree, path.parent, str(path))
+    _require_text(overrides, "options")
+    _resolve(overrides, Path(), "options")
     sources = [str(path)] * (path is not None) + ["options"] * bool(overrides or path is None)
-    tree, line = with_preset(merge(tree, overrides or {}))
+    tree, line = with_preset(merge(tree, overrides))
     return build(tree, " and ".join(sources)), line
 
 
@@ -183,8 +200,8 @@ def _require_text(value: Any, source: str, key: str = "") -> None:
             raise ConfigError(f"{source}: {key} {error}.") from None
 
 
-def _resolve(tree: dict[str, Any], folder: Path) -> None:
-    """Make paths of input files absolute, so that a run can be resumed from any folder."""
+def _resolve(tree: dict[str, Any], folder: Path, source: str) -> None:
+    """Make paths of input files absolute, so that a run resumes from any folder, and `reward.weights` a table."""
     for section, key in (("prompts", "file"), ("lora", "start"), ("reward", "folder")):
         values = tree.get(section)
         if isinstance(values, dict) and isinstance(values.get(key), str):
@@ -196,6 +213,8 @@ def _resolve(tree: dict[str, Any], folder: Path) -> None:
                 model[key] = str((folder / str(model[key])).resolve())
     reward = tree.get("reward")
     if isinstance(reward, dict):
+        if "weights" in reward:
+            reward["weights"] = weight_table(reward["weights"], source)
         tree["reward"] = _renamed_rewards(reward, lambda name: _resolved_taste(name, folder))
 
 

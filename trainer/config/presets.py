@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 AUTO = "auto"
 
@@ -115,11 +115,21 @@ whole words, since other models are called hyperrealism, breakfast, or de-distil
 
 def preset_name(family: str, name: str) -> str:
     """The preset of a family's model by its file or hub name: distilled models have presets of their own."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower().replace("_", "-")
+    words = _words(name)
     if family == "flux2" and "klein" in words:
         return "flux2-klein-base" if "base" in words else "flux2-klein"
     distilled = DISTILLED.search(words) is not None or (family == "hidream" and "dev" in words)
     return f"{family}-distilled" if distilled and f"{family}-distilled" in PRESETS else family
+
+
+def timestep_spacing(name: str) -> Literal["leading", "trailing"]:
+    """How ddim steps are spaced where only the name of a model's file tells: few-step models begin at pure noise."""
+    return "trailing" if DISTILLED.search(_words(name)) else "leading"
+
+
+def _words(name: str) -> str:
+    """A name in lower case, with hyphens between its words."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower().replace("_", "-")
 
 
 def has_auto(tree: Mapping[str, Any]) -> bool:

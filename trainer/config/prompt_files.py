@@ -48,5 +48,6 @@ def from_json(line: str) -> str:
 
 
 def from_row(row: dict[str, str]) -> str:
-    """A prompt from a CSV row; empty cells and cells beyond the header are left out."""
-    return Prompt(row["prompt"].strip(), {key: cell for key, cell in row.items() if key and key != "prompt" and cell})
+    """A prompt, on one line, from a CSV row; empty cells and cells beyond the header are left out."""
+    text = " ".join(row["prompt"].split())
+    return Prompt(text, {key: cell for key, cell in row.items() if key and key != "prompt" and cell})

@@ -48,6 +48,7 @@ class Config(Section):
                 "Use a window of at most that many steps, or 0 to make every step stochastic."
             )
         self._check_branch()
+        self._check_last_step()
         if self.advantage.kind == "window" and self.advantage.min_count > self.advantage.window:
             raise ValueError(
                 f"advantage.min_count {self.advantage.min_count} is more than advantage.window {self.advantage.window}"
@@ -94,6 +95,13 @@ class Config(Section):
                 f"rollout.decode = predicted cannot be combined with objective.name = {self.objective.name} and a "
                 "noise_level: the scored image would not be the one that is trained on. Use decode = final."
             )
+        if forward and r.shared_noise and not r.noise_level:
+            raise ValueError(
+                f"rollout.shared_noise = true cannot be combined with objective.name = {self.objective.name} and no "
+                "rollout.noise_level: the images of a group would be equal, and nothing would be trained. Set "
+                "shared_noise = false or a noise_level; objective.shared_noise, the noise of training, is another "
+                "option."
+            )
         if not r.branch and r.branch_points > 1:
             raise ValueError(f"rollout.branch_points is {r.branch_points}, but needs rollout.branch of 1 or more.")
         if r.prompts_per_update % r.branch_points:
@@ -105,6 +113,19 @@ class Config(Section):
             raise ValueError(
                 "rollout.policy = ema needs optimizer.ema_decay above 0 and objective.name awm or nft; "
                 "objectives on the trajectory sample from the latest LoRA. Set those, or use policy = latest."
+            )
+
+    def _check_last_step(self) -> None:
+        """Refuse to train a step whose noise the scored image does not show."""
+        r, o = self.rollout, self.objective
+        noisy = ALL_OBJECTIVES[o.name].replays_steps and r.method != "cps"  # cps ends without noise
+        last = (o.last_step if o.skip_last is None else o.skip_last == 0) and not 0 < o.first_steps < r.steps
+        if r.decode == "predicted" and noisy and last:
+            option = "last_step = true" if o.skip_last is None else "skip_last = 0"
+            raise ValueError(
+                f"rollout.decode = predicted cannot be combined with objective.{option}: the scored image does not "
+                "have the noise of the last step, so training it would follow chance. Use decode = final, or "
+                f"objective.{'last_step = false' if o.skip_last is None else 'skip_last = 1'}."
             )
 
     @property

@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def read_text(path: Path) -> str:
 def parse_csv(text: str, path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file by its header; missing cells are empty. Raises ConfigError for a quote left open."""
     try:
-        return list(csv.DictReader(text.split("\n"), restval="", strict=True))
+        return list(csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True))
     except csv.Error as error:
         raise ConfigError(f"{path} is not CSV: {error}. Close every quote, and write one row per line.") from None
 

@@ -51,6 +51,7 @@ class Job:
     rewards: dict[str, Reward]  # the trained and the held-out ones, by name
     processes: Processes = field(default_factory=Processes)
     tick: Callable[[], None] = lambda: None  # called before every model call; may raise
+    waiting: Callable[[], None] = lambda: None  # the same, several times a second while rewards elsewhere score
     guard: UpdateGuard | None = None
     encoding: Progress = no_progress  # over the prompts
     content: str | None = None  # of a model that a host has loaded: what tells it from others of its kind
@@ -62,7 +63,7 @@ class Job:
     def overlap(self, plan: Plan) -> Overlap:
         """The rewards that score while the policy samples."""
         elsewhere = {name: reward for name, reward in self.rewards.items() if reward.elsewhere}
-        return Overlap(elsewhere, plan, self.config.reward.overlap, self.tick)
+        return Overlap(elsewhere, plan, self.config.reward.overlap, self.waiting)
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Update:
 class Samples:
     """One update's images of this process, and the trajectory behind them."""
 
-    path: Trajectory
+    path: Trajectory  # as far as the objective trains it
     images: Tensor  # (B, H, W, 3) in [0, 1]
     predict: Predict
 
@@ -104,12 +105,14 @@ def align(state: TrainingState, job: Job) -> Iterator[Update]:
                     scored = score_rollout(state, job, overlap, samples.images)
             with seconds("update"):
                 statistics = improve(state, update_batch(state, job, plan, samples, scored), job.processes)
+            images = samples.images
+            del samples  # its trajectory: the next rollout takes as much memory
             state.done = number
             metrics = record(Measured(plan, scored, statistics, seconds, state.learning_rate), job.config)
             if overlap.rewards:
                 metrics["seconds_saved"] = round(overlap.saved, 4)
             metrics |= guarded(state, job, metrics["kl"])
-        yield Update(number, metrics, samples.images, plan.texts, own_rows(scored.combined, job))
+        yield Update(number, metrics, images, plan.texts, own_rows(scored.combined, job))
         if job.guard is not None and job.guard.stopped:
             return
 
@@ -137,9 +140,10 @@ def roll_out(state: TrainingState, job: Job, overlap: Overlap, condition: Condit
                     overlap.add(part, policy.decode(clean_latents(path, plan, r.decode)[part]))
     assert path is not None  # there is at least one chunk
     if overlap.rewards:
-        return Samples(path, overlap.images, predict)
+        return Samples(job.objective.kept(path), overlap.images, predict)
     final = clean_latents(path, plan, r.decode)
-    return Samples(path, torch.cat([policy.decode(x) for x in final.split(len(plan.chunks[0]))]), predict)
+    images = torch.cat([policy.decode(x) for x in final.split(len(plan.chunks[0]))])
+    return Samples(job.objective.kept(path), images, predict)
 
 
 def sampled_parts(

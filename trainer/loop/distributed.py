@@ -41,7 +41,7 @@ def together() -> Iterator[None]:
             leave()
         raise ProcessLost(
             f"process {rank} ends, because another process of this run ended first; its message, or the system's log "
-            "where it was killed, has the cause. Finished updates are saved: resume the run with all processes."
+            "where it was killed, has the cause."
         ) from None
 
 

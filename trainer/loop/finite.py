@@ -11,7 +11,7 @@ from ..policy.base import Policy
 from .distributed import Processes
 from .scoring import RunError
 
-UNDONE = "This update was undone; finished updates are kept."
+UNDONE = "This update was undone."
 
 
 class Diverged(RunError):
@@ -35,7 +35,7 @@ def check_rollout(path: Trajectory, predict: Predict, policy: Policy, processes:
         base = predict(path.latents[step, rows], path.timesteps[step], rows)
     sound = not int(processes.sum(torch.tensor(int(not base.isfinite().all()))))
     cause = (
-        "The LoRA has diverged: resume from an earlier checkpoint with a lower optimizer.learning_rate."
+        "The LoRA has diverged: lower optimizer.learning_rate, and resume from an earlier checkpoint if there is one."
         if sound
         else "So it does without the LoRA: check the weights of model.name, or set model.precision = float32."
     )

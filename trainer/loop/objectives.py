@@ -5,7 +5,7 @@ The loop depends on the interface `Objective` alone. A new loss on the trajector
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -57,6 +57,10 @@ class StepRows:
 class Objective(StepRules, Protocol):
     """What the loop asks of an objective."""
 
+    def kept(self, path: Trajectory) -> Trajectory:
+        """What `prepare` needs of a rollout whose images are decoded; the rest of its memory is free then."""
+        ...
+
     def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> Trajectory:
         """What the update replays; `noise` is independent of the rollout's.
 
@@ -90,6 +94,9 @@ class OnTrajectory:
 
     def loss_weights(self, steps: Sequence[Transition], grid: Grid, trainable: Sequence[int]) -> Tensor:
         return loss_weights(steps, grid, self.config.loss_weight, trainable)
+
+    def kept(self, path: Trajectory) -> Trajectory:
+        return path
 
     def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> Trajectory:
         return path
@@ -128,6 +135,11 @@ class OnForwardProcess:
 
     def loss_weights(self, steps: Sequence[Transition], grid: Grid, trainable: Sequence[int]) -> Tensor:
         return level_weights(grid, self.config.level_credit, trainable)
+
+    def kept(self, path: Trajectory) -> Trajectory:
+        """The final latents, in memory of their own."""
+        final = path.latents[-1:].clone()
+        return replace(path, latents=final, noises=torch.empty(0), outs=torch.empty(0))
 
     @torch.no_grad()
     def prepare(self, path: Trajectory, plan: Plan, noise: GroupNoise, predict: Predict) -> Trajectory:

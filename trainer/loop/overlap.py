@@ -16,7 +16,7 @@ from comfyui_pcpo.reward.group import GroupReward
 
 from .plan import Plan
 
-TICK_SECONDS = 0.1  # seconds between two calls of `tick` while waiting
+WAITING_SECONDS = 0.1  # between two calls of `waiting`
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Overlap:
     rewards: dict[str, Reward]
     plan: Plan
     threaded: bool
-    tick: Callable[[], None] = lambda: None
+    waiting: Callable[[], None] = lambda: None
     images: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, H, W, 3) as far as they are sampled
     seconds: dict[str, float] = field(default_factory=dict)  # of each reward
     saved: float = 0.0  # seconds of scoring for which nothing waited
@@ -87,8 +87,8 @@ class Overlap:
         self._tasks.put(None)
         if self.rewards and self.threaded:
             while self._thread.is_alive():
-                self._thread.join(TICK_SECONDS)
-                self.tick()
+                self._thread.join(WAITING_SECONDS)
+                self.waiting()
         else:
             self._work()
         self.check()

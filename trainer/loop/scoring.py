@@ -98,13 +98,12 @@ def check_failures(scores: dict[str, Tensor], rewards: dict[str, Reward], config
             reason = rewards[name].failure or "NaN or infinite"
             rule = f"more than reward.max_failed = {allowed:g} allows" if share > allowed else "so none can be compared"
             raise RunError(
-                f"update {number}: {100 * share:.0f} % of the {name} scores failed ({reason}), {rule}. Fix the reward, "
-                "then resume the run."
+                f"update {number}: {100 * share:.0f} % of the {name} scores failed ({reason}), {rule}. Fix the reward."
             )
     complete = torch.stack([scores[name].isfinite() for name in trained])
     if not complete.all(0).any():
         failed = [name for name in trained if not scores[name].isfinite().all()]
         raise RunError(
             f"update {number}: of every image, one of the rewards {', '.join(failed)} failed, so no images can be "
-            "compared. Fix the rewards, then resume the run."
+            "compared. Fix the rewards."
         )

@@ -13,8 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config.schema import ConfigError
-from .single_file import checkpoint_plan, left_out
-from .skeletons import write_skeleton
+from .single_file import checkpoint_plan, checkpoint_skeleton, left_out
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
@@ -27,7 +26,8 @@ def load_shapes(name: str, base: str | None, dtype: torch.dtype) -> Any:
     if source is not None:
         return pipeline_of_shapes(source, dtype, checked=kind.denoiser == "unet")
     with TemporaryDirectory() as folder:  # SD and SDXL are read in float32
-        return pipeline_of_shapes(str(write_skeleton(kind.pipeline, Path(folder))), torch.float32, checked=True)
+        skeleton = checkpoint_skeleton(Path(name), kind, Path(folder))
+        return pipeline_of_shapes(str(skeleton), torch.float32, checked=True)
 
 
 def pipeline_of_shapes(name: str, dtype: torch.dtype, checked: bool = False) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..config.presets import timestep_spacing
 from ..config.schema import ConfigError
 from ..config.text_files import read_object
 from .skeletons import write_skeleton
@@ -88,7 +89,7 @@ def load_checkpoint(path: Path, base: str | None, dtype: torch.dtype = torch.flo
     if kind.denoiser != "unet":
         return _with_transformer(path, kind, str(source), dtype)
     with TemporaryDirectory() as folder:
-        pipeline = _whole(path, kind, source or str(write_skeleton(kind.pipeline, Path(folder))))
+        pipeline = _whole(path, kind, source or str(checkpoint_skeleton(path, kind, Path(folder))))
     keys = read_keys(path)
     if "v_pred" in keys:  # the mark that trainers of SDXL v-prediction models leave, and ComfyUI reads
         from diffusers import DDIMScheduler
@@ -97,6 +98,11 @@ def load_checkpoint(path: Path, base: str | None, dtype: torch.dtype = torch.flo
             pipeline.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr="ztsnr" in keys
         )
     return pipeline
+
+
+def checkpoint_skeleton(path: Path, kind: CheckpointKind, folder: Path) -> Path:
+    """The skeleton of a checkpoint's kind; the file's name says whether its model is distilled to a few steps."""
+    return write_skeleton(kind.pipeline, folder, timestep_spacing(path.name))
 
 
 def read_keys(path: Path) -> set[str]:

@@ -39,9 +39,11 @@ class Unet(PipelineAdapter):
 
     def grid(self, steps: int) -> Grid:
         c = self.scheduler.config
+        # linspace, other schedulers' default, says nothing about the model
+        spacing = "trailing" if c.timestep_spacing == "trailing" else "leading"
         try:
             return ddim_grid(steps, self.alphas, c.num_train_timesteps, steps_offset=c.steps_offset,
-                             set_alpha_to_one=c.set_alpha_to_one)  # fmt: skip
+                             set_alpha_to_one=c.set_alpha_to_one, spacing=spacing)  # fmt: skip
         except ValueError as error:
             raise ConfigError(f"denoising steps: {error}") from None
 
