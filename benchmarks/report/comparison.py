@@ -7,7 +7,7 @@ from typing import TypeVar
 from ..study.mixed_model import MixedModel, Observation, fit_mixed_model
 from ..study.statistics import Interval, holm, t_interval, t_test
 from ..study.studies import Study
-from .collect import RunMeasure, StudyResults, run_gain
+from .collect import RunMeasure, StudyResults, TaskResults, run_gain
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -36,11 +36,18 @@ def paired_difference(
 
     Tasks are those that both and the whole first wave have finished, all of them or those of one reward.
     """
+    tasks = results.comparable(first, second)
+    return difference_within([task for task in tasks if reward in (None, task.task.reward)], first, second, of)
+
+
+def difference_within(
+    tasks: Sequence[TaskResults], first: str, second: str, of: RunMeasure = run_gain
+) -> PairedDifference:
+    """The same over these tasks, in which both are finished."""
     by_seed: dict[int, list[float]] = {}
-    for task in results.comparable(first, second):
-        if reward in (None, task.task.reward):
-            for mine, other in zip(task.runs[first], task.runs[second], strict=True):
-                by_seed.setdefault(mine.seed, []).append(of(mine) - of(other))
+    for task in tasks:
+        for mine, other in zip(task.runs[first], task.runs[second], strict=True):
+            by_seed.setdefault(mine.seed, []).append(of(mine) - of(other))
     every = [difference for own in by_seed.values() for difference in own]
     return PairedDifference(
         [sum(own) / len(own) for _, own in sorted(by_seed.items())], sum(d > 0 for d in every), len(every)

@@ -20,7 +20,14 @@ from ..study.outcome import (
 )
 from ..study.statistics import bootstrap, median, t_interval
 from .collect import CellRun, StudyResults, TaskResults, by_step
-from .comparison import PairedDifference, corrected_by_wave, means_by_seed, mixed_model, paired_difference
+from .comparison import (
+    PairedDifference,
+    corrected_by_wave,
+    difference_within,
+    means_by_seed,
+    mixed_model,
+    paired_difference,
+)
 from .frontier_figure import task_figure
 from .markdown import format_interval, format_number, format_p_value, markdown_table
 from .prices import UNITS, cheapest_run
@@ -41,6 +48,9 @@ Gain over the tasks of each reward, and the difference to DiffusionNFT, of the m
 p-values are corrected by Holm's method over this table, in two families as above."""
 BY_TASK = """\
 Gain within limits of every finished run; GRPO-Guard and TempFlow-GRPO exist on the flow model only."""
+PARTS = """\
+What PCPO's objective with its credit and what a branch of 1 add, each alone and on top of the other: differences of
+runs with the same seed, with Student's t over seeds, not corrected."""
 SENSITIVITY = """\
 Mean gain over the tasks with other limits of diversity and distance. Settings were chosen for the middle ones."""
 PRICES = """\
@@ -53,6 +63,12 @@ Terms of the objective that are clipped, %: means over updates, seeds and steps,
 most. At most 50 %, since the first of the two optimizer steps of an update starts from a ratio of 1. DiffusionNFT
 clips nothing."""
 STRONGEST = "nft"
+ADDITIONS = {  # title of a column -> the method that has the part, and the one without it
+    "PCPO - native PPO": ("pcpo", "ppo"),
+    "the same, both with a branch": ("pcpo-branch-1", "ppo-branch-1"),
+    "native PPO: branch - none": ("ppo-branch-1", "ppo"),
+    "PCPO: branch - none": ("pcpo-branch-1", "pcpo"),
+}
 REFERENCES = (OURS, STRONGEST)  # that further tables compare with
 Columns = dict[str, tuple[Callable[[CellRun], float], int]]  # title of a column -> (of a run, digits)
 
@@ -85,6 +101,7 @@ def frontier_page(results: StudyResults, images: Path, where: str) -> str:
             "## By task",
             BY_TASK,
             gains_by_task_table(results),
+            *additions_section(results),
             "## Other limits",
             SENSITIVITY,
             sensitivity_table(results),
@@ -161,6 +178,18 @@ def gains_by_task_table(results: StudyResults) -> str:
         gains = ([run.gain for run in task.runs.get(name, ())] for task in results.measured)
         rows.append([STUDY_METHODS[name].title, *(format_interval(t_interval(own)) for own in gains)])
     return markdown_table(["", *(task.task.name for task in results.measured)], rows)
+
+
+def additions_section(results: StudyResults) -> list[str]:
+    """What objective and branches add to the gain in each task in which all their combinations are finished."""
+    tasks = results.finished(*{name for pair in ADDITIONS.values() for name in pair})
+    if not tasks:
+        return []
+    rows = []
+    for title, some in [*((task.task.name, [task]) for task in tasks), ("mean", tasks)]:
+        added = (difference_within(some, *pair) for pair in ADDITIONS.values())
+        rows.append([title, *(format_interval(one.interval) for one in added)])
+    return ["## Objective and branches apart", PARTS, markdown_table(["", *ADDITIONS], rows)]
 
 
 def sensitivity_table(results: StudyResults) -> str:

@@ -151,6 +151,21 @@ def test_a_method_of_one_model_is_reported_by_task_and_compared_but_not_averaged
     assert page.count("| GRPO-Guard |") == 1 and page.count("| AWM |") == 3  # of tasks; and of their mean
 
 
+def test_objective_and_branches_are_told_apart_where_all_four_combinations_are_finished(tmp_path):
+    gains = {"ppo": 0.1, "pcpo": 0.2, "ppo-branch-1": 0.4, "pcpo-branch-1": 0.7}
+    study = small(seeds=SEEDS, tasks=(("flow-grpo", "tinyeval"), ("dance-ddim", "tinyeval")), methods=tuple(gains))
+    fill(study, tmp_path, lambda cell: gains[cell.method] * (1 if cell.task.recipe == "flow-grpo" else 2))
+    *_, table = frontier_page.additions_section(collect("quick", study, tmp_path))
+    for task, factor in (("flow-grpo/tinyeval", 1), ("dance-ddim/tinyeval", 2), ("mean", 1.5)):
+        added = (f"{factor * one:.2f}" for one in (0.1, 0.3, 0.3, 0.5))
+        assert f"| {task} | {' | '.join(f'{one} [{one}, {one}]' for one in added)} |" in table
+    for cell in reported(study, tmp_path, StudyTask("flow-grpo", "tinyeval"), "ppo-branch-1"):
+        (cell.folder(tmp_path) / "result.json").unlink()
+    *_, table = frontier_page.additions_section(collect("quick", study, tmp_path))
+    assert "flow-grpo" not in table
+    assert frontier_page.additions_section(collect("quick", small(seeds=SEEDS), tmp_path)) == []
+
+
 def test_the_first_waves_p_values_stay_when_later_methods_are_compared(tmp_path):
     differences = {("ppo",): (0.1, 0.2, 0.4), ("pcpo",): (0.2, 0.3, 0.5), ("awm",): (0.1, 0.3, 0.3)}
     first = {key: differences[key] for key in (("ppo",), ("pcpo",))}
