@@ -16,7 +16,8 @@ UpdateNumber = Annotated[int, Field(ge=1, le=10_000_000)]
 class RewardConfig(Section):
     weights: dict[str, RewardWeight] = Field(
         default={"alignment": 1.0},
-        description="Training rewards and their weights, or a single name; module:Class is a custom reward.",
+        description="Training rewards and their weights, or a single name; module:Class is a custom reward. As an "
+        "option, --reward.weights NAME replaces the file's rewards, and --reward.weights.NAME 1 adds one to them.",
     )
     schedule: dict[str, tuple[tuple[UpdateNumber, RewardWeight], ...]] = Field(
         default={},

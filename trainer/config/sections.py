@@ -92,8 +92,8 @@ class PromptsConfig(Section):
     )
     file: Path | None = Field(
         default=None,
-        description="Prompts, one per line: text (# starts a comment), jsonl with metadata for rewards "
-        '({"prompt": ..., "tag": ...}), or CSV with a column prompt.',
+        description="Prompts in addition to lines, one per line: text (# starts a comment), jsonl with metadata for "
+        'rewards ({"prompt": ..., "tag": ...}), or CSV with a column prompt.',
     )
     negative: str = Field(default="", description="Negative prompt for classifier-free guidance.")
 
