@@ -123,8 +123,10 @@ class StudyResults:
 
     @property
     def general(self) -> list[str]:
-        """Those of them that exist in every task, whose means over the tasks can be compared."""
-        return [name for name in self.methods if all(name in task.runs for task in self.tasks)]
+        """Those that exist in every task, and are finished wherever the first wave is: their means can be compared."""
+        whole = [task for task in self.tasks if self.is_whole(task)]
+        general = [name for name in self.methods if all(name in task.runs for task in self.tasks)]
+        return [name for name in general if all(self.has_every_seed(task, name) for task in whole)]
 
     def finished(self, *methods: str) -> list[TaskResults]:
         """The tasks in which each of the methods has finished every seed."""

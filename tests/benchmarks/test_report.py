@@ -149,6 +149,9 @@ def test_a_method_of_one_model_is_reported_by_task_and_compared_but_not_averaged
     assert all("| AWM |" in (text := table(results)) and "GRPO-Guard" not in text for table in averaged)
     page = prompts_page.prompts_page(results)
     assert page.count("| GRPO-Guard |") == 1 and page.count("| AWM |") == 3  # of tasks; and of their mean
+    (reported(study, tmp_path, StudyTask(*tasks[1]), "awm")[0].folder(tmp_path) / "result.json").unlink()
+    results = collect("quick", study, tmp_path)  # nor does a mean over some of the tasks say anything
+    assert results.methods == [*SLOPES, "awm", "grpo-guard"] and results.general == [*SLOPES]
 
 
 def test_objective_and_branches_are_told_apart_where_all_four_combinations_are_finished(tmp_path):
