@@ -23,11 +23,17 @@ def test_an_error_of_the_first_update_is_told_although_its_folder_is_gone(tmp_pa
     folder.require_new()
 
 
+def finished(config: Config) -> RunFolder:
+    """The folder of a run that has made all its updates."""
+    folder, updates = start_run(config)
+    list(updates)
+    return folder
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_from_its_finished_updates(make_config):
     config = make_config(run={"updates": 1})
-    folder, updates = start_run(config)
-    list(updates)
+    folder = finished(config)
     with (
         pytest.raises(ConfigError, match=r"mat1 .* Finished updates are saved; continue with `.* resume "),
         explained(config, folder),
@@ -56,8 +62,7 @@ def test_what_the_loop_says_of_failed_scores_holds_for_the_first_update_and_for_
         check_failures({"colorfulness": torch.full((2,), torch.nan)}, {"colorfulness": Reward()}, make_config(), 1)
     assert str(first.value).endswith("max_failed = 0.5 allows. Fix the reward.") and "resume" not in str(first.value)
     config = make_config(run={"updates": 1})
-    folder, updates = start_run(config)
-    list(updates)
+    folder = finished(config)
     with (
         pytest.raises(ConfigError, match=r"Fix the reward\. Finished updates are saved; continue with `.* resume "),
         explained(config, folder),

@@ -119,7 +119,7 @@ class Config(Section):
         """Refuse to train a step whose noise the scored image does not show."""
         r, o = self.rollout, self.objective
         noisy = ALL_OBJECTIVES[o.name].replays_steps and r.method != "cps"  # cps ends without noise
-        last = (o.last_step if o.skip_last is None else o.skip_last == 0) and not 0 < o.first_steps < r.steps
+        last = o.skipped == 0 and not 0 < o.first_steps < r.steps
         if r.decode == "predicted" and noisy and last:
             option = "last_step = true" if o.skip_last is None else "skip_last = 0"
             raise ValueError(

@@ -277,6 +277,11 @@ class ObjectiveConfig(Section):
         default="uniform", description="awm: weight of a sample's likelihood; adaptive divides by its mean error."
     )
 
+    @property
+    def skipped(self) -> int:
+        """How many of the last denoising steps are not trained."""
+        return int(not self.last_step) if self.skip_last is None else self.skip_last
+
 
 class LoraConfig(Section):
     rank: int = Field(default=8, ge=1, le=1024, description="Rank of the LoRA.")

@@ -144,9 +144,8 @@ def run_steps(policy: Policy, config: Config, rules: StepRules) -> RunSteps:
     """The steps of a run. Their credit is taken over all trainable steps, whichever of them an update trains."""
     o, grid = config.objective, policy.grid(config.rollout.steps)
     steps = training_transitions(policy, config, rules, grid)
-    skipped = int(not o.last_step) if o.skip_last is None else o.skip_last
     try:
-        able = StepSelection(o.first_steps, skipped).of_run(rules.trainable(steps), grid.steps)
+        able = StepSelection(o.first_steps, o.skipped).of_run(rules.trainable(steps), grid.steps)
     except ValueError as error:
         raise ConfigError(f"rollout: {error}") from None
     return RunSteps(grid, steps, able, rules.weights(steps, grid, able), rules.loss_weights(steps, grid, able))

@@ -98,7 +98,8 @@ SKELETONS: dict[str, dict[str, dict[str, Any]]] = {
 
 def write_skeleton(pipeline: str, folder: Path, spacing: str = "leading") -> Path:
     """The pipeline's folder without weights, as from_single_file wants it, with the scheduler's timestep spacing."""
-    parts = {**SKELETONS[pipeline], "scheduler": {**SCHEDULER, "timestep_spacing": spacing}}
+    parts = SKELETONS[pipeline]
+    parts = {**parts, "scheduler": {**parts["scheduler"], "timestep_spacing": spacing}}
     tokenizers = {name.replace("text_encoder", "tokenizer"): name for name in parts if name.startswith("text_encoder")}
     index: dict[str, Any] = {"_class_name": pipeline}
     for name, config in parts.items():
