@@ -72,8 +72,8 @@ def scored(reward: WeightedRewards, images: Tensor, prompts: Sequence[str]) -> t
 
 def failed_scores(reward: Reward, scores: Tensor) -> list[str]:
     """A sentence with the reason of a reward's failed scores (B,); none if all are there."""
-    count, reason = int((~scores.isfinite()).sum()), reward.failure.rstrip(".") or "NaN or infinite"
-    return [f"{count} of {len(scores)} {reward.name} scores failed ({reason})."] if count else []
+    count = int((~scores.isfinite()).sum())
+    return [f"{count} of {len(scores)} {reward.name} scores failed ({reward.failure_reason})."] if count else []
 
 
 class LoadReward(io.ComfyNode):

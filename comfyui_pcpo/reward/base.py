@@ -80,6 +80,7 @@ class Reward:
     files: ClassVar[tuple[RewardFile, ...]] = ()
     memory: ClassVar[int] = 0  # bytes of the network in half precision
     elsewhere: ClassVar[bool] = False  # computed by a server or a person: a thread may wait for it
+    content_digest: str | None = None  # of what was learned, where rewards of one name may differ
     _worker: Worker | None = None
 
     def __init__(self, settings: RewardSettings | None = None):
@@ -87,6 +88,11 @@ class Reward:
         self.device = torch.device(self.settings.device)
         self.model: nn.Module | None = None
         self.failure = ""  # why a score became NaN most recently, where the reward can say
+
+    @property
+    def failure_reason(self) -> str:
+        """Why its failed scores are NaN, for a sentence."""
+        return self.failure.rstrip(".") or "NaN or infinite"
 
     def build(self) -> nn.Module | None:
         """The network with loaded weights, its towers in `settings.dtype`; None for rewards without a network."""

@@ -1,5 +1,6 @@
 """A learned taste: fitted to comparisons, measured by cross-validation, stored in a file, used as a reward."""
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -55,6 +56,10 @@ class Taste:
     def __call__(self, features: Tensor) -> Tensor:
         """Utility of features, (B, D) -> (B,)."""
         return features.float() @ self.weight + self.bias
+
+    def digest(self) -> str:
+        """The same for tastes that score alike."""
+        return hashlib.sha256(self.weight.float().numpy().tobytes() + f"{self.bias}".encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,6 +218,7 @@ class TasteReward(Reward):
         super().__init__(settings)
         self.taste, self.encoder = taste, encoder
         self.name = name  # type: ignore[misc]  several tastes can be combined
+        self.content_digest = taste.digest()
 
     def load(self) -> "TasteReward":
         if self.encoder is None:

@@ -26,7 +26,10 @@ import comfy_models  # noqa: E402
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3  # noqa: E402
 from comfy_models import LINES, biggest  # noqa: E402
 
+from comfyui_pcpo.reward import RewardSettings  # noqa: E402
 from comfyui_pcpo.reward.color import Colorfulness  # noqa: E402
+from comfyui_pcpo.taste.encoders import tiny_encoder  # noqa: E402
+from comfyui_pcpo.taste.learned import Taste, TasteReport  # noqa: E402
 from comfyui_pcpo.tiny import pipelines  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -264,6 +267,23 @@ def test_a_run_is_not_resumed_with_another_noise_schedule(flow):
         shifted.train("levels", updates=2, resume=True)
     shifted.train("shifted-levels", updates=1)
     assert shifted.train("shifted-levels", updates=2, resume=True)[2] == 2
+
+
+def test_a_run_is_not_resumed_with_a_taste_that_was_learned_again(flow):
+    def liking(direction: float):
+        """The model with a loaded taste of one name."""
+        probe = tiny_encoder(RewardSettings()).probe()
+        report = TasteReport(5, 5, 0.5, 0.1, 0.5, 1.0)
+        file = comfy_host.pack_module("nodes.files").tastes_folder() / "again" / "taste.safetensors"
+        Taste("emoji-align", direction * torch.ones(len(probe)), 0.0, probe, report).save(file)
+        other = copy.copy(flow)
+        other.reward = call("PCPOLoadTaste", taste="again")[0]
+        return other
+
+    assert liking(1.0).train("taste", updates=1)[2] == 1
+    assert liking(1.0).train("taste", updates=2, resume=True)[2] == 2
+    with pytest.raises(ConfigError, match=r"the reward again has other weights.*Undo that, or turn resume off"):
+        liking(-1.0).train("taste", updates=3, resume=True)
 
 
 def test_a_run_from_before_its_base_was_recorded_resumes_and_records_it(flow):

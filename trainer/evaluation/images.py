@@ -75,8 +75,6 @@ def score_images(path: Path, prompt: str, rewards: list[str], settings: RewardSe
         rows.append({"file": str(file), "scores": {name: (alone | together)[name] for name in rewards}})
     for name, reward in models.items():
         if not any(np.isfinite(row["scores"][name]) for row in rows):
-            raise RunError(
-                f"every score of {name} failed ({reward.failure or 'NaN or infinite'}). Fix the reward or the prompt."
-            )
+            raise RunError(f"every score of {name} failed ({reward.failure_reason}). Fix the reward or the prompt.")
     first = rewards[0]
     return sorted(rows, key=lambda row: -np.nan_to_num(row["scores"][first], nan=-np.inf))

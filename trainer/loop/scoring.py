@@ -95,11 +95,9 @@ def check_failures(scores: dict[str, Tensor], rewards: dict[str, Reward], config
     for name in trained:
         share = failed_share(scores[name])
         if share > allowed or share == 1:
-            reason = rewards[name].failure or "NaN or infinite"
             rule = f"more than reward.max_failed = {allowed:g} allows" if share > allowed else "so none can be compared"
-            raise RunError(
-                f"update {number}: {100 * share:.0f} % of the {name} scores failed ({reason}), {rule}. Fix the reward."
-            )
+            failed = f"{100 * share:.0f} % of the {name} scores failed ({rewards[name].failure_reason})"
+            raise RunError(f"update {number}: {failed}, {rule}. Fix the reward.")
     complete = torch.stack([scores[name].isfinite() for name in trained])
     if not complete.all(0).any():
         failed = [name for name in trained if not scores[name].isfinite().all()]

@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from comfyui_pcpo.durable import write_durably
 from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.prompt import prompt_line
+from comfyui_pcpo.reward.base import Reward
 
 from ..config.schema import Config, ConfigError
 from ..files import fingerprint, reward_fingerprints
@@ -32,12 +34,16 @@ SAME_LEVEL = 1e-4  # two libraries compute the levels of one schedule
 
 
 def identity_of(
-    config: Config, prompts: Sequence[str], content: str | None = None, levels: Sequence[float] | None = None
+    config: Config,
+    prompts: Sequence[str],
+    rewards: Mapping[str, Reward] = MappingProxyType({}),
+    content: str | None = None,
+    levels: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Everything that makes this run what it is, by name.
 
     `content` is that of a model that a host has loaded, `levels` are the noise levels of a rollout; they are left out
-    before the model is loaded.
+    before the model is loaded, and so are the rewards, of which only those that are files are compared then.
     """
     tree = config.model_dump(mode="json")
     settings = {
@@ -46,12 +52,14 @@ def identity_of(
         for key, value in values.items()
         if key not in FREE.get(section, ())
     }
+    digests = {name: reward.content_digest for name, reward in rewards.items()}
+    contents = {name: found for name, found in digests.items() if found} | reward_fingerprints(config.reward.names)
     return {
         **settings,
         "prompts": [prompt_line(p) for p in prompts],
         MODEL_CONTENT: fingerprint(Path(config.model.name)),
         HOST_MODEL: content,
-        **{REWARD_CONTENT + name: found for name, found in reward_fingerprints(config.reward.names).items()},
+        **{REWARD_CONTENT + name: found for name, found in contents.items()},
         **({} if levels is None else {LEVELS: list(levels)}),
     }
 

@@ -162,7 +162,7 @@ def resume_changes(
 
     `levels` are the noise levels of a rollout, None before the model is loaded.
     """
-    identity = identity_of(job.config, job.prompts, job.content, levels)
+    identity = identity_of(job.config, job.prompts, job.rewards, job.content, levels)
     if checkpoint is None:
         return [], identity
     done = int(folder.checkpoint(checkpoint).name) if folder.numbers() else 0
