@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+SAME = 1e-9  # a spread that is smaller than this share of the values is rounding
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -43,7 +45,8 @@ def paired(before: Sequence[float], after: Sequence[float]) -> Paired:
             "Give one of each per seed."
         )
     difference = estimate([b - a for a, b in zip(before, after, strict=True)])
-    if not difference.error > 0:  # one seed, or differences without spread
+    rounding = SAME * max((abs(v) for v in (*before, *after) if math.isfinite(v)), default=0.0)
+    if not difference.error > rounding:  # one seed, or differences without spread
         return Paired(difference, math.nan, math.nan)
     t = difference.mean / difference.error
     return Paired(difference, t, student(t, difference.count - 1))

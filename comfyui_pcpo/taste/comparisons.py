@@ -13,9 +13,9 @@ LEAST_VOTES = 5  # a taste is only learned from as many votes
 class Comparisons:
     """M comparisons between N images.
 
-    `better` and `worse` (M,) are rows of the images' features. `vote` (M,) numbers the votes that they come from, which
-    stay together in cross-validation. `weight` (M,): a vote on G images counts as G - 1 comparisons, however many pairs
-    it orders, since they depend on each other.
+    `better` and `worse` (M,) are rows of the images' features. `vote` (M,) numbers the votes that they come from.
+    `weight` (M,): a vote on G images counts as G - 1 comparisons, however many pairs it orders, since they depend on
+    each other.
     """
 
     better: Tensor
@@ -53,18 +53,18 @@ def from_pairs(pairs: Sequence[tuple[int, int]]) -> Comparisons:
 
 
 def from_liked(liked: Sequence[int], disliked: Sequence[int], each: int = 4) -> Comparisons:
-    """Every liked image against up to `each` disliked ones and the reverse, taken in turn; each image is one vote.
+    """Every liked image against up to `each` disliked ones and the reverse, in turn; each image is one vote.
 
     An image then counts once, whichever of the two sets is larger.
     """
     rows, pairs = [], min(each, len(disliked))
     for number, image in enumerate(liked):
-        others = [disliked[(number * pairs + k) % len(disliked)] for k in range(pairs)]
+        others = [disliked[(number + k) % len(disliked)] for k in range(pairs)]
         rows += [(image, other, number, 1 / pairs) for other in others]
     pairs = min(each, len(liked))
-    for number, image in enumerate(disliked, len(liked)):
-        others = [liked[(number * pairs + k) % len(liked)] for k in range(pairs)]
-        rows += [(other, image, number, 1 / pairs) for other in others]
+    for number, image in enumerate(disliked):
+        others = [liked[(number + k) % len(liked)] for k in range(pairs)]
+        rows += [(other, image, len(liked) + number, 1 / pairs) for other in others]
     return _stack(rows)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from comfyui_pcpo.taste.encoders import COLOR_STATISTICS, Encoder, load_encoder
 from comfyui_pcpo.taste.votes import VoteError
 
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+DEFAULT_RIDGE = 10.0  # where no agreement can be measured
 FOLDS = 5
 SAME_PROBE = 0.98  # least cosine of two probes of the same encoder in different precisions
 FORMAT = "pcpo-taste-1"
@@ -26,16 +28,18 @@ FORMAT = "pcpo-taste-1"
 
 @dataclass(frozen=True)
 class TasteReport:
-    """What cross-validation over votes found."""
+    """What cross-validation found."""
 
     votes: int
     comparisons: int
-    agreement: float  # share of held-out comparisons that the taste orders as the votes do
+    agreement: float  # share of held-out comparisons that the taste orders as the votes do; NaN: none could be held out
     error: float  # its standard error over votes
     agreement_doubled: float  # expected with twice the votes
     ridge: float
 
     def sentence(self) -> str:
+        if math.isnan(self.agreement):
+            return f"{self.votes} votes: they share too many images to hold some out and measure the agreement with them."
         agreement, error = 100 * self.agreement, 100 * self.error
         found = f"{self.votes} votes: agrees with {agreement:.0f} +- {error:.0f} % of held-out votes."
         if self.agreement_doubled - self.agreement < 0.01:
@@ -159,39 +163,57 @@ def learn(features: Tensor, pairs: Comparisons, encoder: Encoder) -> Learned:
 
 
 def cross_validate(scaled: Scaled, pairs: Comparisons) -> TasteReport:
-    """The ridge that predicts held-out votes best, and how well; votes are held out whole.
+    """The ridge that predicts held-out comparisons best, and how well.
 
     Halving the votes tells what doubling them would do: errors are taken to fall by the same factor again.
     """
     found = held_out_agreement(scaled, pairs)
+    if not found[DEFAULT_RIDGE].numel():
+        return TasteReport(pairs.votes, len(pairs.better), *[math.nan] * 3, DEFAULT_RIDGE)
     ridge = max(found, key=lambda r: float(found[r].mean()))
     agreement = float(found[ridge].mean())
     error = float(found[ridge].std(correction=0)) / math.sqrt(len(found[ridge]))
-    halved = float(held_out_agreement(scaled, pairs, (ridge,), every=2)[ridge].mean())
-    shrinks = min(1.0, (1 - agreement) / max(1 - halved, 1e-9))
+    halved = held_out_agreement(scaled, pairs, (ridge,), every=2)[ridge]
+    shrinks = min(1.0, (1 - agreement) / max(1 - float(halved.mean()), 1e-9)) if halved.numel() else 1.0
     return TasteReport(pairs.votes, len(pairs.better), agreement, error, 1 - (1 - agreement) * shrinks, ridge)
 
 
-def vote_folds(pairs: Comparisons) -> Tensor:
-    """The fold of each comparison (M,): votes are dealt out in random order with a fixed seed."""
-    numbers, index = pairs.vote.unique(return_inverse=True)
-    dealt = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))
-    return (dealt % FOLDS)[index]
+def image_folds(pairs: Comparisons) -> Tensor:
+    """The fold of each image (N,), dealt out in random order with a fixed seed; -1 for an image of no comparison.
+
+    An image has the fold of the vote that names it first, of the votes' first comparisons before their second ones: so
+    votes that share no image stay whole, and of those that do, each keeps some comparisons.
+    """
+    numbers, vote = pairs.vote.unique(return_inverse=True)
+    dealt = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0)).tolist()
+    seen, order = Counter(), []
+    for comparison, number in enumerate(vote.tolist()):
+        order.append((seen[number], dealt[number], comparison))
+        seen[number] += 1
+    images = torch.stack([pairs.better, pairs.worse], 1)
+    folds = [-1] * (int(images.max()) + 1)
+    for _, place, comparison in sorted(order):
+        for image in images[comparison].tolist():
+            if folds[image] < 0:
+                folds[image] = place % FOLDS
+    return torch.tensor(folds)
 
 
 def held_out_agreement(
     scaled: Scaled, pairs: Comparisons, ridges: tuple[float, ...] = RIDGES, every: int = 1
 ) -> dict[float, Tensor]:
-    """For each ridge the agreement with every vote when it is held out, (votes,); ties of the fit count half.
+    """For each ridge the agreement with every vote when its images are held out, (votes,); ties of the fit count half.
 
-    `every` second, third, ... of the other votes is learned from.
+    Images are held out, since an image that is learned from gives away its other comparisons; comparisons of a held-out
+    image with another one are left out. `every` second, third, ... of the other votes is learned from.
     """
-    difference, folds = scaled.differences(pairs), vote_folds(pairs)
+    difference, folds = scaled.differences(pairs), image_folds(pairs)
+    better, worse = folds[pairs.better], folds[pairs.worse]
     found: dict[float, list[float]] = {ridge: [] for ridge in ridges}
     for fold in range(FOLDS):
-        out = folds == fold
-        learned = ~out & (pairs.vote % every == 0)
-        if not learned.any():
+        out = (better == fold) & (worse == fold)
+        learned = (better != fold) & (worse != fold) & (pairs.vote % every == 0)
+        if not (learned.any() and out.any()):
             continue
         span = Span.of(difference[learned])
         held_out = pairs.select(out)

@@ -133,6 +133,9 @@ class VoteFolder:
         return name
 
     def _append(self, vote: Vote) -> None:
-        unfinished = self.file.is_file() and not self.file.read_bytes().endswith(b"\n")
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(("\n" if unfinished else "") + json.dumps(asdict(vote)) + "\n")
+        """Add a row, in place of one that a crash cut short."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.file.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(json.dumps(asdict(vote)).encode() + b"\n")

@@ -7,10 +7,20 @@ import torch
 from voters import Preference, Voter
 
 from comfyui_pcpo.reward import RewardError, RewardSettings, load_reward
-from comfyui_pcpo.taste.comparisons import from_rankings
+from comfyui_pcpo.taste.comparisons import Comparisons, from_liked, from_pairs, from_rankings
 from comfyui_pcpo.taste.encoders import COLOR_STATISTICS, Encoder, load_encoder, tiny_encoder
 from comfyui_pcpo.taste.human import HumanVote, Question, Reply, VoteSettings
-from comfyui_pcpo.taste.learned import Learned, TasteReport, TasteReward, check_encoder, learn, load_taste, taste_reward
+from comfyui_pcpo.taste.learned import (
+    Learned,
+    Scaled,
+    TasteReport,
+    TasteReward,
+    check_encoder,
+    cross_validate,
+    learn,
+    load_taste,
+    taste_reward,
+)
 from comfyui_pcpo.taste.votes import VoteError, VoteFolder
 from tools.tiny.data import draw_scenes
 
@@ -72,6 +82,41 @@ def test_random_votes_are_reported_as_worth_nothing(drawings, encoder, tmp_path)
     voted(drawings, voter, VoteFolder(tmp_path))
     report = learned_from(VoteFolder(tmp_path), encoder).taste.report
     assert abs(report.agreement - 0.5) < 3 * max(report.error, 0.03)
+
+
+def found_in_noise(pairs: Comparisons, images: int, seeds: int = 8) -> float:
+    """Mean reported agreement where the features know nothing of the preference."""
+    noise = [torch.randn(images, 100, generator=torch.Generator().manual_seed(seed)) for seed in range(seeds)]
+    return sum(cross_validate(Scaled.of(features), pairs).agreement for features in noise) / seeds
+
+
+def test_images_that_occur_in_several_comparisons_give_nothing_away():
+    """Every liked image meets disliked ones that others meet too; so do images of recurring pairs."""
+    assert found_in_noise(from_liked(range(40), range(40, 80)), 80) == pytest.approx(0.5, abs=0.1)
+    drawn = torch.Generator().manual_seed(0)
+    pairs = [tuple(torch.randperm(30, generator=drawn)[:2].tolist()) for _ in range(150)]
+    assert found_in_noise(from_pairs(pairs), 30) == pytest.approx(0.5, abs=0.1)
+
+
+def test_liked_images_that_do_differ_are_told_from_disliked_ones():
+    features = torch.randn(80, 20, generator=torch.Generator().manual_seed(0))
+    features[:40, 0] += 3
+    report = cross_validate(Scaled.of(features), from_liked(range(40), range(40, 80)))
+    assert report.agreement > 0.85 and report.votes == 80
+
+
+def test_votes_that_all_share_an_image_have_no_measured_agreement(tmp_path, encoder, drawings):
+    """Whichever image is held out, none of the others is compared with it and not with what is learned from."""
+    star = from_pairs([(0, other) for other in range(1, 12)])
+    taste = learn(encoder(drawings[:12]), star, encoder).taste
+    assert taste.report.sentence().startswith("11 votes: they share too many images to hold some out")
+    taste.save(tmp_path / "star.safetensors")
+    assert load_taste(tmp_path / "star.safetensors").report.sentence() == taste.report.sentence()
+
+
+def test_a_few_liked_and_disliked_images_are_held_out_too():
+    features = torch.tensor([5.0, 6, 7, -5, -6, -7])[:, None] + torch.zeros(6, 3)
+    assert cross_validate(Scaled.of(features), from_liked(range(3), range(3, 6))).agreement == 1
 
 
 @pytest.mark.slow

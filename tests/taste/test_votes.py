@@ -72,6 +72,8 @@ def test_a_row_cut_short_by_a_crash_is_ignored_and_does_not_spoil_the_next(tmp_p
     with folder.file.open("a") as file:
         file.write('{"group": "abc", "pro')
     assert len(folder.votes()) == 1
+    folder.add(images(seed=2), "a fox", (0, 2, 1))
+    assert [vote.ranks for vote in folder.votes()] == [(0, 1, 2), (0, 2, 1)]
 
 
 def test_a_damaged_row_is_named_by_its_line(tmp_path):
