@@ -165,7 +165,11 @@ class TrainTaste(io.ComfyNode):
     ) -> str | float:  # fmt: skip
         if name is None or after is not None:
             return float("nan")  # not known yet; NaN equals nothing, so the node runs
-        files = [VoteFolder(tastes_folder() / name).file, *(Path(path) for path in (liked, disliked, pairs) if path)]
+        from ..trainer.evaluation.image_files import images_in
+
+        given = [Path(path) for path in (liked, disliked, pairs) if path]
+        inside = [file for path in given if path.is_dir() for file in images_in(path)]
+        files = [VoteFolder(tastes_folder() / name).file, *given, *inside]
         times = [path.stat().st_mtime_ns for path in files if path.exists()]
         return hashlib.sha256(f"{files}{times}".encode()).hexdigest()
 
@@ -279,20 +283,20 @@ class CompareBlind(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, images_a: Tensor, images_b: Tensor, question: str, votes: int, seed: int) -> io.NodeOutput:
-        from comfyui_pcpo.taste.blind import blind_pairs, pair_question, sentence, win_rate
+        from comfyui_pcpo.taste.blind import blind_pairs, sentence, vote_on, win_rate
 
         from .host.booth import BOOTH  # imports the server
 
         pairs = blind_pairs(images_a, images_b, votes, seed)
         file = blind_votes_file(images_a, images_b, f"{question} {seed}")
-        wins = kept_wins(file, len(pairs))
-        while len(wins) < len(pairs):
-            reply = BOOTH.ask(str(cls.hidden.unique_id), pair_question(pairs, len(wins), question))
-            if reply.action == "undo":
-                wins.pop()
-            else:
-                wins.append(pairs[len(wins)].win_of_b(reply.ranks))
+
+        def ask(shown: "Question") -> "Reply":
+            return BOOTH.ask(str(cls.hidden.unique_id), shown)
+
+        def keep(wins: list[float]) -> None:
             write_durably(file, json.dumps({"question": question, "seed": seed, "wins": wins}).encode())
+
+        wins = vote_on(pairs, question, ask, keep, kept_wins(file, len(pairs)))
         rate = win_rate(wins)
         shown = [pair.row for pair in pairs]
         captions = [{1.0: "B won", 0.0: "A won"}.get(win, "tie") for win in wins]

@@ -187,10 +187,15 @@ LORA_FAMILIES: dict[Family, LoraFamily] = {  # in the order in which `detect_fam
     "plain": LoraFamily(mark=NO_MARK),
 }  # fmt: skip
 
+CROSS_ATTENTION = r"transformer_blocks\.\d+\.attn1\."
+"""In transformers such as PixArt's, whose other modules are named as SD3's are."""
+
 
 def detect_family(modules: Iterable[str]) -> Family:
     """The family of diffusers' module names: the first whose mark one of them has, otherwise `plain`."""
     names = list(modules)
+    if any(re.match(CROSS_ATTENTION, module) for module in names):
+        return "plain"
     for name, family in LORA_FAMILIES.items():
         if any(re.match(family.mark, module) for module in names):
             return name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,9 +24,11 @@ PANEL_SIZE = (560, 360)  # of a panel
 LEFT, RIGHT, BOTTOM = 64, 18, 46  # margins of its data area
 RIGHT_AXIS = 48  # more of the right one where the panel has a second axis
 TITLE_ROW, LEGEND_ROW, LEGEND_GAP = 34, 18, 8  # heights above the data area
+FREE_ROWS = 4  # of a legend; a panel is higher by any more
 HANDLE = 40  # width of a legend entry beside its text
 Y_LABEL = 19  # from the edge of the panel to its y label
 FEW_POINTS = 30  # with more points than this, markers are smaller
+DASHES = ("-", ":", "-.")  # of lines beyond the palette's colours
 STEP_AXIS = "denoising step, noise first"
 
 
@@ -74,20 +76,43 @@ def panel_figure(panels: Sequence[Panel], columns: int = 2, size: tuple[int, int
         raise ValueError("No panels given. Give at least one.")
     columns = min(columns, len(panels))
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
-    figure = style.new_figure(columns * size[0], len(rows) * size[1])
+    widths = [columns * size[0] / len(row) for row in rows]
+    legends = [[_legend(panel, width) for panel in row] for row, width in zip(rows, widths, strict=True)]
+    more = [max(0, *(LEGEND_ROW * (legend.rows - FREE_ROWS) for legend in row)) for row in legends]
+    figure = style.new_figure(columns * size[0], len(rows) * size[1] + sum(more))
+    top = 0
     for k, row in enumerate(rows):
-        width = columns * size[0] / len(row)
         for i, panel in enumerate(row):
-            _add_panel(figure, panel, (i * width, k * size[1]), (width, size[1]))
+            _add_panel(figure, panel, legends[k][i], (i * widths[k], top), (widths[k], size[1] + more[k]))
+        top += size[1] + more[k]
     return figure
 
 
-def _add_panel(figure: Figure, panel: Panel, corner: tuple[float, float], size: tuple[float, float]) -> None:
-    """Title, note and legend above axes with the panel's lines."""
-    width = size[0] - LEFT - RIGHT - (RIGHT_AXIS if panel.right else 0)
+class Legend(NamedTuple):
+    """A panel's labels as they are shown, one for each line, in rows of some columns."""
+
+    labels: list[str]
+    rows: int
+    columns: int
+
+
+def _data_width(panel: Panel, width: float) -> float:
+    return width - LEFT - RIGHT - (RIGHT_AXIS if panel.right else 0)
+
+
+def _legend(panel: Panel, width: float) -> Legend:
+    """The legend of a panel of some width."""
+    width = _data_width(panel, width)
     labels = [shorten(line.label, width - HANDLE, _estimated_width) for line in panel.all_lines()]
     columns = max(1, int(width // (HANDLE + max(map(_estimated_width, labels), default=0))))
-    legend = LEGEND_ROW * math.ceil(sum(map(bool, labels)) / columns)
+    return Legend(labels, math.ceil(sum(map(bool, labels)) / columns), columns)
+
+
+def _add_panel(
+    figure: Figure, panel: Panel, shown: Legend, corner: tuple[float, float], size: tuple[float, float]
+) -> None:
+    """Title, note and legend above axes with the panel's lines."""
+    width, labels, legend = _data_width(panel, size[0]), shown.labels, LEGEND_ROW * shown.rows
     top = TITLE_ROW + legend + LEGEND_GAP
     height = size[1] - top - BOTTOM
     axes = style.add_axes(figure, corner[0] + LEFT, corner[1] + top, width, height)
@@ -101,11 +126,11 @@ def _add_panel(figure: Figure, panel: Panel, corner: tuple[float, float], size: 
         second.yaxis.set_label_coords(1 + (RIGHT + RIGHT_AXIS - Y_LABEL) / width, 0.5)
         artists += _draw_lines(second, panel, panel.right)
     if legend:
-        handles, shown = zip(*((a, label) for a, label in zip(artists, labels, strict=True) if label), strict=True)
+        handles, texts = zip(*((a, label) for a, label in zip(artists, labels, strict=True) if label), strict=True)
         look: dict[str, Any] = {"frameon": False, "fontsize": TEXT, "labelcolor": INK, "columnspacing": 1.3}
         place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1 + LEGEND_GAP / height)}
         place |= {"borderpad": 0, "borderaxespad": 0}
-        for text in axes.legend(handles, shown, ncols=columns, **place, **look).get_texts():
+        for text in axes.legend(handles, texts, ncols=shown.columns, **place, **look).get_texts():
             text.set_parse_math(False)
 
 
@@ -166,7 +191,7 @@ def _draw_line(axes: Axes, line: Line, y: np.ndarray, color: str) -> Any:
         color=color,
         alpha=style.FAINT if faint else 1,
         linewidth=style.THIN if faint else style.LINE,
-        linestyle=(0, (3, 2)) if line.style == "dashed" else "-",
+        linestyle=(0, (3, 2)) if line.style == "dashed" else DASHES[line.color // len(style.PALETTE) % len(DASHES)],
         marker="o" if line.style == "points" or alone.any() else "",
         markevery=None if line.style == "points" else np.flatnonzero(alone).tolist(),
         markersize=style.DOT if len(y) <= FEW_POINTS or alone.any() else style.SMALL_DOT,

@@ -9,7 +9,8 @@ ELLIPSIS = "\u2026"
 
 
 def shorten(text: str, width: float, measure: Measure) -> str:
-    """Text that fits a width; an ellipsis replaces what does not fit."""
+    """Text on one line that fits a width; an ellipsis replaces what does not fit."""
+    text = " ".join(text.split())
     most = int(width)  # characters are at least a pixel wide
     if len(text) <= most and measure(text) <= width:
         return text

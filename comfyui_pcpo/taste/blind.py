@@ -1,7 +1,7 @@
 """Blind comparison of two sides: pairs in random order and side, and the win rate with its interval."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.reward.base import eight_bit
-from comfyui_pcpo.taste.human import Question
+from comfyui_pcpo.taste.human import Ask, Question
 from comfyui_pcpo.taste.votes import VoteError
 
 
@@ -49,6 +49,24 @@ def blind_pairs(a: Tensor, b: Tensor, count: int, seed: int) -> list[BlindPair]:
 def pair_question(pairs: Sequence[BlindPair], number: int, text: str) -> Question:
     """The question about a pair; the vote before it can be taken back."""
     return Question(text, "", pairs[number].images, "best", number + 1, len(pairs), number > 0, False)
+
+
+def vote_on(
+    pairs: Sequence[BlindPair], text: str, ask: Ask, keep: Callable[[list[float]], object], wins: Sequence[float] = ()
+) -> list[float]:
+    """Ask about each pair, and go on after the pairs that `wins` are of; the last vote can be taken back.
+
+    -> for each pair 1 if B won, 0 if A, 0.5 for a tie. `keep` gets them after every vote, so that none is lost.
+    """
+    wins = list(wins)
+    while len(wins) < len(pairs):
+        reply = ask(pair_question(pairs, len(wins), text))
+        if reply.action == "undo":
+            wins.pop()
+        else:
+            wins.append(pairs[len(wins)].win_of_b(reply.ranks))
+        keep(wins)
+    return wins
 
 
 @dataclass(frozen=True)

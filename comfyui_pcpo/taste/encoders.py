@@ -5,10 +5,10 @@ Networks are trained to overlook what people often vote on: how bright, colourfu
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_pcpo.reward.base import RewardSettings
@@ -18,16 +18,23 @@ from comfyui_pcpo.taste.votes import VoteError
 from comfyui_pcpo.tiny.align import load_image_encoder
 from comfyui_pcpo.tiny.pipelines import MODELS
 
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
+
 PROBE_SIDE = 96
 COLOR_STATISTICS = 42
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A name, and a function from images uint8 (B, H, W, 3) to a network's features (B, K)."""
+    """A name, and a function from images uint8 (B, H, W, 3) to a network's features (B, K).
+
+    `network` is absent where a host keeps it; it may be moved to another device.
+    """
 
     name: str
     encode: Callable[[Tensor], Tensor]
+    network: nn.Module | None = None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -61,23 +68,26 @@ def tiny_encoder(settings: RewardSettings) -> Encoder:
     from comfyui_pcpo.reward.alignment import encoder_input
 
     model = load_image_encoder(MODELS / "emoji-align").to(settings.device)
-    return Encoder("emoji-align", lambda images: model.encode(encoder_input(images.to(settings.device))))
+    return Encoder("emoji-align", lambda images: model.encode(encoder_input(images.to(device_of(model)))), model)
 
 
 def clip_encoder(settings: RewardSettings) -> Encoder:
     """The normalised image embedding of OpenAI's CLIP ViT-L/14, whose weights several rewards share."""
-    reward = ClipCosine(settings).load()
+    model = cast("CLIP", ClipCosine(settings).load().model)
 
     def encode(images: Tensor) -> Tensor:
-        from open_clip.model import CLIP
+        pixels = crop_round(images.to(device_of(model))).to(settings.dtype)
+        return F.normalize(model.encode_image(pixels).float(), dim=-1)
 
-        pixels = crop_round(images.to(reward.device)).to(settings.dtype)
-        return F.normalize(cast("CLIP", reward.model).encode_image(pixels).float(), dim=-1)
-
-    return Encoder("clip-vit-l-14", encode)
+    return Encoder("clip-vit-l-14", encode, model)
 
 
 ENCODERS = {"emoji-align": tiny_encoder, "clip-vit-l-14": clip_encoder}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network is now."""
+    return next(model.parameters()).device
 
 
 def load_encoder(name: str, settings: RewardSettings) -> Encoder:

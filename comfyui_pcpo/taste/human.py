@@ -65,6 +65,7 @@ class Group:
     prompt: str
     images: Tensor
     vote: Vote | None = None
+    features: Tensor | None = None  # (G, D), once they are needed
 
 
 class HumanVote(GroupReward):
@@ -112,7 +113,7 @@ class HumanVote(GroupReward):
             if group.vote is not None:
                 scores[group.rows] = rank_scores(group.vote.ranks) if group.vote.ranks else 0.0
             elif learned is not None:
-                scores[group.rows] = learned.expected_scores(self.features(group.images))
+                scores[group.rows] = learned.expected_scores(self.group_features(group))
         return Scores(scores)
 
     def ask_all(self, groups: list[Group]) -> Learned | None:
@@ -144,7 +145,7 @@ class HumanVote(GroupReward):
     def most_informative(self, groups: list[Group], learned: Learned | None) -> Group:
         if learned is None:
             return groups[0]
-        return max(groups, key=lambda group: learned.information(self.features(group.images)))
+        return max(groups, key=lambda group: learned.information(self.group_features(group)))
 
     def learn(self, refit_every: int = 1) -> Learned | None:
         """The taste of all votes in the folder, or a fit of fewer than `refit_every` votes less; None if too few."""
@@ -169,6 +170,12 @@ class HumanVote(GroupReward):
     def features(self, images: Tensor) -> Tensor:
         """uint8 (G, H, W, 3) -> (G, D)."""
         return self.loaded_encoder()(images)
+
+    def group_features(self, group: Group) -> Tensor:
+        """(G, D), computed once."""
+        if group.features is None:
+            group.features = self.features(group.images)
+        return group.features
 
     def file_features(self, names: list[str]) -> Tensor:
         """Features of images in the folder, (N, D); each is computed once."""

@@ -4,19 +4,19 @@ import hashlib
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from comfyui_pcpo.durable import safetensors_parts, write_durably
 from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardSettings
 from comfyui_pcpo.taste.bradley_terry import Span, Utility, fit_utility
 from comfyui_pcpo.taste.comparisons import LEAST_VOTES, Comparisons, mean_per_vote
-from comfyui_pcpo.taste.encoders import COLOR_STATISTICS, Encoder, load_encoder
+from comfyui_pcpo.taste.encoders import COLOR_STATISTICS, ENCODERS, Encoder, load_encoder
 from comfyui_pcpo.taste.votes import VoteError
 
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -39,7 +39,7 @@ class TasteReport:
 
     def sentence(self) -> str:
         if math.isnan(self.agreement):
-            return f"{self.votes} votes: they share too many images to hold some out and measure the agreement with them."
+            return f"{self.votes} votes: too many share images to hold some out and measure the agreement."
         agreement, error = 100 * self.agreement, 100 * self.error
         found = f"{self.votes} votes: agrees with {agreement:.0f} +- {error:.0f} % of held-out votes."
         if self.agreement_doubled - self.agreement < 0.01:
@@ -169,7 +169,7 @@ def cross_validate(scaled: Scaled, pairs: Comparisons) -> TasteReport:
     """
     found = held_out_agreement(scaled, pairs)
     if not found[DEFAULT_RIDGE].numel():
-        return TasteReport(pairs.votes, len(pairs.better), *[math.nan] * 3, DEFAULT_RIDGE)
+        return TasteReport(pairs.votes, len(pairs.better), math.nan, math.nan, math.nan, DEFAULT_RIDGE)
     ridge = max(found, key=lambda r: float(found[r].mean()))
     agreement = float(found[ridge].mean())
     error = float(found[ridge].std(correction=0)) / math.sqrt(len(found[ridge]))
@@ -238,23 +238,33 @@ class TasteReward(Reward):
         name: str = "taste",
     ):
         super().__init__(settings)
-        self.taste, self.encoder = taste, encoder
+        self.taste, self.given, self.encoder = taste, encoder, encoder
         self.name = name  # type: ignore[misc]  several tastes can be combined
         self.content_digest = taste.digest()
 
-    def load(self) -> "TasteReward":
-        if self.encoder is None:
-            self.encoder = load_encoder(self.taste.encoder, self.settings)
-            check_encoder(self.taste, self.encoder)
-        return self
+    def build(self) -> nn.Module | None:
+        self.encoder = self.given or encoder_of(self.taste, replace(self.settings, device="cpu"))
+        return self.encoder.network
 
     def unload(self) -> None:
-        self.encoder = None
+        super().unload()
+        self.encoder = self.given
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
-        self.load()
-        assert self.encoder is not None
+        assert self.encoder is not None  # `score` has loaded it
         return self.taste(self.encoder(images))
+
+
+def encoder_of(taste: Taste, settings: RewardSettings) -> Encoder:
+    """The encoder that a taste was learned on. Raises RewardError where it is another version, or a host's."""
+    if taste.encoder not in ENCODERS:
+        raise RewardError(
+            f"The taste was learned on the image features of {taste.encoder}, which cannot be loaded here. Use it with "
+            f"Load Taste in ComfyUI, or train it again on the same votes with --encoder {' or '.join(ENCODERS)}."
+        )
+    encoder = load_encoder(taste.encoder, settings)
+    check_encoder(taste, encoder)
+    return encoder
 
 
 def check_encoder(taste: Taste, encoder: Encoder) -> None:

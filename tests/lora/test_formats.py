@@ -220,6 +220,12 @@ def test_module_names_tell_the_family(module, family):
     assert detect_family([module]) == family
 
 
+def test_a_transformer_with_cross_attention_is_not_taken_for_sd3():
+    blocks = [f"transformer_blocks.0.{part}" for part in ("attn1.to_q", "attn2.to_q", "ff.net.0.proj")]
+    assert detect_family(blocks) == "plain"
+    assert detect_family([f"down_blocks.0.attentions.0.{part}" for part in blocks]) == "unet"
+
+
 def test_a_family_with_diffusers_names_needs_no_entry_but_for_kohyas_layout():
     module = "joint_blocks.0.attn.to_q"
     given = {module: (torch.ones(2, 4), torch.ones(4, 2))}

@@ -112,6 +112,12 @@ def test_liked_and_disliked_folders_and_the_embedded_features(images, tmp_path):
         "PCPOTrainTaste", name="folders", liked=str(tmp_path / "yes"), disliked=str(tmp_path / "no")
     )
     assert report.startswith("30 votes")
+    node, given = comfy_host.load_pack()["PCPOTrainTaste"], {"liked": str(tmp_path / "yes"), "name": "folders"}
+    before = node.fingerprint_inputs(**given)
+    assert node.fingerprint_inputs(**given) == before
+    picture = next((tmp_path / "yes").iterdir())
+    os.utime(picture, ns=(0, picture.stat().st_mtime_ns + 1_000_000))  # replaced, which leaves the folder as it was
+    assert node.fingerprint_inputs(**given) != before
     scores = reward.combined().score(images.float() / 255, [""] * len(images)).total
     assert scores[order[:15]].min() > scores[order[-15:]].max()
 

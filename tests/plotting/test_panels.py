@@ -128,6 +128,16 @@ def test_the_legend_is_above_the_data_however_long_it_is():
     assert title.get_window_extent().y0 >= edges.y1  # type: ignore[call-arg]
 
 
+def test_a_panel_of_many_lines_is_higher_and_lines_of_one_color_differ_in_their_dashes():
+    names = [f"a run with a rather long name, number {k:02}" for k in range(24)]
+    figure = panel_figure([Panel("title", "x", "y", [Line(n, [0, 1], [k, k], color=k) for k, n in enumerate(names)])])
+    axes = figure.axes[0]
+    alone = panel_figure([Panel("title", "x", "y", [Line("", [0, 1], [1.0, 1.0])])]).axes[0]
+    assert axes.get_window_extent().height > alone.get_window_extent().height / 2
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes.lines if len(line.get_xdata())}
+    assert len(looks) == 3 * len(style.PALETTE)
+
+
 def test_names_with_dollar_signs_are_written_as_they_are():
     name = "costs $5 \\and{ $"
     figure = panel_figure([Panel(name, name, name, [Line(name, [0], [1.0])], note=name)])

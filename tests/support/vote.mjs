@@ -67,6 +67,8 @@ try {
       }
       if (asked.number % 2) { // by mouse, then by keyboard
         await page.locator('.pcpo-vote .images button').nth(0).click();
+        await page.keyboard.press('u'); // the keys go on working after a click that is taken back
+        await page.keyboard.press('1');
         await page.locator('.pcpo-vote .images button').nth(1).click();
       } else {
         await page.locator('.pcpo-vote').focus();

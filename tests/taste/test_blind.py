@@ -3,6 +3,7 @@
 import io
 import json
 import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -141,6 +142,17 @@ def test_a_bad_answer_is_explained_and_the_question_stays_open(server, body, mes
     page.post(f"/vote/{key}", {"action": "skip"})
     thread.join(5)
     assert replies == [Reply("vote", ())]
+
+
+def test_a_page_that_is_closed_while_it_loads_leaves_no_traceback(server, capfd):
+    thread, _ = asked(server, group())
+    for _ in range(3):
+        client = socket.create_connection(("127.0.0.1", server.server_port))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # its close is a reset
+        client.sendall(b"GET /vote HTTP/1.1\r\n")
+        client.close()
+    Page(server.url).question()
+    assert thread.is_alive() and capfd.readouterr().err == ""
 
 
 def test_a_late_answer_another_page_and_a_long_one_are_refused(server):

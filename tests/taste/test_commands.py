@@ -89,7 +89,8 @@ def test_votes_of_several_folders(drawings, tmp_path, capsys):
     ("arguments", "message"),
     [
         ([], "There is no preference to learn from"),
-        (["{tmp}/nothing"], "There is no preference to learn from in"),
+        (["{tmp}/empty"], "There is no preference to learn from in"),
+        (["{tmp}/empty", "{tmp}/typo"], "{tmp}/typo is not a folder of votes"),
         (["--liked", "{tmp}"], "one of the folders {tmp} contains no images"),
         (["--liked", "{images}"], "one of the folders is not given"),
         (["--pairs", "{tmp}/bad.csv"], "pair 1 does not name two images"),
@@ -101,6 +102,7 @@ def test_votes_of_several_folders(drawings, tmp_path, capsys):
     ],
 )
 def test_bad_sources_are_explained(arguments, message, files, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
     (tmp_path / "bad.csv").write_text("left,right\na.png,b.png\n")
     (tmp_path / "bad.jsonl").write_text("{better}\n")
     (tmp_path / "gone.csv").write_text("better,worse\ngone.png,lost.png\n")

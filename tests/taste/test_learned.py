@@ -1,5 +1,6 @@
 """A taste learned from simulated people: agreement with the true preference, files, and use as a reward."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def test_votes_that_all_share_an_image_have_no_measured_agreement(tmp_path, enco
     """Whichever image is held out, none of the others is compared with it and not with what is learned from."""
     star = from_pairs([(0, other) for other in range(1, 12)])
     taste = learn(encoder(drawings[:12]), star, encoder).taste
-    assert taste.report.sentence().startswith("11 votes: they share too many images to hold some out")
+    assert taste.report.sentence().startswith("11 votes: too many share images to hold some out")
     taste.save(tmp_path / "star.safetensors")
     assert load_taste(tmp_path / "star.safetensors").report.sentence() == taste.report.sentence()
 
@@ -173,6 +174,32 @@ def test_another_encoder_is_refused(drawings, encoder, tmp_path):
         check_encoder(taste, retrained)
     check_encoder(taste, encoder)
     assert isinstance(TasteReward(taste, encoder=encoder).load(), TasteReward)
+
+
+def test_a_refused_encoder_is_refused_again(drawings, encoder, tmp_path):
+    voted(drawings, Voter(preference("redness")), VoteFolder(tmp_path), 10)
+    taste = replace(learned_from(VoteFolder(tmp_path), encoder).taste, probe=-encoder.probe())
+    reward = TasteReward(taste)
+    for _ in range(2):
+        with pytest.raises(RewardError, match="another version of emoji-align"):
+            reward.score(drawings[:2].float() / 255, ["", ""])
+    with pytest.raises(RewardError, match=r"of ComfyUI's CLIP Vision, which cannot be loaded here"):
+        TasteReward(replace(taste, encoder="ComfyUI's CLIP Vision")).load()
+
+
+def test_the_network_of_a_taste_moves_with_the_reward(drawings, encoder, tmp_path):
+    """Rewards are read into CPU memory, and leave the GPU between two updates."""
+    voted(drawings, Voter(preference("redness")), VoteFolder(tmp_path), 10)
+    taste = learned_from(VoteFolder(tmp_path), encoder).taste
+    room: list[int] = []
+    reward = TasteReward(taste, RewardSettings(device="meta", make_room=room.append))
+    assert {p.device.type for p in reward.to("cpu").load().model.parameters()} == {"cpu"} and not room
+    expected = taste(encoder(drawings[:2]))
+    torch.testing.assert_close(reward.score(drawings[:2].float() / 255, ["", ""]), expected)
+    assert {p.device.type for p in reward.to("meta").model.parameters()} == {"meta"}
+    assert room == [sum(p.nbytes for p in encoder.network.parameters())]
+    reward.unload()
+    assert reward.encoder is None and reward.model is None
 
 
 def test_an_unknown_encoder_and_a_file_that_is_no_taste_are_refused(tmp_path):

@@ -142,6 +142,12 @@ def test_a_closed_pipe_ends_the_command_without_a_message():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_text_that_the_outputs_encoding_lacks_is_escaped():
+    call = [sys.executable, "-m", "trainer", "options", "\u72d0"]
+    done = subprocess.run(call, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True)
+    assert done.returncode == 2 and b"\\u72d0" in done.stderr and b"Traceback" not in done.stderr
+
+
 def test_without_a_terminal_stderr_has_the_phase_and_no_librarys_messages(tmp_path):
     done = python("-m", "trainer", "train", *TINY_RUN, "--run.folder", tmp_path)
     assert done.returncode == 0

@@ -137,6 +137,16 @@ def test_images_of_an_earlier_evaluation_are_replaced_once_all_new_ones_are_ther
     assert [entry.name for entry in tmp_path.iterdir()] == ["pictures"] and list(pictures.iterdir())
 
 
+def test_an_evaluation_is_not_lost_where_its_folder_of_images_cannot_be_replaced(run, tmp_path):
+    (tmp_path / "pictures").touch()  # a file in its place
+    report = evaluate(str(run.path), small(), tmp_path / "pictures")
+    partial = tmp_path / "pictures.partial"
+    assert report.setup["pictures"] == str(partial) and len(list(partial.rglob("*.png"))) == 16
+    assert f"the images are in {partial}, since {tmp_path / 'pictures'} could not be replaced" in "\n".join(
+        report.notes
+    )
+
+
 def test_the_command_replaces_images_only_when_asked(run, tmp_path, capsys):
     arguments = ["evaluate", "emoji-flow", "--images", "1", "--seeds", "2", "--steps", "2", "--save-images"]
     arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]

@@ -67,7 +67,8 @@ def plot_command(*runs: Path, out: Path | None = None, overwrite: bool = False) 
         rows = RunFolder(run).records()
         if not rows:
             raise ConfigError(f"{run} has no finished updates, so there is nothing to plot. Train it first.")
-        records[run.name if run.name not in records else str(run)] = rows
+        name = run.resolve().name
+        records[name if name not in records else str(run)] = rows
     own = RunFolder(runs[0]).curves_file if len(runs) == 1 else None
     path = out or own or Path(free_name(Path(), "compare", ".png"))
     check_image_path(path, overwrite or path == own)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import warnings
@@ -71,6 +72,7 @@ def main(tokens: list[str] | None = None) -> int:
     with warnings.catch_warnings(), interrupts:
         filter_warnings()
         share_cores()
+        escape_unprintable()
         try:
             require_text_arguments(sys.argv[1:] if tokens is None else tokens)
             make_app()(tokens, result_action="return_value", exit_on_error=False)
@@ -105,6 +107,13 @@ def require_text_arguments(tokens: list[str]) -> None:
             require_text(token)
         except ValueError as error:
             raise ConfigError(f"argument {token!a} {error}.") from None
+
+
+def escape_unprintable() -> None:
+    """Print what the output's encoding lacks, as on Windows when it goes to a file, as an escape, and no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where a test or another program has replaced it
+            stream.reconfigure(errors="backslashreplace")
 
 
 def report(message: str) -> int:

@@ -101,14 +101,12 @@ def test_taste_command(
         auto, cpu, cuda or cuda:N.
     """
     quiet_transformers()
-    from comfyui_pcpo.taste.encoders import load_encoder
-    from comfyui_pcpo.taste.learned import check_encoder, load_taste
+    from comfyui_pcpo.taste.learned import encoder_of, load_taste
 
     from ..evaluation.taste import agreement
 
     learned = load_taste(taste)
-    encoder = load_encoder(learned.encoder, make_settings(folder, device, "float32"))
-    check_encoder(learned, encoder)
+    encoder = encoder_of(learned, make_settings(folder, device, "float32"))
     share, error, count = agreement(learned, sources(votes, liked, disliked, pairs), encoder)
     if as_json:
         print(json.dumps({"agreement": share, "error": error, "votes": count}))
@@ -119,6 +117,9 @@ def test_taste_command(
 def sources(votes: tuple[Path, ...], liked: Path | None, disliked: Path | None, pairs: Path | None) -> "TasteSources":
     from ..evaluation.taste import TasteSources
 
+    for path in votes:
+        if not path.is_dir():
+            raise ConfigError(f"{path} is not a folder of votes. Give a folder that Human Vote has written.")
     return TasteSources(votes, liked, disliked, pairs)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -108,6 +109,11 @@ class BallotServer(ThreadingHTTPServer):
     def __init__(self, port: int = 0, tick: Callable[[], None] = lambda: None):
         super().__init__(("127.0.0.1", port), PageHandler)
         self.booth = Booth(lambda is_open: None, tick)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """No traceback for a page that was closed before its answer was sent."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.method.guidance import ImplicitReward
-from comfyui_pcpo.taste.blind import BlindPair, blind_pairs, pair_question, win_rate
-from comfyui_pcpo.taste.human import Question, Reply
+from comfyui_pcpo.taste.blind import BlindPair, blind_pairs, vote_on, win_rate
+from comfyui_pcpo.taste.human import Ask
 
 from ..config.errors import ConfigError
 from ..policy.diffusers_policy import module_names
@@ -63,22 +63,15 @@ def pairs_of_sides(a: str, b: str, test: BlindTest) -> list[BlindPair]:
 
 
 def compare_blind(
-    pairs: Sequence[BlindPair], question: str, ask: Callable[[Question], Reply], keep: Callable[[dict[str, Any]], None]
+    pairs: Sequence[BlindPair], question: str, ask: Ask, keep: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Ask about each pair; the win rate of the second side, with every vote. The last vote can be taken back.
+    """Ask about each pair; the win rate of the second side, with every vote.
 
     `keep` is given the result so far after every vote, so that an interrupt loses none.
     """
-    result: dict[str, Any] = {}
-    wins: list[float] = []
-    while len(wins) < len(pairs):
-        number = len(wins)
-        reply = ask(pair_question(pairs, number, question))
-        if reply.action == "undo":
-            wins.pop()
-        else:
-            wins.append(pairs[number].win_of_b(reply.ranks))
-        votes = [{"pair": pair.row, "b_wins": win} for pair, win in zip(pairs, wins, strict=False)]
-        result = {**(asdict(win_rate(wins)) if wins else {}), "pairs": votes}
-        keep(result)
-    return result
+    return result_of(pairs, vote_on(pairs, question, ask, lambda wins: keep(result_of(pairs, wins))))
+
+
+def result_of(pairs: Sequence[BlindPair], wins: Sequence[float]) -> dict[str, Any]:
+    votes = [{"pair": pair.row, "b_wins": win} for pair, win in zip(pairs, wins, strict=False)]
+    return {**(asdict(win_rate(wins)) if wins else {}), "pairs": votes}

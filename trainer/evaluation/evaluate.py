@@ -22,21 +22,13 @@ from ..policy.families import denoiser_of
 from ..policy.loading import load_configured
 from ..runs.folder import RunFolder
 from ..runs.rewards import make_reward, require_prompts, reward_settings
-from .metrics import TINYEVAL, Meter, Tally, load_networks
+from .metrics import ROLES, TINYEVAL, Meter, Tally, load_networks
 from .options import EvaluationOptions
 from .report import MOST_SHOWN, Metric, Report, Shown, save_images
 from .sampling import Draw, Guide, decoded, sample_latents, sampling_policy
 from .source import Source, open_source, read_pairs
 
 IMAGES_AT_ONCE = 64  # images per call of `Tally.add`; rewards move to their GPU once per call
-ROLES = {
-    "tiny FD": "distance, lower is better",
-    "FID": "distance, lower is better",
-    "FD-DINOv2": "distance, lower is better",
-    "tiny diversity": "variety",
-    "LPIPS diversity": "variety",
-    "Inception Score": "variety",
-}
 
 
 @dataclass(frozen=True)
@@ -81,17 +73,29 @@ def evaluate(
             values[side].append(tally.metrics())
             for name, count in tally.failed().items():
                 failed[name] = failed.get(name, 0) + count
+    pictures = images_folder
     if partial is not None and images_folder is not None:
-        shutil.rmtree(images_folder, ignore_errors=True)
-        partial.rename(images_folder)
+        pictures, unmoved = replaced(images_folder, partial)
+        notes += unmoved
     notes += [f"{count} scores of {name} failed and were left out" for name, count in failed.items() if count]
     metrics = [
         Metric(name, role(name, opened), *([v[name] for v in values.get(s, [])] for s in ("before", "after")))
         for name in values["before"][0]
     ]
     notes += [no_value(metric.name, context.meter) for metric in metrics if not metric.measured]
-    described = describe_setup(opened.config, source, options) | {"pictures": images_folder and str(images_folder)}
+    described = describe_setup(opened.config, source, options) | {"pictures": pictures and str(pictures)}
     return Report(described, context.prompts, metrics, shown, notes)
+
+
+def replaced(folder: Path, by: Path) -> tuple[Path, list[str]]:
+    """Put one folder in place of another, -> where it then is, and a note if that was impossible."""
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        by.rename(folder)
+    except OSError as error:
+        return by, [f"the images are in {by}, since {folder} could not be replaced: {error.strerror or error}"]
+    return folder, []
 
 
 def no_value(name: str, meter: Meter) -> str:

@@ -22,7 +22,12 @@ from .image_files import batches, image_files
 from .options import EvaluationOptions
 
 TINYEVAL = "TinyEval, "  # before a task, in the names of metrics
-LOWER = ("tiny FD", "FID", "FD-DINOv2")
+DISTANCE, VARIETY = "distance, lower is better", "variety"
+ROLES = {
+    **dict.fromkeys(("tiny FD", "FID", "FD-DINOv2"), DISTANCE),
+    **dict.fromkeys(("tiny diversity", "LPIPS diversity", "Inception Score"), VARIETY),
+}
+"""What a metric beside the rewards tells."""
 
 
 @dataclass(frozen=True)

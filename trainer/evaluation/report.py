@@ -15,7 +15,7 @@ from comfyui_pcpo.plotting.evaluation import Slope, slope_chart
 from comfyui_pcpo.plotting.grids import before_after, grid, to_pil_images
 
 from ..runs.rows import finite
-from .metrics import LOWER
+from .metrics import DISTANCE
 
 MOST_SHOWN = 12  # prompts, evenly spaced over all
 FILES = ("evaluation.json", "evaluation.png", "before_after.png", "samples.png")
@@ -38,7 +38,7 @@ class Metric:
 
     @property
     def lower(self) -> bool:
-        return self.name in LOWER
+        return self.role == DISTANCE
 
     def summary(self) -> dict[str, Any]:
         """Means, standard errors and the paired test."""

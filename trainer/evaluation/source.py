@@ -37,7 +37,8 @@ def open_source(source: str) -> Source:
         _, metadata = read_lora(path)
         if "pcpo.config" not in metadata:
             raise ConfigError(
-                f"{path} does not record its base model. Give a run's folder or a model, and this file as --guide."
+                f"{path} does not record its base model. Give a run's folder or a model; `sample` adds such a file to "
+                "a model with --guide."
             )
         return Source(on_this_computer(config_of(path, metadata["pcpo.config"])), path)
     if source in EMBEDDED:

@@ -50,8 +50,6 @@ def read_comparisons(sources: TasteSources) -> tuple[Comparisons, Gallery]:
     """All comparisons of the sources and the images that they name. Raises ConfigError where there are none."""
     gallery, parts = Gallery(), []
     for folder in sources.votes:
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"{folder} is not a folder of votes. Give a folder that Human Vote has written.")
         votes = VoteFolder(folder).ranked()
         rows = [gallery.add(folder / "images" / name for name in vote.images) for vote in votes]
         parts.append(from_rankings([(row, vote.ranks) for row, vote in zip(rows, votes, strict=True)]))

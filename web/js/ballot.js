@@ -142,7 +142,7 @@ export class Ballot {
   undo() {
     if (!this.chosen.length) return this.question.can_undo && this.send({ action: "undo" });
     this.chosen.pop();
-    this.draw();
+    this.mark();
   }
 
   async send(body) {
@@ -152,11 +152,18 @@ export class Ballot {
     try {
       const answer = { ...body, seconds };
       const response = await this.request(`${this.base}/${this.question.id}`, { method: "POST", body: JSON.stringify(answer), headers: { "Content-Type": "application/json" } });
-      if (response.status === 400) this.draw((await response.json()).error);
+      if (!response.ok) this.refused((await response.json()).error);
       else if (body.ranks) this.seconds.push(seconds);
     } finally {
       this.sending = false;
     }
+  }
+
+  /** Show why an answer was not taken; the keys go on working. */
+  refused(error) {
+    if (!this.question) return;
+    this.draw(error);
+    this.root.focus();
   }
 
   key(event) {
