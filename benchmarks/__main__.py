@@ -195,11 +195,13 @@ def peers(
     """
     from .speed.peer_scripts import PeerSettings
     from .speed.peer_speed import compare_with_peers, peer_table, write_peers
+    from .study.files import commit
 
     clones = {"ddpo-pytorch": ddpo, "flow_grpo": flow_grpo}
     given = {name: clone.resolve() for name, clone in clones.items() if clone is not None}
     if not given or updates < 1 or rounds < 1:
         raise ConfigError("Give at least one clone (--ddpo, --flow-grpo), and --updates and --rounds of 1 or more.")
+    commit()  # cached before the checkout can change
     rows = compare_with_peers(given, PeerSettings(updates=updates, device=device), rounds, tqdm.write)
     tqdm.write(peer_table(write_peers(rows, out.resolve() / "frontier" / "peers.json")))
 

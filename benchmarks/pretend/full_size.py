@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from trainer.config.loading import load, merge
+from trainer.config.loading import load
 from trainer.config.schema import Config
 from trainer.loop.align import align
 from trainer.memory.estimate import memory
@@ -34,7 +34,6 @@ class Case:
     config: str  # of configs/
     pixels: int
     gigabytes: int  # the GPU that it should fit
-    changes: dict[str, Any] | None = None  # of the configuration
 
 
 CASES = {
@@ -67,7 +66,7 @@ def case_config(case: Case, folder: Path) -> Config:
         "guard": {"every": 0},  # its images take less memory than the update's
         "run": {"name": case.config, "folder": str(folder), "updates": 1, "preview_every": 0},
     }  # fmt: skip
-    return load(CONFIGS / f"{case.config}.toml", merge(fewest, case.changes or {}))
+    return load(CONFIGS / f"{case.config}.toml", fewest)
 
 
 def pretend_case(name: str) -> dict[str, Any]:

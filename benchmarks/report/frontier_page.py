@@ -32,10 +32,11 @@ from .frontier_figure import task_figure
 from .markdown import format_interval, format_number, format_p_value, markdown_table
 from .prices import UNITS, cheapest_run
 
+LOST = f"{100 * LIMITS.lost_diversity:g} %"
 FRONTIER_INTRO = f"""Every method has the setting that the tuning seeds chose for it ([tuning](tuning.md)). Compared
 is the gain within limits, in standard deviations of the base model's rewards: the gain when diversity has fallen by
-10 % or the distance to the base model is {LIMITS.far:g} times that of the base model's own images, whichever comes
-first. A run that reaches neither counts with its last gain."""
+{LOST} or the distance to the base model is {LIMITS.far:g} times that of the base model's own images, whichever
+comes first. A run that reaches neither counts with its last gain."""
 COMPARED = """\
 "Difference": the mean over the tasks that both methods and the whole first wave have finished, with Student's t over
 seeds. Its p-values are corrected by Holm's method in two families: the comparisons of the first wave, and all others.
@@ -44,8 +45,9 @@ first wave. "Mixed model": an effect of each method and of each task, random int
 REML, all finished runs; it assumes that a method gains the same in every task and varies as much as any other, which
 they do not, and its p-values are not corrected. All of them generalise to new seeds, not to other tasks."""
 BY_REWARD = """\
-Gain over the tasks of each reward, and the difference to DiffusionNFT, of the methods that exist on both models.
-p-values are corrected by Holm's method over this table, in two families as above."""
+Gain over the tasks of each reward, and the difference to DiffusionNFT, of the methods that exist on both models and
+have finished every task that the first wave has. p-values are corrected by Holm's method over this table, in two
+families as above."""
 BY_TASK = """\
 Gain within limits of every finished run; GRPO-Guard and TempFlow-GRPO exist on the flow model only."""
 PARTS = """\
@@ -57,7 +59,8 @@ PRICES = """\
 Spent until the gain is reached, if it is reached within the limits: median over seeds [95 %, bootstrap], and how many
 seeds reach it. Model evaluations are predictions of the model, counted per latent, in rollouts and in gradient steps,
 the KL's included; a gradient step's counts as one although it takes longer. CPU seconds are CPU time of the process,
-in rollouts, rewards and updates. Between evaluations, and before the first one, a straight line is assumed."""
+in rollouts, rewards and updates; equal runs at other times differ in them by up to a fifth. Between evaluations, and
+before the first one, a straight line is assumed."""
 CLIPPED = """\
 Terms of the objective that are clipped, %: means over updates, seeds and steps, and in brackets the step with the
 most. At most 50 %, since the first of the two optimizer steps of an update starts from a ratio of 1. DiffusionNFT
@@ -92,7 +95,7 @@ def frontier_page(results: StudyResults, images: Path, where: str) -> str:
             "# Who gains most at the same price?",
             FRONTIER_INTRO,
             f"![Reward gained against diversity lost, by task]({where}/{results.name}-tasks.png)",
-            "## Over all tasks",
+            "## Over the tasks",
             *comparison_tables(results),
             COMPARED,
             "## By reward",
@@ -140,10 +143,18 @@ def comparison_tables(results: StudyResults) -> list[str]:
         for name in (name for name, other in family if other == reference):
             compared, p = family[name, reference]
             early = paired_difference(results, name, reference, lambda run: run.gain_at(prices[run.task]))
-            by_seeds = [format_interval(compared.interval), format_p_value(p), compared.better_in]
+            tasks = str(len(results.comparable(name, reference)))
+            by_seeds = [format_interval(compared.interval), format_p_value(p), compared.better_in, tasks]
             by_model = [format_interval(model.effects[name]), format_p_value(model.p[name])]
             rows.append([STUDY_METHODS[name].title, *by_seeds, format_interval(early.interval), *by_model])
-        head = [f"against {STUDY_METHODS[reference].title}", "difference", "p (Holm)", "better in", "at one price"]
+        head = [
+            f"against {STUDY_METHODS[reference].title}",
+            "difference",
+            "p (Holm)",
+            "better in",
+            "tasks",
+            "at one price",
+        ]
         tables.append(markdown_table([*head, "mixed model", "p"], rows))
     return tables
 
@@ -211,14 +222,18 @@ def gain_table(task: TaskResults) -> str:
     """Gains within both limits, at each limit and at the end."""
     columns: Columns = {
         "gain within the limits": (lambda run: run.gain, 2),
-        "at 10 % less diversity": (lambda run: at_lost_diversity(run.rows, run.gains), 2),
+        f"at {LOST} less diversity": (lambda run: at_lost_diversity(run.rows, run.gains), 2),
         f"at {LIMITS.far:g} x the distance": (lambda run: at_distance(run.rows, run.gains), 2),
         "at the end": (lambda run: run.gains[-1], 2),
     }
     rows = [
-        [STUDY_METHODS[name].title, task.chosen[name].title, str(len(runs)), *_means(runs, columns)]
-        for name, runs in task.runs.items()
-        if runs
+        [
+            STUDY_METHODS[name].title,
+            task.chosen[name].title,
+            str(len(task.runs[name])),
+            *_means(task.runs[name], columns),
+        ]
+        for name in task.measured
     ]
     return markdown_table(["", "learning rate, KL weight", "seeds", *columns], rows)
 

@@ -14,7 +14,8 @@ PROMPTS_INTRO = f"""TinyEval's hard tasks: {", ".join(HARD)}; 20 prompts each, o
 none of their combinations trained. Numbers are per cent of correct images, means over seeds with Student's 95 %
 interval. "Change" is that from before training to its end, "within the limits" that to the point where either limit is
 reached. p-values test a change of 0, over the tasks of a reward, and are corrected by Holm's method over the page, the
-methods of the first wave and later ones apart. The first tables have the methods that exist on both models."""
+methods of the first wave and later ones apart. The first tables have the methods that exist on both models and have
+finished every task that the first wave has."""
 
 
 def prompts_page(results: StudyResults) -> str:
@@ -44,7 +45,7 @@ def change_table(results: StudyResults, reward: str, p: dict[tuple[str, str], fl
 
 def following_table(task: TaskResults) -> str:
     """TinyEval by method: all hard tasks before, their change, and each task after training."""
-    base = next(iter(task.runs[task.measured[0]])).rows[0]
+    base = task.runs[task.measured[0]][0].rows[0]
     rows = [["base model", "-", _percent(base, "hard tasks"), "-", "-", *(_percent(base, t) for t in HARD)]]
     for name in task.measured:
         runs = task.runs[name]

@@ -11,7 +11,7 @@ from ..study.recipes import RECIPES
 from ..study.statistics import t_interval
 from .collect import StudyResults, TaskResults, by_step
 from .comparison import PairedDifference, corrected_p_values, paired_difference
-from .markdown import format_interval, format_p_value, markdown_table
+from .markdown import format_interval, format_number, format_p_value, markdown_table
 from .progress_figure import ProgressLine, ProgressPanel, progress_figure
 
 CREDIT_INTRO = """The log-hinge objective under every credit of the denoising steps, without and with branches.
@@ -85,7 +85,7 @@ def task_table(task: TaskResults) -> str:
     for name in task.measured:
         runs = task.runs[name]
         gain = format_interval(t_interval([run.gain for run in runs]))
-        price = format_interval(t_interval([run.rows[-1]["model_evaluations"] for run in runs]), 0)
+        price = format_number(float(np.mean([run.rows[-1]["model_evaluations"] for run in runs])), 0)
         rows.append([STUDY_METHODS[name].title, task.chosen[name].title, str(len(runs)), gain, price])
     head = ["credit", "learning rate, KL weight", "seeds", "gain within the limits"]
     return markdown_table([*head, "model evaluations of a run"], rows)
@@ -96,6 +96,9 @@ def health_table(task: TaskResults) -> str:
     rows = []
     for name in task.measured:
         (_, norm), (_, clip) = (by_step(task.runs[name], key) for key in ("grad_norm", "clip_fraction"))
-        ratio = f"{np.nanmax(norm) / np.nanmin(norm):.1f}"
-        rows.append([STUDY_METHODS[name].title, ratio, f"{100 * np.nanmin(clip):.1f} to {100 * np.nanmax(clip):.1f}"])
+        cells = ["-", "-"]  # all of its runs overflowed in their first update
+        if len(norm):
+            ratio = f"{np.nanmax(norm) / np.nanmin(norm):.1f}"
+            cells = [ratio, f"{100 * np.nanmin(clip):.1f} to {100 * np.nanmax(clip):.1f}"]
+        rows.append([STUDY_METHODS[name].title, *cells])
     return markdown_table(["", "gradient norm, largest / smallest step", "clip fraction per step, %"], rows)

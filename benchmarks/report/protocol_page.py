@@ -17,11 +17,11 @@ Frechet distance to images of the base model (tiny FD), both in emoji-align's fe
 what images of the base model themselves have. Runs that are reported, not those of the tuning, are also evaluated on
 TinyEval's hard tasks, whose prompts are never trained.
 
-**Outcome.** The gain within limits: where 10 % of the diversity is lost or the distance reaches {LIMITS.far:g} x,
-whichever comes first, interpolated between evaluations; the last gain of a run that reaches neither. Both limits are
-needed: images that are all alike have lost diversity, destroyed ones may even have gained diversity. A gain's price
-is what is spent until the gain ({format_list(GOALS)}) is reached within the limits. A run whose gradient overflows
-counts as having lost all diversity from there on.
+**Outcome.** The gain within limits: where {100 * LIMITS.lost_diversity:g} % of the diversity is lost or the distance
+reaches {LIMITS.far:g} x, whichever comes first, interpolated between evaluations; the last gain of a run that reaches
+neither. Both limits are needed: images that are all alike have lost diversity, destroyed ones may even have gained
+diversity. A gain's price is what is spent until the gain ({format_list(GOALS)}) is reached within the limits. A run
+whose gradient overflows counts as having lost all diversity from there on.
 
 **Settings.** Learning rate and KL weight are tuned for each method and task over the same sweep, and beyond an edge
 of it where a method's best settings lie on one, on seeds that are not reported, by the outcome above. The clip range
@@ -35,11 +35,12 @@ group. TempFlow-GRPO's branch has one stochastic step. "PCPO as recommended" has
 three, and groups of 16 images, which cost fewer model evaluations than the 8 images of methods without branches. AWM
 and DiffusionNFT sample without noise and never share the first noise. "One step less": the last trained step is
 dropped too. "With options": their images share the noise that is added to them, and 4 stratified noise levels are
-trained in an update; AWM's likelihood is divided by its mean error, DiffusionNFT samples from an average of its LoRA.
+trained in an update; AWM's likelihood is divided by its mean error; DiffusionNFT samples from an average of its LoRA,
+which is also what is evaluated.
 
-**Numbers.** Brackets are 95 % intervals over seeds: Student's t for means, bootstrap for medians. "p (Holm)" is
-corrected by Holm's method; each page says which comparisons are one family. emoji-align reads the images, and the
-rewards `alignment` and `tinyeval` are its readings too."""
+**Numbers.** Brackets are 95 % intervals over seeds, of three at least: Student's t for means, bootstrap for medians.
+"p (Holm)" is corrected by Holm's method; each page says which comparisons are one family. emoji-align reads the
+images, and the rewards `alignment` and `tinyeval` are its readings too."""
 
 
 def protocol_page(studies: Sequence[StudyResults], pages: Sequence[str]) -> str:

@@ -86,7 +86,7 @@ Commit {commit_line}. One CPU thread, CPU seconds of the process, medians of {RE
 and update are separated by their shares of the wall-clock time. Unless the row states otherwise: {size}.
 Memory is the peak of the process after one update; in brackets, what the loop adds to the loaded model.
 
-Time outside model calls: median {middle}. Repeated measurements of one setting differ as much.
+Time outside model calls: median {middle}.
 
 ![Seconds per update]({where}/speed.png)
 

@@ -11,6 +11,7 @@ from .prompts_page import mean_change
 def summary_table(results: StudyResults) -> str:
     """Gains at the end and at one price, the comparison with native PPO, and TinyEval, of methods of every task."""
     family = frontier_family(results)
+    cheapest = {(task.task, of): cheapest_run(results, task, of) for task in results.tasks for of in UNITS}
     rows = []
     for name in results.general:
         tasks, compared, gains = results.comparable(name), ["-"] * 2, ["-"] * (1 + len(UNITS))
@@ -19,7 +20,7 @@ def summary_table(results: StudyResults) -> str:
             compared = [format_interval(one.interval), format_p_value(p)]
         runs = [(task, run) for task in tasks for run in task.runs[name]]
         if runs:
-            early = [[run.gain_at(cheapest_run(results, task, of), of) for task, run in runs] for of in UNITS]
+            early = [[run.gain_at(cheapest[task.task, of], of) for task, run in runs] for of in UNITS]
             gains = [format_number(sum(own) / len(runs)) for own in ([run.gain for _, run in runs], *early)]
         count = f"{len(runs)} of {planned(results, name)}"
         rows.append([STUDY_METHODS[name].title, count, *gains, *compared, mean_change(results, name)])

@@ -7,7 +7,7 @@ import torch
 
 
 def device_clock(device: torch.device) -> float:
-    """CPU seconds of this process, which other processes do not affect; on a GPU, wall-clock seconds."""
+    """CPU seconds of this process, which others change by their use of caches only; on a GPU, wall-clock seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()

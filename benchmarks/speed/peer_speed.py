@@ -106,7 +106,7 @@ def compare_with_peers(clones: dict[str, Path], settings: PeerSettings, rounds: 
             sides["ours"].append(spawn(name, None, settings))
             sides["theirs"].append(spawn(name, clone, settings))
             say(f"{name}: round {number + 1} of {rounds}")
-        row: dict[str, Any] = {"peer": name}
+        row: dict[str, Any] = {"peer": name, "device": settings.device}
         for side, results in sides.items():
             row[side] = {key: statistics.median(result[key] for result in results) for key in results[0]}
         row["ratio"] = statistics.median(
@@ -125,13 +125,17 @@ def write_peers(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
     return list(known.values())
 
 
+def on_gpu(row: dict[str, Any]) -> str:
+    return ", on a GPU" if row.get("device") == "cuda" else ""
+
+
 def peer_table(rows: list[dict[str, Any]]) -> str:
     """The measurements as a markdown table."""
     keys = ("images_per_second", "evaluations_per_second", "images_per_cpu_second", "evaluations_per_image")
     lines = [
-        [row["peer"] if side == "theirs" else "ours", *(format_number(row[side][key], 2) for key in keys), ratio]
+        [name + on_gpu(row), *(format_number(row[side][key], 2) for key in keys), ratio]
         for row in rows
-        for side, ratio in (("theirs", "1.00"), ("ours", format_number(row["ratio"], 2)))
+        for side, name, ratio in (("theirs", row["peer"], "1.00"), ("ours", "ours", format_number(row["ratio"], 2)))
     ]
     head = ["", *(key.replace("_", " ") for key in keys), "images per second, relative"]
     return markdown_table(head, lines)

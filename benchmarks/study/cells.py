@@ -81,7 +81,8 @@ def run_evaluated(config: Config, folder: RunFolder, study: Study, out: Path, ti
     for update in spent.metered(align(state, cell_job(state, config, folder))):
         folder.record(update)
         if update.number in evaluation_updates(study, config.run.updates):
-            evaluated = evaluator.evaluate_policy(policy, tinyeval)
+            with state.sampling("ema"):  # what the run delivers
+                evaluated = evaluator.evaluate_policy(policy, tinyeval)
             rows.append({"update": update.number, **asdict(spent), **evaluated})
             write_json(folder.path / JOURNAL, rows)
             folder.save(state, config)
@@ -95,8 +96,9 @@ def cell_job(state: TrainingState, config: Config, folder: RunFolder) -> Job:
 
 
 def diverged(rows: list[Row], updates: list[int]) -> list[Row]:
-    """Evaluations of a run that overflowed: after its last one, no diversity is left."""
-    return rows + [{**rows[-1], "update": u, "diversity": 0.0} for u in updates if u > rows[-1]["update"]]
+    """Evaluations of a run that overflowed: after its last one, no diversity is left, and nothing more was spent."""
+    later = [update for update in updates if update > rows[-1]["update"]]
+    return rows + [{**rows[-1], "update": update, "diversity": 0.0, "diverged": True} for update in later]
 
 
 def resumable(folder: RunFolder, config: Config) -> list[Row]:

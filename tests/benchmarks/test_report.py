@@ -90,7 +90,7 @@ def test_a_partial_study_is_reported_with_its_missing_runs(tmp_path):
     summary = (tmp_path / "results.md").read_text()
     assert "| native PPO | 5 of 10 | 0.42 |" in summary and "| PCPO | 0 of 10 | - | - | - | - | - | - | - |" in summary
     assert "DiffusionNFT" not in summary
-    assert "| PCPO | 0.006, 0 | 2 | 0.60 [" in pages["frontier"]
+    assert "| PCPO | 0.006, 0 | 2 | 0.60 |" in pages["frontier"]
     assert "dance-sde" not in pages["frontier"]
 
 
@@ -124,6 +124,8 @@ def test_gains_are_compared_at_the_price_of_the_cheapest_run_of_the_first_wave(t
     ppo, pcpo = (task.runs[name][0] for name in ("ppo", "pcpo"))
     assert (ppo.gain_at(1600), pcpo.gain_at(1600)) == pytest.approx((0.8 * ppo.gain, pcpo.gain))
     assert ppo.gain_at(80, "images") == pytest.approx(ppo.gain / 2)
+    pcpo.rows[-1].update(model_evaluations=100, diverged=True)  # a run that overflowed has spent less than it would
+    assert cheapest_run(results, task) == 1600
 
 
 def test_the_other_limits_stop_a_run_earlier_or_later(tmp_path):

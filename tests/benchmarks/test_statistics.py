@@ -27,7 +27,8 @@ def test_limits_of_a_mean_equal_scipys():
     x = np.random.default_rng(0).normal(3, 1, 5)
     interval, expected = t_interval(x.tolist()), stats.ttest_1samp(x, 0).confidence_interval()
     assert (interval.value, interval.low, interval.high) == pytest.approx((x.mean(), expected.low, expected.high))
-    assert math.isnan(t_interval([1.0]).low) and t_interval([1.0]).value == 1.0
+    for few in ([1.0], [0.5, 1.5]):
+        assert math.isnan(t_interval(few).low) and t_interval(few).value == 1.0
     assert math.isnan(t_interval([]).value)
 
 
@@ -49,6 +50,7 @@ def test_bootstrap_of_the_median_covers_it_and_narrows_with_the_number_of_seeds(
 def test_the_median_of_times_counts_a_target_that_was_never_reached_as_late():
     interval = bootstrap([4.0, 6.0, math.inf], median)
     assert (interval.value, interval.low, interval.high) == (6.0, 4.0, math.inf)
+    assert median(np.array([1.0, 2.0, math.inf, math.inf])) == math.inf  # half of them never reach it
 
 
 def test_holm_by_hand():

@@ -5,8 +5,10 @@ import json
 import shutil
 
 import pytest
-from benchmark_grids import SETTING, TASK, interrupted, reported, small, write
+from benchmark_grids import SETTING, TASK, fill, interrupted, reported, small, write
 
+from benchmarks.report.collect import collect
+from benchmarks.report.proportionality_page import health_table
 from benchmarks.report.two_rewards_page import two_rewards_page
 from benchmarks.speed import loop_speed
 from benchmarks.study import cells, two_rewards
@@ -114,6 +116,21 @@ def test_the_base_evaluation_of_a_trained_policy_is_that_of_the_fresh_one(tmp_pa
     assert evaluator.evaluate_base(policy) == fresh
 
 
+def test_a_run_with_an_average_is_evaluated_with_it(tmp_path):
+    """It is what the run delivers: the LoRA of its checkpoints."""
+    study = small(methods=("nft-options",), steps=6, updates=3, evaluate_every=3)
+    config = cell_config(Cell(TASK, "nft-options", SETTING, 0), study, tmp_path)
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    row = cells.run_evaluated(config, folder, study, tmp_path)[-1]
+    policy = make_policy(config)
+    evaluator = make_evaluator(policy, dataclasses.replace(STUDY_EVALUATION, steps=6), tmp_path / "reference")
+    policy.load_lora(folder.lora("latest"))
+    averaged = evaluator.evaluate_policy(policy)
+    assert {key: row[key] for key in averaged} == averaged
+    assert averaged != evaluator.evaluate_base(policy)
+
+
 def test_a_cell_with_a_truncated_journal_restarts_from_the_base_model(done, tmp_path, monkeypatch):
     study, out, _ = done
     cell = Cell(TASK, "pcpo", SETTING, 0)
@@ -139,6 +156,7 @@ def test_a_run_whose_gradient_overflows_ends_without_diversity(tmp_path, monkeyp
     rows = read_result(cell, study, tmp_path)["rows"]
     assert [row["update"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["diversity"] for row in rows[2:]] == [0, 0, 0]
+    assert [row.get("diverged", False) for row in rows] == [False, False, True, True, True]
     assert gain_within_limits(rows, TASK.reward) == pytest.approx(gain_within_limits(rows[:2], TASK.reward))
 
 
@@ -226,6 +244,17 @@ def test_an_archive_holds_what_is_finished_and_a_study_continues_from_it(done, t
     assert read_result(cell, study, unpacked) == read_result(cell, study, out)
     with pytest.raises(ConfigError, match="has no finished runs"):
         write_archive(study, tmp_path / "nothing", file)
+
+
+def test_a_run_that_overflowed_in_its_first_update_is_archived_and_reported(tmp_path):
+    study = small(tasks=(("flow-grpo", "colorfulness"),), methods=("native", "uniform"), seeds=(0, 1, 2))
+    fill(study, tmp_path / "out", lambda cell: 0.5)
+    cells_of = reported(study, tmp_path / "out", method="uniform")
+    for cell in cells_of:
+        (cell.folder(tmp_path / "out") / "metrics.jsonl").unlink()
+    assert write_archive(study, tmp_path / "out", tmp_path / "a.tar.xz") == 6
+    (task,) = collect("proportionality", study, tmp_path / "out").tasks
+    assert "| uniform | - | - |" in health_table(task)
 
 
 def test_an_interrupted_cell_ends_like_an_uninterrupted_one(done, tmp_path, monkeypatch):
