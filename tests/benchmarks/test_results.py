@@ -16,6 +16,9 @@ ARCHIVES = sorted((DOCS.parent / "benchmarks" / "results").glob("*.tar.xz"))
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 MEASURED = re.compile(r"-?\b\d+\.\d+\b|\b\d+ %|\b\d+ of \d+\b")  # results as they are printed in a sentence
 CELL = re.compile(r"(?<=\| )\d+(?= )")
+DECIMAL = r"-?\d+\.\d+"
+INTERVAL = re.compile(rf"{DECIMAL} \[{DECIMAL}, {DECIMAL}\]")
+PAIR = re.compile(rf"({DECIMAL}) (?:against|to) ({DECIMAL})")
 LIMITS = {"95 %", "10 %"}  # of intervals, of diversity
 
 
@@ -44,10 +47,25 @@ def differing(ours: str, published: str) -> list[tuple[str, str]]:
 
 
 def unfounded(handwritten: str, tables: str) -> list[str]:
-    """Results that a text states and no table has."""
+    """Results that a text states and no table has: numbers, a mean with its interval, and two that it compares."""
     per_cent = "\n".join(line for line in tables.splitlines() if ", % |" in line)  # rows whose title has the unit
     printed = set(MEASURED.findall(tables)) | {f"{number} %" for number in CELL.findall(per_cent)} | LIMITS
-    return [number for number in MEASURED.findall(" ".join(handwritten.split())) if number not in printed]
+    text, lines = " ".join(handwritten.split()), number_lines(tables)
+    numbers = [number for number in MEASURED.findall(text) if number not in printed]
+    intervals = [found for found in INTERVAL.findall(text) if f"| {found} |" not in tables]
+    pairs = [match[0] for match in PAIR.finditer(text) if not any({match[1], match[2]} <= line for line in lines)]
+    return numbers + intervals + pairs
+
+
+def number_lines(tables: str) -> list[set[str]]:
+    """The numbers of each row and of each column of all tables, a cell's first one."""
+    found = []
+    for table in re.split(r"\n(?!\|)", tables):
+        rows = [[re.match(DECIMAL, cell.strip()) for cell in line.split("|")] for line in table.splitlines()]
+        width = max(map(len, rows), default=0)
+        columns = [[row[place] if place < len(row) else None for row in rows] for place in range(width)]
+        found += [{number[0] for number in line if number} for line in (*rows, *columns)]
+    return found
 
 
 def test_a_unit_is_one_in_the_last_printed_digit():
@@ -58,6 +76,12 @@ def test_a_stated_result_that_no_table_has_is_found():
     assert unfounded("It gains 0.37 [0.21,\n0.40] in 3 of 5 runs, 95 % intervals", "| 0.37 [0.20, 0.40] |") == [
         "0.21",
         "3 of 5",
+        "0.37 [0.21, 0.40]",
+    ]
+    table = "| 0.37 [0.20, 0.40] | 0.11 |\n| 0.21 [0.11, 0.30] | 0.40 |"
+    assert unfounded("0.37 [0.11, 0.30], 0.37 against 0.21, 0.40 to 0.21, 0.37 against 0.40", table) == [
+        "0.37 [0.11, 0.30]",
+        "0.37 against 0.40",
     ]
     assert unfounded("from 62 % to 43 %", "| correct, % | 62 | 42 [30, 55] |\n| seeds | 43 |") == ["43 %"]
 
