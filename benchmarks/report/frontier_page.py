@@ -30,12 +30,12 @@ from .comparison import (
 )
 from .frontier_figure import task_figure
 from .markdown import format_interval, format_number, format_p_value, markdown_table
-from .prices import UNITS, cheapest_run
+from .one_price import UNITS, cheapest_run
 
-LOST = f"{100 * LIMITS.lost_diversity:g} %"
+LESS_DIVERSITY = f"{100 * LIMITS.lost_diversity:g} %"
 FRONTIER_INTRO = f"""Every method has the setting that the tuning seeds chose for it ([tuning](tuning.md)). Compared
 is the gain within limits, in standard deviations of the base model's rewards: the gain when diversity has fallen by
-{LOST} or the distance to the base model is {LIMITS.far:g} times that of the base model's own images, whichever
+{LESS_DIVERSITY} or the distance to the base model is {LIMITS.far:g} times that of the base model's own images, whichever
 comes first. A run that reaches neither counts with its last gain."""
 COMPARED = """\
 "Difference": the mean over the tasks that both methods and the whole first wave have finished, with Student's t over
@@ -222,7 +222,7 @@ def gain_table(task: TaskResults) -> str:
     """Gains within both limits, at each limit and at the end."""
     columns: Columns = {
         "gain within the limits": (lambda run: run.gain, 2),
-        f"at {LOST} less diversity": (lambda run: at_lost_diversity(run.rows, run.gains), 2),
+        f"at {LESS_DIVERSITY} less diversity": (lambda run: at_lost_diversity(run.rows, run.gains), 2),
         f"at {LIMITS.far:g} x the distance": (lambda run: at_distance(run.rows, run.gains), 2),
         "at the end": (lambda run: run.gains[-1], 2),
     }

@@ -4,7 +4,7 @@ from ..study.methods import STUDY_METHODS
 from .collect import StudyResults
 from .frontier_page import frontier_family
 from .markdown import format_interval, format_number, format_p_value, markdown_table
-from .prices import UNITS, cheapest_run
+from .one_price import UNITS, cheapest_run
 from .prompts_page import mean_change
 
 

@@ -32,14 +32,14 @@ from .reference_loop import reference_seconds
 
 TWO_PROMPTS = ("a fox", "a castle on a hill")
 UPDATES = 3  # the first is a warm-up
-FULL_SIZE: dict[str, tuple[str, int, dict[str, Any], int]] = {
-    # name: (pipeline, pixels, further settings of [model], GB of the GPU that it should fit)
-    "sd15-512": ("sd15", 512, {}, 8),
-    "sdxl-1024": ("sdxl", 1024, {}, 16),
-    "sd35m-512": ("sd35m", 512, {}, 16),
-    "sd35m-1024": ("sd35m", 1024, {}, 16),
-    "flux-512": ("flux", 512, {"quantize": "fp8"}, 24),
-    "flux-1024": ("flux", 1024, {"quantize": "fp8"}, 24),
+FULL_SIZE: dict[str, tuple[str, int, dict[str, Any]]] = {
+    # name: (pipeline, pixels, further settings of [model])
+    "sd15-512": ("sd15", 512, {}),
+    "sdxl-1024": ("sdxl", 1024, {}),
+    "sd35m-512": ("sd35m", 512, {}),
+    "sd35m-1024": ("sd35m", 1024, {}),
+    "flux-512": ("flux", 512, {"quantize": "fp8"}),
+    "flux-1024": ("flux", 1024, {"quantize": "fp8"}),
 }
 
 
@@ -55,7 +55,7 @@ class FullSizeOptions:
 
 def full_size_config(name: str, device: str, tiny: bool) -> Config:
     """One image at a time, guidance where the family uses it, LoRA on attention, as in configs/."""
-    kind, pixels, more, _ = FULL_SIZE[name]
+    kind, pixels, more = FULL_SIZE[name]
     side = 16 if tiny else pixels
     tree = {
         "model": {"name": kind, "device": device, "precision": "bfloat16", "gradient_checkpointing": True, **more},
@@ -138,7 +138,7 @@ def append_row(name: str, options: FullSizeOptions, file: Path) -> None:
 
 
 def full_size_table(rows: list[dict[str, Any]]) -> str:
-    head = ["model", "kind", "peak GB", "estimate GB", "should fit", "s per update", "overhead", "first log-ratio",
+    head = ["model", "kind", "peak GB", "estimate GB", "s per update", "overhead", "first log-ratio",
             "repeats"]  # fmt: skip
 
     def gigabytes(row: dict[str, Any], key: str) -> str:
@@ -148,7 +148,6 @@ def full_size_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         share = row.get("overhead")
         lines.append([row["name"], row["kind"], gigabytes(row, "peak"), gigabytes(row, "estimate"),
-                      f"{FULL_SIZE[row['name']][3]} GB",
                       f"{row['seconds']:.2f}" if "seconds" in row else row.get("error", ""),
                       "" if share is None else f"{100 * share:.1f} %", str(row.get("first_log_ratio", "")),
                       str(row.get("repeats", ""))])  # fmt: skip

@@ -6,9 +6,9 @@ from typing import Any
 from trainer.config.loading import build, merge, with_options
 from trainer.config.schema import Config, ConfigError
 
+from .budget import updates_within
 from .grid import Cell, StudyTask
 from .methods import CLIP_RANGE, STUDY_METHODS, StudyMethod, Tree
-from .price import updates_within
 from .recipes import RECIPES, Recipe, training_prompts
 from .studies import Study
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 10_000
-LEAST = 3  # values of an interval; that of two is 18 times as wide as their standard error
+LEAST_VALUES = 3  # values of an interval; that of two is 18 times as wide as their standard error
 
 
 def first_reach(updates: Sequence[float], values: Sequence[float], goal: float) -> float:
@@ -39,9 +39,9 @@ def median(values: np.ndarray) -> np.ndarray:
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """Mean with Student's t interval (1908); NaN limits for fewer than LEAST values."""
+    """Mean with Student's t interval (1908); NaN limits for fewer than LEAST_VALUES values."""
     x = np.asarray(values, float)
-    if len(x) < LEAST:
+    if len(x) < LEAST_VALUES:
         return Interval(float(x.mean()) if len(x) else math.nan, math.nan, math.nan)
     reach = float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
     middle = float(x.mean())
@@ -68,7 +68,7 @@ def t_test(differences: Sequence[float]) -> float:
 def bootstrap(values: Sequence[float], statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> Interval:
     """Percentile bootstrap over seeds (Efron 1979), for statistics without a formula; too narrow with five seeds."""
     x = np.asarray(values, float)
-    if len(x) < LEAST:
+    if len(x) < LEAST_VALUES:
         return Interval(float(statistic(x)) if len(x) else math.nan, math.nan, math.nan)
     draws = x[np.random.default_rng(seed).integers(0, len(x), (RESAMPLES, len(x)))]
     low, high = np.quantile(statistic(draws), (0.025, 0.975), method="nearest")

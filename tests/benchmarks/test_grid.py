@@ -9,10 +9,10 @@ from benchmark_grids import NINE, ONE_SEED, TASK, small, write
 from benchmarks.report.collect import collect
 from benchmarks.report.protocol_page import study_paragraph
 from benchmarks.report.tuning_page import edge_note, tuning_table
+from benchmarks.study.budget import evaluations_per_update
 from benchmarks.study.cell_config import cell_config
 from benchmarks.study.grid import Cell, StudyTask, evaluation_updates, study_tasks, task_methods, task_sweep
 from benchmarks.study.methods import CLIP_RANGE, CREDIT_METHODS, STUDY_METHODS
-from benchmarks.study.price import evaluations_per_update
 from benchmarks.study.recipes import FOLLOWING, RECIPES, STUDY_REWARDS, training_prompts
 from benchmarks.study.studies import STUDIES, Beyond, Rung, Setting
 from benchmarks.study.tuning import edges, read_result, tune

@@ -12,8 +12,8 @@ from benchmarks.report.collect import collect
 from benchmarks.report.comparison import corrected_by_wave, paired_difference
 from benchmarks.report.frontier_figure import mean_path, shown_tasks, summary_figure, task_figure
 from benchmarks.report.looks import LOOKS
+from benchmarks.report.one_price import cheapest_run
 from benchmarks.report.pages import BEGIN, END, NOTHING_MEASURED, write_report
-from benchmarks.report.prices import cheapest_run
 from benchmarks.report.progress_figure import mean_progress
 from benchmarks.report.proportionality_page import credit_comparisons, proportionality_page
 from benchmarks.report.summary_table import summary_table
