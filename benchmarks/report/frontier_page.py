@@ -35,8 +35,8 @@ from .one_price import UNITS, cheapest_run
 LESS_DIVERSITY = f"{100 * LIMITS.lost_diversity:g} %"
 FRONTIER_INTRO = f"""Every method has the setting that the tuning seeds chose for it ([tuning](tuning.md)). Compared
 is the gain within limits, in standard deviations of the base model's rewards: the gain when diversity has fallen by
-{LESS_DIVERSITY} or the distance to the base model is {LIMITS.far:g} times that of the base model's own images, whichever
-comes first. A run that reaches neither counts with its last gain."""
+{LESS_DIVERSITY} or the distance to the base model is {LIMITS.far:g} times that of the base model's own images,
+whichever comes first. A run that reaches neither counts with its last gain."""
 COMPARED = """\
 "Difference": the mean over the tasks that both methods and the whole first wave have finished, with Student's t over
 seeds. Its p-values are corrected by Holm's method in two families: the comparisons of the first wave, and all others.
