@@ -76,12 +76,13 @@ class DiffusersPolicy:
         factors = [m for layer in self._layers().values() for m in (layer.lora_A, layer.lora_B)]
         for module in factors:
             module.to(self.device)
-        denoiser = FrozenDenoiser(self.denoiser, factors, self.device)
-        parts: Parts = {"denoiser": [denoiser], "vae": [pipeline.vae], "text": [*text]}
-        stays = m.quantize == "4bit" or sharded(m)  # cannot be moved once they are set up
-        offloader = Offloader(parts, self.device, m.offload, ["denoiser"] if stays else [])
-        if sharded(m):
+        parts: Parts = {"denoiser": [], "vae": [pipeline.vae], "text": [*text]}
+        if sharded(m):  # from the CPU, so that a GPU never has to hold the whole denoiser
             shard(self.denoiser, set(self.trainable()), self.device)
+        else:
+            parts["denoiser"] = [FrozenDenoiser(self.denoiser, factors, self.device)]
+        fixed = ["denoiser"] if m.quantize == "4bit" else []  # cannot be moved once it is set up
+        offloader = Offloader(parts, self.device, m.offload, fixed)
         if offloader.offload:
             pipeline.vae.enable_slicing()  # one image at a time
         return offloader
