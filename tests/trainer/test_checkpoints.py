@@ -154,6 +154,14 @@ def test_a_file_that_cannot_be_loaded_is_refused(key, message, tmp_path):
         load_pipeline(str(tmp_path / "model.safetensors"))
 
 
+@pytest.mark.parametrize("mark", ["edm_mean", "edm_vpred.sigma_max"])
+def test_a_file_of_edms_noise_levels_is_refused(mark, tmp_path):
+    state = {"conditioner.embedders.1.model.ln_final.bias": torch.zeros(1), mark: torch.zeros(1)}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"has {mark}: its model is trained on EDM's noise levels"):
+        load_pipeline(str(tmp_path / "model.safetensors"))
+
+
 def test_a_quantised_file_is_refused(tmp_path):
     state = {
         "double_blocks.0.img_mod.lin.weight": torch.zeros(1),
