@@ -1,7 +1,6 @@
 """The preset of a model by its name: an embedded model, a folder, a checkpoint, or a name on the hub; no weights."""
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
 from ..config.presets import UNLIMITED, Room, preset_name
 from ..config.text_files import read_object
+from ..loop.distributed import launched
 from .device import pick_device
 from .single_file import SD2, checkpoint_kind, is_hub_name, read_keys
 
@@ -125,7 +125,7 @@ def device_room(model: Mapping[str, Any]) -> Room:
         return Room(0.0, gpu=True) if str(model["device"]).startswith("cuda") else UNLIMITED
     if str(model["device"]) == "cpu":
         return UNLIMITED
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = launched()
     if processes > 1:
         devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         free = 0.9 * min(device.total_memory for device in devices)
