@@ -207,6 +207,16 @@ def test_the_gradient_of_the_prediction_equals_finite_differences(pipelines, mak
     assert abs(ratio - 1) > 0.05 if detach else abs(ratio - 1) < 3e-3, ratio
 
 
+def test_only_the_named_modules_get_a_lora(pipelines, make_config):
+    """FLUX's last layer has a name that layers of its blocks end with."""
+    pipeline = copy.deepcopy(pipelines["flux"])
+    expected = {n for n in module_names(pipeline.transformer) if is_target(n, "attention")} | {"proj_out"}
+    sections = {"rollout": tiny_pipelines.size(pipeline), "lora": {"targets": "attention"}}
+    policy = DiffusersPolicy(pipeline, make_config("given", **sections), ["proj_out"])
+    assert policy.lora().keys() == expected
+    assert any(name.endswith(".proj_out") for name in policy.module_names())
+
+
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_a_unets_usual_scheduler_does_not_change_the_trained_grid(pipelines, make_config, scheduler):
     other = copy.copy(pipelines["sdxl"])

@@ -1,5 +1,6 @@
 """Policy on a diffusers pipeline: a LoRA on its denoiser, guidance, the reference; families/ has what differs."""
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -95,7 +96,8 @@ class DiffusersPolicy:
         lora = self.config.lora
         modules = [n for n in self.module_names() if is_target(n, lora.targets) or n in more]
         alpha: Any = lora.effective_alpha  # peft declares int and takes any number
-        adapter = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=modules)
+        exactly = "|".join(map(re.escape, modules))  # of a list, peft takes every module whose name ends with one
+        adapter = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=exactly)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.run.seed, 0))
             self.denoiser.add_adapter(adapter, adapter_name="pcpo")
