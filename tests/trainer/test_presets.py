@@ -53,6 +53,8 @@ def test_only_one_option_decides_which_steps_are_trained():
 
     assert branch_and_window("embedded") == (1, 0)
     assert branch_and_window("embedded", objective={"name": "nft"}) == (None, None)
+    assert branch_and_window("embedded", objective={"name": "nobody"}) == (1, 0)  # told when it is built
+    assert branch_and_window("embedded", model={"shard": True}) == (None, 0)
     assert branch_and_window("embedded", objective={"train_steps": 0.5}) == (None, 0)
     assert branch_and_window("embedded", rollout={"sde_window": 2}) == (None, 2)
     assert branch_and_window("embedded", objective={"train_steps": "half"}) == (1, 0)  # told when it is built
