@@ -4,7 +4,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage]
 
-from comfyui_pcpo.method.schedule import Grid, ddim_grid, flow_grid, flow_grid_from_sigmas, scaled_linear_alphas, shifted
+from comfyui_pcpo.method.schedule import (
+    Grid,
+    ddim_grid,
+    flow_grid,
+    flow_grid_from_sigmas,
+    scaled_linear_alphas,
+    shifted,
+)
 
 torch.set_num_threads(1)
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
