@@ -59,8 +59,8 @@ class TrainingInputs:
 
 def make_config(inputs: TrainingInputs, tree: dict[str, dict[str, Any]]) -> Config:
     """The trainer's configuration, from the widgets' sections and what is connected."""
-    combined = inputs.reward.combined()
-    weights = dict(zip(combined.names, combined.weights.tolist(), strict=True))
+    single = torch.tensor(inputs.reward.weights).tolist()  # in the precision of the runs that may be resumed
+    weights = dict(zip(inputs.reward.names, single, strict=True))
     held_out = [name for name, weight in weights.items() if weight == 0] if any(weights.values()) else []
     name = inputs.model.attachments.get("pcpo_model", type(inputs.model.model).__name__)
     scale = inputs.vae.spacial_compression_decode()

@@ -14,7 +14,7 @@ from torch import Tensor
 from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.reward import REWARDS, Reward, RewardSettings, load_reward, offered
 from comfyui_pcpo.reward.base import on_its_device
-from comfyui_pcpo.reward.combine import CombinedScores
+from comfyui_pcpo.reward.combine import CombinedScores, combine
 from comfyui_pcpo.reward.weights.checkpoint import file_path
 
 from ..trainer.config.schema import ConfigError
@@ -59,15 +59,15 @@ def scored(reward: WeightedRewards, images: Tensor, prompts: Sequence[str]) -> t
     Each reward is on its device only while it scores.
     """
     require_scorable(reward, prompts)
-    combined, scores, failed = reward.combined(), [], []
-    bar = ProgressBar(len(combined.rewards))
-    for one in combined.rewards:
+    scores, failed = list[Tensor](), list[str]()
+    bar = ProgressBar(len(reward.rewards))
+    for one in reward.rewards:
         one.failure = ""  # of an earlier time
         with on_its_device(one):
             scores.append(one.score(images, list(prompts)))
         failed += failed_scores(one, scores[-1])
         bar.update(1)
-    return combined.combine(scores), failed
+    return combine(scores, reward.weights), failed
 
 
 def failed_scores(reward: Reward, scores: Tensor) -> list[str]:
@@ -152,9 +152,7 @@ class CombineRewards(io.ComfyNode):
         for name, given in (("reward_a", reward_a), ("reward_b", reward_b)):
             warn_of_another_standardise(name, given, standardise)
         weights = (*(weight_a * w for w in reward_a.weights), *(weight_b * w for w in reward_b.weights))
-        combination = WeightedRewards((*reward_a.rewards, *reward_b.rewards), weights, standardise)
-        combination.combined()  # refuses a reward that occurs twice
-        return io.NodeOutput(combination)
+        return io.NodeOutput(WeightedRewards((*reward_a.rewards, *reward_b.rewards), weights, standardise))
 
 
 class ScoreImages(io.ComfyNode):
@@ -191,7 +189,7 @@ class ScoreImages(io.ComfyNode):
             raise ConfigError(f"{' '.join(failed)} Fix the reward, the prompt or the images.")
         order = scores.total.nan_to_num(-torch.inf).argsort(descending=True, stable=True)
         kept, totals, parts = order[: keep_best or None], scores.total[order], scores.components[:, order]
-        report = "\n".join([score_report(totals, parts, [r.name for r in reward.rewards], prompt), *failed])
+        report = "\n".join([score_report(totals, parts, reward.names, prompt), *failed])
         shown = to_comfy_image(grid(images[order][..., :3], [f"{s:.3f}" for s in totals.tolist()]))
         preview = ui.PreviewImage(shown, cls=cls)
         return io.NodeOutput(images[kept], totals[: len(kept)].tolist(), report, shown, ui=preview)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from comfyui_pcpo.method.guidance import ImplicitReward
 from comfyui_pcpo.method.rollout import Trajectory
-from comfyui_pcpo.reward import CombinedReward, Reward
+from comfyui_pcpo.reward import Reward
+from comfyui_pcpo.reward.combine import require_combinable
 
 PromptsType = io.Custom("PCPO_PROMPTS")
 RewardType = io.Custom("PCPO_REWARD")
@@ -36,8 +37,12 @@ class WeightedRewards:
     weights: tuple[float, ...]
     standardise: bool = True
 
-    def combined(self) -> CombinedReward:
-        return CombinedReward(self.rewards, self.weights)
+    def __post_init__(self) -> None:
+        require_combinable(self.names, self.weights)
+
+    @property
+    def names(self) -> list[str]:
+        return [reward.name for reward in self.rewards]
 
 
 @dataclass(frozen=True)

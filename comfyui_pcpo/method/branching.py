@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.method.rollout import GroupNoise, Predict, Trajectory, predict_rows
+from comfyui_pcpo.method.rollout import GroupNoise, Predict, Trajectory, check_chunks, predict_rows
 from comfyui_pcpo.method.schedule import Grid
 from comfyui_pcpo.method.transition import Transition, step
 
@@ -85,7 +85,8 @@ def branch_rollout(
     TempFlow-GRPO (arXiv 2508.04324) and BranchGRPO (arXiv 2509.06040): an image's advantage is caused by the noise of
     its branch alone. Noise is drawn as in `rollout`, so a prefix computed once equals one computed for every image.
     """
-    _check_branches(plan, noise, grid.steps, chunks)
+    check_chunks(noise, chunks)
+    _check_branches(plan, noise, grid.steps)
     size, timesteps = noise.group_size, grid.timesteps.tolist()
     x = _trunk_noise(noise.first(), plan, size)
     latents, noises, outs = (x.new_empty((n, *x.shape)) for n in (len(timesteps) + 1, len(timesteps), len(timesteps)))
@@ -128,14 +129,11 @@ def _per_row(values: Sequence[int], group_size: int) -> Tensor:
     return torch.tensor(values).repeat_interleave(group_size)
 
 
-def _check_branches(plan: BranchPlan, noise: GroupNoise, steps: int, chunks: Sequence[Tensor]) -> None:
+def _check_branches(plan: BranchPlan, noise: GroupNoise, steps: int) -> None:
     if not noise.shared_first:
         raise ValueError(
             "shared_noise is false, but a branch needs one first noise per group. Set shared_noise = true."
         )
-    rows = torch.cat(list(chunks)).sort().values
-    if not torch.equal(rows, torch.arange(noise.group_size * len(noise.generators))):
-        raise ValueError(f"chunks hold {len(rows)} rows, but must cover each image of the noise once.")
     if len(plan.branches) != len(noise.generators):
         raise ValueError(f"there are {len(plan.branches)} branches for {len(noise.generators)} groups. Give one each.")
     for branch in plan.branches:

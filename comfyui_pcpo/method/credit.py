@@ -64,6 +64,10 @@ PUBLISHED: dict[str, PublishedWeighting] = {
 }
 
 
+# whose constant is right without rescaling: published ones, and the native weights themselves
+UNSCALED = {"native"} | {how.credit for how in PUBLISHED.values() if not how.rescaled}
+
+
 def target_weights(
     steps: Sequence[Transition], grid: Grid, credit: Credit, trained: Sequence[int], rescaled: bool = True
 ) -> Tensor:

@@ -65,6 +65,11 @@ class GroupNoise:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.group_size, self.shape, self.shared_first = group_size, tuple(shape), shared_first
 
+    @property
+    def count(self) -> int:
+        """The number of images, P * G."""
+        return len(self.generators) * self.group_size
+
     def first(self) -> Tensor:
         """The first latents, -> (P * G, C, H, W); one per group, repeated, if `shared_first`."""
         if not self.shared_first:
@@ -79,6 +84,16 @@ class GroupNoise:
     def next(self) -> Tensor:
         """Noise of one step, -> (P * G, C, H, W)."""
         return torch.cat([torch.randn(self.group_size, *self.shape, generator=g) for g in self.generators])
+
+
+def check_chunks(noise: GroupNoise, chunks: Sequence[Tensor]) -> None:
+    """Raise ValueError unless the chunks' rows are those of the noise, each once."""
+    rows, count = torch.cat([torch.empty(0, dtype=torch.long), *chunks]).sort().values, noise.count
+    if not torch.equal(rows, torch.arange(count)):
+        raise ValueError(
+            f"chunks hold {len(rows)} rows, {len(rows.unique())} of them different, but the noise has {count}. "
+            "Cover each of its rows once."
+        )
 
 
 def predict_rows(predict: Predict, x: Tensor, t: float, chunks: Sequence[Tensor]) -> Tensor:
@@ -100,6 +115,7 @@ def rollout(
 
     The update calls the model with the same chunks, so that an unchanged model repeats its outputs to the bit.
     """
+    check_chunks(noise, chunks)
     x = noise.first()
     count, steps = len(x), len(transitions)
     latents, noises, outs = (x.new_empty((n, *x.shape)) for n in (steps + 1, steps, steps))
@@ -108,8 +124,6 @@ def rollout(
         noises[i] = noise.next()
         outs[i] = predict_rows(predict, latents[i], t, chunks)
         latents[i + 1] = step(latents[i], outs[i], noises[i], transition)
-    if sum(len(rows) for rows in chunks) != count:
-        raise ValueError(f"chunks hold {sum(map(len, chunks))} rows, but the noise has {count}. Cover each row once.")
     return Trajectory(latents, noises, outs, transitions, grid.timesteps.tolist(), evaluations=steps * count)
 
 
@@ -118,6 +132,7 @@ def rollout_chunks(
     predict: Predict, grid: Grid, transitions: Sequence[Transition], noise: GroupNoise, chunks: Sequence[Tensor]
 ) -> Iterator[tuple[Trajectory, Tensor]]:
     """`rollout` to the bit, but chunk after chunk: the trajectory so far and the rows just sampled."""
+    check_chunks(noise, chunks)
     x = noise.first()
     latents, noises, outs = (x.new_zeros((n, *x.shape)) for n in (len(transitions) + 1, *[len(transitions)] * 2))
     latents[0] = x

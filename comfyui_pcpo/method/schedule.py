@@ -67,7 +67,7 @@ def _check_levels(kind: Kind, levels: Tensor) -> None:
         )
 
 
-def shift(u: Tensor, m: float) -> Tensor:
+def shifted(u: Tensor, m: float) -> Tensor:
     """Resolution shift of flow times towards noise, (T,) -> (T,).
 
     SD3 (arXiv 2403.03206), Equation 23:  shift_m(u) = m u / (1 + (m - 1) u)
@@ -82,9 +82,6 @@ def scaled_linear_alphas(num_train: int = 1000, beta_start: float = 0.00085, bet
     """
     root = torch.linspace(beta_start**0.5, beta_end**0.5, num_train, dtype=torch.float64)
     return (1 - root.square()).cumprod(0)
-
-
-_shift = shift  # flow_grid has a parameter of that name
 
 
 def ddim_grid(
@@ -144,7 +141,7 @@ def flow_grid(steps: int, shift: float = 3.0) -> Grid:
         raise ValueError(f"steps is {steps}, but a run has at least one step. Use 1 or more (16 is usual).")
     if not shift > 0:
         raise ValueError(f"shift is {shift}, but the shift is a positive factor. Use 1 for none, 3 for SD3 and FLUX.")
-    return flow_grid_from_sigmas(_shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift))
+    return flow_grid_from_sigmas(shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift))
 
 
 def flow_grid_from_sigmas(sigmas: Tensor | Sequence[float]) -> Grid:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from comfyui_pcpo.prompt import Prompt, metadata_of
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardFile, RewardSettings, Scores
-from comfyui_pcpo.reward.combine import CombinedReward, CombinedScores
 from comfyui_pcpo.reward.group import GroupReward
 from comfyui_pcpo.reward.user import (
     classes_by_name,
@@ -76,8 +75,6 @@ def load_reward(name: str, settings: RewardSettings | None = None, user_folder: 
 
 __all__ = [
     "REWARDS",
-    "CombinedReward",
-    "CombinedScores",
     "GroupReward",
     "Prompt",
     "Reward",

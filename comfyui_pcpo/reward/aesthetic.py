@@ -44,7 +44,6 @@ class Aesthetic(Reward):
         RewardFile("trojblue/clip-aesthetics", "sac+logos+ava1-l14-linearMSE.pth", 3_714_759, "Apache-2.0"),
         CLIP_FILE,
     )
-    memory = 600_000_000
     shape: ClassVar[ClipShape] = VIT_L_14
 
     def build(self) -> AestheticModel:

@@ -36,7 +36,6 @@ class Alignment(Reward):
 
     name = "alignment"
     typical_range = (-0.2, 0.9)
-    memory = 4_000_000
 
     def build(self) -> TinyEncoder:
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer

@@ -78,7 +78,6 @@ class Reward:
     needs_prompt: ClassVar[bool] = True
     typical_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     files: ClassVar[tuple[RewardFile, ...]] = ()
-    memory: ClassVar[int] = 0  # bytes of the network in half precision
     elsewhere: ClassVar[bool] = False  # computed by a server or a person: a thread may wait for it
     content_digest: str | None = None  # of what was learned, where rewards of one name may differ
     _worker: Worker | None = None

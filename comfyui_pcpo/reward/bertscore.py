@@ -49,7 +49,6 @@ class BertScore(EndpointReward):
         RewardFile(HUB_ID, "vocab.json", 899_000, "MIT"),
         RewardFile(HUB_ID, "merges.txt", 456_000, "MIT"),
     )
-    memory = 1_500_000_000
     elsewhere = False  # its DeBERTa takes the GPU that samples
     layer = LAYER
 

@@ -21,7 +21,6 @@ class ClipCosine(Reward):
     name = "clip_cosine"
     typical_range = (0.1, 0.35)
     files = (CLIP_FILE,)
-    memory = 860_000_000
     shape: ClassVar[ClipShape] = VIT_L_14
 
     def build(self) -> "CLIP":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comfyui_pcpo.reward.base import Reward, RewardError
+from comfyui_pcpo.reward.base import RewardError
 
 
 @dataclass(frozen=True)
@@ -17,42 +17,16 @@ class CombinedScores:
     total: Tensor
 
 
-class CombinedReward:
-    """K rewards with weights (K,). `advantage.combine_rewards` z-scores the components; `total` is the plain sum."""
+def combine(scores: Sequence[Tensor], weights: Sequence[float]) -> CombinedScores:
+    """The scores of K rewards, each (B,), and their sum by weight; `advantage.combine_rewards` z-scores them first."""
+    components, w = torch.stack(list(scores)), torch.tensor(weights, dtype=torch.float32)
+    counted = w != 0  # weight 0: reported only, so its failures must not reach the total
+    return CombinedScores(components, (w[counted, None] * components[counted]).sum(0))
 
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]):
-        if not rewards or len(rewards) != len(weights):
-            raise RewardError(f"Got {len(rewards)} rewards and {len(weights)} weights. Give one weight per reward.")
-        self.rewards = list(rewards)
-        self.names = [reward.name for reward in rewards]
-        if len(set(self.names)) < len(self.names):
-            raise RewardError(f"rewards are {', '.join(self.names)}, but each must be unique. Add up its weights.")
-        self.weights = torch.tensor(weights, dtype=torch.float32)
 
-    @property
-    def needs_prompt(self) -> bool:
-        return any(reward.needs_prompt for reward in self.rewards)
-
-    def score(self, images: Tensor, prompts: list[str]) -> CombinedScores:
-        """All rewards' scores, float (B, H, W, C) -> components (K, B) and total (B,)."""
-        return self.combine([reward.score(images, prompts) for reward in self.rewards])
-
-    def combine(self, scores: Sequence[Tensor]) -> CombinedScores:
-        """The same from each reward's scores, K of (B,)."""
-        components = torch.stack(list(scores))
-        counted = self.weights != 0  # weight 0: reported only, so its failures must not reach the total
-        return CombinedScores(components, (self.weights[counted, None] * components[counted]).sum(0))
-
-    def load(self) -> "CombinedReward":
-        for reward in self.rewards:
-            reward.load()
-        return self
-
-    def unload(self) -> None:
-        for reward in self.rewards:
-            reward.unload()
-
-    def to(self, device: str | torch.device) -> "CombinedReward":
-        for reward in self.rewards:
-            reward.to(device)
-        return self
+def require_combinable(names: Sequence[str], weights: Sequence[float]) -> None:
+    """Raise RewardError unless each reward has one weight and occurs once."""
+    if not names or len(names) != len(weights):
+        raise RewardError(f"Got {len(names)} rewards and {len(weights)} weights. Give one weight per reward.")
+    if len(set(names)) < len(names):
+        raise RewardError(f"rewards are {', '.join(names)}, but each must be unique. Add up its weights.")

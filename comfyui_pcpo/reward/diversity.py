@@ -51,7 +51,6 @@ class Diversity(DiversityOf):
     name = "diversity"
     typical_range = (0.05, 0.5)
     files = (CLIP_FILE,)
-    memory = 600_000_000
     shape: ClassVar[ClipShape] = VIT_L_14
 
     def build(self) -> nn.Module:
@@ -69,7 +68,6 @@ class TinyDiversity(DiversityOf):
 
     name = "tiny_diversity"
     typical_range = (0.05, 0.9)
-    memory = 2_000_000
 
     def build(self) -> nn.Module:
         return load_image_encoder()

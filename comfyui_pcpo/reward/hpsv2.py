@@ -23,7 +23,6 @@ class HPSv2(Reward):
     name = "hpsv2"
     typical_range = (0.23, 0.285)
     files = (RewardFile("xswu/HPSv2", "HPS_v2_compressed.pt", 3_940_000_000, "Apache-2.0"),)
-    memory = 2_000_000_000
     shape: ClassVar[ClipShape] = VIT_H_14
 
     def build(self) -> "CLIP":

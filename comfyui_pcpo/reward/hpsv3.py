@@ -76,7 +76,6 @@ class HPSv3(Reward):
         RewardFile("MizzenAI/HPSv3", "HPSv3.safetensors", 16_600_000_000, "MIT"),
         RewardFile("Qwen/Qwen2-VL-7B-Instruct", "tokenizer.json", 7_031_645, "Apache-2.0"),
     )
-    memory = 16_600_000_000
     shape: ClassVar[QwenShape] = QwenShape()
 
     def build(self) -> HPSv3Model:

@@ -115,7 +115,6 @@ class ImageReward(Reward):
     name = "imagereward"
     typical_range = (-2.3, 2.0)
     files = (RewardFile("THUDM/ImageReward", "ImageReward.pt", 1_790_000_000, "Apache-2.0"),)
-    memory = 900_000_000
     shape: ClassVar[BlipShape] = BlipShape()
 
     def build(self) -> ImageRewardModel:

@@ -28,7 +28,6 @@ class PickScore(Reward):
     name = "pickscore"
     typical_range = (18.0, 24.0)
     files = (RewardFile("yuvalkirstain/PickScore_v1", "model.safetensors", 3_900_000_000, "licence of the code: MIT"),)
-    memory = 2_000_000_000
     shape: ClassVar[ClipShape] = VIT_H_14
 
     def build(self) -> "CLIPModel":

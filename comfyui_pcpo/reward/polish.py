@@ -14,7 +14,6 @@ class Polish(Reward):
     name = "polish"
     needs_prompt = False
     typical_range = (0.0, 1.1)
-    memory = 1_000_000
 
     def build(self) -> PolishNet:
         return load_polish(MODELS / "emoji-polish")

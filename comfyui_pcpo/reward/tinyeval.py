@@ -23,7 +23,6 @@ class TinyEval(Reward):
 
     name = "tinyeval"
     typical_range = (0.0, 1.0)
-    memory = 4_000_000
 
     def build(self) -> nn.Module:
         return load_image_encoder()

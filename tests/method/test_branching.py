@@ -143,7 +143,7 @@ def test_longer_branches_fit_and_the_first_k_are_kept():
     [
         (lambda: branched([Branch(5, 2, 0), Branch(0, 1, 1)]), "covers steps 5 to 6, but there are steps 0 to 5"),
         (lambda: branched([Branch(0, 1, 0)], parts=chunks(8)), "1 branches for 2 groups"),
-        (lambda: branched([Branch(0, 1, 0), Branch(0, 1, 1)], parts=[torch.arange(4)]), "cover each"),
+        (lambda: branched([Branch(0, 1, 0), Branch(0, 1, 1)], parts=[torch.arange(4)]), "Cover each"),
         (lambda: branched([Branch(5, 1, 0), Branch(0, 1, 1)], "cps"), "step 5 of a branch has std 0"),
         (lambda: choose_branches(np.random.default_rng(0), [0, 2], 1, 2), "has 2 stochastic steps"),
     ],
@@ -165,6 +165,31 @@ def test_solved_ddim_sigmas_branch_too():
     plan = BranchPlan([Branch(2, 1, 0), Branch(3, 1, 1)], stochastic, deterministic(grid))
     path = branch_rollout(Model(), grid, plan, noise(), chunks(8))
     assert path.final.isfinite().all()
+
+
+def whole(model, parts):
+    grid, stochastic, _ = setting()
+    return rollout(model, grid, stochastic, noise(False), parts)
+
+
+def in_chunks(model, parts):
+    grid, stochastic, _ = setting()
+    return list(rollout_chunks(model, grid, stochastic, noise(False), parts))
+
+
+def in_branches(model, parts):
+    grid, stochastic, ode = setting()
+    plan = BranchPlan([Branch(0, 1, g) for g in range(GROUPS)], stochastic, ode)
+    return branch_rollout(model, grid, plan, noise(), parts)
+
+
+@pytest.mark.parametrize("sample", [whole, in_chunks, in_branches])
+@pytest.mark.parametrize("rows", [[0, 1, 2], [0, 0, 1, 2, 3, 4, 5, 6], [*range(9)], []], ids=str)
+def test_chunks_that_do_not_cover_each_image_once_are_refused_before_any_model_call(sample, rows):
+    model = Model()
+    with pytest.raises(ValueError, match=rf"chunks hold {len(rows)} rows, .* the noise has 8\. Cover each"):
+        sample(model, [torch.tensor(rows, dtype=torch.long)])
+    assert model.calls == []
 
 
 def test_sampling_chunk_after_chunk_is_the_same_to_the_bit():

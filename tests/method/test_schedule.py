@@ -4,7 +4,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage]
 
-from comfyui_pcpo.method.schedule import Grid, ddim_grid, flow_grid, flow_grid_from_sigmas, scaled_linear_alphas, shift
+from comfyui_pcpo.method.schedule import (
+    Grid,
+    ddim_grid,
+    flow_grid,
+    flow_grid_from_sigmas,
+    scaled_linear_alphas,
+    shifted,
+)
 
 torch.set_num_threads(1)
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -57,7 +64,7 @@ def test_flow_grid_is_the_shifted_line():
 
 def test_shift_of_one_changes_nothing():
     u = torch.linspace(1, 0, 5, dtype=torch.float64)
-    assert torch.equal(shift(u, 1.0), u)
+    assert torch.equal(shifted(u, 1.0), u)
 
 
 def test_flow_grid_from_sigmas_is_what_diffusers_uses():

@@ -332,7 +332,7 @@ def test_rewards_read_prompts_without_weights(text, plain):
     """C8."""
     assert syntax.plain_prompt(text) == plain
     images = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
-    scores = call("PCPOLoadReward", "alignment")[0].combined().score(images, [text]).total
+    scores = call("PCPOLoadReward", "alignment")[0].rewards[0].score(images, [text])
     assert torch.equal(scores, load_reward("alignment").score(images, [plain]))
 
 
@@ -396,7 +396,7 @@ def test_missing_weights_are_wanted_in_comfyuis_folder(flow):
     """C12."""
     reward, folder = call("PCPOLoadReward", "pickscore")[0], files.reward_folder([])
     assert folder is not None and folder.is_absolute() and folder.name == "rewards"
-    refused(lambda: reward.combined().score(torch.zeros(1, 8, 8, 3), ["a"]), re.escape(str(folder)))
+    refused(lambda: reward.rewards[0].score(torch.zeros(1, 8, 8, 3), ["a"]), re.escape(str(folder)))
 
 
 def test_missing_requirements_are_named_when_the_pack_is_loaded(monkeypatch):

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 comfy_host.load_pack()
 ConfigError = comfy_host.pack_module("trainer.config.schema").ConfigError
 types = comfy_host.pack_module("nodes.types")
+scored = comfy_host.pack_module("nodes.rewards").scored
 run = comfy_host.execute
 
 
@@ -105,8 +106,8 @@ def test_combined_rewards_add_up_and_refuse_repeats():
     a, b = run("PCPOLoadReward", "redness")[0], run("PCPOLoadReward", "colorfulness")[0]
     both = run("PCPOCombineRewards", a, 2.0, b, -1.0)[0]
     images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0))
-    parts = [r.combined().score(images, ["", ""]).total for r in (a, b)]
-    assert torch.allclose(both.combined().score(images, ["", ""]).total, 2 * parts[0] - parts[1])
+    total, *parts = (scored(reward, images, ["", ""])[0].total for reward in (both, a, b))
+    assert torch.allclose(total, 2 * parts[0] - parts[1])
     with pytest.raises(ValueError, match="must be unique"):
         run("PCPOCombineRewards", both, 1.0, a, 1.0)
 

@@ -73,8 +73,8 @@ def test_a_taste_on_clip_vision_is_trained_saved_loaded_and_scores(clip_vision, 
     assert report.startswith("15 votes: agrees with")
     (loaded,) = comfy_host.execute("PCPOLoadTaste", taste="with-clip", clip_vision=clip_vision)
     new = images[60:].float() / 255
-    scores = loaded.combined().score(new, [""] * len(new)).total
-    torch.testing.assert_close(scores, reward.combined().score(new, [""] * len(new)).total)
+    scores = loaded.rewards[0].score(new, [""] * len(new))
+    torch.testing.assert_close(scores, reward.rewards[0].score(new, [""] * len(new)))
     assert torch.corrcoef(torch.stack([scores, redness(images[60:])]))[0, 1] > 0.7
     assert loaded.rewards[0].name == "with-clip"
 
@@ -118,7 +118,7 @@ def test_liked_and_disliked_folders_and_the_embedded_features(images, tmp_path):
     picture = next((tmp_path / "yes").iterdir())
     os.utime(picture, ns=(0, picture.stat().st_mtime_ns + 1_000_000))  # replaced, which leaves the folder as it was
     assert node.fingerprint_inputs(**given) != before
-    scores = reward.combined().score(images.float() / 255, [""] * len(images)).total
+    scores = reward.rewards[0].score(images.float() / 255, [""] * len(images))
     assert scores[order[:15]].min() > scores[order[-15:]].max()
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from comfyui_pcpo.reward import REWARDS, CombinedReward, Reward, RewardError, RewardSettings, Scores, load_reward
+from comfyui_pcpo.reward import REWARDS, Reward, RewardError, RewardSettings, Scores, load_reward
+from comfyui_pcpo.reward.combine import combine, require_combinable
 
 torch.set_num_threads(1)
 
@@ -180,24 +181,24 @@ def test_an_unknown_name_lists_the_known_ones():
 
 
 def test_combined_scores_are_the_weighted_sum():
-    both = CombinedReward([First(), Given()], [2.0, -3.0])
-    scores = both.score(images(1 / 255, 2 / 255), ["10", "nan"])
-    assert scores.components.shape == (2, 2) and scores.components[1, 0] == 10
+    first, second = torch.tensor([1.0, 2.0]), torch.tensor([10.0, torch.nan])
+    scores = combine([first, second], [2.0, -3.0])
+    assert torch.equal(scores.components[0], first) and scores.components[1, 0] == 10
     assert scores.total[0] == 2 * 1 - 3 * 10 and scores.total[1].isnan()
-    assert both.weights.tolist() == [2, -3] and both.names == ["first", "given"] and both.needs_prompt
 
 
 def test_a_reward_of_weight_zero_is_measured_and_cannot_spoil_the_total():
-    watched = CombinedReward([First(), Given()], [1.0, 0.0]).load().to("cpu")
-    assert watched.score(images(1 / 255), ["nan"]).total.tolist() == [1]
-    watched.unload()
+    scores = combine([torch.tensor([1.0]), torch.tensor([torch.nan])], [1.0, 0.0])
+    assert scores.total.tolist() == [1] and scores.components[1].isnan().all()
 
 
-def test_combinations_that_mean_nothing_are_refused():
-    with pytest.raises(RewardError, match="1 rewards and 2 weights"):
-        CombinedReward([First()], [1.0, 2.0])
-    with pytest.raises(RewardError, match="each must be unique"):
-        CombinedReward([First(), First()], [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("names", "weights", "said"),
+    [(["first"], [1.0, 2.0], "1 rewards and 2 weights"), ([], [], "0 rewards"), (["a", "a"], [1.0, 2.0], "be unique")],
+)
+def test_combinations_that_mean_nothing_are_refused(names, weights, said):
+    with pytest.raises(RewardError, match=said):
+        require_combinable(names, weights)
 
 
 def test_a_misspelt_name_gets_the_nearest():

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from comfyui_pcpo.metrics.frechet import diversity
-from comfyui_pcpo.reward import CombinedReward, GroupReward, RewardError, RewardSettings
+from comfyui_pcpo.reward import GroupReward, RewardError, RewardSettings
 from comfyui_pcpo.reward.diversity import Diversity, TinyDiversity, mean_distance
 from comfyui_pcpo.reward.service.endpoint import Vlm
 from comfyui_pcpo.reward.service.pairwise import PairwiseVlm
@@ -74,11 +74,6 @@ def test_an_image_of_nan_fails_alone():
     batch = BATCH.clone()
     batch[1] = torch.nan
     assert Rank().score(batch, ["a"] * 6, 3).isnan().tolist() == [False, True, False, False, False, False]
-
-
-def test_a_combination_passes_whole_prompts():
-    scores = CombinedReward([Rank()], [2.0]).score(BATCH[:3], ["a"] * 3)
-    assert scores.total.tolist() == [0, 4, 2]
 
 
 def test_the_class_must_define_score_group():

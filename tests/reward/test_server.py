@@ -136,6 +136,31 @@ def test_a_reward_that_raises_costs_the_request_and_not_the_server(serve):
     assert remote.score(images(2), ["a", "a"]).isfinite().all()
 
 
+class Behind(Reward):
+    """A reward whose own server is away for some requests."""
+
+    name = "behind"
+    away = 0
+
+    def score_batch(self, images, prompts):
+        self.away -= 1
+        if self.away >= 0:
+            raise ServerUnavailable("http://elsewhere does not answer.")
+        return torch.ones(len(images))
+
+
+def test_an_outage_behind_a_served_reward_is_waited_out(serve):
+    reward = Behind()
+    server = serve(reward)
+    remote = client(server.url, patience=10.0)
+    assert remote.score(images(1), [""]).tolist() == [1]
+    reward.away = 2
+    body = json.dumps({"prompts": [""], "images": [encode_png(np.zeros((4, 4, 3), np.uint8))]})
+    status, answer = post(server, body)
+    assert status == 503 and "http://elsewhere does not answer" in answer["error"]
+    assert remote.score(images(1), [""]).tolist() == [1] and reward.away < 0
+
+
 def test_without_the_token_only_health_is_told(serve):
     server = serve(Moody())
     stranger = Remote(peer=Peer(server.url, "wrong"))
@@ -261,6 +286,13 @@ def test_only_png_is_opened_and_other_modes_become_rgb():
         decode_png(encoded("RGB", "JPEG"), 100)
     for mode in ("RGBA", "L", "P", "1", "I;16"):
         assert decode_png(encoded(mode, "PNG"), 100).shape == (2, 4, 3)
+
+
+def test_a_grey_image_of_16_bits_keeps_its_values():
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16)).save(file, format="PNG")
+    pixels = decode_png(base64.b64encode(file.getvalue()).decode(), 100)
+    assert pixels.tolist() == [[[value] * 3 for value in (0, 1, 128, 255)]]
 
 
 def test_images_of_several_sizes_keep_their_order(serve):

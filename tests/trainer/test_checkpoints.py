@@ -1,5 +1,7 @@
 """Single-file checkpoints give the pipeline that they were written from; what cannot be loaded is refused in words."""
 
+import json
+
 import diffusers
 import original_layout
 import pytest
@@ -10,8 +12,8 @@ from running import start_run
 from safetensors.torch import save_file
 
 from trainer.config.loading import load
-from trainer.config.schema import ConfigError
-from trainer.policy.loading import load_pipeline, make_policy
+from trainer.config.schema import Config, ConfigError, ModelConfig
+from trainer.policy.loading import load_pipeline, make_policy, make_shapes
 from trainer.policy.single_file import CHECKPOINT_KINDS, checkpoint_kind, checkpoint_skeleton
 from trainer.policy.skeletons import SKELETONS, write_skeleton
 
@@ -154,6 +156,14 @@ def test_a_file_that_cannot_be_loaded_is_refused(key, message, tmp_path):
         load_pipeline(str(tmp_path / "model.safetensors"))
 
 
+@pytest.mark.parametrize("mark", ["edm_mean", "edm_vpred.sigma_max"])
+def test_a_file_of_edms_noise_levels_is_refused(mark, tmp_path):
+    state = {"conditioner.embedders.1.model.ln_final.bias": torch.zeros(1), mark: torch.zeros(1)}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"has {mark}: its model is trained on EDM's noise levels"):
+        load_pipeline(str(tmp_path / "model.safetensors"))
+
+
 def test_a_quantised_file_is_refused(tmp_path):
     state = {
         "double_blocks.0.img_mod.lin.weight": torch.zeros(1),
@@ -173,6 +183,35 @@ def test_broken_and_missing_and_pickled_files_are_refused(tmp_path):
         load_pipeline(str(tmp_path / "other.safetensors"))
     with pytest.raises(ConfigError, match="may hold code"):
         load_pipeline(str(tmp_path / "model.ckpt"))
+
+
+def shapes_of(name):
+    return make_shapes(Config(model=ModelConfig(name=name)))
+
+
+@pytest.mark.parametrize("read", [load_pipeline, shapes_of])
+def test_a_folder_of_a_pipeline_that_diffusers_lacks_is_refused(read, tmp_path):
+    folder = tiny_pipelines.save("sd15", tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "NotYetPipeline"}))
+    with pytest.raises(ConfigError, match=r"no attribute NotYetPipeline\. .* installed diffusers .* lacks\. Update"):
+        read(str(folder))
+
+
+@pytest.mark.parametrize("read", [load_pipeline, shapes_of])
+def test_a_library_that_a_model_needs_and_this_computer_lacks_is_named(read, tmp_path, monkeypatch):
+    def lacking(*_, **__):
+        raise ImportError("\nCLIPTokenizer requires the SentencePiece library but it was not found. See its page.")
+
+    folder = tiny_pipelines.save("sd15", tmp_path)
+    monkeypatch.setattr(transformers.CLIPTokenizer, "from_pretrained", lacking)
+    with pytest.raises(ConfigError, match=r"loaded: CLIPTokenizer requires the Sent.* found\. Install what is missing"):
+        read(str(folder))
+
+
+def test_a_relative_path_that_looks_like_a_hub_name_may_be_a_missing_folder():
+    with pytest.raises(ConfigError, match="There is no folder models/mine here, so it was taken for a hub name"):
+        load_pipeline("models/mine")
 
 
 def test_a_config_of_another_kind_is_refused(tmp_path):

@@ -207,6 +207,16 @@ def test_the_gradient_of_the_prediction_equals_finite_differences(pipelines, mak
     assert abs(ratio - 1) > 0.05 if detach else abs(ratio - 1) < 3e-3, ratio
 
 
+def test_only_the_named_modules_get_a_lora(pipelines, make_config):
+    """FLUX's last layer has a name that layers of its blocks end with."""
+    pipeline = copy.deepcopy(pipelines["flux"])
+    expected = {n for n in module_names(pipeline.transformer) if is_target(n, "attention")} | {"proj_out"}
+    sections = {"rollout": tiny_pipelines.size(pipeline), "lora": {"targets": "attention"}}
+    policy = DiffusersPolicy(pipeline, make_config("given", **sections), ["proj_out"])
+    assert policy.lora().keys() == expected
+    assert any(name.endswith(".proj_out") for name in policy.module_names())
+
+
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_a_unets_usual_scheduler_does_not_change_the_trained_grid(pipelines, make_config, scheduler):
     other = copy.copy(pipelines["sdxl"])
@@ -245,6 +255,50 @@ def test_a_model_that_predicts_the_sample_is_refused(pipelines, make_config):
     other.scheduler = tiny_pipelines.ddim("sample")
     with pytest.raises(ConfigError, match="the model predicts sample"):
         policy_of(other, make_config)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.EDMEulerScheduler(),
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        diffusers.UniPCMultistepScheduler(use_flow_sigmas=True),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_unet_with_a_scheduler_of_other_noise_levels_is_refused(pipelines, make_config, scheduler):
+    other = copy.copy(pipelines["sdxl"])
+    other.scheduler = scheduler
+    with pytest.raises(ConfigError, match=f"scheduler is {type(scheduler).__name__} without DDPM's betas"):
+        policy_of(other, make_config)
+
+
+def test_sdxl_decodes_with_its_vaes_mean_and_deviation(pipelines, make_config):
+    playground = copy.deepcopy(pipelines["sdxl"])
+    playground.vae.register_to_config(latents_mean=[1.0, -2.0, 3.0, 0.5], latents_std=[2.0, 3.0, 0.5, 1.0])
+    policy = policy_of(playground, make_config)
+    latents = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    path = playground("a fox", num_inference_steps=1, latents=latents, output_type="latent", height=16, width=16)
+    decoded = playground("a fox", num_inference_steps=1, latents=latents, output_type="pt", height=16, width=16)
+    torch.testing.assert_close(policy.decode(path.images), decoded.images.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_grid_leaves_the_pipelines_scheduler_as_it_is(pipelines, make_config, family):
+    policy = policy_of(pipelines[family], make_config)
+    before = policy.pipeline.scheduler.sigmas.clone()
+    policy.grid(3)
+    assert torch.equal(policy.pipeline.scheduler.sigmas, before)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_flow_model_with_another_scheduler_needs_a_shift(pipelines, make_config, family):
+    other = copy.copy(pipelines[family])
+    other.scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    with pytest.raises(ConfigError, match=r"scheduler is UniPCMultistepScheduler, but .* Set rollout\.shift"):
+        policy_of(other, make_config).grid(3)
+    shifted = policy_of(other, make_config, rollout={"shift": 2.0}).grid(3)
+    assert torch.equal(shifted.levels, flow_grid(3, 2.0).levels)
 
 
 def test_sdxl_is_told_the_size_of_the_picture(pipelines, make_config):

@@ -109,7 +109,22 @@ def test_every_setting_that_saves_memory_shows_in_the_estimate(make_config):
     assert half.denoiser < 0.6 * plain.denoiser and half.update < plain.update
     assert found(precision="bfloat16", quantize="int8").denoiser < half.denoiser
     assert found(ema=0.9).lora > plain.lora
-    assert plain.phases()["update"] < found(offload=False).phases()["update"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto", "cuda"])
+def test_parts_are_offloaded_from_a_gpu_only(make_config, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    policy = make_policy(make_config())
+
+    def found(offload):
+        return memory(policy, make_config(model={"device": device, "offload": offload}), 4)
+
+    moved, resident = found(True), found(False)
+    if device == "cuda":
+        assert moved.phases()["update"] < resident.phases()["update"]
+        assert moved.decode < resident.decode and "offloaded to the CPU" in moved.lines()[1]
+    else:
+        assert moved == resident and not moved.offload
 
 
 @pytest.mark.parametrize("objective", ["log_hinge", "nft", "awm"])

@@ -106,6 +106,22 @@ def test_output_and_gradient_through_eight_bits_are_those_of_the_weights_they_st
     assert weight_bytes(narrow) < 0.95 * weight_bytes(wide)  # small models are mostly norms and embeddings
 
 
+def test_a_sharded_model_is_spread_from_the_cpu(make_config, monkeypatch):
+    """A GPU never holds the whole denoiser: one that is sharded may not fit."""
+    found = []
+
+    def shard(denoiser, trainable, device):
+        found.extend(p.device.type for n, p in denoiser.named_parameters() if ".lora_" not in n)
+
+    monkeypatch.setattr(diffusers_policy, "pick_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(diffusers_policy, "sharded", lambda config: True)
+    monkeypatch.setattr(diffusers_policy, "shard", shard)
+    pipeline = tiny_pipelines.build("flux")
+    sections = {"model": {"shard": True}, "rollout": tiny_pipelines.size(pipeline)}
+    DiffusersPolicy(pipeline, make_config("given", **sections))
+    assert found and set(found) == {"cpu"}
+
+
 @pytest.mark.parametrize(("kind", "error"), [("fp8", 2**-4), ("int8", 1 / 127)])
 def test_a_weight_in_eight_bits_is_near_the_weight(kind, error):
     """fp8 rounds to 3 bits behind the first; int8 in steps of the row's largest / 127."""

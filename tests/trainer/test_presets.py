@@ -1,7 +1,10 @@
 """`auto` stands for the values of the model's family, a given value wins, and what was chosen is shown."""
 
+import hashlib
 import json
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,8 @@ def test_only_one_option_decides_which_steps_are_trained():
 
     assert branch_and_window("embedded") == (1, 0)
     assert branch_and_window("embedded", objective={"name": "nft"}) == (None, None)
+    assert branch_and_window("embedded", objective={"name": "nobody"}) == (1, 0)  # told when it is built
+    assert branch_and_window("embedded", model={"shard": True}) == (None, 0)
     assert branch_and_window("embedded", objective={"train_steps": 0.5}) == (None, 0)
     assert branch_and_window("embedded", rollout={"sde_window": 2}) == (None, 2)
     assert branch_and_window("embedded", objective={"train_steps": "half"}) == (1, 0)  # told when it is built
@@ -116,6 +121,58 @@ def test_weights_are_counted_by_the_headers_of_their_files(tmp_path):
 )
 def test_names_tell_the_preset(name, preset):
     assert model_preset(name) == preset
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The hub's file endpoint with two models whose names do not tell what they are."""
+
+    files = {  # noqa: RUF012
+        "/someone/mine/resolve/main/model_index.json": {"_class_name": "StableDiffusionXLPipeline"},
+        "/someone/other/resolve/main/model_index.json": {"_class_name": "StableDiffusionPipeline"},
+        "/someone/other/resolve/main/unet/config.json": {"cross_attention_dim": 1024},
+    }
+
+    def do_HEAD(self):
+        content = self.files.get(self.path)
+        body = json.dumps(content).encode()
+        self.send_response(404 if content is None else 200)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD
+
+    def log_message(self, format, *args):
+        pass
+
+
+HUB_NAMES = ("someone/mine", "someone/other", "someone/neither-sdxl")
+PRESETS_OF_NAMES = """
+import sys
+from trainer.policy.model_family import model_preset
+print(*map(model_preset, sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_hub_models_preset_is_read_from_its_index(tmp_path, script):
+    """Without the hub its copy tells, and without a copy the name."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def presets_of_names(home):
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+        out, error = script(PRESETS_OF_NAMES, *HUB_NAMES, HF_HOME=str(tmp_path / home), **hub).communicate(timeout=60)
+        return out.split() or error
+
+    assert presets_of_names("copy") == ["sdxl", "sd2", "sdxl"]
+    server.shutdown()
+    server.server_close()
+    assert presets_of_names("copy") == ["sdxl", "sd2", "sdxl"]
+    assert presets_of_names("none") == ["flow", "flow", "sdxl"]
 
 
 @pytest.mark.parametrize("kind", PIPELINE_FAMILIES)

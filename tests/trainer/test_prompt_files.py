@@ -55,6 +55,19 @@ def test_a_csv_with_a_column_of_prompts_has_metadata_in_the_others(tmp_path):
     assert [metadata_of(prompt) for prompt in prompts] == [{"tag": "color"}, {"tag": "shape", "style": "ink"}]
 
 
+@pytest.mark.parametrize("header", ["Prompt,tag", "PROMPT,tag", '" prompt ",tag', "prompt ,tag"])
+def test_a_csv_header_may_be_in_any_case(tmp_path, header):
+    (prompt,) = read(tmp_path, "p.csv", f"{header}\na fox,color\n")
+    assert (prompt, metadata_of(prompt)) == ("a fox", {"tag": "color"})
+
+
+@pytest.mark.parametrize("header", ["prompt;tag", "tag\tPrompt", "Prompts", '"prompt";"tag"', "prompts,tag"])
+def test_a_csv_header_in_another_form_is_not_trained_as_a_prompt(tmp_path, header):
+    with pytest.raises(ConfigError, match=r"p\.csv: the first line .* looks like a header.* called prompt\. Save it"):
+        read(tmp_path, "p.csv", f"{header}\na fox;color\n")
+    assert read(tmp_path, "p.txt", f"{header}\na fox\n")[1] == "a fox"
+
+
 def test_a_line_break_in_a_csv_cell_is_a_space_of_the_prompt_and_stays_in_metadata(tmp_path):
     (prompt,) = read(tmp_path, "p.csv", 'prompt,note\n"a red fox\r\nin  snow","two\r\nlines"\n')
     assert (prompt, metadata_of(prompt)) == ("a red fox in snow", {"note": "two\nlines"})

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from comfyui_pcpo.method.forward_process import ALL_OBJECTIVES
+
 AUTO = "auto"
 
 
@@ -172,16 +174,18 @@ def resolved(tree: Mapping[str, Any], name: str, room: Room) -> tuple[dict[str, 
 
 
 def _not_for(tree: Mapping[str, Any]) -> set[str]:
-    """Options that keep their default: awm and nft sample without noise; branch, window and share of the steps exclude
-    each other, and a given one wins."""
-    if _given(tree, "objective", "name") in ("awm", "nft"):
+    """Options that keep their default: objectives on the forward process sample without noise; branch, window and share
+    of the steps exclude each other, and a given one wins; a model in shards has no branch."""
+    objective = ALL_OBJECTIVES.get(str(_given(tree, "objective", "name")))
+    if objective is not None and not objective.replays_steps:
         return {"rollout.noise_level", "rollout.sde_window", "rollout.branch"}
     window, branch = _given(tree, "rollout", "sde_window"), _given(tree, "rollout", "branch")
     share = _given(tree, "objective", "train_steps")
     idle = set[str]()
     if branch not in (None, 0, AUTO):
         idle.add("rollout.sde_window")
-    if window not in (None, 0, AUTO) or (isinstance(share, int | float) and share < 1):
+    sharded = _given(tree, "model", "shard") is True
+    if sharded or window not in (None, 0, AUTO) or (isinstance(share, int | float) and share < 1):
         idle.add("rollout.branch")
     return idle
 

@@ -1,6 +1,7 @@
 """Lists of prompts: text with one prompt per line, jsonl and CSV with metadata for rewards."""
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +19,28 @@ def read_prompt_file(file: Path) -> list[str]:
     metadata; any other file: a prompt per line.
     """
     text = read_text(file)
-    if file.suffix.lower() == ".csv" and "prompt" in next(csv.reader(text.split("\n")[:1]), []):
-        return [from_row(row) for row in parse_csv(text, file) if row["prompt"].strip()]
+    column = prompt_column(text.split("\n")[0], file) if file.suffix.lower() == ".csv" else None
+    if column is not None:
+        return [from_row(row, column) for row in parse_csv(text, file) if row[column].strip()]
     parse = from_json if file.suffix.lower() == ".jsonl" else parse_line
     return parse_lines(text.split("\n"), parse, str(file))
+
+
+def prompt_column(line: str, file: Path) -> str | None:
+    """Which column of a CSV's header, in any case, has the prompts; None for a line that is no header.
+
+    Raises ConfigError for a header that the comma does not split, which would be trained as a prompt.
+    """
+    found = {name.strip().lower(): name for name in reversed(next(csv.reader([line]), []))}
+    if "prompt" in found:
+        return found["prompt"]
+    cells = {cell.strip(" \"'").lower() for cell in re.split(r"[,;|\t]", line)}
+    if cells & {"prompt", "prompts"}:
+        raise ConfigError(
+            f"{file}: the first line {line.strip()!r} looks like a header, but a CSV file's columns are split by "
+            "commas, and that of the prompts is called prompt. Save it so, or without a header, a prompt per line."
+        )
+    return None
 
 
 def parse_lines(lines: list[str], parse: Callable[[str], str] = parse_line, source: str = "prompts.lines") -> list[str]:
@@ -47,7 +66,7 @@ def from_json(line: str) -> str:
     return entry.strip() if isinstance(entry, str) and entry.strip() else from_object(entry)
 
 
-def from_row(row: dict[str, str]) -> str:
+def from_row(row: dict[str, str], column: str) -> str:
     """A prompt, on one line, from a CSV row; empty cells and cells beyond the header are left out."""
-    text = " ".join(row["prompt"].split())
-    return Prompt(text, {key: cell for key, cell in row.items() if key and key != "prompt" and cell})
+    text = " ".join(row[column].split())
+    return Prompt(text, {key: cell for key, cell in row.items() if key and key != column and cell})

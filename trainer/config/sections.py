@@ -257,7 +257,8 @@ class ObjectiveConfig(Section):
     )
     rescale_credit: bool = Field(
         default=True,
-        description="Rescale the credit to the sum of the native weights; false keeps its published constant.",
+        description="Rescale the credit to the sum of the native weights; false keeps GRPO-Guard's published constant "
+        "and needs credit = guard_dt.",
     )
     shared_noise: bool = Field(
         default=False,

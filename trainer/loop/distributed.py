@@ -10,13 +10,22 @@ from torch import distributed as dist
 
 from ..config.schema import ConfigError
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
-"""Parts of the messages of collectives whose other process is gone; gloo raises plain RuntimeErrors."""
+LOST = (
+    "connection closed by peer", "connection reset by peer", "connection closed by remote peer", "connection refused",
+    "broken pipe", "socket closed", "timed out waiting", "timeout caused pair closure",  # gloo and sockets
+    "ncclremoteerror", "remote process exit", "collective operation timeout",  # NCCL
+)  # fmt: skip
+"""Parts of the messages of collectives whose other process is gone, in lower case; other errors of theirs are not."""
+
+
+def launched() -> int:
+    """How many processes a launcher started for this run, by its environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join() -> None:
     """Meet the other processes if a launcher (`accelerate launch`, torchrun) started several, each on its own GPU."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    if launched() < 2 or dist.is_initialized():
         return
     from accelerate import PartialState
 
@@ -47,7 +56,8 @@ def together() -> Iterator[None]:
 
 def is_lost(error: RuntimeError) -> bool:
     """Whether a collective failed because of another process."""
-    return isinstance(error, dist.DistError) or any(mark in str(error) for mark in LOST)
+    message = str(error).lower()
+    return isinstance(error, dist.DistNetworkError | dist.DistStoreError) or any(mark in message for mark in LOST)
 
 
 def leave() -> None:

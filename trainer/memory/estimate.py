@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config.schema import Config
+from ..config.schema import Config, ModelConfig
 from ..loop.calls import ModelCalls, count_model_calls
 from ..loop.objectives import make_objective
 from ..loop.plan import make_plan
@@ -117,7 +117,7 @@ def budget(policy: DiffusersPolicy, config: Config) -> Budget:
 
 def memory(policy: DiffusersPolicy, config: Config, at_once: int) -> Memory:
     """The device's memory with `at_once` images in a model call. Nothing is computed but sizes."""
-    pipeline, lora = policy.pipeline, policy.trainable()
+    pipeline, lora, offload = policy.pipeline, policy.trainable(), offloads(config.model)
     text = parts_for_text(policy)
     own = {id(p) for p in lora}
     return Memory(
@@ -126,9 +126,15 @@ def memory(policy: DiffusersPolicy, config: Config, at_once: int) -> Memory:
         vae=_bytes(_tensors([pipeline.vae])),
         lora=_training_bytes(lora, config),
         update=_update_bytes(policy, at_once),
-        decode=_decode_bytes(policy, 1 if config.model.offload else at_once),
-        offload=config.model.offload,
+        decode=_decode_bytes(policy, 1 if offload else at_once),
+        offload=offload,
     )
+
+
+def offloads(model: ModelConfig) -> bool:
+    """Whether a run moves parts between the CPU and its GPU, which `check` may run without."""
+    on_cpu = model.device.startswith("cpu") or (model.device == "auto" and not torch.cuda.is_available())
+    return model.offload and not on_cpu
 
 
 def parts_for_text(policy: DiffusersPolicy) -> list[nn.Module]:

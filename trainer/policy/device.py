@@ -3,6 +3,7 @@
 import torch
 
 from ..config.schema import ConfigError
+from ..loop.distributed import launched
 
 
 class NoGpuError(ConfigError):
@@ -10,7 +11,10 @@ class NoGpuError(ConfigError):
 
 
 def pick_device(name: str, key: str = "model.device") -> torch.device:
-    """`auto` is the first GPU, or the CPU without one. Raises ConfigError for a device that does not exist."""
+    """`auto` is the first GPU, or the CPU without one. Raises ConfigError for a device that cannot be used.
+
+    Of several processes each has a GPU of its own, which `cuda` stands for.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -18,7 +22,14 @@ def pick_device(name: str, key: str = "model.device") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"{key} {name} is not a device. Use auto, cpu or cuda.") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"{key} {name} is not a device that is supported. Use auto, cpu or cuda.")
+    if device.type == "cuda" and device.index is not None and launched() > 1:
+        raise ConfigError(
+            f"{key} is {name}, but {launched()} processes were started, each for a GPU of its own. Use cuda or auto, "
+            "and name the GPUs in CUDA_VISIBLE_DEVICES."
+        )
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         found = ", ".join(f"cuda:{n}" for n in range(torch.cuda.device_count()))
         raise ConfigError(f"{key} is {name}, but PyTorch finds only {found}. Use one of these.")

@@ -1,5 +1,6 @@
 """Policy on a diffusers pipeline: a LoRA on its denoiser, guidance, the reference; families/ has what differs."""
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -76,12 +77,13 @@ class DiffusersPolicy:
         factors = [m for layer in self._layers().values() for m in (layer.lora_A, layer.lora_B)]
         for module in factors:
             module.to(self.device)
-        denoiser = FrozenDenoiser(self.denoiser, factors, self.device)
-        parts: Parts = {"denoiser": [denoiser], "vae": [pipeline.vae], "text": [*text]}
-        stays = m.quantize == "4bit" or sharded(m)  # cannot be moved once they are set up
-        offloader = Offloader(parts, self.device, m.offload, ["denoiser"] if stays else [])
-        if sharded(m):
+        parts: Parts = {"denoiser": [], "vae": [pipeline.vae], "text": [*text]}
+        if sharded(m):  # from the CPU, so that a GPU never has to hold the whole denoiser
             shard(self.denoiser, set(self.trainable()), self.device)
+        else:
+            parts["denoiser"] = [FrozenDenoiser(self.denoiser, factors, self.device)]
+        fixed = ["denoiser"] if m.quantize == "4bit" else []  # cannot be moved once it is set up
+        offloader = Offloader(parts, self.device, m.offload, fixed)
         if offloader.offload:
             pipeline.vae.enable_slicing()  # one image at a time
         return offloader
@@ -94,7 +96,8 @@ class DiffusersPolicy:
         lora = self.config.lora
         modules = [n for n in self.module_names() if is_target(n, lora.targets) or n in more]
         alpha: Any = lora.effective_alpha  # peft declares int and takes any number
-        adapter = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=modules)
+        exactly = "|".join(map(re.escape, modules))  # of a list, peft takes every module whose name ends with one
+        adapter = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=exactly)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.run.seed, 0))
             self.denoiser.add_adapter(adapter, adapter_name="pcpo")

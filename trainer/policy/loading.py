@@ -3,6 +3,7 @@
 import difflib
 import socket
 from collections.abc import Collection
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from .lora_pairs import read_lora, started
 from .shapes import load_shapes
 from .single_file import is_hub_name, left_out, load_checkpoint, precisions
 
+FAILURES = (OSError, ValueError, RuntimeError, AttributeError, ImportError)
+"""What diffusers raises where a model cannot be loaded; the last two where a class or its library is missing."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -47,7 +50,7 @@ def load_pipeline(name: str, base: str | None = None, dtype: torch.dtype = torch
         return diffusers.DiffusionPipeline.from_pretrained(name, **left_out(Path(name)), **precisions(dtype))
     except ConfigError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except FAILURES as error:
         raise ConfigError(_not_loaded(name, base, error)) from error
 
 
@@ -58,23 +61,36 @@ def refuse_impossible_name(name: str) -> None:
 
 
 def _not_loaded(name: str, base: str | None, error: Exception) -> str:
+    why = " ".join(str(error).split()).split(". ")[0].rstrip(".")  # what follows is advice for programmers
+    if isinstance(error, ImportError | AttributeError):
+        return f"model.name {name} could not be loaded: {why}. {_what_to_install(error)}"
     if Path(name).suffix == ".safetensors":
         return (
             f"model.name {name} could not be loaded: {error}. Where its kind needs more than the file (SD3, FLUX: text "
             "encoders, VAE and configuration), set model.config to a folder or hub name of such a pipeline."
             + (f" It is {base} now." if base else "")
         )
+    no_folder = "" if Path(name).exists() else f"There is no folder {name} here, so it was taken for a hub name. "
     if unreachable(error):
         return (
             f"model.name {name} could not be loaded: this computer has no copy of it, or not a whole one, and the "
-            "Hugging Face hub cannot be reached. Check the connection, or give the folder of a copy."
+            f"Hugging Face hub cannot be reached. {no_folder}Check the connection, or give the folder of a copy."
         )
     near = difflib.get_close_matches(name, pipelines.EMBEDDED, 1)
     guess = f"Did you mean {near[0]}? " if near else ""
-    why = str(error).split(". ")[0].rstrip(".")  # what follows is advice for programmers
     return (
-        f"model.name {name} could not be loaded: {why}. {guess}Use {', '.join(pipelines.EMBEDDED)}, a .safetensors "
-        "checkpoint, a folder that save_pretrained wrote, or a name on the hub that this computer has or can download."
+        f"model.name {name} could not be loaded: {why}. {no_folder if is_hub_name(name) else ''}{guess}Use "
+        f"{', '.join(pipelines.EMBEDDED)}, a .safetensors checkpoint, a folder that save_pretrained wrote, or a name "
+        "on the hub that this computer has or can download."
+    )
+
+
+def _what_to_install(error: ImportError | AttributeError) -> str:
+    if isinstance(error, ImportError):
+        return "Install what is missing with pip."
+    return (
+        f"Its files name a class that the installed diffusers {version('diffusers')} or transformers "
+        f"{version('transformers')} lacks. Update them, or use another model."
     )
 
 
@@ -114,7 +130,7 @@ def make_shapes(config: Config) -> DiffusersPolicy:
         pipeline = load_shapes(m.name, m.config, PRECISIONS[m.precision])
     except ConfigError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except FAILURES as error:
         raise ConfigError(_not_loaded(m.name, m.config, error)) from error
     return _with_lora(pipeline, config)
 

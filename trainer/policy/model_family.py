@@ -1,7 +1,6 @@
 """The preset of a model by its name: an embedded model, a folder, a checkpoint, or a name on the hub; no weights."""
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,9 @@ from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
 from ..config.presets import UNLIMITED, Room, preset_name
 from ..config.text_files import read_object
+from ..loop.distributed import launched
 from .device import pick_device
-from .single_file import SD2, checkpoint_kind, read_keys
+from .single_file import SD2, checkpoint_kind, is_hub_name, read_keys
 
 PIPELINE_FAMILIES = {
     "StableDiffusionPipeline": "sd15",
@@ -29,7 +29,8 @@ PIPELINE_FAMILIES = {
     "Krea2Pipeline": "krea2",
 }
 SD2_TEXT_WIDTH = 1024  # of SD1: 768, of SDXL: 2048
-HUB_WORDS = {  # words of hub names whose index is not on this computer, in the order in which they are tried
+HUB_SECONDS = 5.0
+HUB_WORDS = {  # words of hub names whose index cannot be read, in the order in which they are tried
     "xl": "sdxl", "stable-diffusion-3": "sd3", "sd3": "sd3", "flux.2": "flux2", "flux": "flux", "chroma": "chroma",
     "qwen-image-2.1": "qwen-image-2.1", "qwen": "qwen-image", "z-image": "z-image", "hidream": "hidream",
     "krea-2": "krea2", "stable-diffusion-2": "sd2", "stable-diffusion": "sd15",
@@ -47,13 +48,35 @@ def model_preset(name: str) -> str:
         family = "sd2" if kind is SD2 else PIPELINE_FAMILIES[kind.pipeline]
         no_guidance = family == "flux" and not any("guidance_in." in key for key in keys)
         return "flux-distilled" if no_guidance else preset_name(family, path.name)
-    index = path / "model_index.json" if path.is_dir() else cached_index(name)
-    if index is not None and index.is_file():
-        unet = index.parent / "unet" / "config.json"
-        is_sd2 = unet.is_file() and read_object(unet).get("cross_attention_dim") == SD2_TEXT_WIDTH
-        return "sd2" if is_sd2 else index_preset(read_object(index), path.name)
+    index = pipeline_file(name, "model_index.json")
+    if index is None:
+        return preset_name(family_by_words(name), name)
+    kind = read_object(index)
+    if kind.get("_class_name") == "StableDiffusionPipeline" and is_sd2(name):
+        return "sd2"
+    return index_preset(kind, path.name)
+
+
+def is_sd2(name: str) -> bool:
+    """Whether a StableDiffusionPipeline has SD2's text encoder."""
+    unet = pipeline_file(name, "unet/config.json")
+    if unet is None:
+        return family_by_words(name) == "sd2"
+    return read_object(unet).get("cross_attention_dim") == SD2_TEXT_WIDTH
+
+
+def family_by_words(name: str) -> str:
+    """The family that a hub name looks like."""
     lower = name.lower()
-    return preset_name(next((family for word, family in HUB_WORDS.items() if word in lower), "flow"), name)
+    return next((family for word, family in HUB_WORDS.items() if word in lower), "flow")
+
+
+def pipeline_file(name: str, file: str) -> Path | None:
+    """A file of a pipeline's folder or hub name; None where it has none or the hub cannot be asked."""
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return path if path.is_file() else None
+    return cached_file(name, file) or (hub_file(name, file) if is_hub_name(name) else None)
 
 
 def index_preset(index: Mapping[str, Any], name: str) -> str:
@@ -66,16 +89,28 @@ def index_preset(index: Mapping[str, Any], name: str) -> str:
     return preset_name(PIPELINE_FAMILIES.get(kind, "flow"), name)
 
 
-def cached_index(name: str) -> Path | None:
-    """model_index.json of a hub name, if this computer has it."""
+def cached_file(name: str, file: str) -> Path | None:
+    """A file of a hub name, if this computer has it."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "model_index.json")
+        found = try_to_load_from_cache(name, file)
     except HFValidationError:  # a folder that does not exist; loading it will say so
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def hub_file(name: str, file: str) -> Path | None:
+    """A small file of a hub name, downloaded; None where the hub lacks it or cannot be reached."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    try:
+        # without a network this fails at once, where a download tries again for half a minute
+        get_hf_file_metadata(hf_hub_url(name, file), timeout=HUB_SECONDS)
+        return Path(hf_hub_download(name, file, etag_timeout=HUB_SECONDS))
+    except Exception:  # huggingface_hub and its HTTP client raise many types; loading the model will name the cause
+        return None
 
 
 def device_room(model: Mapping[str, Any]) -> Room:
@@ -90,7 +125,7 @@ def device_room(model: Mapping[str, Any]) -> Room:
         return Room(0.0, gpu=True) if str(model["device"]).startswith("cuda") else UNLIMITED
     if str(model["device"]) == "cpu":
         return UNLIMITED
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = launched()
     if processes > 1:
         devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         free = 0.9 * min(device.total_memory for device in devices)
@@ -113,7 +148,7 @@ def weight_bytes(model: Mapping[str, Any]) -> float:
     if path.suffix == ".safetensors":
         denoiser, others = [path], []
     else:
-        index = path / "model_index.json" if path.is_dir() else cached_index(str(path))
+        index = path / "model_index.json" if path.is_dir() else cached_file(str(path), "model_index.json")
         files = [] if index is None else [f for f in index.parent.glob("*/*") if WEIGHT_FILE.fullmatch(f.name)]
         denoiser = [file for file in files if file.parent.name in ("unet", "transformer")]
         others = [file for file in files if file not in denoiser]

@@ -44,6 +44,7 @@ CHECKPOINT_KINDS = (
 )  # fmt: skip
 SD2 = CHECKPOINT_KINDS[2]
 SCHNELL = "black-forest-labs/FLUX.1-schnell"  # the FLUX.1 that takes no guidance
+EDM = ("edm_mean", "edm_vpred.sigma_max")  # marks of Playground v2.5 and CosXL
 SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant")
 PREFIX = "model.diffusion_model."
 WIDE: dict[str, Any] = {"torch_dtype": torch.float32}  # else text encoders keep the file's precision
@@ -61,6 +62,12 @@ def checkpoint_plan(path: Path, base: str | None) -> tuple[CheckpointKind, str |
     """
     keys = read_keys(path)
     kind = checkpoint_kind(keys, path)
+    edm = [key for key in EDM if key in keys]
+    if edm:
+        raise ConfigError(
+            f"{path} has {edm[0]}: its model is trained on EDM's noise levels, but SDXL's ddim steps have DDPM's. Use "
+            "an SDXL checkpoint that predicts epsilon or v."
+        )
     scales = [key for key in keys if key.endswith(SCALES)]
     if scales:
         raise ConfigError(

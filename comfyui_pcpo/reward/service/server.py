@@ -27,7 +27,7 @@ from comfyui_pcpo.prompt import Prompt
 from comfyui_pcpo.reward.base import Reward, RewardError
 from comfyui_pcpo.reward.group import GroupReward
 from comfyui_pcpo.reward.service.images import decode_png, png_size
-from comfyui_pcpo.reward.service.wire import is_plain
+from comfyui_pcpo.reward.service.wire import ServerUnavailable, is_plain
 
 logger = logging.getLogger(__name__)
 Size = tuple[int, int]  # height, width
@@ -264,6 +264,9 @@ class Handler(BaseHTTPRequestHandler):
             status, body = 200, routes[self.path]()
         except RequestRejected as refused:
             status, body = refused.status, {"error": refused.reason}
+        except ServerUnavailable as error:  # 503, which the client waits out: the reward's own server may come back
+            logger.warning("%s", error)
+            status, body = 503, {"error": str(error)}
         except RewardError as error:  # 422, because the same request would fail again
             logger.warning("%s", error)
             status, body = 422, {"error": str(error)}

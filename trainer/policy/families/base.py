@@ -1,5 +1,6 @@
 """What the trainer must know of one kind of diffusers pipeline; each kind is a small subclass in its own file."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ class PipelineAdapter:
         """The noise levels that the pipeline itself would use for the rollout's image size."""
         if self.rollout.shift is not None:
             return flow_grid(steps, self.rollout.shift)
-        scheduler = self.pipeline.scheduler
+        scheduler = euler(self.pipeline.scheduler)
         self.space(scheduler, steps, resolution_mu(self.latent_shape, self.token, scheduler.config))
         return flow_grid_from_sigmas(scheduler.sigmas)
 
@@ -97,6 +98,18 @@ class PipelineAdapter:
         c = self.pipeline.vae.config
         z = latents / c.scaling_factor + (getattr(c, "shift_factor", None) or 0.0)
         return self.pipeline.vae.decode(z).sample
+
+
+def euler(scheduler: Any) -> Any:
+    """A copy of a flow model's scheduler, whose levels can be set without changing the pipeline. Raises ConfigError."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise ConfigError(
+            f"the model's scheduler is {type(scheduler).__name__}, but noise levels are only read from a "
+            "FlowMatchEulerDiscreteScheduler. Set rollout.shift, or use a model with that scheduler."
+        )
+    return copy.copy(scheduler)
 
 
 def resolution_mu(latent_shape: tuple[int, int, int], token: int, config: Any) -> float | None:

@@ -16,6 +16,16 @@ from .base import Inputs, PipelineAdapter
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
+def check_betas(scheduler: Any) -> None:
+    """Refuse a scheduler without DDPM's noise levels, such as EDM's: DDIM would take its own defaults for them."""
+    c = scheduler.config
+    if c.get("use_flow_sigmas") or (c.get("beta_start") is None and c.get("trained_betas") is None):
+        raise ConfigError(
+            f"the model's scheduler is {type(scheduler).__name__} without DDPM's betas, but a UNet is trained on ddim "
+            "steps, which have them. Use a model whose scheduler has beta_start and beta_end."
+        )
+
+
 class Unet(PipelineAdapter):
     layout: Family = "unet"
     kind: Kind = "ddim"
@@ -25,6 +35,7 @@ class Unet(PipelineAdapter):
         from diffusers import DDIMScheduler
 
         super().__init__(pipeline, rollout)
+        check_betas(pipeline.scheduler)
         # a pipeline's usual scheduler may be another; DDIM of the same noise levels is what is trained
         self.scheduler: Any = DDIMScheduler.from_config(pipeline.scheduler.config)
         self.alphas: Tensor = self.scheduler.alphas_cumprod
