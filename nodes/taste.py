@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,10 +167,14 @@ class TrainTaste(io.ComfyNode):
         if name is None or after is not None:
             return float("nan")  # not known yet; NaN equals nothing, so the node runs
         from ..trainer.evaluation.image_files import images_in
+        from ..trainer.evaluation.taste import read_pairs_file
 
-        given = [Path(path) for path in (liked, disliked, pairs) if path]
-        inside = [file for path in given if path.is_dir() for file in images_in(path)]
-        files = [VoteFolder(tastes_folder() / name).file, *given, *inside]
+        files = [VoteFolder(tastes_folder() / name).file]
+        for folder in (Path(path) for path in (liked, disliked) if path):
+            files += images_in(folder)
+        if pairs:
+            with suppress(ConfigError, OSError):  # told when the node runs
+                files += [Path(pairs), *(file for pair in read_pairs_file(Path(pairs)) for file in pair)]
         times = [path.stat().st_mtime_ns for path in files if path.exists()]
         return hashlib.sha256(f"{files}{times}".encode()).hexdigest()
 

@@ -12,7 +12,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def format_number(value: float, digits: int = 2) -> str:
-    return "-" if math.isnan(value) else "never" if math.isinf(value) else f"{value:z.{digits}f}"
+    return "-" if math.isnan(value) else "never" if math.isinf(value) else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def format_interval(interval: Interval, digits: int = 2) -> str:

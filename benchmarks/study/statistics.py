@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 10_000
-LEAST_VALUES = 3  # values of an interval; that of two is 18 times as wide as their standard error
+LEAST_VALUES = 3  # values of an interval; that of two is 25 times as wide as their standard error
 
 
 def first_reach(updates: Sequence[float], values: Sequence[float], goal: float) -> float:

@@ -79,7 +79,7 @@ class Reward:
     typical_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     files: ClassVar[tuple[RewardFile, ...]] = ()
     elsewhere: ClassVar[bool] = False  # computed by a server or a person: a thread may wait for it
-    content_digest: str | None = None  # of what was learned, where rewards of one name may differ
+    learned: list[float] | None = None  # what was learned, where rewards of one name may differ
     _worker: Worker | None = None
 
     def __init__(self, settings: RewardSettings | None = None):

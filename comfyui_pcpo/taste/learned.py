@@ -1,6 +1,5 @@
 """A learned taste: fitted to comparisons, measured by cross-validation, stored in a file, used as a reward."""
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -60,10 +59,6 @@ class Taste:
     def __call__(self, features: Tensor) -> Tensor:
         """Utility of features, (B, D) -> (B,)."""
         return features.float() @ self.weight + self.bias
-
-    def digest(self) -> str:
-        """The same for tastes that score alike."""
-        return hashlib.sha256(self.weight.float().numpy().tobytes() + f"{self.bias}".encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +235,7 @@ class TasteReward(Reward):
         super().__init__(settings)
         self.taste, self.given, self.encoder = taste, encoder, encoder
         self.name = name  # type: ignore[misc]  several tastes can be combined
-        self.content_digest = taste.digest()
+        self.learned = [float(f"{w:.3g}") for w in taste.weight.tolist()]
 
     def build(self) -> nn.Module | None:
         self.encoder = self.given or encoder_of(self.taste, replace(self.settings, device="cpu"))

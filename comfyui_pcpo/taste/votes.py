@@ -66,7 +66,7 @@ def group_key(images: Tensor, prompt: str) -> str:
 
 
 class VoteFolder:
-    """Votes in a folder. Rows are only ever appended; the last row of a group counts."""
+    """Votes in a folder. Rows are appended, none is changed; the last row of a group counts."""
 
     def __init__(self, path: Path):
         self.path, self.file, self.images = path, path / "votes.jsonl", path / "images"
@@ -137,5 +137,16 @@ class VoteFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with self.file.open("ab+") as file:
             file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+            kept, line_end, last = file.read().rpartition(b"\n")
+            if last and self._is_row(last):  # only its line end is missing
+                file.write(b"\n")
+            else:
+                file.truncate(len(kept + line_end))
             file.write(json.dumps(asdict(vote)).encode() + b"\n")
+
+    def _is_row(self, line: bytes) -> bool:
+        try:
+            self._row(line, 0)
+        except VoteError:
+            return False
+        return True

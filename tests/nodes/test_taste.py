@@ -118,6 +118,11 @@ def test_liked_and_disliked_folders_and_the_embedded_features(images, tmp_path):
     picture = next((tmp_path / "yes").iterdir())
     os.utime(picture, ns=(0, picture.stat().st_mtime_ns + 1_000_000))  # replaced, which leaves the folder as it was
     assert node.fingerprint_inputs(**given) != before
+    (tmp_path / "pairs.csv").write_text(f"better,worse\n{picture},{picture.parent / 'other.png'}\n")
+    given = {"pairs": str(tmp_path / "pairs.csv"), "name": "folders"}
+    before = node.fingerprint_inputs(**given)
+    os.utime(picture, ns=(0, picture.stat().st_mtime_ns + 1_000_000))
+    assert node.fingerprint_inputs(**given) != before
     scores = reward.rewards[0].score(images.float() / 255, [""] * len(images))
     assert scores[order[:15]].min() > scores[order[-15:]].max()
 

@@ -76,6 +76,14 @@ def test_a_row_cut_short_by_a_crash_is_ignored_and_does_not_spoil_the_next(tmp_p
     assert [vote.ranks for vote in folder.votes()] == [(0, 1, 2), (0, 2, 1)]
 
 
+def test_a_row_that_only_lacks_its_line_end_counts(tmp_path):
+    folder = VoteFolder(tmp_path)
+    folder.add(images(seed=1), "a fox", (0, 1, 2))
+    folder.file.write_bytes(folder.file.read_bytes().rstrip(b"\n"))
+    folder.add(images(seed=2), "a fox", (0, 2, 1))
+    assert [vote.ranks for vote in folder.votes()] == [(0, 1, 2), (0, 2, 1)]
+
+
 def test_a_damaged_row_is_named_by_its_line(tmp_path):
     folder = VoteFolder(tmp_path)
     vote = folder.add(images(), "a fox", (0, 1, 2))

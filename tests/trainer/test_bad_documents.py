@@ -157,7 +157,7 @@ CASES = {
     "taste test: weight of NaN": (lambda p: agrees(p, taste(p, bias=torch.tensor(torch.nan))), "NaN or infinite"),
     "taste test: several biases": (lambda p: agrees(p, taste(p, bias=torch.zeros(3))), "cannot be read as a taste"),
     "taste test: report": (lambda p: agrees(p, taste(p, {"report": DEEP})), "cannot be read as a taste"),
-    "taste test: encoder": (lambda p: agrees(p, taste(p, {"encoder": "nope"})), "not a known image encoder"),
+    "taste test: encoder": (lambda p: agrees(p, taste(p, {"encoder": "nope"})), "of nope, which cannot be loaded"),
     "train on a taste of another size": (lambda p: p.train("--reward.weights", taste(p, weight=torch.zeros(3))),
                                          "cannot be read as a taste"),
     "ab: exists": (lambda p: ab(p, "--out", p.file("ab.json", "mine")), "exists and is not overwritten"),

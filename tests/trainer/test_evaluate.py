@@ -23,7 +23,7 @@ from trainer.config.schema import ConfigError
 from trainer.evaluation.demo import PAIRS_SHOWN, chosen
 from trainer.evaluation.evaluate import configured, count_images, evaluate, set_reference
 from trainer.evaluation.image_files import batches, image_files
-from trainer.evaluation.metrics import Meter, Networks, Tally, judged
+from trainer.evaluation.metrics import DISTANCE, Meter, Networks, Tally, judged
 from trainer.evaluation.options import EvaluationOptions
 from trainer.evaluation.report import Metric
 from trainer.runs.folder import RunFolder
@@ -188,7 +188,7 @@ def test_the_table_has_a_line_for_every_metric(report):
     assert head.split() == ["metric", "before", "after", "difference", "p"]
     assert [line.split()[0] for line in lines] == ["colorfulness", "alignment", "tiny"]
     assert len({len(line) for line in (head, *lines)}) == 1
-    assert Metric("FID", "distance", [2.0], [1.0]).lower and not Metric("alignment", "", [2.0], [1.0]).lower
+    assert Metric("FID", DISTANCE, [2.0], [1.0]).lower and not Metric("alignment", "", [2.0], [1.0]).lower
     assert Metric("x", "y", [2.0], [1.0]).row() == ("x (y)", "2.0000", "1.0000", "-1.0000", "-")
 
 

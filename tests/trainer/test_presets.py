@@ -163,8 +163,9 @@ def test_a_hub_models_preset_is_read_from_its_index(tmp_path, script):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def presets_of_names(home):
+    def presets_of_names(home, processes=1):
         hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+        hub["WORLD_SIZE"] = str(processes)
         out, error = script(PRESETS_OF_NAMES, *HUB_NAMES, HF_HOME=str(tmp_path / home), **hub).communicate(timeout=60)
         return out.split() or error
 
@@ -173,6 +174,7 @@ def test_a_hub_models_preset_is_read_from_its_index(tmp_path, script):
     server.server_close()
     assert presets_of_names("copy") == ["sdxl", "sd2", "sdxl"]
     assert presets_of_names("none") == ["flow", "flow", "sdxl"]
+    assert "by which several processes choose the same settings" in presets_of_names("none", processes=2)
 
 
 @pytest.mark.parametrize("kind", PIPELINE_FAMILIES)

@@ -105,3 +105,9 @@ def test_training_hands_metadata_to_rewards_and_keeps_checkpoints_plain(make_con
     (update,) = updates
     assert update.metrics["reward_mean"] == 2
     assert [type(prompt) for prompt in state.window.state_dict()["windows"]] == [str]
+
+
+def test_two_columns_of_prompts_are_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("Prompt,prompt\nshort,a long prompt\n")
+    with pytest.raises(ConfigError, match=r"p\.csv has 2 columns of prompts: Prompt, prompt\. Rename all but one"):
+        PromptsConfig(file=tmp_path / "p.csv").read()

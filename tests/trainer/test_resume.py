@@ -10,6 +10,7 @@ from running import kept, start_run
 from safetensors.torch import load_file
 
 from comfyui_pcpo.reward.base import RewardSettings
+from comfyui_pcpo.reward.color import Colorfulness
 from comfyui_pcpo.taste.encoders import tiny_encoder
 from comfyui_pcpo.taste.learned import Taste, TasteReport
 from trainer.config.loading import build, with_options
@@ -217,6 +218,18 @@ def test_equal_settings_have_no_differences_and_unknown_ones_are_left_out(make_c
     assert differences({"rollout.steps": 3}, one) == []
     other = identity_of(with_options(make_config(), {"run": {"updates": 9, "name": "other"}}), ["a fox"])
     assert differences(one, other) == []
+
+
+def test_what_a_reward_has_learned_may_differ_by_rounding_only(make_config):
+    def made(*weights: float) -> dict:
+        rewards = {"mine": Colorfulness()}
+        rewards["mine"].learned = list(weights)
+        return json.loads(json.dumps(identity_of(make_config(), ["a fox"], rewards)))
+
+    one = made(0.6, -0.5, 0.2)
+    assert differences(one, made(0.6005, -0.4995, 0.2)) == []
+    for other in (made(0.6, -0.4, 0.2), made(-0.6, 0.5, -0.2), made(0.6, -0.5)):
+        assert differences(one, other) == ["the reward mine has other weights"]
 
 
 def test_another_noise_schedule_is_a_difference_and_rounding_or_another_number_of_steps_is_none(make_config):

@@ -1,7 +1,8 @@
-"""Notes on a valid configuration: settings without effect, words that an embedded model has not learned."""
+"""Notes on a valid configuration: what has no effect, a credit without scale, words that a model has not learned."""
 
 import re
 
+from comfyui_pcpo.method.credit import UNSCALED
 from comfyui_pcpo.method.forward_process import ALL_OBJECTIVES
 
 from .schema import Config
@@ -51,7 +52,19 @@ def without_effect(config: Config) -> list[str]:
         section, name = key.split(".")
         return getattr(getattr(config, section), name) != getattr(getattr(defaults, section), name)
 
-    return [f"{key} has no effect, because {why}." for key, (is_idle, why) in idle.items() if is_idle and changed(key)]
+    found = [f"{key} has no effect, because {why}." for key, (is_idle, why) in idle.items() if is_idle and changed(key)]
+    return [*found, *unscaled_credit(config)]
+
+
+def unscaled_credit(config: Config) -> list[str]:
+    """A sentence for a credit without the constant that makes it a weight."""
+    o = config.objective
+    if o.rescale_credit or not ALL_OBJECTIVES[o.name].replays_steps or o.credit in UNSCALED:
+        return []
+    return [
+        f"objective.rescale_credit = false leaves credit = {o.credit} without its scale, which for proportionate "
+        "credit is PCPO's zeta; of the credits without one, only guard_dt was published so."
+    ]
 
 
 def unknown_words(config: Config) -> list[str]:

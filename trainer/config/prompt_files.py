@@ -31,9 +31,11 @@ def prompt_column(line: str, file: Path) -> str | None:
 
     Raises ConfigError for a header that the comma does not split, which would be trained as a prompt.
     """
-    found = {name.strip().lower(): name for name in reversed(next(csv.reader([line]), []))}
-    if "prompt" in found:
-        return found["prompt"]
+    named = [name for name in next(csv.reader([line]), []) if name.strip().lower() == "prompt"]
+    if len(named) > 1:
+        raise ConfigError(f"{file} has {len(named)} columns of prompts: {', '.join(named)}. Rename all but one.")
+    if named:
+        return named[0]
     cells = {cell.strip(" \"'").lower() for cell in re.split(r"[,;|\t]", line)}
     if cells & {"prompt", "prompts"}:
         raise ConfigError(

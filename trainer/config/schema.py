@@ -2,7 +2,6 @@
 
 from pydantic import model_validator
 
-from comfyui_pcpo.method.credit import UNSCALED
 from comfyui_pcpo.method.forward_process import ALL_OBJECTIVES
 
 from .errors import ConfigError
@@ -50,7 +49,6 @@ class Config(Section):
             )
         self._check_branch()
         self._check_last_step()
-        self._check_credit()
         if self.advantage.kind == "window" and self.advantage.min_count > self.advantage.window:
             raise ValueError(
                 f"advantage.min_count {self.advantage.min_count} is more than advantage.window {self.advantage.window}"
@@ -128,16 +126,6 @@ class Config(Section):
                 f"rollout.decode = predicted cannot be combined with objective.{option}: the scored image does not "
                 "have the noise of the last step, so training it would follow chance. Use decode = final, or "
                 f"objective.{'last_step = false' if o.skip_last is None else 'skip_last = 1'}."
-            )
-
-    def _check_credit(self) -> None:
-        """Refuse a credit without the constant that makes it a weight, such as PCPO's zeta."""
-        o = self.objective
-        if ALL_OBJECTIVES[o.name].replays_steps and not o.rescale_credit and o.credit not in UNSCALED:
-            raise ValueError(
-                f"objective.rescale_credit = false leaves credit = {o.credit} without its scale, which for "
-                "proportionate credit is PCPO's zeta; only guard_dt has a published constant of its own. Use "
-                "rescale_credit = true, or credit = guard_dt."
             )
 
     @property

@@ -258,7 +258,7 @@ class ObjectiveConfig(Section):
     rescale_credit: bool = Field(
         default=True,
         description="Rescale the credit to the sum of the native weights; false keeps GRPO-Guard's published constant "
-        "and needs credit = guard_dt.",
+        "and is meant for credit = guard_dt.",
     )
     shared_noise: bool = Field(
         default=False,

@@ -8,6 +8,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from comfyui_pcpo.image_modes import as_eight_bit
+
 from ..config.errors import ConfigError
 from ..files import require_writable
 
@@ -47,18 +49,6 @@ def read_image(file: Path) -> Tensor:
             "Remove it, or save it again (smaller, if it is very large)."
         ) from None
     return torch.from_numpy(pixels / 255)[None]
-
-
-def as_eight_bit(image: Image.Image) -> Image.Image:
-    """A grey image of 16 or more bits as 8 bits; `convert` alone would clip it to white."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    values = np.asarray(image, np.float64)
-    most = 255 if values.max(initial=0) <= 255 and image.mode != "I;16" else 65535
-    most = 1 if image.mode == "F" and values.max(initial=0) <= 1 else most
-    if not (np.isfinite(values).all() and values.min(initial=0) >= 0 and values.max(initial=0) <= most):
-        raise ValueError(f"its values are not between 0 and {most}")
-    return Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
 
 
 def batches(files: list[Path], at_once: int) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from ..config.schema import ConfigError
 LOST = (
     "connection closed by peer", "connection reset by peer", "connection closed by remote peer", "connection refused",
     "broken pipe", "socket closed", "timed out waiting", "timeout caused pair closure",  # gloo and sockets
-    "ncclremoteerror", "remote process exit", "collective operation timeout",  # NCCL
+    "ncclremoteerror", "remote process exit", "collective operation timeout", "communicator was aborted",  # NCCL
 )  # fmt: skip
 """Parts of the messages of collectives whose other process is gone, in lower case; other errors of theirs are not."""
 

@@ -1,6 +1,7 @@
 """From a configuration to a policy: embedded model, checkpoint file, local folder or hub name, and the LoRA's start."""
 
 import difflib
+import re
 import socket
 from collections.abc import Collection
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from .single_file import is_hub_name, left_out, load_checkpoint, precisions
 
 FAILURES = (OSError, ValueError, RuntimeError, AttributeError, ImportError)
 """What diffusers raises where a model cannot be loaded; the last two where a class or its library is missing."""
+NO_CLASS = re.compile(r"^module \S+ has no attribute ")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -62,7 +64,7 @@ def refuse_impossible_name(name: str) -> None:
 
 def _not_loaded(name: str, base: str | None, error: Exception) -> str:
     why = " ".join(str(error).split()).split(". ")[0].rstrip(".")  # what follows is advice for programmers
-    if isinstance(error, ImportError | AttributeError):
+    if isinstance(error, ImportError) or NO_CLASS.search(str(error)):
         return f"model.name {name} could not be loaded: {why}. {_what_to_install(error)}"
     if Path(name).suffix == ".safetensors":
         return (
@@ -85,7 +87,7 @@ def _not_loaded(name: str, base: str | None, error: Exception) -> str:
     )
 
 
-def _what_to_install(error: ImportError | AttributeError) -> str:
+def _what_to_install(error: Exception) -> str:
     if isinstance(error, ImportError):
         return "Install what is missing with pip."
     return (

@@ -8,9 +8,11 @@ from typing import Any
 
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
+from ..config.errors import ConfigError
 from ..config.presets import UNLIMITED, Room, preset_name
 from ..config.text_files import read_object
 from ..loop.distributed import launched
+from ..program import program_name
 from .device import pick_device
 from .single_file import SD2, checkpoint_kind, is_hub_name, read_keys
 
@@ -102,14 +104,25 @@ def cached_file(name: str, file: str) -> Path | None:
 
 
 def hub_file(name: str, file: str) -> Path | None:
-    """A small file of a hub name, downloaded; None where the hub lacks it or cannot be reached."""
+    """A small file of a hub name, downloaded; None where the hub lacks it or cannot be reached.
+
+    Raises ConfigError where one of several processes cannot tell which: each would choose by itself.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
     try:
         # without a network this fails at once, where a download tries again for half a minute
         get_hf_file_metadata(hf_hub_url(name, file), timeout=HUB_SECONDS)
         return Path(hf_hub_download(name, file, etag_timeout=HUB_SECONDS))
-    except Exception:  # huggingface_hub and its HTTP client raise many types; loading the model will name the cause
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return None
+    except Exception as error:  # of many types; where this goes on, loading the model names the cause
+        if launched() > 1:
+            raise ConfigError(
+                f"{file} of {name} cannot be read from the hub, by which several processes choose the same settings. "
+                f"Run `{program_name()} check` once where the hub can be reached, or give the folder of a copy."
+            ) from error
         return None
 
 

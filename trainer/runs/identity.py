@@ -31,6 +31,7 @@ HOST_MODEL = "content of the host's model"  # by a name of its own: runs from be
 REWARD_CONTENT = "content of "  # and the name of a reward that is a file
 LEVELS = "noise levels of the model's schedule"
 SAME_LEVEL = 1e-4  # two libraries compute the levels of one schedule
+SAME_WEIGHTS = 0.01  # of what was learned, as a share of its length
 
 
 def identity_of(
@@ -52,8 +53,8 @@ def identity_of(
         for key, value in values.items()
         if key not in FREE.get(section, ())
     }
-    digests = {name: reward.content_digest for name, reward in rewards.items()}
-    contents = {name: found for name, found in digests.items() if found} | reward_fingerprints(config.reward.names)
+    learned = {name: reward.learned for name, reward in rewards.items() if reward.learned is not None}
+    contents = learned | reward_fingerprints(config.reward.names)
     return {
         **settings,
         "prompts": [prompt_line(p) for p in prompts],
@@ -71,7 +72,12 @@ def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def unchanged(key: str, before: Any, after: Any) -> bool:
-    """Whether a value is as it was; of the noise levels, their number is a setting of its own."""
+    """Whether a value is as it was; of the noise levels, their number is a setting of its own.
+
+    What was learned may differ by the rounding of another device or number of threads.
+    """
+    if key.startswith(REWARD_CONTENT) and isinstance(before, list) and isinstance(after, list):
+        return len(before) == len(after) and math.dist(before, after) <= SAME_WEIGHTS * math.hypot(*before)
     if key == LEVELS and len(before) == len(after):
         return all(math.isclose(a, b, abs_tol=SAME_LEVEL) for a, b in zip(before, after, strict=True))
     return key == LEVELS or before == after

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
+from comfyui_pcpo.image_modes import as_eight_bit
 from comfyui_pcpo.reward.base import RewardError
 
 
@@ -45,11 +46,4 @@ def png_size(text: str, max_pixels: int) -> tuple[int, int]:
 def decode_png(text: str, max_pixels: int) -> np.ndarray:
     """The image in a base64 PNG, uint8 (H, W, 3)."""
     with opened_png(text, max_pixels) as image:
-        return np.array(sixteen_to_eight_bits(image).convert("RGBA").convert("RGB"))
-
-
-def sixteen_to_eight_bits(image: Image.Image) -> Image.Image:
-    """A grey PNG of 16 bits, which Pillow opens as integers, as 8 bits; `convert` alone would clip it to white."""
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray(np.rint(np.asarray(image, np.float64) / 257).astype(np.uint8))
+        return np.array(as_eight_bit(image).convert("RGBA").convert("RGB"))

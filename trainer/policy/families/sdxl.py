@@ -22,12 +22,3 @@ class Sdxl(Unet):
         added = {name: text[name] for name in ("text_embeds", "time_ids")}
         out = self.denoiser(x, t, text["encoder_hidden_states"], added_cond_kwargs=added).sample
         return self.epsilon(out.float(), x, t)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """The VAE may have a mean and a standard deviation of its latents, as Playground's has; None is SDXL's own."""
-        c = self.pipeline.vae.config
-        own = c.get("latents_mean"), c.get("latents_std")
-        if None in own:
-            return super().decode(latents)
-        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in own)
-        return self.pipeline.vae.decode(latents * std / c.scaling_factor + mean).sample

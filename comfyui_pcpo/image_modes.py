@@ -1,0 +1,16 @@
+"""Images whose pixels have more than 8 bits."""
+
+import numpy as np
+from PIL import Image
+
+
+def as_eight_bit(image: Image.Image) -> Image.Image:
+    """A grey image of 16 or more bits as 8 bits; `convert` alone would clip it to white."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image, np.float64)
+    most = 255 if values.max(initial=0) <= 255 and image.mode != "I;16" else 65535
+    most = 1 if image.mode == "F" and values.max(initial=0) <= 1 else most
+    if not (np.isfinite(values).all() and values.min(initial=0) >= 0 and values.max(initial=0) <= most):
+        raise ValueError(f"its values are not between 0 and {most}")
+    return Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
