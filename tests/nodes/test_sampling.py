@@ -170,6 +170,8 @@ def test_trajectory_equals_the_trainers(tiny):
     result = tiny.ksample(cfg=3.0)[1]
 
     class Replay:
+        count = 2
+
         def __init__(self):
             self.rest = [result.path.latents[0], *result.path.noises]
 
