@@ -301,7 +301,7 @@ def test_a_guards_outcome_is_the_evaluation_of_the_update_that_it_keeps(tmp_path
     for title in ("colorfulness, native PPO", "all"):
         assert f"| {title} | 0 of 2 | 2 of 2 | 5.0 | 2 of 2 | 2 of 2 | 0 of 2 | 1.05 | 1.05 | 27 % |" in page
     assert "| colorfulness, native PPO | 2 of 2 | 0 of 2 | - | 0 of 2 | 0 of 2 | 0 of 2 | 2.10 | 2.10 | 27 % |" in page
-    assert "| gain in the reward | 0.00 | 2.10 " in page and "| 1.05 [" in page
+    assert "| gain in the reward | 0.00 | 2.10 " in page and "| 1.05 |" in page
     assert "| diversity left, % | 100 | 40 [40, 40] | 70 [70, 70] | - | 40 [40, 40] | - |" in page
     assert "| TinyEval, hard tasks, % | 50 | 10 [10, 10] | 30 [30, 30] | < 0.001 | 10 [10, 10] | < 0.001 |" in page
 
