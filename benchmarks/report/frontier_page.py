@@ -32,10 +32,9 @@ from .frontier_figure import task_figure
 from .markdown import format_interval, format_number, format_p_value, markdown_table
 from .one_price import UNITS, cheapest_run
 
-LESS_DIVERSITY = f"{100 * LIMITS.lost_diversity:g} %"
 FRONTIER_INTRO = f"""Every method has the setting that the tuning seeds chose for it ([tuning](tuning.md)). Compared
 is the gain within limits, in standard deviations of the base model's rewards: the gain when diversity has fallen by
-{LESS_DIVERSITY} or the distance to the base model is {LIMITS.far:g} times that of the base model's own images,
+{LIMITS.lost_share} or the distance to the base model is {LIMITS.far:g} times that of the base model's own images,
 whichever comes first. A run that reaches neither counts with its last gain."""
 COMPARED = """\
 "Difference": the mean over the tasks that both methods and the whole first wave have finished, with Student's t over
@@ -147,15 +146,8 @@ def comparison_tables(results: StudyResults) -> list[str]:
             by_seeds = [format_interval(compared.interval), format_p_value(p), compared.better_in, tasks]
             by_model = [format_interval(model.effects[name]), format_p_value(model.p[name])]
             rows.append([STUDY_METHODS[name].title, *by_seeds, format_interval(early.interval), *by_model])
-        head = [
-            f"against {STUDY_METHODS[reference].title}",
-            "difference",
-            "p (Holm)",
-            "better in",
-            "tasks",
-            "at one price",
-        ]
-        tables.append(markdown_table([*head, "mixed model", "p"], rows))
+        head = ["difference", "p (Holm)", "better in", "tasks", "at one price", "mixed model", "p"]
+        tables.append(markdown_table([f"against {STUDY_METHODS[reference].title}", *head], rows))
     return tables
 
 
@@ -215,25 +207,20 @@ def sensitivity_table(results: StudyResults) -> str:
 
 
 def _limits_title(limits: Limits) -> str:
-    return f"{100 * limits.lost_diversity:g} % of diversity, {limits.far:g} x the distance"
+    return f"{limits.lost_share} of diversity, {limits.far:g} x the distance"
 
 
 def gain_table(task: TaskResults) -> str:
     """Gains within both limits, at each limit and at the end."""
     columns: Columns = {
         "gain within the limits": (lambda run: run.gain, 2),
-        f"at {LESS_DIVERSITY} less diversity": (lambda run: at_lost_diversity(run.rows, run.gains), 2),
+        f"at {LIMITS.lost_share} less diversity": (lambda run: at_lost_diversity(run.rows, run.gains), 2),
         f"at {LIMITS.far:g} x the distance": (lambda run: at_distance(run.rows, run.gains), 2),
         "at the end": (lambda run: run.gains[-1], 2),
     }
     rows = [
-        [
-            STUDY_METHODS[name].title,
-            task.chosen[name].title,
-            str(len(task.runs[name])),
-            *_means(task.runs[name], columns),
-        ]
-        for name in task.measured
+        [STUDY_METHODS[name].title, task.chosen[name].title, str(len(runs)), *_means(runs, columns)]
+        for name, runs in ((name, task.runs[name]) for name in task.measured)
     ]
     return markdown_table(["", "learning rate, KL weight", "seeds", *columns], rows)
 

@@ -17,7 +17,7 @@ Frechet distance to images of the base model (tiny FD), both in emoji-align's fe
 what images of the base model themselves have. Runs that are reported, not those of the tuning, are also evaluated on
 TinyEval's hard tasks, whose prompts are never trained.
 
-**Outcome.** The gain within limits: where {100 * LIMITS.lost_diversity:g} % of the diversity is lost or the distance
+**Outcome.** The gain within limits: where {LIMITS.lost_share} of the diversity is lost or the distance
 reaches {LIMITS.far:g} x, whichever comes first, interpolated between evaluations; the last gain of a run that reaches
 neither. Both limits are needed: images that are all alike have lost diversity, destroyed ones may even have gained
 diversity. A gain's price is what is spent until the gain ({format_list(GOALS)}) is reached within the limits. A run

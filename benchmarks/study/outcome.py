@@ -23,6 +23,11 @@ class Limits(NamedTuple):
     lost_diversity: float  # share of the base model's
     far: float  # distance, as a multiple of what the base model's own images have
 
+    @property
+    def lost_share(self) -> str:
+        """The lost diversity in words."""
+        return f"{100 * self.lost_diversity:g} %"
+
 
 LIMITS = Limits(0.1, 1.5)
 OTHER_LIMITS = (Limits(0.05, 1.25), Limits(0.2, 2.0))  # that the results are also reported for

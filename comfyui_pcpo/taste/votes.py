@@ -134,7 +134,6 @@ class VoteFolder:
 
     def _append(self, vote: Vote) -> None:
         """Add a row, in place of one that a crash cut short."""
-        self.path.mkdir(parents=True, exist_ok=True)
         with self.file.open("ab+") as file:
             file.seek(0)
             kept, line_end, last = file.read().rpartition(b"\n")
