@@ -15,7 +15,7 @@ from trainer.policy import loading
 from trainer.policy.diffusers_policy import DiffusersPolicy
 from trainer.runs import launch
 
-from ..report.markdown import markdown_table
+from ..markdown import markdown_table
 from ..speed.full_size_models import SHAPES
 from .gpu import Traffic
 from .models import WHOLE_PIPELINES

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..markdown import format_interval, format_number, format_p_value, markdown_table
 from ..study.methods import OURS, STUDY_METHODS
 from ..study.outcome import (
     GOAL,
@@ -29,7 +30,6 @@ from .comparison import (
     paired_difference,
 )
 from .frontier_figure import task_figure
-from .markdown import format_interval, format_number, format_p_value, markdown_table
 from .one_price import UNITS, cheapest_run
 
 FRONTIER_INTRO = f"""Every method has the setting that the tuning seeds chose for it ([tuning](tuning.md)). Compared

@@ -9,6 +9,7 @@ from trainer.config.loading import build, merge
 from trainer.guard.limits import violation
 from trainer.runs.folder import RunFolder
 
+from ..markdown import format_interval, format_number, format_p_value, markdown_table
 from ..study.guarded import GuardOutcome, guard_outcome
 from ..study.methods import STUDY_METHODS
 from ..study.outcome import Row, distance, gain, lost_diversity, tinyeval_curve
@@ -16,7 +17,6 @@ from ..study.recipes import STUDY_PROMPTS
 from ..study.statistics import t_interval
 from .collect import CellRun, StudyResults
 from .comparison import corrected_p_values
-from .markdown import format_interval, format_number, format_p_value, markdown_table
 
 GUARD_LIMITS: dict[str, dict[str, float]] = {"default": {}, "strict": {"tolerance": 0.4, "diversity_tolerance": 0.2}}
 GUARD_INTRO = """\

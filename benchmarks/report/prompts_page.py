@@ -2,13 +2,13 @@
 
 from comfyui_pcpo.tiny.tinyeval import HARD
 
+from ..markdown import format_interval, format_number, format_p_value, markdown_table
 from ..study.methods import STUDY_METHODS
 from ..study.outcome import Row, at_limits, tinyeval_curve
 from ..study.recipes import FOLLOWING
 from ..study.statistics import t_interval
 from .collect import CellRun, StudyResults, TaskResults
 from .comparison import corrected_by_wave, means_by_seed
-from .markdown import format_interval, format_number, format_p_value, markdown_table
 
 PROMPTS_INTRO = f"""TinyEval's hard tasks: {", ".join(HARD)}; 20 prompts each, one image per prompt from fixed noise,
 none of their combinations trained. Numbers are per cent of correct images, means over seeds with Student's 95 %

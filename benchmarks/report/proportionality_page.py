@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..markdown import format_interval, format_number, format_p_value, markdown_table
 from ..study.methods import CREDIT_METHODS, STUDY_METHODS
 from ..study.recipes import RECIPES
 from ..study.statistics import t_interval
 from .collect import StudyResults, TaskResults, by_step
 from .comparison import PairedDifference, corrected_p_values, paired_difference
-from .markdown import format_interval, format_number, format_p_value, markdown_table
 from .progress_figure import ProgressLine, ProgressPanel, progress_figure
 
 CREDIT_INTRO = """The log-hinge objective under every credit of the denoising steps, without and with branches.

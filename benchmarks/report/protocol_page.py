@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
+from ..markdown import format_list, markdown_table
 from ..study.grid import study_tasks, task_methods
 from ..study.methods import CLIP_RANGE, STUDY_METHODS
 from ..study.outcome import GOALS, LIMITS
 from ..study.recipes import RECIPES
 from ..study.studies import Setting, Study
 from .collect import StudyResults
-from .markdown import format_list, markdown_table
 
 EVALUATION = f"""**Evaluation.** Before training and every few updates, the model generates images of its training
 prompts without noise (ODE), from the same initial noise each time. Gains are in standard deviations of the base

@@ -9,10 +9,10 @@ from PIL import Image
 
 from comfyui_pcpo.plotting.panels import Line, Panel, draw_panels
 
+from ..markdown import format_number, markdown_table
 from ..speed.loop_speed import AXES, BASE, LABELS, REPEATS, SPEED_MODELS
 from ..speed.peer_speed import peer_table
 from ..study.files import read_json
-from .markdown import format_number, markdown_table
 
 
 def growth_figure(rows: list[dict[str, Any]]) -> Image.Image:

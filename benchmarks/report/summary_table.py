@@ -1,9 +1,9 @@
 """The table of results.md: one row per method, over the tasks that it and the whole first wave have finished."""
 
+from ..markdown import format_interval, format_number, format_p_value, markdown_table
 from ..study.methods import STUDY_METHODS
 from .collect import StudyResults
 from .frontier_page import frontier_family
-from .markdown import format_interval, format_number, format_p_value, markdown_table
 from .one_price import UNITS, cheapest_run
 from .prompts_page import mean_change
 

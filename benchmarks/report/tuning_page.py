@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from ..markdown import format_number, markdown_table
 from ..study.methods import STUDY_METHODS
 from ..study.studies import Setting
 from ..study.tuning import Tuning, edges
 from .collect import StudyResults, TaskResults
-from .markdown import format_number, markdown_table
 
 TUNING_INTRO = """Gain within the limits of diversity and distance, by KL weight and learning rate (columns), on the
 tuning seeds only, which are not reported. All settings are run on the first seed, and the next values beyond the

@@ -9,12 +9,12 @@ from PIL import Image
 from comfyui_pcpo.plotting.panels import Line, LineStyle, Panel, draw_panels
 from trainer.config.schema import ConfigError
 
+from ..markdown import format_interval, markdown_table
 from ..study.methods import OURS, STUDY_METHODS
 from ..study.outcome import Row, gain
 from ..study.recipes import RECIPES
 from ..study.statistics import value_range
 from ..study.two_rewards import DOUBLE, FIRST, MIXES, RECIPE, SECOND, Weights
-from .markdown import format_interval, markdown_table
 
 TITLES = {"irg": "IRG", "sum": "LoRA weights summed", "both": "trained on both"}
 COLUMNS = (("right", "correct images", 3), ("alignment", "alignment", 3), ("fd_base", "FD to base model", 0))

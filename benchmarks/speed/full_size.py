@@ -24,7 +24,7 @@ from trainer.policy.diffusers_policy import DiffusersPolicy
 from trainer.runs.rewards import load_rewards
 from trainer.runs.rows import finite
 
-from ..report.markdown import markdown_table
+from ..markdown import markdown_table
 from ..study.cells import Say
 from .full_size_models import PIPELINES
 from .measuring import device_clock

@@ -18,7 +18,7 @@ from trainer.loop.state import make_training_state
 from trainer.policy.loading import make_policy
 from trainer.runs.rewards import load_rewards
 
-from ..report.markdown import format_number, markdown_table
+from ..markdown import format_number, markdown_table
 from ..study.cells import Say
 from ..study.files import commit, read_json, write_json
 from ..study.recipes import STUDY_PROMPTS

@@ -1,5 +1,6 @@
 """Comparisons: which of two images was preferred, from rankings, from liked and disliked images, or from pairs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,22 @@ def mean_per_vote(values: Tensor, pairs: Comparisons) -> Tensor:
     """Mean over each vote's comparisons, (M,) -> (votes,)."""
     _, row, sizes = pairs.vote.unique(return_inverse=True, return_counts=True)
     return torch.zeros(len(sizes), dtype=values.dtype).index_add(0, row, values) / sizes
+
+
+def standard_error(values: Tensor, pairs: Comparisons) -> float:
+    """Standard error of the mean over votes of the comparisons' values (M,), whose votes may share images.
+
+    The larger of two variances: comparisons correlated within each vote, and wherever they share an image (Aronow,
+    Samii & Assenova 2015). They are equal for pairs that share none.
+    """
+    mean = mean_per_vote(values, pairs).mean()
+    _, row, sizes = pairs.vote.unique(return_inverse=True, return_counts=True)
+    parts = (values - mean) / sizes[row] / len(sizes)
+    by_vote = torch.zeros(len(sizes), dtype=parts.dtype).index_add(0, row, parts)
+    by_image = torch.zeros(int(torch.stack([pairs.better, pairs.worse]).max()) + 1, dtype=parts.dtype)
+    by_image = by_image.index_add(0, pairs.better, parts).index_add(0, pairs.worse, parts)
+    shared = by_image.square().sum() - parts.square().sum()  # a comparison is in the sums of two images
+    return math.sqrt(max(float(by_vote.square().sum()), float(shared)))
 
 
 def _stack(rows: list[tuple[int, int, int, float]]) -> Comparisons:

@@ -14,7 +14,7 @@ from comfyui_pcpo.durable import safetensors_parts, write_durably
 from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardSettings
 from comfyui_pcpo.taste.bradley_terry import Span, Utility, fit_utility
-from comfyui_pcpo.taste.comparisons import LEAST_VOTES, Comparisons, mean_per_vote
+from comfyui_pcpo.taste.comparisons import LEAST_VOTES, Comparisons, mean_per_vote, standard_error
 from comfyui_pcpo.taste.encoders import COLOR_STATISTICS, ENCODERS, Encoder, load_encoder
 from comfyui_pcpo.taste.votes import VoteError
 
@@ -162,14 +162,15 @@ def cross_validate(scaled: Scaled, pairs: Comparisons) -> TasteReport:
 
     Halving the votes tells what doubling them would do: errors are taken to fall by the same factor again.
     """
-    found = held_out_agreement(scaled, pairs)
-    if not found[DEFAULT_RIDGE].numel():
+    held_out, right = hold_out(scaled, pairs)
+    if not held_out.votes:
         return TasteReport(pairs.votes, len(pairs.better), math.nan, math.nan, math.nan, DEFAULT_RIDGE)
-    ridge = max(found, key=lambda r: float(found[r].mean()))
-    agreement = float(found[ridge].mean())
-    error = float(found[ridge].std(correction=0)) / math.sqrt(len(found[ridge]))
-    halved = held_out_agreement(scaled, pairs, (ridge,), every=2)[ridge]
-    shrinks = min(1.0, (1 - agreement) / max(1 - float(halved.mean()), 1e-9)) if halved.numel() else 1.0
+    agreements = {ridge: float(mean_per_vote(found, held_out).mean()) for ridge, found in right.items()}
+    ridge = max(agreements, key=lambda one: agreements[one])
+    agreement, error = agreements[ridge], standard_error(right[ridge], held_out)
+    some, halved = hold_out(scaled, pairs, (ridge,), every=2)
+    wrong = 1 - float(mean_per_vote(halved[ridge], some).mean()) if some.votes else 0.0
+    shrinks = min(1.0, (1 - agreement) / max(wrong, 1e-9)) if some.votes else 1.0
     return TasteReport(pairs.votes, len(pairs.better), agreement, error, 1 - (1 - agreement) * shrinks, ridge)
 
 
@@ -194,28 +195,29 @@ def image_folds(pairs: Comparisons) -> Tensor:
     return torch.tensor(folds)
 
 
-def held_out_agreement(
+def hold_out(
     scaled: Scaled, pairs: Comparisons, ridges: tuple[float, ...] = RIDGES, every: int = 1
-) -> dict[float, Tensor]:
-    """For each ridge the agreement with every vote when its images are held out, (votes,); ties of the fit count half.
+) -> tuple[Comparisons, dict[float, Tensor]]:
+    """The comparisons that can be held out, and for each ridge whether the others predict them (M,); ties of the fit
+    count half.
 
     Images are held out, since an image that is learned from gives away its other comparisons; comparisons of a held-out
     image with another one are left out. `every` second, third, ... of the other votes is learned from.
     """
     difference, folds = scaled.differences(pairs), image_folds(pairs)
     better, worse = folds[pairs.better], folds[pairs.worse]
-    found: dict[float, list[float]] = {ridge: [] for ridge in ridges}
+    held_out = torch.zeros(len(better), dtype=torch.bool)
+    right = {ridge: torch.zeros(len(better), dtype=torch.float64) for ridge in ridges}
     for fold in range(FOLDS):
         out = (better == fold) & (worse == fold)
         learned = (better != fold) & (worse != fold) & (pairs.vote % every == 0)
         if not (learned.any() and out.any()):
             continue
         span = Span.of(difference[learned])
-        held_out = pairs.select(out)
+        held_out |= out
         for ridge in ridges:
-            right = (difference[out] @ span.fit(pairs.weight[learned], ridge)).sign() / 2 + 0.5
-            found[ridge] += mean_per_vote(right, held_out).tolist()
-    return {ridge: torch.tensor(rights, dtype=torch.float64) for ridge, rights in found.items()}
+            right[ridge][out] = (difference[out] @ span.fit(pairs.weight[learned], ridge)).sign() / 2 + 0.5
+    return pairs.select(held_out), {ridge: found[held_out] for ridge, found in right.items()}
 
 
 class TasteReward(Reward):

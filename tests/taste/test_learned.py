@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -85,10 +86,14 @@ def test_random_votes_are_reported_as_worth_nothing(drawings, encoder, tmp_path)
     assert abs(report.agreement - 0.5) < 3 * max(report.error, 0.03)
 
 
-def found_in_noise(pairs: Comparisons, images: int, seeds: int = 8) -> float:
-    """Mean reported agreement where the features know nothing of the preference."""
-    noise = [torch.randn(images, 100, generator=torch.Generator().manual_seed(seed)) for seed in range(seeds)]
-    return sum(cross_validate(Scaled.of(features), pairs).agreement for features in noise) / seeds
+def reports_on_noise(pairs: Comparisons, images: int, seeds: int = 8, features: int = 100) -> list[TasteReport]:
+    """What is reported where the features know nothing of the preference."""
+    noise = [torch.randn(images, features, generator=torch.Generator().manual_seed(seed)) for seed in range(seeds)]
+    return [cross_validate(Scaled.of(one), pairs) for one in noise]
+
+
+def found_in_noise(pairs: Comparisons, images: int) -> float:
+    return fmean(report.agreement for report in reports_on_noise(pairs, images))
 
 
 def test_images_that_occur_in_several_comparisons_give_nothing_away():
@@ -97,6 +102,22 @@ def test_images_that_occur_in_several_comparisons_give_nothing_away():
     drawn = torch.Generator().manual_seed(0)
     pairs = [tuple(torch.randperm(30, generator=drawn)[:2].tolist()) for _ in range(150)]
     assert found_in_noise(from_pairs(pairs), 30) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "images"),
+    [
+        (from_liked(range(40), range(40, 80)), 80),
+        (from_pairs([(2 * number, 2 * number + 1) for number in range(60)]), 120),
+        (from_rankings([(range(4 * number, 4 * number + 4), (1, 2, 3, 4)) for number in range(40)]), 160),
+    ],
+    ids=["liked", "pairs", "rankings"],
+)
+def test_the_reported_error_is_how_much_the_agreement_varies(pairs, images):
+    """Liked images share the disliked ones that they meet: counted as independent, the error would be half of it."""
+    reports = reports_on_noise(pairs, images, seeds=20, features=30)
+    varies = stdev(report.agreement for report in reports)
+    assert fmean(report.error for report in reports) == pytest.approx(varies, rel=0.35)
 
 
 def test_liked_images_that_do_differ_are_told_from_disliked_ones():

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from ..study.statistics import Interval
+from .study.statistics import Interval
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
