@@ -60,10 +60,8 @@ def evaluate(
     All images are written to `images_folder`, which is replaced once they are complete.
     """
     opened = open_source(source)
-    partial = images_folder and images_folder.with_name(f"{images_folder.name}.partial")
-    context, notes = prepare(opened, options, partial, tick)
-    if partial is not None:
-        shutil.rmtree(partial, ignore_errors=True)
+    saved = None if images_folder is None else Replacement(images_folder)
+    context, notes = prepare(opened, options, saved and saved.partial, tick)
     values: dict[str, list[dict[str, float]]] = {side: [] for side in context.sides}
     shown = {side: Shown() for side in context.sides}
     failed: dict[str, int] = {}
@@ -73,10 +71,8 @@ def evaluate(
             values[side].append(tally.metrics())
             for name, count in tally.failed().items():
                 failed[name] = failed.get(name, 0) + count
-    pictures = images_folder
-    if partial is not None and images_folder is not None:
-        pictures, unmoved = replaced(images_folder, partial)
-        notes += unmoved
+    pictures, unmoved = (None, []) if saved is None else saved.finish()
+    notes += unmoved
     notes += [f"{count} scores of {name} failed and were left out" for name, count in failed.items() if count]
     metrics = [
         Metric(name, role(name, opened), *([v[name] for v in values.get(s, [])] for s in ("before", "after")))
@@ -87,15 +83,24 @@ def evaluate(
     return Report(described, context.prompts, metrics, shown, notes)
 
 
-def replaced(folder: Path, by: Path) -> tuple[Path, list[str]]:
-    """Put one folder in place of another, -> where it then is, and a note if that was impossible."""
-    try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        by.rename(folder)
-    except OSError as error:
-        return by, [f"the images are in {by}, since {folder} could not be replaced: {error.strerror or error}"]
-    return folder, []
+class Replacement:
+    """A folder that is written as `partial`, beside the one that it replaces."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.partial = folder, folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def finish(self) -> tuple[Path, list[str]]:
+        """Put it in place, -> where it then is, and a note if that was impossible."""
+        folder, partial = self.folder, self.partial
+        try:
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+        except OSError as error:
+            reason = error.strerror or error
+            return partial, [f"the images are in {partial}, since {folder} could not be replaced: {reason}"]
+        return folder, []
 
 
 def no_value(name: str, meter: Meter) -> str:
