@@ -7,16 +7,13 @@ from torch import Tensor
 from comfyui_pcpo.plotting.grids import before_after
 
 from ..trainer.config.presets import PRESETS
-from ..trainer.config.schema import ConfigError
 from .host.checks import check_conditioning, check_training_latent, check_vae
 from .host.ksampler import ImageRequest, empty_latent, with_lora
 from .host.presets import host_preset
 from .images import to_comfy_image
-from .inputs import cfg_input, checked, seed_input, steps_input
+from .inputs import ZERO_IS_AUTO, cfg_input, checked, seed_input, steps_input
 from .rewards import require_scorable, scored
 from .types import EncodedPrompts, PromptsType, RewardType, WeightedRewards
-
-AS_TRAINED = " 0 takes the value with which Train LoRA trains this kind of model."
 
 
 class Compare(io.ComfyNode):
@@ -34,13 +31,14 @@ class Compare(io.ComfyNode):
                 io.LoraModel.Input("lora", tooltip="The LoRA, from Train LoRA (PCPO, GRPO) or Load Run."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 PromptsType.Input("prompts", tooltip="Prompts to compare, one pair of images each."),
-                seed_input("Seed of the noise; both sides use the same noise."),
-                steps_input(0, 0, "Number of denoising steps; the sampler is deterministic." + AS_TRAINED),
-                cfg_input("Classifier-free guidance scale; 1 turns it off." + AS_TRAINED, default=0.0),
+                seed_input("Seed of the noise; both sides use the same noise.", io.ControlAfterGenerate.fixed),
+                steps_input(0, 0, "Number of denoising steps; the sampler is deterministic." + ZERO_IS_AUTO),
+                cfg_input("Classifier-free guidance scale; 1 turns it off." + ZERO_IS_AUTO, default=0.0),
                 RewardType.Input("reward", optional=True, tooltip="Scores the images of both sides."),
                 io.Latent.Input(
                     "latent_image", optional=True,
-                    tooltip="Sets the image size; without it, 128 px for the tiny models and 512 px for all others.",
+                    tooltip="Sets the image size; without it, that of the published recipe for this kind of model: "
+                    "1024 px for SDXL, 512 px for most others, 128 px for the tiny models.",
                 ),
             ],
             outputs=[
@@ -60,8 +58,6 @@ class Compare(io.ComfyNode):
         check_vae(model, vae)
         if reward is not None:
             require_scorable(reward, prompts.lines)
-        if steps == 1:
-            raise ConfigError("steps is 1, but the sampler needs 2 or more. Use 0 for the value of training.")
         preset = PRESETS[host_preset(model)]
         request = ImageRequest(vae, prompts, latent_image, seed, steps or preset.steps, cfg or preset.cfg)
         aligned = with_lora(model, lora)

@@ -39,12 +39,12 @@ def vote_names() -> list[str]:
 
 
 def run_names() -> list[str]:
-    """Runs with at least one finished update, newest first."""
+    """Runs with at least one finished update, the one that trained last first."""
     folder = runs_folder()
     if not folder.is_dir():
         return []
     runs = [p for p in folder.iterdir() if (p / "config.toml").is_file() and has_updates(p)]
-    return [p.name for p in sorted(runs, key=lambda p: p.stat().st_mtime, reverse=True)]
+    return [p.name for p in sorted(runs, key=lambda p: (p / "metrics.jsonl").stat().st_mtime, reverse=True)]
 
 
 def has_updates(run: Path) -> bool:
@@ -99,5 +99,4 @@ def last_started(name: str) -> str | None:
     """
     if name in STARTED:
         return STARTED[name]
-    runs = [run for run in run_names() if run == name or numbered(name).fullmatch(run)]
-    return max(runs, key=lambda run: (runs_folder() / run / "metrics.jsonl").stat().st_mtime, default=None)
+    return next((run for run in run_names() if run == name or numbered(name).fullmatch(run)), None)

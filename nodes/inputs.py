@@ -14,11 +14,15 @@ from .host.ksampler import TRAINING_SCHEDULER
 from .host.samplers import METHOD_NAMES, PUBLISHED_LEVEL, SIGMA_NAMES
 
 ADVANCED = {"advanced": True, "optional": True}
+ZERO_IS_AUTO = " 0 takes the value of the published recipe for this kind of model."
+RECIPE_LEVEL = "the recipe's value"  # for noise_level
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-    """A node's `execute` that first checks its widgets: ComfyUI does not check the range of linked ones."""
+    """A node's `execute` that first checks its inputs: ComfyUI checks neither the range of linked widgets nor whether a
+    connected node has put out anything, as loaders of files without a text encoder do not.
+    """
     names = list(inspect.signature(execute).parameters)[1:]
 
     @functools.wraps(execute)
@@ -27,6 +31,11 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
         for item in cls.define_schema().inputs:  # GET_SCHEMA would set an attribute of a class that ComfyUI has locked
             if given.get(item.id) is not None:
                 check_widget(item, given[item.id])
+            elif item.id in given and not item.optional:
+                raise ConfigError(
+                    f"nothing comes in at {item.id}: the file that the connected node has loaded probably contains "
+                    "none. Load it separately, for example with Load CLIP or Load VAE."
+                )
         return execute(cls, *args, **kwargs)
 
     return checking
@@ -51,8 +60,11 @@ def check_widget(item: io.Input, value: Any) -> None:
             raise ConfigError(f"{item.id} is {value!r}, but must be a {kind.__name__}. Change its input.")
 
 
-def seed_input(tooltip: str = "The same seed gives the same image.") -> io.Int.Input:
-    return io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=tooltip)
+def seed_input(
+    tooltip: str = "The same seed gives the same image.", control: bool | io.ControlAfterGenerate = True
+) -> io.Int.Input:
+    """`control`: what happens to the seed after each run; True: it is random, as KSampler's."""
+    return io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=control, tooltip=tooltip)
 
 
 def steps_input(default: int = 20, least: int = 1, tooltip: str = "Number of denoising steps.") -> io.Int.Input:

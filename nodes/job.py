@@ -87,7 +87,8 @@ def make_config(inputs: TrainingInputs, tree: dict[str, dict[str, Any]]) -> Conf
     }
     known = run_settings(runs_folder() / found) if found else {}
     chosen_now = {
-        key: {**known.get(key, {}), **chosen_again(values, known.get(key, {}))} for key, values in sections.items()
+        key: {**known.get(key, {}), **without_known_auto(values, known.get(key, {}))}
+        for key, values in sections.items()
     }
     sections = {**known, **chosen_now}
     preset = host_preset(inputs.model)
@@ -138,7 +139,7 @@ def connected_lora(state: dict[str, Tensor], modules: list[str]) -> LoraPairs:
         ) from error
 
 
-def chosen_again(widgets: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+def without_known_auto(widgets: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     """The widgets of a section, without those at `auto` that a resumed run has already resolved."""
     return {key: value for key, value in widgets.items() if value != AUTO or key not in known}
 

@@ -15,6 +15,7 @@ from comfyui_pcpo.plotting.grids import grid
 from comfyui_pcpo.reward import REWARDS, Reward, RewardSettings, load_reward, offered
 from comfyui_pcpo.reward.base import on_its_device
 from comfyui_pcpo.reward.combine import CombinedScores, combine
+from comfyui_pcpo.reward.user import user_reward_folder
 from comfyui_pcpo.reward.weights.checkpoint import file_path
 
 from ..trainer.config.schema import ConfigError
@@ -31,13 +32,17 @@ REWARD_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 def single_reward(name: str, dtype: str = "float32") -> WeightedRewards:
     """One reward on ComfyUI's device; its weights are read when it first scores images."""
-    files = [str(file_path(Path(), file)) for file in REWARDS[name].files] if name in REWARDS else []
     settings = RewardSettings(
-        reward_folder(files), str(mm.get_torch_device()), REWARD_DTYPES[dtype],
+        weights_folder(name), str(mm.get_torch_device()), REWARD_DTYPES[dtype],
         tick=mm.throw_exception_if_processing_interrupted, plain=plain_prompt, make_room=make_room,
         download=f'run: "{sys.executable}" "{TRAINER}" download',
     )  # fmt: skip
     return WeightedRewards((load_reward(name, settings),), (1.0,))
+
+
+def weights_folder(name: str) -> Path | None:
+    """The folder of models/rewards that has the reward's files, otherwise the first one."""
+    return reward_folder([str(file_path(Path(), file)) for file in REWARDS[name].files] if name in REWARDS else [])
 
 
 def make_room(size: int) -> None:
@@ -99,6 +104,15 @@ class LoadReward(io.ComfyNode):
             ],
             outputs=[RewardType.Output(display_name="reward", tooltip="For Score Images, Train LoRA and Compare.")],
         )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, reward: str | None = None, dtype: str | None = None) -> str | float:
+        """Where its weights are, and when the files of one's own rewards changed."""
+        if reward is None:
+            return float("nan")  # linked, and not known yet; NaN equals nothing, so the node runs
+        folder = None if reward in REWARDS else user_reward_folder()
+        own = sorted(folder.glob("*.py")) if folder else []
+        return f"{weights_folder(reward)} {[(str(file), file.stat().st_mtime_ns) for file in own]}"
 
     @classmethod
     @checked

@@ -8,14 +8,18 @@ from comfyui_pcpo.method.schedule import Grid
 from comfyui_pcpo.method.transition import Transition
 from comfyui_pcpo.plotting.credit import credit_weights
 
+from ..trainer.config.presets import PRESETS
 from ..trainer.config.schema import ConfigError
 from .host.checks import check_conditioning, check_latent
 from .host.ksampler import TRAINING_SCHEDULER, cfg_guider, noise_levels, sample_latent
-from .host.samplers import Recorder, StepChoice, StochasticSampler
+from .host.presets import host_preset
+from .host.samplers import PUBLISHED_LEVEL, Recorder, StepChoice, StochasticSampler
 from .host.spaces import space_of, training_grid
 from .images import to_comfy_image
 from .inputs import (
     ADVANCED,
+    RECIPE_LEVEL,
+    ZERO_IS_AUTO,
     cfg_input,
     checked,
     conditioning_inputs,
@@ -72,7 +76,7 @@ class PCPOKSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to sample from."),
                 seed_input(),
                 steps_input(),
-                cfg_input(),
+                cfg_input("Classifier-free guidance scale; 1 turns it off." + ZERO_IS_AUTO, default=0.0),
                 scheduler_input(),
                 *conditioning_inputs(),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise; a noise mask is respected."),
@@ -105,7 +109,7 @@ class PCPOKSampler(io.ComfyNode):
             return io.NodeOutput(latent_image, None)
         check_latent(model, latent_image)
         check_conditioning(model, [positive, negative])
-        guider = cfg_guider(model, positive, negative, cfg)
+        guider = cfg_guider(model, positive, negative, cfg or PRESETS[host_preset(model)].cfg)
         latent = sample_latent(guider, seed, StochasticSampler(choice, recorder), sigmas, latent_image)
         return io.NodeOutput(latent, recorder.trajectory())
 
@@ -122,9 +126,9 @@ class PlotCredit(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model whose noise schedule is used."),
-                steps_input(10, 2),
+                steps_input(0, 0, "Number of denoising steps." + ZERO_IS_AUTO),
                 method_input(),
-                noise_level_input(),
+                noise_level_input(RECIPE_LEVEL),
                 io.Combo.Input(
                     "credit", options=list(CREDITS), default="proportionate",
                     tooltip="How credit is distributed over the steps; proportionate is PCPO's.",
@@ -139,12 +143,17 @@ class PlotCredit(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model, steps, method, noise_level, credit) -> io.NodeOutput:
+        preset = PRESETS[host_preset(model)]
+        if noise_level == PUBLISHED_LEVEL and preset.noise_level is not None:
+            noise_level = preset.noise_level
+        steps = steps or preset.steps
         choice, grid = StepChoice(method, noise_level), training_grid(space_of(model), steps)
         transitions, (name, level) = choice.transitions(grid), choice.resolve(grid.kind)
         trained = [i for i, step in enumerate(transitions[:-1]) if step.std > 0]
         if not trained:
             raise ConfigError(
-                f"none of the {steps} steps adds noise, so there is no credit to plot. Use a noise_level above 0."
+                f"none of the {steps} steps but the last adds noise, so there is no credit to plot. Use a noise_level "
+                "above 0, and 2 steps or more."
             )
         targets = target_weights(transitions, grid, credit, trained).tolist()
         native, stds = [s.weight for s in transitions], [s.std for s in transitions]

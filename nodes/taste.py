@@ -100,8 +100,7 @@ class HumanVoteNode(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "votes", default=40, min=0, max=100000,
-                    tooltip="Number of votes; after them the reward learned from them scores the images. 0 always "
-                    "asks.",
+                    tooltip="Votes before the learned reward takes over; 0 always asks.",
                 ),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip=CLIP_TOOLTIP),
             ],
@@ -164,7 +163,7 @@ class TrainTaste(io.ComfyNode):
     def fingerprint_inputs(
         cls, name=None, liked="", disliked="", pairs="", clip_vision=None, after=None
     ) -> str | float:  # fmt: skip
-        if name is None or after is not None:
+        if name is None:
             return float("nan")  # not known yet; NaN equals nothing, so the node runs
         from ..trainer.evaluation.image_files import images_in
         from ..trainer.evaluation.taste import read_pairs_file
@@ -273,9 +272,9 @@ class CompareBlind(io.ComfyNode):
                 ),
                 io.Int.Input("votes", default=0, min=0, max=4096, tooltip="Number of pairs to ask about; 0 is all."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=MAX_SEED,
-                    tooltip="Seed of the order and the sides. Votes are kept: the same images, question and seed go on "
-                    "with them, another seed asks anew.",
+                    "seed", default=0, min=0, max=MAX_SEED, control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Seed of the order and the sides. Votes are saved: the same images, question and seed "
+                    "resume them. Change the seed to vote again.",
                 ),
             ],
             outputs=[

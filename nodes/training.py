@@ -25,7 +25,7 @@ from ..trainer.policy.lora_pairs import read_lora
 from .host.checks import check_conditioning, check_training_latent, check_vae
 from .host.samplers import PUBLISHED_LEVEL
 from .images import to_comfy_image
-from .inputs import ADVANCED, checked, method_input, noise_level_input
+from .inputs import ADVANCED, RECIPE_LEVEL, ZERO_IS_AUTO, checked, method_input, noise_level_input
 from .types import PromptsType, RewardType, RunReference, RunType
 
 # widgets by the configuration section that they fill; `objective` is objective.name, `guard_every` is guard.every
@@ -43,7 +43,6 @@ SECTIONS = {
 }
 ODD_GROUP = " An odd number means one optimizer step per update instead of two."
 HELD_OUT = " Rewards of weight 0 are held out."
-ZERO_IS_AUTO = " 0 takes the value of the published recipe for this kind of model."
 AUTOMATIC = {"steps": 0, "cfg": 0, "noise_level": PUBLISHED_LEVEL, "branch": -1, "clip_range": 0, "rank": 0,
              "learning_rate": 0, "images_at_once": 0, "gradient_checkpointing": False}  # fmt: skip
 """The value of each widget that stands for `auto`, since a number widget cannot hold a word."""
@@ -186,10 +185,11 @@ def advanced_inputs() -> list[io.WidgetInput]:
             **ADVANCED,
         ),
         method_input(**ADVANCED),
-        noise_level_input("the recipe's value, or 0 for the objectives awm and nft", **ADVANCED),
+        noise_level_input(f"{RECIPE_LEVEL}, or 0 for the objectives awm and nft", **ADVANCED),
         io.Combo.Input(
             "objective", options=list(ALL_OBJECTIVES), default="log_hinge",
-            tooltip=tooltip(ObjectiveConfig, "name"), **ADVANCED,
+            tooltip="Training objective; log_hinge is PCPO's. awm and nft train on re-noised final images instead of "
+            "the sampled trajectory; credit does not apply to them.", **ADVANCED,
         ),
         io.Float.Input(
             "clip_range", default=0.0, min=0.0, max=0.99, step=1e-5, round=1e-8,

@@ -36,12 +36,24 @@ def check_latent(model: Any, latent: dict[str, Any]) -> Tensor:
 
 
 def check_training_latent(model: Any, latent: dict[str, Any]) -> Tensor:
-    """As `check_latent`, for training and comparing: without a mask, because the latent sets the size only."""
+    """As `check_latent`, for training and comparing, where the latent sets the size only: one frame, no mask."""
     if latent.get("noise_mask") is not None:
         raise ConfigError("latent_image has a noise mask, which would be ignored here. Connect an empty latent.")
     if len(latent["samples"]) != 1:
         logger.warning("PCPO: latent_image sets the image size only; its batch_size has no effect.")
-    return check_latent(model, latent)
+    samples = check_latent(model, latent)
+    image_shape(samples)
+    return samples
+
+
+def image_shape(latent: Tensor) -> tuple[int, int, int]:
+    """(C, H, W) of one image from a latent (B, C, H, W), or (B, C, 1, H, W) of a video model."""
+    if latent.ndim == 5 and latent.shape[2] > 1:
+        raise ConfigError(
+            f"the latent has {latent.shape[2]} frames, but rewards score images. Connect a latent of length 1."
+        )
+    channels, *_, height, width = latent.shape[1:]
+    return channels, height, width
 
 
 def check_conditioning(model: Any, conds: Sequence[Any], name: str = "conditioning") -> None:

@@ -13,13 +13,16 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ...trainer.config.presets import PRESETS
 from ...trainer.config.schema import ConfigError
 from ..types import EncodedPrompts
 from .decode import decode_images
+from .presets import host_preset
 from .samplers import StepChoice, StochasticSampler
 from .spaces import space_of, training_grid
 
 TRAINING_SCHEDULER = "training"
+EMBEDDED_SIDE = 128  # pixels
 
 
 def noise_levels(model: Any, scheduler: str, steps: int, denoise: float = 1.0) -> Tensor:
@@ -28,6 +31,11 @@ def noise_levels(model: Any, scheduler: str, steps: int, denoise: float = 1.0) -
         return torch.zeros(0)
     space, total = space_of(model), steps if denoise >= 1 else int(steps / denoise)
     if scheduler == TRAINING_SCHEDULER:
+        if space.timesteps and total > space.timesteps:
+            raise ConfigError(
+                f"{steps} steps at denoise {denoise:g} are the last of {total}, but the model knows "
+                f"{space.timesteps} timesteps. Use fewer steps, a larger denoise, or another scheduler."
+            )
         sigmas = space.sigmas(training_grid(space, total))
     else:
         sigmas = comfy.samplers.calculate_sigmas(space.sampling, scheduler, total)
@@ -84,22 +92,23 @@ class ImageRequest:
 
     def generate(self, model: Any, tick: Callable[[int], object] = lambda count: None) -> Tensor:
         """(P, H, W, 3), with `tick` after each; an image's noise depends on the seed and the prompt's position."""
-        first = {**self.latent, "samples": self.latent["samples"][:1]}
+        first = {key: value for key, value in self.latent.items() if key != "batch_index"}
+        first["samples"] = self.latent["samples"][:1]
         sampler = StochasticSampler(StepChoice(noise_level=0.0, trainer_start=True, trainer_end=True))
         sigmas = noise_levels(model, TRAINING_SCHEDULER, self.steps)
         images = []
         for position, positive in enumerate(self.prompts.positive):
             guider = cfg_guider(model, positive, self.prompts.negative, self.cfg)
-            latent = _sample(guider, self.seed + position, sampler, (sigmas, first), _interruptible)
+            latent = _sample(guider, (self.seed + position) % 2**64, sampler, (sigmas, first), _interruptible)
             images.append(decode_images(self.vae, latent["samples"]))
             tick(1)
         return torch.cat(images)
 
 
 def empty_latent(model: Any) -> dict[str, Any]:
-    """A square latent: 128 pixels for the embedded models, 512 for all others."""
+    """A square latent of the size that the recipe for this kind of model trains at."""
     latents = model.model.latent_format
-    size = (128 if "pcpo_model" in model.attachments else 512) // latents.spacial_downscale_ratio
+    size = (PRESETS[host_preset(model)].side or EMBEDDED_SIDE) // latents.spacial_downscale_ratio
     return {"samples": torch.zeros(1, latents.latent_channels, size, size)}
 
 

@@ -21,6 +21,7 @@ from ...trainer.policy.base import LoraPairs, Progress, no_progress
 from ...trainer.policy.lora_pairs import started
 from ..types import EncodedPrompts
 from .adapter import fresh_layers, target_modules
+from .checks import image_shape
 from .decode import decode_images
 from .differentiable import differentiable, own_parameters
 from .lora_hooks import attached
@@ -166,16 +167,6 @@ class PolicySampler(comfy.samplers.Sampler):
         ):
             self.result = self.job(policy)
         return torch.zeros_like(noise)
-
-
-def image_shape(latent: Tensor) -> tuple[int, int, int]:
-    """(C, H, W) of one image from a latent (B, C, H, W), or (B, C, 1, H, W) of a video model."""
-    if latent.ndim == 5 and latent.shape[2] > 1:
-        raise ConfigError(
-            f"the latent has {latent.shape[2]} frames, but rewards score images. Connect a latent of length 1."
-        )
-    channels, *_, height, width = latent.shape[1:]
-    return channels, height, width
 
 
 def cond_key(number: int) -> str:

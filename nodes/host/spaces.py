@@ -32,13 +32,18 @@ class Space:
     exploding: bool  # ComfyUI's latents are x0 + sigma eps
     spacing: Spacing = "leading"  # of ddim's timesteps
 
+    @property
+    def timesteps(self) -> int | None:
+        """How many the model knows; None: any number between 0 and 1000."""
+        discrete = isinstance(self.sampling, comfy.model_sampling.ModelSamplingDiscrete)
+        return len(self.sampling.sigmas) if self.kind == "ddim" and discrete else None
+
     def grid(self, sigmas: Tensor) -> Grid:
         """ComfyUI's sigmas (T + 1,) as the library's grid."""
         levels = sigmas.detach().to("cpu", torch.float64)
         if self.kind == "ddim":
             times = self.sampling.timestep(sigmas[:-1]).cpu()
-            discrete = isinstance(self.sampling, comfy.model_sampling.ModelSamplingDiscrete)
-            return Grid("ddim", 1 / (1 + levels.square()), times.long() if discrete else times.double())
+            return Grid("ddim", 1 / (1 + levels.square()), times.long() if self.timesteps else times.double())
         levels = levels / (1 + levels) if self.exploding else levels
         return Grid("flow", levels, 1000 * levels[:-1])
 
@@ -79,8 +84,8 @@ def space_of(model: Any) -> Space:
 def training_grid(space: Space, steps: int) -> Grid:
     """The trainer's noise levels: the DDIM or flow matching grid of diffusers, as it spaces a single file's."""
     sampling = space.sampling
-    if space.kind == "ddim" and isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+    if space.timesteps:
         alphas = 1 / (1 + sampling.sigmas.detach().cpu().double().square())
-        return ddim_grid(steps, alphas, len(alphas), spacing=space.spacing)
+        return ddim_grid(steps, alphas, space.timesteps, spacing=space.spacing)
     name = "simple" if isinstance(sampling, comfy.model_sampling.ModelSamplingFlux) else "normal"
     return space.grid(comfy.samplers.calculate_sigmas(sampling, name, steps))

@@ -135,7 +135,8 @@ def load_embedded(name: str) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]
         return model, load_clip(name), vae
 
 
-def load_model(name: str) -> ModelPatcher:
+def load_model(name: str, disable_dynamic: bool = False) -> ModelPatcher:
+    """The denoiser; ComfyUI calls this for a copy of its own, too. `disable_dynamic` is all it can be here."""
     part = "transformer" if name == "emoji-flow" else "unet"
     state = _floats(MODELS / name / part / "diffusion_pytorch_model.safetensors")
     if name == "emoji-flow":

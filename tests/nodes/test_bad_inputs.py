@@ -1,6 +1,7 @@
 """Bad inputs of every node: refused in a sentence, before any work, with nothing changed on disk."""
 
 import copy
+import os
 import re
 import sys
 import threading
@@ -19,6 +20,7 @@ import torch  # noqa: E402
 comfy_host.load_pack()
 import comfy.model_management as mm  # noqa: E402
 import comfy_models  # noqa: E402
+from comfy_api.latest import io  # noqa: E402
 
 from comfyui_pcpo.method.guidance import ImplicitReward  # noqa: E402
 from comfyui_pcpo.reward import Reward, RewardError, load_reward  # noqa: E402
@@ -119,6 +121,20 @@ def linked_values():
 @pytest.mark.parametrize(("node", "widget", "value"), linked_values())
 def test_a_linked_value_that_no_widget_could_have_is_refused_by_name(flow, node, widget, value):
     refused(lambda: call(node, **{**inputs_of(flow, node), widget: value}), rf"{widget} is ")
+
+
+def required_connections():
+    for node in comfy_host.own_nodes():
+        schema = node.GET_SCHEMA()
+        for item in schema.inputs:
+            if not item.optional and not isinstance(item, io.WidgetInput):
+                yield pytest.param(schema.node_id, item.id, id=f"{schema.node_id}-{item.id}")
+
+
+@pytest.mark.parametrize(("node", "name"), required_connections())
+def test_a_connected_node_that_puts_out_nothing_is_named(flow, node, name):
+    """As Load Checkpoint does for a file without a text encoder."""
+    refused(lambda: call(node, **{**inputs_of(flow, node), name: None}), f"nothing comes in at {name}: ")
 
 
 def wide(conditioning):
@@ -247,6 +263,29 @@ def test_linked_inputs_of_validation_and_fingerprint_are_not_known_yet():
     assert load.validate_inputs(run=None) is True and train.validate_inputs(name=None) is True
     first = load.fingerprint_inputs(run=None, checkpoint="latest")
     assert first != first  # NaN: the node runs
+
+
+def test_an_edited_reward_of_ones_own_is_loaded_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PCPO_REWARD_FOLDER", str(tmp_path))
+    own, node = tmp_path / "own.py", comfy_host.load_pack()["PCPOLoadReward"]
+    own.write_text("# first")
+    before, built_in = node.fingerprint_inputs("own"), node.fingerprint_inputs("colorfulness")
+    assert node.fingerprint_inputs("own") == before
+    os.utime(own, (0, 0))
+    assert node.fingerprint_inputs("own") != before
+    assert node.fingerprint_inputs("colorfulness") == built_in
+
+
+def test_the_newest_run_is_the_one_that_trained_last(tmp_path, monkeypatch):
+    """Whatever is put into another run's folder later."""
+    monkeypatch.setattr(files, "runs_folder", lambda: tmp_path)
+    for at, name in enumerate(("old", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").touch()
+        (tmp_path / name / "metrics.jsonl").write_text("{}\n")
+        os.utime(tmp_path / name / "metrics.jsonl", (at, at))
+    (tmp_path / "old" / "evaluation").mkdir()
+    assert files.run_names() == ["new", "old"]
 
 
 def test_a_bad_name_is_one_error_in_words():

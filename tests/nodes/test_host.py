@@ -355,3 +355,10 @@ def test_samplers_and_schedulers_are_listed():
 
 def test_a_progress_bar_takes_a_total_and_a_preview():
     assert {"value", "total", "preview"} <= set(inspect.signature(comfy.utils.ProgressBar.update_absolute).parameters)
+
+
+def test_an_embedded_model_can_be_copied_whole(tiny):
+    """As ComfyUI's own Train LoRA copies the MODEL that it gets."""
+    copied = tiny[0].clone(force_deepcopy=True, disable_dynamic=True)
+    ours, theirs = (patcher.model.state_dict() for patcher in (tiny[0], copied))
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].data_ptr() != theirs[key].data_ptr() for key in ours)

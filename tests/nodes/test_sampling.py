@@ -10,6 +10,7 @@ import comfy_host
 
 comfy_host.skip_without_host()
 
+import comfy_families  # noqa: E402
 import comfy_models  # noqa: E402
 import torch  # noqa: E402
 from comfy_models import biggest, steps  # noqa: E402
@@ -214,3 +215,24 @@ def test_plot_credit_refuses_a_grid_without_noise(flow):
     assert image.shape[0] == 1 and report.count("\n") == 9
     with pytest.raises(ConfigError, match="none of the 8 steps"):
         comfy_host.execute("PCPOPlotCredit", flow.model, 8, "auto", 0.0, "proportionate")
+
+
+@pytest.mark.parametrize(
+    ("family", "title"),
+    [("flux", "flow_sde, noise level 0.9, 6 steps"), ("sdxl", "ddim, noise level 1, 30 steps")],
+)
+def test_plot_credit_shows_by_default_what_train_lora_trains(family, title):
+    model = comfy_families.make(family).model
+    _, report = comfy_host.execute("PCPOPlotCredit", model, 0, "auto", -1.0, "proportionate")
+    assert report.startswith(title), report.splitlines()[0]
+
+
+def test_more_steps_than_the_model_has_timesteps_are_refused_by_name():
+    with pytest.raises(ConfigError, match=r"20 steps at denoise 0.01 are the last of 2000, but the model knows 1000"):
+        comfy_models.Tiny("emoji-eps").ksample(steps=20, denoise=0.01)
+
+
+def test_guidance_0_is_that_of_the_recipe():
+    tiny = comfy_models.Tiny("emoji-eps")
+    assert torch.equal(tiny.ksample(cfg=0.0)[0], tiny.ksample(cfg=1.0)[0])
+    assert not torch.equal(tiny.ksample(cfg=0.0)[0], tiny.ksample(cfg=5.0)[0])

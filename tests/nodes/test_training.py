@@ -559,19 +559,25 @@ def test_compare_takes_the_images_of_a_video_models_vae(flow):
         assert torch.equal(request[0].generate(flow.model), request[1].generate(flow.model))
 
 
-def test_compare_generates_512_pixels_whatever_a_latent_stands_for(flow):
-    for latents, size in ((comfy.latent_formats.SDXL(), 64), (comfy.latent_formats.Flux2(), 32)):
-        model = comfy_families.make("sd3").model
-        model.model.latent_format = latents
+def test_compare_generates_the_size_of_the_recipe_whatever_a_latent_stands_for(flow):
+    for family, latents, size in (("sd3", comfy.latent_formats.Flux2(), 32), ("sdxl", None, 128), ("flux", None, 64)):
+        model = comfy_families.make(family).model
+        latents = model.model.latent_format = latents or model.model.latent_format
         assert ksampler.empty_latent(model)["samples"].shape == (1, latents.latent_channels, size, size)
     assert ksampler.empty_latent(flow.model)["samples"].shape == (1, 16, 16, 16)
+
+
+def test_compare_makes_one_image_per_prompt_of_any_latent_and_seed(flow):
+    """Latent From Batch and Repeat Latent Batch number a batch's images; seeds reach up to 2^64 - 1."""
+    numbered = {**flow.latent(2), "batch_index": [0, 1]}
+    lora, last = comfy_models.random_lora(flow, 1), 2**64 - 1
+    before, *_ = call("PCPOCompare", flow.model, lora, flow.vae, flow.prompts, last, 1, 1.0, None, numbered)
+    assert len(before) == len(flow.prompts.lines) and before.isfinite().all()
 
 
 def test_compare_takes_steps_and_cfg_of_training_at_0(flow):
     inputs = (flow.model, flow.train("compared-auto", updates=1)[0], flow.vae, flow.prompts, 0)
     assert torch.equal(call("PCPOCompare", *inputs, 0, 0.0)[1], call("PCPOCompare", *inputs, 10, 1.0)[1])
-    with pytest.raises(ConfigError, match="steps is 1"):
-        call("PCPOCompare", *inputs, 1, 1.0)
 
 
 class ImageSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.IMG_TO_IMG):

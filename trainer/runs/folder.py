@@ -276,7 +276,10 @@ class RunFolder:
         """
         numbers = self.numbers()
         if not numbers:
-            raise ConfigError(f"{self.path} has no checkpoints yet. Resume it to continue training.")
+            raise ConfigError(
+                f"{self.path} has no checkpoint yet. Wait for its first one (run.save_every), or "
+                "resume it if it is no longer training."
+            )
         if which == "final":
             which = "latest" if self.kept() is None else "kept"
         if which == "latest":

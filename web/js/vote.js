@@ -29,7 +29,8 @@ async function refresh() {
 /** Put the panel on the asking node, or over the page if the node is elsewhere or the panel is enlarged. */
 function place() {
   const asking = ballot.question && app.graph.getNodeById(ballot.question.node);
-  const over = Boolean(ballot.question) && (enlarged || !asking);
+  const here = asking?.pcpoHost && asking.graph === app.canvas.graph; // not in another workflow, nor out of view
+  const over = Boolean(ballot.question) && (enlarged || !here);
   for (const node of app.graph.nodes) if (node.pcpoHost) host(node, node === asking && !over ? ballot.root : null);
   if (over) dialog.replaceChildren(ballot.root);
   if (over && !dialog.open) dialog.showModal();

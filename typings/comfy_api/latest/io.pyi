@@ -1,9 +1,14 @@
 # ComfyUI calls this module comfy_api.latest.io as well, though its file is named differently.
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
+
+class ControlAfterGenerate(str, Enum):
+    fixed = "fixed"
 
 class Input:
     id: str
+    optional: bool
     def __init__(
         self, id: str, *, optional: bool = False, tooltip: str | None = None, advanced: bool | None = None
     ) -> None: ...
@@ -67,7 +72,7 @@ class Int:
             default: int | None = None,
             min: int | None = None,
             max: int | None = None,
-            control_after_generate: bool | None = None,
+            control_after_generate: bool | ControlAfterGenerate | None = None,
         ) -> None: ...
 
 class Float:
