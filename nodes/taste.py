@@ -260,7 +260,7 @@ class CompareBlind(io.ComfyNode):
             node_id="PCPOCompareBlind",
             display_name="Compare Blind",
             category="PCPO/taste",
-            description="Shows pairs of images in random order and side, asks which is better, and counts.",
+            description="Shows pairs of images in random order, sides swapped at random, and asks which is better.",
             search_aliases=["ab test", "blind test", "human study", "win rate"],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],

@@ -64,13 +64,13 @@ def learn() -> Callable[..., Any]:
     from trainer.loop.align import Job, align
     from trainer.loop.state import make_training_state
     from trainer.policy.loading import make_policy
-    from trainer.runs.rewards import load_rewards
+    from trainer.runs.rewards import make_rewards
 
     def start(
         config: Any, tick: Callable[[], None] = lambda: None, rewards: dict[str, Any] | None = None, **more: Any
     ) -> Any:
         state = make_training_state(make_policy(config), config)
-        job = Job(config, config.prompts.read(), rewards or load_rewards(config), tick=tick, **more)
+        job = Job(config, config.prompts.read(), rewards or make_rewards(config), tick=tick, **more)
         return state, align(state, job)
 
     return start

@@ -1,5 +1,6 @@
 """Digests of files, and paths that are tried before work begins."""
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -13,6 +14,7 @@ from comfyui_pcpo.durable import Bytes
 from .config.errors import ConfigError
 
 READ_SIZE = 1 << 20
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # no space, file too large, quota
 
 
 def digest(parts: list[Bytes]) -> dict[str, Any]:
@@ -55,6 +57,11 @@ def reward_fingerprints(names: Iterable[str]) -> dict[str, str | None]:
     return {name: fingerprint(file) for name, file in files.items() if file.is_file()}
 
 
+def advice(error: OSError) -> str:
+    """What to do about an error of the operating system."""
+    return "Free some disk space." if error.errno in FULL else "Check the path and its permissions."
+
+
 def require_writable(path: Path, option: str, replace: bool = True) -> Path:
     """`path`, after trying to write there; nothing of the trial is left. Raises ConfigError before any work is done.
 
@@ -65,7 +72,11 @@ def require_writable(path: Path, option: str, replace: bool = True) -> Path:
     if not replace and os.path.exists(path):
         raise ConfigError(f"{option} {path} exists and is not overwritten. Give another name, or add --overwrite.")
     missing = [folder for folder in path.parents if not folder.exists()]
-    nearest = next(folder for folder in path.parents if folder not in missing)
+    nearest = next((folder for folder in path.parents if folder not in missing), None)
+    if nearest is None:
+        raise ConfigError(
+            f"{option} {path} cannot be written: {path.anchor or path} does not exist. Give another path."
+        )
     if not nearest.is_dir():
         raise ConfigError(f"{option} {path} cannot be written: {nearest} is a file, not a folder. Give another path.")
     try:

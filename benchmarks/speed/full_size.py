@@ -21,7 +21,7 @@ from trainer.loop.plan import make_plan
 from trainer.loop.state import make_training_state
 from trainer.memory.estimate import memory
 from trainer.policy.diffusers_policy import DiffusersPolicy
-from trainer.runs.rewards import load_rewards
+from trainer.runs.rewards import make_rewards
 from trainer.runs.rows import finite
 
 from ..markdown import markdown_table
@@ -101,7 +101,7 @@ def timed_run(
     """Metrics of a few updates and their cost; each update is followed by the reference loop."""
     torch.manual_seed(0)  # for the weights of the text encoders
     policy = DiffusersPolicy(PIPELINES[FULL_SIZE[name][0]](tiny, False), config)
-    job, device = Job(config, list(TWO_PROMPTS), load_rewards(config)), policy.device
+    job, device = Job(config, list(TWO_PROMPTS), make_rewards(config)), policy.device
     stream = align(make_training_state(policy, config), job)
     rows, seconds, reference = [], [], []
     for number in range(updates):

@@ -15,7 +15,7 @@ from trainer.loop.align import Job, Update, align
 from trainer.loop.plan import make_plan
 from trainer.loop.state import make_training_state
 from trainer.policy.loading import make_policy
-from trainer.runs.rewards import load_rewards
+from trainer.runs.rewards import make_rewards
 
 from ..study.cells import Say
 from ..study.files import commit, write_json
@@ -59,7 +59,7 @@ def measure_loop(config: Config) -> dict[str, float]:
     """Medians over updates, alternating with the reference loop: seconds and peak memory."""
     policy = make_policy(config)
     loaded = peak_megabytes(policy.device)
-    job = Job(config, config.prompts.read(), load_rewards(config))
+    job = Job(config, config.prompts.read(), make_rewards(config))
     plan = make_plan(policy, config, job.objective, job.prompts, 1)
     updates = align(make_training_state(policy, config), job)
     next(updates)  # warm-up

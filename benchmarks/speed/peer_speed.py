@@ -16,7 +16,7 @@ from trainer.config.schema import Config, ConfigError
 from trainer.loop.align import Job, align
 from trainer.loop.state import make_training_state
 from trainer.policy.loading import make_policy
-from trainer.runs.rewards import load_rewards
+from trainer.runs.rewards import make_rewards
 
 from ..markdown import format_number, markdown_table
 from ..study.cells import Say
@@ -58,7 +58,7 @@ def run_ours(name: str, settings: PeerSettings) -> SpeedMeter:
     config = peer_config(name, settings)
     policy, meter = make_policy(config), SpeedMeter(settings)
     meter.watch(policy.denoiser)
-    updates = align(make_training_state(policy, config), Job(config, config.prompts.read(), load_rewards(config)))
+    updates = align(make_training_state(policy, config), Job(config, config.prompts.read(), make_rewards(config)))
     with contextlib.suppress(Finished):
         while True:
             for _ in range(settings.batches):

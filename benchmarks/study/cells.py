@@ -15,7 +15,7 @@ from trainer.loop.state import TrainingState, make_training_state
 from trainer.policy.loading import make_policy
 from trainer.runs.folder import RunFolder
 from trainer.runs.launch import begin, guard_after
-from trainer.runs.rewards import load_rewards
+from trainer.runs.rewards import make_rewards
 from trainer.runs.rows import finite
 
 from .cell_config import cell_config, identity, require_same
@@ -90,7 +90,7 @@ def run_evaluated(config: Config, folder: RunFolder, study: Study, out: Path, ti
 
 
 def cell_job(state: TrainingState, config: Config, folder: RunFolder) -> Job:
-    job = Job(config, config.prompts.read(), load_rewards(config))
+    job = Job(config, config.prompts.read(), make_rewards(config))
     guard = guard_after(folder.records(), state.policy, job, folder) if config.guard.every else None
     return replace(job, guard=guard)
 

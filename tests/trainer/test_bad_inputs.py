@@ -73,6 +73,12 @@ FILES = {
         lambda p: p.file("a.toml", "[run]\nupdate = 3"),
         "unknown key run.update. Did you mean run.updates",
     ),
+    "stray key": (lambda p: p.file("a.toml", "seed = 5"), "unknown key seed. Did you mean run.seed"),
+    "stray key beside auto": (
+        lambda p: p.file("a.toml", 'name = "x"\n[rollout]\nsteps = "auto"'),
+        "unknown key name. Did you mean",
+    ),
+    "switch for a number": (lambda p: p.file("a.toml", "[guard]\nevery = true"), "every.*must be a number"),
     "number for a section": (lambda p: p.file("a.toml", "run = 3"), "a.toml.*run"),
     "list for a section": (lambda p: p.file("a.toml", "run = [1]"), "a.toml.*run"),
     "table for a number": (lambda p: p.file("a.toml", "[run]\nseed = {a = 1}"), "run.seed"),
@@ -86,12 +92,12 @@ PROMPTS = {
     "empty": (lambda p: p.file("p.txt"), "p.txt contains no prompts"),
     "comments only": (lambda p: p.file("p.txt", "# one\n\n# two"), "p.txt contains no prompts"),
     "Latin-1": (lambda p: p.file("p.txt", b"caf\xe9"), "p.txt is not text"),
-    "binary": (lambda p: p.file("p.txt", b"a\x00b"), "p.txt has NUL"),
+    "binary": (lambda p: p.file("p.txt", b"a\x00b"), "p.txt contains NUL"),
 }
 MODELS = {
     "unknown": (lambda p: "nobody-has-this", "nobody-has-this"),
     "nearly": (lambda p: "emoji-flw", "Did you mean emoji-flow"),
-    "empty": (lambda p: "", "model.name"),
+    "empty": (lambda p: "", "model.name is empty"),
     "a path with dots": (lambda p: "./models/nothing", "there is no such folder"),
     "a deep path": (lambda p: "models/checkpoints/nothing", "there is no such folder"),
     "a path of Windows": (lambda p: r"C:\models\nothing", "there is no such folder"),

@@ -398,4 +398,35 @@ def test_check_prints_every_problem_last_and_as_json(tmp_path, capfd):
     problems = [line.removeprefix("error: ") for line in shown.err.splitlines()]
     assert [word in line for word, line in zip(("HPS", "Pick", "no prompts"), problems, strict=True)] == [True] * 3
     assert main(["check", "--json", *arguments]) == 2
-    assert json.loads(capfd.readouterr().out)["missing"] == problems
+    assert json.loads(capfd.readouterr().out)["problems"] == problems
+
+
+def test_check_names_a_folder_that_a_run_cannot_have(run, tmp_path, capsys):
+    taken = ["--run.folder", str(run.path.parent), "--run.name", run.path.name, "--prompts.lines", '["a fox"]']
+    assert main(["check", *taken]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["check", "--run.folder", str(tmp_path / "file" / "runs"), "--prompts.lines", '["a fox"]']) == 2
+    assert "run.folder: " in capsys.readouterr().err
+
+
+def test_one_of_several_processes_tells_the_notes(tmp_path, monkeypatch, capsys):
+    arguments = ["check", *options(tmp_path), "--objective.nft-beta", "0.5"]
+    shown = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        main(arguments)
+        shown.append("nft_beta has no effect" in capsys.readouterr().err)
+    assert shown == [True, False]
+
+
+def test_a_reward_of_the_current_folder_is_found(tmp_path, monkeypatch, capsys):
+    """As `python -m trainer` finds it; the command `pcpo` has another first entry in sys.path."""
+    code = "from comfyui_pcpo.reward import Reward\nclass Dark(Reward):\n    name = 'dark'\n"
+    code += "    def score_batch(self, images, prompts):\n        return -images.float().flatten(1).mean(1)\n"
+    (tmp_path / "rewards_found_here.py").write_text(code)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    assert main(["score", "a.png", "--reward", "rewards_found_here:Dark"]) == 0
+    assert "a.png" in capsys.readouterr().out

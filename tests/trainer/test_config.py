@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from trainer.cli.main import main
 from trainer.config.diagnostics import unknown_words, without_effect
 from trainer.config.loading import build, dump, dump_shareable, load, parse_overrides, tomllib
-from trainer.config.options import known_keys
+from trainer.config.options import known_keys, nearest
 from trainer.config.schema import Config, ConfigError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
@@ -312,3 +312,8 @@ def test_every_number_has_a_range_and_is_refused_beyond_it(key, field):
 
 def vars_of(item):
     return {name: getattr(item, name) for name in ("ge", "gt", "le", "lt") if getattr(item, name, None) is not None}
+
+
+def test_a_typo_is_told_before_what_other_programs_call_a_setting():
+    assert nearest("optimizer.beta") in ("Did you mean optimizer.beta1?", "Did you mean optimizer.beta2?")
+    assert nearest("objective.beta") == nearest("beta") == "Did you mean objective.kl_weight?"

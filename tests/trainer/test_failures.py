@@ -23,6 +23,34 @@ def test_an_error_of_the_first_update_is_told_although_its_folder_is_gone(tmp_pa
     folder.require_new()
 
 
+@pytest.mark.slow
+def test_a_second_start_of_a_run_that_has_finished_meanwhile_leaves_it_as_it_is(make_config):
+    config = make_config(run={"updates": 1})
+    second = launch.start_run(config)  # both are loaded before either has a folder
+    folder = finished(config)
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="already holds a run"), second:
+        pytest.fail("the run does not begin")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.slow
+def test_files_that_no_run_has_written_are_neither_replaced_nor_removed(make_config):
+    config = make_config()
+    folder = RunFolder(config.run.folder / config.run.name)
+    folder.path.mkdir(parents=True)
+    folder.config_file.write_text("mine = true\n")
+    with pytest.raises(ConfigError, match=r"config.toml is no run's, and would be overwritten"):
+        launch.start_run(config)
+    assert folder.config_file.read_text() == "mine = true\n"
+    folder.config_file.unlink()
+    folder.log_file.write_text("my notes\n")
+    with pytest.raises(KeyboardInterrupt), launch.start_run(config):
+        raise KeyboardInterrupt
+    assert [path.name for path in folder.path.iterdir()] == ["log.txt"]
+    assert folder.log_file.read_text() == "my notes\n"
+
+
 def finished(config: Config) -> RunFolder:
     """The folder of a run that has made all its updates."""
     folder, updates = start_run(config)

@@ -61,6 +61,24 @@ def test_a_csv_header_may_be_in_any_case(tmp_path, header):
     assert (prompt, metadata_of(prompt)) == ("a fox", {"tag": "color"})
 
 
+def test_a_csv_header_may_come_after_empty_lines(tmp_path):
+    (prompt,) = read(tmp_path, "p.csv", "\n\nprompt,tag\na fox,color\n")
+    assert (prompt, metadata_of(prompt)) == ("a fox", {"tag": "color"})
+
+
+def test_a_line_too_long_for_a_csv_cell_is_a_prompt(tmp_path):
+    long = "a fox " * 30_000
+    assert read(tmp_path, "p.csv", f"{long}\na frog\n") == [long.strip(), "a frog"]
+
+
+def test_a_text_of_several_lines_is_a_prompt_per_line_and_a_json_object_one():
+    assert PromptsConfig(lines="a fox\n\na frog\n").read() == ["a fox", "a frog"]
+    assert PromptsConfig(lines=["a fox\na frog", '{"prompt": "a star",\n "tag": "shape"}']).read()[1:] == [
+        "a frog",
+        "a star",
+    ]
+
+
 @pytest.mark.parametrize("header", ["prompt;tag", "tag\tPrompt", "Prompts", '"prompt";"tag"', "prompts,tag"])
 def test_a_csv_header_in_another_form_is_not_trained_as_a_prompt(tmp_path, header):
     with pytest.raises(ConfigError, match=r"p\.csv: the first line .* looks like a header.* called prompt\. Save it"):

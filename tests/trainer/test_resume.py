@@ -17,6 +17,7 @@ from trainer.config.loading import build, with_options
 from trainer.config.schema import Config, ConfigError
 from trainer.files import fingerprint
 from trainer.loop.align import align
+from trainer.policy.lora_pairs import load_pairs
 from trainer.runs.folder import RunFolder
 from trainer.runs.identity import differences, identity_of
 from trainer.runs.launch import ResumeOptions, resume_run
@@ -105,6 +106,7 @@ def test_another_rank_is_refused_even_if_it_is_accepted(folder):
 def test_where_and_how_a_run_is_computed_may_change(folder):
     edit(folder, "images_at_once = 16", "images_at_once = 1")
     edit(folder, "save_every = 1", "save_every = 5")
+    edit(folder, "kl_every = 10", "kl_every = 5")
     resume_run(folder.path, ResumeOptions(updates=3))
 
 
@@ -117,6 +119,40 @@ def test_a_config_that_was_cut_off_is_refused(folder, share):
     folder.config_file.write_text("".join(lines[:cut]))
     with pytest.raises(ConfigError, match=r"config.toml is cut off: its last line, `# end`, is missing"):
         resume_run(folder.path, ResumeOptions(updates=3))
+
+
+@pytest.mark.slow
+def test_a_run_whose_record_is_lost_goes_on_only_where_that_is_accepted(folder):
+    folder.record_file.unlink()
+    edit(folder, "learning_rate = 0.001", "learning_rate = 0.3")
+    with pytest.raises(ConfigError, match=r"run.json is missing, so what has changed is not known"):
+        resume_run(folder.path, ResumeOptions(updates=3))
+    with resume_run(folder.path, ResumeOptions(updates=3, accept_changes=True)):
+        pass
+    assert json.loads(folder.record_file.read_text())["changes"][0]["after_update"] == 2
+
+
+@pytest.mark.slow
+def test_checkpoints_keep_the_strength_that_they_were_trained_with(folder):
+    before = folder.lora("1")
+    edit(folder, "rank = 2", "rank = 2\nalpha = 20.0")
+    with resume_run(folder.path, ResumeOptions(updates=3, accept_changes=True)) as run:
+        for update in align(run.state, run.job):
+            run.keep(update)
+    after = folder.lora("1")
+    assert all(torch.equal(one, other) for name in before for one, other in zip(before[name], after[name], strict=True))
+    stored = load_pairs(folder.checkpoint() / "lora.safetensors")
+    name = next(iter(before))
+    assert torch.equal(folder.lora()[name][1], 10 * stored[name][1])
+
+
+def test_a_model_that_was_moved_is_the_same_and_a_missing_one_is_told_by_loading():
+    recorded = {"model.name": "/old/m.safetensors", "content of model.name": "abc"}
+    assert differences(recorded, {"model.name": "/new/m.safetensors", "content of model.name": "abc"}) == []
+    assert differences(recorded, {"model.name": "/old/m.safetensors", "content of model.name": None}) == []
+    assert differences(recorded, {"model.name": "/old/m.safetensors", "content of model.name": "xyz"}) == [
+        "the model has other weights"
+    ]
 
 
 @pytest.mark.slow

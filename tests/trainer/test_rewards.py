@@ -14,7 +14,7 @@ from trainer.config.loading import dump, load
 from trainer.config.schema import ConfigError
 from trainer.loop.scoring import ImageGroups, Stopwatch, score
 from trainer.runs.check import check_run
-from trainer.runs.rewards import load_rewards
+from trainer.runs.rewards import make_rewards
 
 pytestmark = pytest.mark.slow
 
@@ -44,16 +44,16 @@ def test_the_configurations_settings_reach_every_reward(make_config, tmp_path):
         "held_out": ["hpsv2.1"],
         "folder": str(tmp_path), "device": "cpu", "precision": "float16", "images_at_once": 3,
     }  # fmt: skip
-    rewards = load_rewards(make_config(reward=reward))
+    rewards = make_rewards(make_config(reward=reward))
     assert list(rewards) == ["colorfulness", "hpsv2.1"]
     for found in rewards.values():
         assert found.settings == RewardSettings(tmp_path, "cpu", torch.float16, 3)
 
 
 def test_rewards_go_where_the_model_is_unless_told_otherwise(make_config):
-    assert load_rewards(make_config())["colorfulness"].device.type == "cpu"
+    assert make_rewards(make_config())["colorfulness"].device.type == "cpu"
     with pytest.raises(ConfigError, match=r"reward.device toaster is not a device"):
-        load_rewards(make_config(reward={"device": "toaster"}))
+        make_rewards(make_config(reward={"device": "toaster"}))
 
 
 def test_a_prompt_that_a_reward_cannot_score_is_refused_before_the_run_begins(make_config, tmp_path):
@@ -127,7 +127,7 @@ def test_a_run_on_a_reward_of_the_users_own_records_it_under_its_name(make_confi
 
 def test_a_module_without_that_reward_is_refused(make_config, module):
     with pytest.raises(ConfigError, match=r"module:Class"):
-        load_rewards(make_config(reward={"weights": {module + "er": 1.0}}))
+        make_rewards(make_config(reward={"weights": {module + "er": 1.0}}))
 
 
 class Rank(GroupReward):

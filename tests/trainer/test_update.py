@@ -16,7 +16,7 @@ from trainer.loop.plan import make_plan
 from trainer.loop.state import TrainingState, make_training_state
 from trainer.loop.update import UpdateBatch, improve
 from trainer.policy.loading import make_policy
-from trainer.runs.rewards import load_rewards
+from trainer.runs.rewards import make_rewards
 
 pytestmark = pytest.mark.slow
 
@@ -223,5 +223,5 @@ def test_each_image_is_predicted_once_per_step_of_the_rollout_and_once_per_train
         rows[torch.is_grad_enabled()] += len((*args, *inputs.values())[0])
 
     policy.denoiser.register_forward_pre_hook(count, with_kwargs=True)
-    next(align(make_training_state(policy, config), Job(config, config.prompts.read(), load_rewards(config))))
+    next(align(make_training_state(policy, config), Job(config, config.prompts.read(), make_rewards(config))))
     assert rows == {False: 2 * 4 * 3, True: 2 * 4 * 2}

@@ -1,5 +1,6 @@
 """What runs and exports write: whole or not at all, equal bytes for equal content, no paths and prompts, the umask."""
 
+import errno
 import os
 import shutil
 import stat
@@ -16,7 +17,7 @@ from trainer.cli.main import main
 from trainer.config.loading import build, dump_shareable, tomllib, without_folder
 from trainer.config.schema import ConfigError
 from trainer.evaluation.source import open_source
-from trainer.files import digest, digest_of, require_writable, sampled_digest
+from trainer.files import advice, digest, digest_of, require_writable, sampled_digest
 from trainer.runs.folder import RunFolder
 
 METADATA = {f"key {n}": "value" for n in range(8)}
@@ -183,3 +184,15 @@ def test_a_sampled_digest_needs_no_large_file(tmp_path):
     (tmp_path / "small").write_bytes(b"1")
     (tmp_path / "empty").write_bytes(b"")
     assert sampled_digest(tmp_path / "small") != sampled_digest(tmp_path / "empty")
+
+
+def test_what_to_do_about_a_failed_write_depends_on_why_it_failed():
+    assert advice(OSError(errno.ENOSPC, "No space left on device")) == "Free some disk space."
+    assert advice(PermissionError(errno.EACCES, "Permission denied")) == "Check the path and its permissions."
+
+
+def test_a_drive_that_does_not_exist_is_named(tmp_path, monkeypatch):
+    """As on Windows, where not even the root of a path needs to exist."""
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    with pytest.raises(ConfigError, match=r"--out .*x.png cannot be written: / does not exist"):
+        require_writable(tmp_path / "x.png", "--out")

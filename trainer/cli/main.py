@@ -1,7 +1,6 @@
 """The command line: thin commands over the library. Every error is one sentence, with exit status 2."""
 
 import contextlib
-import errno
 import io
 import os
 import sys
@@ -15,6 +14,7 @@ from comfyui_pcpo.prompt import require_text
 
 from ..config.errors import ConfigError
 from ..config.loading import tomllib
+from ..files import advice
 from ..loop.interrupts import Interrupted, interrupts
 from ..program import program_name
 from . import images, rewards, runs, taste
@@ -75,6 +75,7 @@ def main(tokens: list[str] | None = None) -> int:
         escape_unprintable()
         try:
             require_text_arguments(sys.argv[1:] if tokens is None else tokens)
+            find_own_modules()
             make_app()(tokens, result_action="return_value", exit_on_error=False)
             sys.stdout.flush()
         except CycloptsError:  # already printed, with the nearest option
@@ -109,6 +110,12 @@ def require_text_arguments(tokens: list[str]) -> None:
             raise ConfigError(f"argument {token!a} {error}.") from None
 
 
+def find_own_modules() -> None:
+    """Let rewards named module:Class be in the current folder, for `pcpo` as for `python -m trainer`."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def escape_unprintable() -> None:
     """Print what the output's encoding lacks, as on Windows when it goes to a file, as an escape, and no traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -120,11 +127,6 @@ def report(message: str) -> int:
     """Print an error, -> exit status."""
     print(f"error: {message}", file=sys.stderr)
     return 2
-
-
-def advice(error: OSError) -> str:
-    """What to do about an error of the operating system."""
-    return "Free some disk space." if error.errno == errno.ENOSPC else "Check the path and its permissions."
 
 
 def discard_output() -> int:

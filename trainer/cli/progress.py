@@ -30,11 +30,16 @@ class Stopped(Exception):
         self.status = status
 
 
+def is_main_process() -> bool:
+    """Whether this is the process, of those that torchrun or accelerate has started, that tells the user things."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 class Bar:
     """Progress over the model calls of each update; `tick` is called by the loop. Without a terminal, single lines."""
 
     def __enter__(self) -> "Bar":
-        self.mute = int(os.environ.get("RANK", "0")) > 0
+        self.mute = not is_main_process()
         self.lines = not (self.mute or sys.stderr.isatty())
         hide = self.mute or self.lines
         self.bar = tqdm(unit=" model calls", leave=False, disable=hide, dynamic_ncols=True)

@@ -18,7 +18,7 @@ from ..evaluation.options import DemoReward
 from .files import free_name
 from .libraries import quiet_libraries
 from .parameters import Json
-from .progress import Bar, outcome
+from .progress import Bar, is_main_process, outcome
 
 if TYPE_CHECKING:
     from ..evaluation.demo import Comparison
@@ -37,7 +37,10 @@ Tokens = Annotated[
 
 
 def train_command(*tokens: Tokens) -> None:
-    """Train a LoRA, for example: train configs/tiny-flow.toml --rollout.group-size 16 --run.name pairs"""
+    """Train a LoRA, for example: train configs/tiny-flow.toml --rollout.group-size 16 --run.name pairs
+
+    Writes to output/pcpo/NAME (--run.folder, --run.name). Ctrl-C saves a checkpoint, and resume continues from it.
+    """
     config = read_config(list(tokens))
     quiet_libraries()
     from ..runs import launch
@@ -71,7 +74,7 @@ def resume_command(
     run
         Folder of the run.
     checkpoint
-        latest, best, kept (by the guard), or the number of an update; final is kept, or latest without a guard.
+        latest, best, kept (by the guard), or the number of an update; final: kept if any is, else latest.
     updates
         New total number of updates, to extend a finished run.
     accept_changes
@@ -113,7 +116,7 @@ def print_check(check: "RunCheck", config: Config, as_json: bool) -> None:
     """What was determined of the run, without the problems in the text form."""
     if as_json:
         costs = None if check.budget is None else asdict(check.budget)
-        tree = {"config": config.model_dump(mode="json"), "prompts": len(check.prompts), "missing": check.problems}
+        tree = {"config": config.model_dump(mode="json"), "prompts": len(check.prompts), "problems": check.problems}
         print(json.dumps(tree | {"budget": costs}))
         return
     if check.prompts:
@@ -130,7 +133,7 @@ def demo_command(
     folder: Path = Path("output/pcpo"),
     seed: int = 0,
 ) -> None:
-    """Align the embedded model, about a minute on two idle CPU cores (tinyeval), and compare it with the model before.
+    """Align the embedded model, about a minute on two idle CPU cores (tinyeval), and compare it with the base model.
 
     Parameters
     ----------
@@ -194,8 +197,9 @@ def read_config(tokens: list[str]) -> Config:
     """The configuration of `[FILE] --section.field value ...`, with notes on it on stderr."""
     path = Path(tokens.pop(0)) if tokens and not tokens[0].startswith("--") else None
     config, resolved = load_described(path, parse_overrides(tokens))
-    if resolved:
-        print(resolved, file=sys.stderr)
-    for note in (*without_effect(config), *unknown_words(config)):
-        print(f"note: {note}", file=sys.stderr)
+    if is_main_process():
+        if resolved:
+            print(resolved, file=sys.stderr)
+        for note in (*without_effect(config), *unknown_words(config)):
+            print(f"note: {note}", file=sys.stderr)
     return config

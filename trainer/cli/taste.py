@@ -81,7 +81,7 @@ def test_taste_command(
     device: str = "auto",
     as_json: Json = False,
 ) -> None:
-    """Compare a learned taste with other votes, images or pairs than it was learned from.
+    """Test a learned taste on votes, images or pairs that it was not trained on.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def ab_command(
     overwrite: bool = False,
     open_browser: bool = False,
 ) -> None:
-    """Compare two sides blind in the browser: pairs in random order and side, and the win rate with its interval.
+    """Compare two sides blind in the browser: pairs, sides swapped at random, and the win rate with its interval.
 
     Parameters
     ----------

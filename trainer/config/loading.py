@@ -185,7 +185,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {str(error).rstrip('.')}. Fix that line.") from None
     except RecursionError:
-        raise ConfigError(f"{path} is not a configuration: its values are nested too deeply.") from None
+        raise ConfigError(f"{path}: values are nested too deeply. A configuration has sections and keys.") from None
 
 
 def _require_text(value: Any, source: str, key: str = "") -> None:
@@ -205,10 +205,12 @@ def _resolve(tree: dict[str, Any], folder: Path, source: str) -> None:
     for section, key in (("prompts", "file"), ("lora", "start"), ("reward", "folder")):
         values = tree.get(section)
         if isinstance(values, dict) and isinstance(values.get(key), str):
+            _require_given(values[key], f"{source}: {section}.{key}")
             values[key] = str((folder / values[key]).resolve())
     model = tree.get("model")
     if isinstance(model, dict):
         for key in {"name", "config"} & model.keys():
+            _require_given(model[key], f"{source}: model.{key}")
             if (folder / str(model[key])).exists():  # otherwise a Hugging Face or an embedded model
                 model[key] = str((folder / str(model[key])).resolve())
     reward = tree.get("reward")
@@ -216,6 +218,12 @@ def _resolve(tree: dict[str, Any], folder: Path, source: str) -> None:
         if "weights" in reward:
             reward["weights"] = weight_table(reward["weights"], source)
         tree["reward"] = _renamed_rewards(reward, lambda name: _resolved_taste(name, folder))
+
+
+def _require_given(path: Any, option: str) -> None:
+    """Raise ConfigError for an empty path, which would be the current folder."""
+    if path == "":
+        raise ConfigError(f"{option} is empty, as an unset variable of a shell is. Give it, or leave the option out.")
 
 
 def _resolved_taste(name: str, folder: Path) -> str:

@@ -77,9 +77,12 @@ SYNONYMS = {
 
 def nearest(key: str) -> str:
     """A hint for an unknown key: the known key most like it, or the command that lists all of them."""
+    keys = known_keys()
+    beside = [known for known in keys if known.split(".")[0] == key.split(".")[0]]
+    if typo := difflib.get_close_matches(key, beside, 1, 0.9):
+        return f"Did you mean {typo[0]}?"
     if (other := SYNONYMS.get(key.split(".")[-1])) is not None:
         return f"Did you mean {other}?"
-    keys = known_keys()
     short = {k.split(".")[-1]: k for k in keys}
     matches = difflib.get_close_matches(key, keys, 1, 0.6)
     matches = matches or [short[k] for k in difflib.get_close_matches(key.split(".")[-1], short, 1, 0.6)]

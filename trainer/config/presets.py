@@ -164,7 +164,7 @@ def resolved(tree: Mapping[str, Any], name: str, room: Room) -> tuple[dict[str, 
             chosen[f"{section}.{key}"] = getattr(preset, field)
     chosen |= dict.fromkeys(_not_for(tree) & chosen.keys())
     chosen |= _memory(tree, preset, room)
-    filled = {section: dict(values) for section, values in tree.items()}
+    filled = {section: dict(values) if isinstance(values, Mapping) else values for section, values in tree.items()}
     for option, value in chosen.items():
         section, key = option.split(".")
         filled[section].pop(key)

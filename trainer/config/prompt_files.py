@@ -19,9 +19,11 @@ def read_prompt_file(file: Path) -> list[str]:
     metadata; any other file: a prompt per line.
     """
     text = read_text(file)
-    column = prompt_column(text.split("\n")[0], file) if file.suffix.lower() == ".csv" else None
-    if column is not None:
-        return [from_row(row, column) for row in parse_csv(text, file) if row[column].strip()]
+    if file.suffix.lower() == ".csv":
+        table = text.lstrip("\n")  # as the reader of CSV sees it
+        column = prompt_column(table.split("\n")[0], file)
+        if column is not None:
+            return [from_row(row, column) for row in parse_csv(table, file) if row[column].strip()]
     parse = from_json if file.suffix.lower() == ".jsonl" else parse_line
     return parse_lines(text.split("\n"), parse, str(file))
 
@@ -31,7 +33,7 @@ def prompt_column(line: str, file: Path) -> str | None:
 
     Raises ConfigError for a header that the comma does not split, which would be trained as a prompt.
     """
-    named = [name for name in next(csv.reader([line]), []) if name.strip().lower() == "prompt"]
+    named = [name for name in split_row(line) if name.strip().lower() == "prompt"]
     if len(named) > 1:
         raise ConfigError(f"{file} has {len(named)} columns of prompts: {', '.join(named)}. Rename all but one.")
     if named:
@@ -43,6 +45,14 @@ def prompt_column(line: str, file: Path) -> str | None:
             "commas, and that of the prompts is called prompt. Save it so, or without a header, a prompt per line."
         )
     return None
+
+
+def split_row(line: str) -> list[str]:
+    """The cells of a line; none of one that cannot be a header."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:  # too long
+        return []
 
 
 def parse_lines(lines: list[str], parse: Callable[[str], str] = parse_line, source: str = "prompts.lines") -> list[str]:

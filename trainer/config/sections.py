@@ -1,9 +1,9 @@
 """The sections of the configuration. A field's description is also the tooltip of its node input."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from comfyui_pcpo.method.credit import CREDITS, LOSS_WEIGHTS
 from comfyui_pcpo.method.ddim_variance import Sigma
@@ -28,13 +28,32 @@ else:  # the choices are the method's own tables, so an addition there needs no 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def is_no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """true would count as 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {kind, *get_args(kind)} & {int, float}:
+            raise ValueError("must be a number, not a switch")
+        return value
+
 
 def one_or_more(value: Any) -> Any:
     """Accept a single string as a list of one."""
     return (value,) if isinstance(value, str) and value else value
 
 
+def split_lines(value: Any) -> Any:
+    """Accept a text of several lines as a list of lines; a JSON object may have line breaks."""
+    texts = one_or_more(value)
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return texts
+    whole = [[text] if text.lstrip().startswith("{") else text.splitlines() for text in texts]
+    return tuple(line for lines in whole for line in lines)
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(one_or_more)]
+Lines = Annotated[tuple[str, ...], BeforeValidator(split_lines)]
 
 
 class ModelConfig(Section):
@@ -47,7 +66,7 @@ class ModelConfig(Section):
         description="Pipeline of the same family (folder or Hugging Face name) for what a .safetensors file lacks.",
     )
     device: str = Field(default="auto", description="Device of the model: auto, cpu, cuda or cuda:N.")
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
+    precision: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="Precision of the frozen weights and forward passes; LoRA, ratios and losses stay in float32.",
     )
@@ -72,13 +91,18 @@ class ModelConfig(Section):
         "process.",
     )
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def holds_gradients(cls, value: Any) -> Any:
+        if value == "float16":
+            raise ValueError(
+                "cannot be float16, which represents no values below 6e-8, so the gradients would underflow to 0. Use "
+                "bfloat16 or float32"
+            )
+        return value
+
     @model_validator(mode="after")
     def fits(self) -> "ModelConfig":
-        if self.precision == "float16":
-            raise ValueError(
-                "precision = float16 cannot represent values below 6e-8, so the gradients would underflow to 0. "
-                "Use bfloat16 or float32."
-            )
         if self.shard and (self.quantize != "none" or self.compile):
             other = "compile = true" if self.compile else f"quantize = {self.quantize}"
             raise ValueError(f"shard = true cannot be combined with {other}. Use one of the two.")
@@ -86,9 +110,10 @@ class ModelConfig(Section):
 
 
 class PromptsConfig(Section):
-    lines: Names = Field(
+    lines: Lines = Field(
         default=(),
-        description="Training prompts: a string or a list; a JSON object in a string has metadata, as in a jsonl file.",
+        description="Training prompts: a text with one per line, or a list; a JSON object has metadata, as in jsonl "
+        "files.",
     )
     file: Path | None = Field(
         default=None,

@@ -32,7 +32,7 @@ def read_text(path: Path) -> str:
             f"{path} is not text in UTF-8 or UTF-16 (byte {error.start}: {error.reason}). Save it as UTF-8."
         ) from None
     if "\0" in text:
-        raise ConfigError(f"{path} has NUL characters, so it is no text file. Save it as UTF-8.")
+        raise ConfigError(f"{path} contains NUL characters, so it is not a text file. Save it as UTF-8.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

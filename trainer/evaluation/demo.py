@@ -19,7 +19,7 @@ from comfyui_pcpo.tiny.tinyeval import HARD, drawing_features, shares, suite_pro
 from ..config.loading import build, merge
 from ..config.schema import Config
 from ..runs.folder import RunFolder
-from ..runs.rewards import load_rewards
+from ..runs.rewards import make_rewards
 from .metrics import judged
 from .options import DemoReward
 from .sampling import Draw, Guide, sample, sampling_policy
@@ -154,7 +154,7 @@ def compare_with_base(config: Config, folder: RunFolder, seed: int) -> Compariso
     texts = [prompt for prompt in prompts for _ in range(IMAGES_PER_PROMPT)]
     settings = Draw(seed, config.rollout.steps, each=IMAGES_PER_PROMPT)
     guide = Guide(folder.lora("final"), ImplicitReward(1.0))
-    policy, measures = sampling_policy(config, [guide.pairs]), Measures(load_image_encoder(), load_rewards(config))
+    policy, measures = sampling_policy(config, [guide.pairs]), Measures(load_image_encoder(), make_rewards(config))
     before, after = (
         measure_side(measures, sample(policy, prompts, guides, settings), texts) for guides in ([], [guide])
     )

@@ -102,6 +102,6 @@ def check_failures(scores: dict[str, Tensor], rewards: dict[str, Reward], config
     if not complete.all(0).any():
         failed = [name for name in trained if not scores[name].isfinite().all()]
         raise RunError(
-            f"update {number}: of every image, one of the rewards {', '.join(failed)} failed, so no images can be "
+            f"update {number}: every image has a failed score from one of {', '.join(failed)}, so no images can be "
             "compared. Fix the rewards."
         )

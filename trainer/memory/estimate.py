@@ -75,13 +75,13 @@ class Budget:
 
     def lines(self, config: Config) -> list[str]:
         r, calls = config.rollout, self.model_calls
-        often = "" if config.trains_kl else f" in every {config.objective.kl_every}th update"
+        often = "" if config.trains_kl else f" every {config.objective.kl_every} updates"
+        kl = f", {calls.reference.text()} without the LoRA for the KL{often}" if calls.reference.calls else ""
         guard = [f"{calls.guard.text()} for the guard, every {config.guard.every} updates and before the first one"]
         return [
             f"{self.images} images x {r.branch or self.trained_steps} trained of {self.steps} steps = "
             f"{self.transitions} transitions per update",
-            f"per update {calls.rollout.text()} for the rollout, {calls.update.text()} forward and backward, "
-            f"{calls.reference.text()} without the LoRA for the KL{often}",
+            f"per update {calls.rollout.text()} for the rollout, {calls.update.text()} forward and backward{kl}",
             *(guard if config.guard.every else []),
             *self.memory.lines(),
             f"trajectories in CPU memory: {_gib(self.trajectory_bytes)} GiB",

@@ -1,14 +1,19 @@
 """Check a configuration before training: prompts, rewards, device, model, and the memory it needs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from comfyui_pcpo.reward import Reward, RewardError, RewardSettings
 
 from ..config.schema import Config, ConfigError
+from ..files import require_writable
+from ..memory.bitsandbytes import bitsandbytes_for
 from ..memory.estimate import Budget, budget
 from ..policy.device import NoGpuError, pick_device
 from ..policy.loading import make_shapes
+from .folder import RunFolder
 from .rewards import WEIGHTS, make_reward, require_prompts, reward_settings
+from .tensorboard import require_tensorboard
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class RunCheck:
 def check_run(config: Config) -> RunCheck:
     """Try all that training loads, of the model only shapes; what is missing is a problem instead of an exception."""
     rewards, problems, notes = check_rewards(config)
+    problems += check_writing(config)
     prompts, costs = [], None
     try:
         prompts = config.prompts.read()
@@ -37,6 +43,26 @@ def check_run(config: Config) -> RunCheck:
     except ConfigError as error:
         problems.append(str(error))
     return RunCheck(prompts, costs, list(dict.fromkeys(problems)), notes)
+
+
+def check_writing(config: Config) -> list[str]:
+    """Problems with the run's folder, and with optional packages that its settings need."""
+    folder = RunFolder(config.run.folder / config.run.name)
+    needed: list[Callable[[], object]] = [folder.require_new]
+    needed.append(lambda: require_writable(folder.config_file, "run.folder:"))
+    if config.run.tensorboard:
+        needed.append(require_tensorboard)
+    if config.optimizer.name == "adamw8bit":
+        needed.append(lambda: bitsandbytes_for("optimizer.name = adamw8bit"))
+    if config.model.quantize == "4bit":
+        needed.append(lambda: bitsandbytes_for("model.quantize = 4bit"))
+    problems = []
+    for need in needed:
+        try:
+            need()
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
 
 
 def check_rewards(config: Config) -> tuple[dict[str, Reward], list[str], list[str]]:

@@ -34,10 +34,11 @@ class NoEma(ConfigError):
     """A checkpoint of a run without an EMA, for one that keeps an EMA."""
 
 
-def write_checkpoint(state: TrainingState, folder: Path) -> LoraPairs:
-    """Write into a new folder and flush it, -> the LoRA to use: the EMA if there is one."""
+def write_checkpoint(state: TrainingState, folder: Path, lora_scale: float) -> LoraPairs:
+    """Write into a new folder and flush it, -> the LoRA to use: the EMA if there is one. `lora_scale`: alpha / rank."""
     folder.mkdir(parents=True)
     pairs, rest = state.policy.lora(), {"update": state.done, "window": state.window.state_dict()}
+    rest["lora_scale"] = lora_scale
     rest["constraints"] = {name: constraint.state_dict() for name, constraint in state.constraints.items()}
     tensors = {LORA: flat_pairs(pairs)}
     if state.ema is not None:
@@ -151,10 +152,15 @@ def fits(saved: dict[str, Any], parameters: list[Tensor], optimizer: torch.optim
     return True
 
 
+def read_progress(folder: Path) -> dict[str, Any]:
+    """What a checkpoint has in state.json."""
+    return parse_json((folder / STATE).read_text(encoding="utf-8"))
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint of a folder that was verified. Raises Damaged where that was not possible and it is not intact."""
     try:
-        rest = parse_json((folder / STATE).read_text(encoding="utf-8"))
+        rest = read_progress(folder)
         ema = load_pairs(folder / EMA) if "average_steps" in rest else None
         optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         return Checkpoint(folder, load_pairs(folder / LORA), ema, optimizer, rest)

@@ -26,13 +26,14 @@ from comfyui_pcpo.plotting.run_curves import curves
 from ..config.loading import build, dump, dump_shareable, tomllib
 from ..config.schema import Config, ConfigError
 from ..config.text_files import read_text
+from ..files import advice
 from ..guard.limits import replay
 from ..loop.align import Update
 from ..loop.state import TrainingState
 from ..policy.base import LoraPairs
 from ..policy.lora_pairs import folded, load_pairs, read_lora
 from ..program import program_name
-from .checkpoint import EMA, LORA, Damaged, read_checkpoint, verify, write_checkpoint
+from .checkpoint import EMA, LORA, MANIFEST, STATE, Damaged, read_checkpoint, read_progress, verify, write_checkpoint
 from .rows import append_record, best_update, read_rows, row_line
 
 CONFIG_HEAD = "# The settings of this run. The last line says that nothing is missing.\n"
@@ -53,7 +54,7 @@ def writing(file: Path, run: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(
             f"{file} could not be written: {error.strerror or error}. Finished checkpoints are intact. "
-            f"Free some disk space, then `{program_name()} resume {run}`."
+            f"{advice(error)} Then continue with `{program_name()} resume {run}`."
         ) from error
 
 
@@ -78,6 +79,7 @@ class RunFolder:
         self.record_file = path / "run.json"  # what the run was made with, and accepted changes
         self.guard_file = path / "guard.safetensors"  # what the guard measured of the base model
         self._used: Config | None = None
+        self._found: list[Path] = []  # files that were there before the run began
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -106,26 +108,34 @@ class RunFolder:
             self._used = None
 
     def start(self, config: Config) -> None:
-        """Write the resolved configuration into an empty folder."""
-        self.require_new()
+        """Write the resolved configuration into a new folder."""
+        self._found = [file for file in self._beginnings() if file.exists()]
         self.rewrite_config(config)
+
+    def _beginnings(self) -> list[Path]:
+        """What a run writes before its first update, besides its lock and TensorBoard's events."""
+        return [self.config_file, self.record_file, self.guard_file, self.log_file]
 
     def remove_unstarted(self) -> None:
         """Remove what a run without a finished update has written, and the folder unless it holds anything else."""
-        own = (self.config_file, self.record_file, self.guard_file, self.log_file, self.path / ".lock")
+        own = [file for file in self._beginnings() if file not in self._found]
         with contextlib.suppress(OSError):
-            for file in (*self.board.glob("events.out.tfevents.*"), *own):
+            for file in (*self.board.glob("events.out.tfevents.*"), *own, self.path / ".lock"):
                 file.unlink(missing_ok=True)
             if self.board.is_dir():
                 self.board.rmdir()
             self.path.rmdir()
 
     def require_new(self) -> None:
-        """Raise ConfigError if the folder holds a run."""
+        """Raise ConfigError if the folder holds a run, or a config.toml that is none of a run."""
         if self.metrics_file.exists() or self.checkpoints.exists():
             raise ConfigError(
                 f"{self.path} already holds a run. Continue it with `{program_name()} resume {self.path}`, "
                 "or give this one another name with --run.name."
+            )
+        if self.config_file.exists() and not self.config_file.read_bytes().startswith(CONFIG_HEAD.encode()):
+            raise ConfigError(
+                f"{self.config_file} is no run's, and would be overwritten. Give this run another name with --run.name."
             )
 
     def config(self) -> Config:
@@ -205,7 +215,7 @@ class RunFolder:
         final, temporary = self.checkpoints / name, self.checkpoints / f"{name}.tmp"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            pairs = write_checkpoint(state, temporary)
+            pairs = write_checkpoint(state, temporary, config.lora.scale)
             if use:
                 self.write_lora(folded(pairs, config.lora.scale), state.policy.family, config, state.done)
             discard(final)
@@ -215,7 +225,8 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             raise NotSaved(
                 f"checkpoint {name} could not be written to {self.checkpoints}: {error}. "
-                f"Earlier checkpoints are intact. Free some disk space, then `{program_name()} resume {self.path}`."
+                f"Earlier checkpoints are intact. {advice(error)} Then continue with `{program_name()} resume "
+                f"{self.path}`."
             ) from error
         return final
 
@@ -262,6 +273,10 @@ class RunFolder:
         """The LoRA's family, which its file names; module names alone can be those of several."""
         named = read_lora(self.lora_file)[1].get("pcpo.family", "") if self.lora_file.is_file() else ""
         return named if named in LORA_FAMILIES else detect_family(self.lora())
+
+    def has_manifest(self) -> bool:
+        """Whether a checkpoint has a manifest, as all have since version 0.2."""
+        return any((self.checkpoints / f"{number:06d}" / MANIFEST).is_file() for number in self.numbers())
 
     def numbers(self) -> list[int]:
         """Updates that have a whole checkpoint, oldest first."""
@@ -314,11 +329,12 @@ class RunFolder:
         )
 
     def lora(self, which: str = "latest") -> LoraPairs:
-        """A checkpoint's factors, those of the EMA if the run keeps one, with alpha / rank folded into the second."""
+        """A checkpoint's factors, those of the EMA if the run keeps one, with its alpha / rank folded in."""
         folder = self.checkpoint(which)
         name = EMA if (folder / EMA).is_file() else LORA
-        verify(folder, name)
-        return folded(load_pairs(folder / name), self.config().lora.scale)
+        verify(folder, name, STATE)
+        scale = read_progress(folder).get("lora_scale", self.config().lora.scale)  # versions before 0.2 record none
+        return folded(load_pairs(folder / name), scale)
 
     def lora_modules(self, which: str = "latest") -> list[str]:
         """Names of the modules that a checkpoint's LoRA changes."""

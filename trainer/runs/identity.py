@@ -20,6 +20,7 @@ FREE = {
     "model": {"device", "offload", "gradient_checkpointing", "compile", "shard"},
     "prompts": {"lines", "file"},  # the prompts themselves are compared
     "rollout": {"images_at_once", "batch_cfg"},
+    "objective": {"kl_images", "kl_every"},  # of monitoring
     "reward": {"folder", "device", "images_at_once", "offload", "overlap", "max_failed", "patience"},
     "lora": {"start"},  # read once, when the run began
     "guard": {"every", "prompts", "images", "tolerance", "diversity_tolerance", "patience", "action"},
@@ -68,6 +69,9 @@ def identity_of(
 def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A phrase for everything that is not as it was; settings that the record does not know are new, and left out."""
     changed = [key for key, value in now.items() if key in recorded and not unchanged(key, recorded[key], value)]
+    before, after = recorded.get(MODEL_CONTENT), now.get(MODEL_CONTENT)
+    if before is not None and after in (None, before):  # moved; or missing, which loading tells
+        changed = [key for key in changed if key not in ("model.name", MODEL_CONTENT)]
     return [describe(key, recorded[key], now[key]) for key in changed]
 
 
@@ -133,13 +137,15 @@ class RunRecord:
     def write(self, identity: dict[str, Any], changes: Sequence[dict[str, Any]] = ()) -> None:
         write_durably(self.file, json.dumps({"identity": identity, "changes": list(changes)}, indent=1).encode())
 
-    def changes(self, identity: dict[str, Any]) -> list[str]:
-        """What is not as this run was made."""
+    def changes(self, identity: dict[str, Any], required: bool = False) -> list[str]:
+        """What is not as this run was made; with `required`, that it is not known either."""
         try:
             recorded = self.read()
         except ConfigError as error:
             return [str(error)]
-        return [] if recorded is None else differences(recorded["identity"], identity)
+        if recorded is None:
+            return [f"{self.file.name} is missing, so what has changed is not known"] if required else []
+        return differences(recorded["identity"], identity)
 
     def accept(self, identity: dict[str, Any], done: int, changes: Sequence[str]) -> None:
         """Make `identity` the run's from update `done` on, and keep what changed."""
@@ -155,6 +161,6 @@ def require_accepted(run: Path, changes: Sequence[str], accepted: bool) -> None:
     """Raise Changed, which names every change, unless they are accepted."""
     if changes and not accepted:
         raise Changed(
-            f"{run} would not go on as it began: {'; '.join(changes)}.",
+            f"{run} has changed since it was started: {'; '.join(changes)}.",
             f"Undo that, or continue with `{program_name()} resume {run} --accept-changes`, which records it.",
         )

@@ -23,9 +23,9 @@ from ..policy.loading import make_policy
 from ..program import program_name
 from .folder import NotSaved, RunFolder, writing
 from .identity import NotResumed, RunRecord, identity_of, require_accepted
-from .rewards import read_rewards, require_prompts
+from .rewards import load_rewards, require_prompts
 from .rows import row_problems
-from .tensorboard import make_board, write_board
+from .tensorboard import make_board, require_tensorboard, write_board
 
 
 class StoppedByGuard(NotResumed):
@@ -69,9 +69,8 @@ class Run:
             stack.enter_context(interrupts.hold())
             if main:
                 stack.enter_context(self.folder.locked())
-                stack.callback(self._remove_unstarted)
             stack.enter_context(self.folder.using(self.config))
-            self._begin(main)
+            self._begin(stack, main)
             self.saved = self.state.done
             with interrupts.allow():
                 self._set_guard()
@@ -80,11 +79,14 @@ class Run:
             self._open = stack.pop_all()
         return self
 
-    def _begin(self, write: bool) -> None:
-        """Begin or continue the folder's run, and record what it is made with."""
+    def _begin(self, stack: ExitStack, write: bool) -> None:
+        """Begin or continue the folder's run, and record what it is made with; `stack` then cleans up."""
         levels = self.state.policy.grid(self.config.rollout.steps).levels.tolist()
         changes, identity = resume_changes(self.folder, self.job, self.checkpoint, levels)
         require_accepted(self.folder.path, changes, self.accept_changes)
+        if write and self.checkpoint is None:
+            self.folder.require_new()
+            stack.callback(self._remove_unstarted)
         begin(self.folder, self.state, self.config, self.checkpoint, write)
         if write:
             with writing(self.folder.record_file, self.folder.path):
@@ -93,7 +95,7 @@ class Run:
                 self.folder.log(f"accepted after update {self.state.done}: {'; '.join(changes)}")
 
     def _remove_unstarted(self) -> None:
-        if self.checkpoint is None and self.state.done == 0:
+        if self.state.done == 0:
             self.folder.remove_unstarted()
 
     def _set_guard(self) -> None:
@@ -167,7 +169,7 @@ def resume_changes(
         return [], identity
     done = int(folder.checkpoint(checkpoint).name) if folder.numbers() else 0
     return [
-        *RunRecord(folder.record_file).changes(identity),
+        *RunRecord(folder.record_file).changes(identity, required=folder.has_manifest()),
         *row_problems(folder.metrics_file, done),
     ], identity
 
@@ -215,11 +217,13 @@ def start_run(config: Config, tick: Callable[[], None] = lambda: None) -> Run:
     """A new run; everything is loaded and checked before its folder is made."""
     folder = RunFolder(config.run.folder / config.run.name)
     join()
-    main = Processes().main  # which alone tries the folder: both the lock and the trial write there
+    main = Processes().main  # only the main process checks the folder, since the check writes to it
     with folder.locked() if main and folder.path.exists() else nullcontext():  # names another run that is writing it
         folder.require_new()
     if main:
         require_writable(folder.config_file, "run.folder:")
+    if config.run.tensorboard:
+        require_tensorboard()
     return Run(*_loaded(folder, config, tick))
 
 
@@ -259,7 +263,7 @@ def _loaded(
     folder: RunFolder, config: Config, tick: Callable[[], None], resumed: Collection[str] = ()
 ) -> tuple[RunFolder, TrainingState, Job]:
     """What a Run takes; `resumed` as in make_policy."""
-    prompts, rewards = config.prompts.read(), read_rewards(config)
+    prompts, rewards = config.prompts.read(), load_rewards(config)
     require_prompts(rewards, prompts)
     job = Job(config, prompts, rewards, Processes(), tick)
     state = make_training_state(make_policy(config, resumed), config)

@@ -34,7 +34,7 @@ def make_reward(name: str, settings: RewardSettings) -> Reward:
         raise ConfigError(f"reward: {error}") from None
 
 
-def load_rewards(config: Config) -> dict[str, Reward]:
+def make_rewards(config: Config) -> dict[str, Reward]:
     """The trained and the held-out rewards, by name, their weights not read yet."""
     settings = reward_settings(config)
     return {name: make_reward(name, settings) for name in config.reward.names}
@@ -50,9 +50,9 @@ def require_prompts(rewards: Mapping[str, Reward], prompts: Sequence[str]) -> No
             raise ConfigError(str(error)) from None
 
 
-def read_rewards(config: Config) -> dict[str, Reward]:
-    """As `load_rewards`, with their weights read into CPU memory, so that a missing file is reported at once."""
-    rewards = load_rewards(config)
+def load_rewards(config: Config) -> dict[str, Reward]:
+    """As `make_rewards`, with their weights read into CPU memory, so that a missing file is reported at once."""
+    rewards = make_rewards(config)
     for reward in rewards.values():
         reward.to("cpu").load()
     return rewards

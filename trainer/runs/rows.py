@@ -54,7 +54,7 @@ def is_metric(value: Any) -> bool:
 
 
 def row_problems(file: Path, done: int) -> list[str]:
-    """A sentence for every update up to `done` that is not there exactly once."""
+    """A phrase for the missing and one for the repeated updates up to `done`."""
     counts = Counter(row["update"] for row in read_rows(file)[0])
     missing = [n for n in range(1, done + 1) if not counts[n]]
     doubled = [n for n in range(1, done + 1) if counts[n] > 1]

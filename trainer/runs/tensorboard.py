@@ -7,18 +7,20 @@ from ..config.schema import ConfigError
 from ..loop.align import Update
 
 
-def make_board(folder: Path, done: int) -> Any:
-    """A SummaryWriter for the updates after `done`, whose earlier events are hidden: a resume replaces them.
-
-    Raises ConfigError where TensorBoard is not installed.
-    """
+def require_tensorboard() -> Any:
+    """Its SummaryWriter. Raises ConfigError where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
             "run.tensorboard is true, but TensorBoard is not installed. `pip install tensorboard`, or set it to false."
         ) from None
-    return SummaryWriter(str(folder), purge_step=done + 1)
+    return SummaryWriter
+
+
+def make_board(folder: Path, done: int) -> Any:
+    """A SummaryWriter for the updates after `done`, whose earlier events are hidden: a resume replaces them."""
+    return require_tensorboard()(str(folder), purge_step=done + 1)
 
 
 def write_board(board: Any, update: Update) -> None:
