@@ -89,6 +89,7 @@ def test_a_person_votes_in_the_page_closes_it_comes_back_and_the_run_finishes(co
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["status"] == "success" and report["errors"] == [], report
     assert report["undone"] == 1 and report["reopened"] and report["enlarged"] == 6 and report["panel"] == 0, report
+    assert report["elsewhere"] == [6, 0], report  # over another workflow, and on the node again
     rows = (comfyui.base / "output" / "pcpo_votes" / "my-taste" / "votes.jsonl").read_text().splitlines()
     votes = {row["group"]: row for row in map(json.loads, rows)}
     assert sum(not vote["undone"] for vote in votes.values()) == VOTES

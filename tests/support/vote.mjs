@@ -26,6 +26,18 @@ async function open() {
   await page.waitForTimeout(1500);
   return page;
 }
+// In another workflow, whose node of the asking node's number is of another kind: images in the dialog, and back on the node.
+async function elsewhere(page, node) {
+  const other = { last_node_id: Number(node), last_link_id: 0, links: [], groups: [], version: 0.4, nodes: [{ id: Number(node), type: 'EmptyLatentImage', pos: [100, 100], size: [270, 110], flags: {}, order: 0, mode: 0, inputs: [], outputs: [], widgets_values: [64, 64, 1] }] };
+  const shown = () => page.locator('dialog.pcpo-vote-page[open] .images img').count();
+  await page.evaluate(w => window.app.loadGraphData(w, true, true, 'other'), other);
+  await page.waitForTimeout(1000);
+  await page.screenshot({ path: path.join(out, 'elsewhere.png') });
+  const there = await shown();
+  await page.evaluate(w => window.app.loadGraphData(w, true, true, 'workflow'), workflow);
+  await page.waitForTimeout(1500);
+  return [there, await shown()];
+}
 const question = async () => (await fetch(`${url}/pcpo/vote`)).json();
 const history = async () => Object.entries(await (await fetch(`${url}/history`)).json());
 
@@ -63,6 +75,7 @@ try {
         await page.screenshot({ path: path.join(out, 'enlarged.png') });
         result.enlarged = await page.locator('dialog.pcpo-vote-page[open] .images img').count();
         await page.locator('.pcpo-vote header button').click();
+        result.elsewhere = await elsewhere(page, asked.node);
         result.reopened = true;
       }
       if (asked.number % 2) { // by mouse, then by keyboard

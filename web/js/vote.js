@@ -75,6 +75,7 @@ app.registerExtension({
     });
     api.addEventListener("pcpo.vote", refresh);
     api.addEventListener("reconnected", refresh);
+    app.canvas.canvas.addEventListener("litegraph:set-graph", () => ballot.question && place()); // into a subgraph, or out
     await refresh();
   },
   nodeCreated(node) {
