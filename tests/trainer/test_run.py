@@ -289,7 +289,7 @@ def test_checkpoints_are_found_by_number_latest_and_best(make_config, tmp_path):
     assert folder.checkpoint("best").name == "000001"  # the latest is not rated yet
     with pytest.raises(ConfigError, match=r"checkpoint 7 is not in .* There are 1, 2"):
         folder.checkpoint("7")
-    with pytest.raises(ConfigError, match="has no checkpoints"):
+    with pytest.raises(ConfigError, match="has no checkpoint yet"):
         RunFolder(tmp_path / "empty").checkpoint()
 
 
