@@ -37,8 +37,8 @@ class Compare(io.ComfyNode):
                 RewardType.Input("reward", optional=True, tooltip="Scores the images of both sides."),
                 io.Latent.Input(
                     "latent_image", optional=True,
-                    tooltip="Sets the image size; without it, that of the published recipe for this kind of model: "
-                    "1024 px for SDXL, 512 px for most others, 128 px for the tiny models.",
+                    tooltip="Sets the image size; without it, the model's own: 1024 px for most models, 512 px for "
+                    "SD1.5, 128 px for the tiny ones.",
                 ),
             ],
             outputs=[

@@ -6,6 +6,7 @@ from pathlib import Path
 import folder_paths
 
 from ..trainer.config.schema import ConfigError
+from ..trainer.runs.folder import RunFolder
 
 NEWEST = "(newest)"
 STARTED: dict[str, str] = {}
@@ -78,7 +79,8 @@ def is_free(folder: Path) -> bool:
     if not folder.exists():
         return True
     rest = {"config.toml", ".lock", "log.txt", "run.json", "guard.safetensors"}
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= rest
+    only_rest = folder.is_dir() and {path.name for path in folder.iterdir()} <= rest
+    return only_rest and not RunFolder(folder).has_foreign_config()
 
 
 def folder_names() -> list[str]:

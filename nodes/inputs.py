@@ -33,8 +33,8 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
                 check_widget(item, given[item.id])
             elif item.id in given and not item.optional:
                 raise ConfigError(
-                    f"nothing comes in at {item.id}: the file that the connected node has loaded probably contains "
-                    "none. Load it separately, for example with Load CLIP or Load VAE."
+                    f"{item.id} is empty: the loaded file probably contains none. Load it separately, for example with "
+                    "Load CLIP or Load VAE."
                 )
         return execute(cls, *args, **kwargs)
 

@@ -14,7 +14,7 @@ from comfyui_pcpo.durable import Bytes
 from .config.errors import ConfigError
 
 READ_SIZE = 1 << 20
-FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # no space, file too large, quota
+ADVICE = {errno.ENOSPC: "Free some disk space.", errno.EFBIG: "Use another disk, or raise the limit on file sizes."}
 
 
 def digest(parts: list[Bytes]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def reward_fingerprints(names: Iterable[str]) -> dict[str, str | None]:
 
 def advice(error: OSError) -> str:
     """What to do about an error of the operating system."""
-    return "Free some disk space." if error.errno in FULL else "Check the path and its permissions."
+    return ADVICE.get(error.errno or 0, "Check the path and its permissions.")
 
 
 def require_writable(path: Path, option: str, replace: bool = True) -> Path:

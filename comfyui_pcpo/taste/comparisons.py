@@ -95,9 +95,12 @@ def standard_error(values: Tensor, pairs: Comparisons) -> float:
     _, row, sizes = pairs.vote.unique(return_inverse=True, return_counts=True)
     parts = (values - mean) / sizes[row] / len(sizes)
     by_vote = torch.zeros(len(sizes), dtype=parts.dtype).index_add(0, row, parts)
-    by_image = torch.zeros(int(torch.stack([pairs.better, pairs.worse]).max()) + 1, dtype=parts.dtype)
-    by_image = by_image.index_add(0, pairs.better, parts).index_add(0, pairs.worse, parts)
-    shared = by_image.square().sum() - parts.square().sum()  # a comparison is in the sums of two images
+    images = torch.stack([pairs.better, pairs.worse], 1)
+    by_image = torch.zeros(int(images.max()) + 1, dtype=parts.dtype)
+    by_image = by_image.index_add(0, images.flatten(), parts.repeat_interleave(2))
+    same, pair = images.sort(1)[0].unique(dim=0, return_inverse=True)
+    by_pair = torch.zeros(len(same), dtype=parts.dtype).index_add(0, pair, parts)
+    shared = by_image.square().sum() - by_pair.square().sum()  # a pair is in the sums of two images
     return math.sqrt(max(float(by_vote.square().sum()), float(shared)))
 
 

@@ -33,7 +33,7 @@ def noise_levels(model: Any, scheduler: str, steps: int, denoise: float = 1.0) -
     if scheduler == TRAINING_SCHEDULER:
         if space.timesteps and total > space.timesteps:
             raise ConfigError(
-                f"{steps} steps at denoise {denoise:g} are the last of {total}, but the model knows "
+                f"{steps} steps at denoise {denoise:g} are the last of {total}, but the model has "
                 f"{space.timesteps} timesteps. Use fewer steps, a larger denoise, or another scheduler."
             )
         sigmas = space.sigmas(training_grid(space, total))
@@ -106,9 +106,10 @@ class ImageRequest:
 
 
 def empty_latent(model: Any) -> dict[str, Any]:
-    """A square latent of the size that the recipe for this kind of model trains at."""
+    """A square latent of the model's own size."""
     latents = model.model.latent_format
-    size = (PRESETS[host_preset(model)].side or EMBEDDED_SIDE) // latents.spacial_downscale_ratio
+    side = EMBEDDED_SIDE if "pcpo_model" in model.attachments else PRESETS[host_preset(model)].own_side
+    size = side // latents.spacial_downscale_ratio
     return {"samples": torch.zeros(1, latents.latent_channels, size, size)}
 
 

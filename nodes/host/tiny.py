@@ -136,7 +136,7 @@ def load_embedded(name: str) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]
 
 
 def load_model(name: str, disable_dynamic: bool = False) -> ModelPatcher:
-    """The denoiser; ComfyUI calls this for a copy of its own, too. `disable_dynamic` is all it can be here."""
+    """The denoiser; ComfyUI calls this for a copy. `disable_dynamic` has no effect: it never loads dynamically."""
     part = "transformer" if name == "emoji-flow" else "unet"
     state = _floats(MODELS / name / part / "diffusion_pytorch_model.safetensors")
     if name == "emoji-flow":

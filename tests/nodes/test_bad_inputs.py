@@ -134,7 +134,7 @@ def required_connections():
 @pytest.mark.parametrize(("node", "name"), required_connections())
 def test_a_connected_node_that_puts_out_nothing_is_named(flow, node, name):
     """As Load Checkpoint does for a file without a text encoder."""
-    refused(lambda: call(node, **{**inputs_of(flow, node), name: None}), f"nothing comes in at {name}: ")
+    refused(lambda: call(node, **{**inputs_of(flow, node), name: None}), f"{name} is empty: ")
 
 
 def wide(conditioning):

@@ -228,7 +228,7 @@ def test_plot_credit_shows_by_default_what_train_lora_trains(family, title):
 
 
 def test_more_steps_than_the_model_has_timesteps_are_refused_by_name():
-    with pytest.raises(ConfigError, match=r"20 steps at denoise 0.01 are the last of 2000, but the model knows 1000"):
+    with pytest.raises(ConfigError, match=r"20 steps at denoise 0.01 are the last of 2000, but the model has 1000"):
         comfy_models.Tiny("emoji-eps").ksample(steps=20, denoise=0.01)
 
 

@@ -559,8 +559,8 @@ def test_compare_takes_the_images_of_a_video_models_vae(flow):
         assert torch.equal(request[0].generate(flow.model), request[1].generate(flow.model))
 
 
-def test_compare_generates_the_size_of_the_recipe_whatever_a_latent_stands_for(flow):
-    for family, latents, size in (("sd3", comfy.latent_formats.Flux2(), 32), ("sdxl", None, 128), ("flux", None, 64)):
+def test_compare_generates_the_models_own_size_whatever_a_latent_stands_for(flow):
+    for family, latents, size in (("sd3", comfy.latent_formats.Flux2(), 64), ("sdxl", None, 128), ("flux", None, 128)):
         model = comfy_families.make(family).model
         latents = model.model.latent_format = latents or model.model.latent_format
         assert ksampler.empty_latent(model)["samples"].shape == (1, latents.latent_channels, size, size)

@@ -108,16 +108,18 @@ def test_images_that_occur_in_several_comparisons_give_nothing_away():
     ("pairs", "images"),
     [
         (from_liked(range(40), range(40, 80)), 80),
+        (from_liked(range(60), range(60, 80)), 80),
         (from_pairs([(2 * number, 2 * number + 1) for number in range(60)]), 120),
+        (from_pairs([(2 * number, 2 * number + 1) for number in range(30) for _ in range(3)]), 60),
         (from_rankings([(range(4 * number, 4 * number + 4), (1, 2, 3, 4)) for number in range(40)]), 160),
     ],
-    ids=["liked", "pairs", "rankings"],
+    ids=["liked", "liked few", "pairs", "repeated", "rankings"],
 )
 def test_the_reported_error_is_how_much_the_agreement_varies(pairs, images):
     """Liked images share the disliked ones that they meet: counted as independent, the error would be half of it."""
-    reports = reports_on_noise(pairs, images, seeds=20, features=30)
+    reports = reports_on_noise(pairs, images, seeds=40, features=30)
     varies = stdev(report.agreement for report in reports)
-    assert fmean(report.error for report in reports) == pytest.approx(varies, rel=0.35)
+    assert fmean(report.error for report in reports) == pytest.approx(varies, rel=0.3)
 
 
 def test_liked_images_that_do_differ_are_told_from_disliked_ones():

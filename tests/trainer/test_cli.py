@@ -401,13 +401,22 @@ def test_check_prints_every_problem_last_and_as_json(tmp_path, capfd):
     assert json.loads(capfd.readouterr().out)["problems"] == problems
 
 
-def test_check_names_a_folder_that_a_run_cannot_have(run, tmp_path, capsys):
+def test_check_notes_a_folder_that_a_run_cannot_have_here(run, tmp_path, capsys):
     taken = ["--run.folder", str(run.path.parent), "--run.name", run.path.name, "--prompts.lines", '["a fox"]']
-    assert main(["check", *taken]) == 2
+    assert main(["check", *taken]) == 0
     assert "already holds a run" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    assert main(["check", "--run.folder", str(tmp_path / "file" / "runs"), "--prompts.lines", '["a fox"]']) == 2
-    assert "run.folder: " in capsys.readouterr().err
+    assert main(["check", "--run.folder", str(tmp_path / "file" / "runs"), "--prompts.lines", '["a fox"]']) == 0
+    assert "note: run.folder: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder in use cannot be removed")
+def test_help_needs_no_current_folder(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(["options"]) == 0
 
 
 def test_one_of_several_processes_tells_the_notes(tmp_path, monkeypatch, capsys):

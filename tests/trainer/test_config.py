@@ -317,3 +317,8 @@ def vars_of(item):
 def test_a_typo_is_told_before_what_other_programs_call_a_setting():
     assert nearest("optimizer.beta") in ("Did you mean optimizer.beta1?", "Did you mean optimizer.beta2?")
     assert nearest("objective.beta") == nearest("beta") == "Did you mean objective.kl_weight?"
+
+
+def test_true_is_no_number_in_a_table_either():
+    with pytest.raises(ConfigError, match=r"reward.weights: must be a number, not true or false"):
+        build({"reward": {"weights": {"colorfulness": True}}}, "test")

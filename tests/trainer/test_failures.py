@@ -40,10 +40,15 @@ def test_files_that_no_run_has_written_are_neither_replaced_nor_removed(make_con
     folder = RunFolder(config.run.folder / config.run.name)
     folder.path.mkdir(parents=True)
     folder.config_file.write_text("mine = true\n")
-    with pytest.raises(ConfigError, match=r"config.toml is no run's, and would be overwritten"):
+    with pytest.raises(ConfigError, match=r"config.toml was not written by a run and would"):
         launch.start_run(config)
     assert folder.config_file.read_text() == "mine = true\n"
     folder.config_file.unlink()
+    folder.start(config)  # and killed
+    with pytest.raises(KeyboardInterrupt), launch.start_run(config):
+        raise KeyboardInterrupt
+    assert not folder.path.exists()
+    folder.path.mkdir()
     folder.log_file.write_text("my notes\n")
     with pytest.raises(KeyboardInterrupt), launch.start_run(config):
         raise KeyboardInterrupt

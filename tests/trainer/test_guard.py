@@ -206,7 +206,7 @@ def test_a_full_disk_is_named_where_the_update_to_keep_could_not_be_saved(make_c
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
     try:
-        with pytest.raises(ConfigError, match=r"checkpoint 000002 could not be written .* Free some disk space"):
+        with pytest.raises(ConfigError, match=r"checkpoint 000002 could not be written .* raise the limit on file"):
             next(updates)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)

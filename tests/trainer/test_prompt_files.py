@@ -71,12 +71,19 @@ def test_a_line_too_long_for_a_csv_cell_is_a_prompt(tmp_path):
     assert read(tmp_path, "p.csv", f"{long}\na frog\n") == [long.strip(), "a frog"]
 
 
-def test_a_text_of_several_lines_is_a_prompt_per_line_and_a_json_object_one():
-    assert PromptsConfig(lines="a fox\n\na frog\n").read() == ["a fox", "a frog"]
-    assert PromptsConfig(lines=["a fox\na frog", '{"prompt": "a star",\n "tag": "shape"}']).read()[1:] == [
-        "a frog",
-        "a star",
-    ]
+@pytest.mark.parametrize(
+    ("lines", "prompts"),
+    [
+        ("a fox\n\na frog\r\n", ["a fox", "a frog"]),
+        (["a fox\na frog", "a star"], ["a fox", "a frog", "a star"]),
+        ('{"prompt": "a star",\n "tag": "shape"}', ["a star"]),
+        ('{"prompt": "a star"}\n{"prompt": "a fox"}', ["a star", "a fox"]),
+        ("{red|blue} fox\na frog", ["{red|blue} fox", "a frog"]),
+        (["a\x0cfox", "a\u2028frog"], ["a\x0cfox", "a\u2028frog"]),
+    ],
+)
+def test_a_text_of_several_lines_is_a_prompt_per_line_and_a_json_object_one(lines, prompts):
+    assert PromptsConfig(lines=lines).read() == prompts
 
 
 @pytest.mark.parametrize("header", ["prompt;tag", "tag\tPrompt", "Prompts", '"prompt";"tag"', "prompts,tag"])

@@ -125,7 +125,7 @@ def test_a_config_that_was_cut_off_is_refused(folder, share):
 def test_a_run_whose_record_is_lost_goes_on_only_where_that_is_accepted(folder):
     folder.record_file.unlink()
     edit(folder, "learning_rate = 0.001", "learning_rate = 0.3")
-    with pytest.raises(ConfigError, match=r"run.json is missing, so what has changed is not known"):
+    with pytest.raises(ConfigError, match=r"run.json, which records how it was made, is missing"):
         resume_run(folder.path, ResumeOptions(updates=3))
     with resume_run(folder.path, ResumeOptions(updates=3, accept_changes=True)):
         pass
@@ -150,6 +150,9 @@ def test_a_model_that_was_moved_is_the_same_and_a_missing_one_is_told_by_loading
     recorded = {"model.name": "/old/m.safetensors", "content of model.name": "abc"}
     assert differences(recorded, {"model.name": "/new/m.safetensors", "content of model.name": "abc"}) == []
     assert differences(recorded, {"model.name": "/old/m.safetensors", "content of model.name": None}) == []
+    for other in ("emoji-eps", "someone/another-model"):
+        (named,) = differences(recorded, {"model.name": other, "content of model.name": None})[:1]
+        assert named == f"model.name was '/old/m.safetensors' and is {other!r}"
     assert differences(recorded, {"model.name": "/old/m.safetensors", "content of model.name": "xyz"}) == [
         "the model has other weights"
     ]

@@ -112,8 +112,9 @@ def require_text_arguments(tokens: list[str]) -> None:
 
 def find_own_modules() -> None:
     """Let rewards named module:Class be in the current folder, for `pcpo` as for `python -m trainer`."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    with contextlib.suppress(FileNotFoundError):  # it was removed
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
 
 
 def escape_unprintable() -> None:

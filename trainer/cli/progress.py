@@ -31,7 +31,7 @@ class Stopped(Exception):
 
 
 def is_main_process() -> bool:
-    """Whether this is the process, of those that torchrun or accelerate has started, that tells the user things."""
+    """Whether this is the process, of those that torchrun or accelerate has started, that prints messages."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

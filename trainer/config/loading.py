@@ -223,7 +223,7 @@ def _resolve(tree: dict[str, Any], folder: Path, source: str) -> None:
 def _require_given(path: Any, option: str) -> None:
     """Raise ConfigError for an empty path, which would be the current folder."""
     if path == "":
-        raise ConfigError(f"{option} is empty, as an unset variable of a shell is. Give it, or leave the option out.")
+        raise ConfigError(f"{option} is empty (an unset shell variable?). Set it, or leave the option out.")
 
 
 def _resolved_taste(name: str, folder: Path) -> str:

@@ -33,6 +33,11 @@ def read_text(path: Path) -> str:
         ) from None
     if "\0" in text:
         raise ConfigError(f"{path} contains NUL characters, so it is not a text file. Save it as UTF-8.")
+    return line_ends(text)
+
+
+def line_ends(text: str) -> str:
+    """A text whose lines all end in a line feed."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

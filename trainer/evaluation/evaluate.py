@@ -62,6 +62,8 @@ def evaluate(
     opened = open_source(source)
     saved = None if images_folder is None else Replacement(images_folder)
     context, notes = prepare(opened, options, saved and saved.partial, tick)
+    if saved is not None:
+        saved.begin()
     values: dict[str, list[dict[str, float]]] = {side: [] for side in context.sides}
     shown = {side: Shown() for side in context.sides}
     failed: dict[str, int] = {}
@@ -88,6 +90,9 @@ class Replacement:
 
     def __init__(self, folder: Path):
         self.folder, self.partial = folder, folder.with_name(f"{folder.name}.partial")
+
+    def begin(self) -> None:
+        """Remove what an earlier time has left."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def finish(self) -> tuple[Path, list[str]]:

@@ -1,6 +1,6 @@
 """Check a configuration before training: prompts, rewards, device, model, and the memory it needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from comfyui_pcpo.reward import Reward, RewardError, RewardSettings
@@ -29,7 +29,8 @@ class RunCheck:
 def check_run(config: Config) -> RunCheck:
     """Try all that training loads, of the model only shapes; what is missing is a problem instead of an exception."""
     rewards, problems, notes = check_rewards(config)
-    problems += check_writing(config)
+    problems += missing_packages(config)
+    notes += check_folder(config)
     prompts, costs = [], None
     try:
         prompts = config.prompts.read()
@@ -45,24 +46,32 @@ def check_run(config: Config) -> RunCheck:
     return RunCheck(prompts, costs, list(dict.fromkeys(problems)), notes)
 
 
-def check_writing(config: Config) -> list[str]:
-    """Problems with the run's folder, and with optional packages that its settings need."""
-    folder = RunFolder(config.run.folder / config.run.name)
-    needed: list[Callable[[], object]] = [folder.require_new]
-    needed.append(lambda: require_writable(folder.config_file, "run.folder:"))
-    if config.run.tensorboard:
-        needed.append(require_tensorboard)
+def missing_packages(config: Config) -> list[str]:
+    """A sentence for each optional package that the settings need and that is not installed."""
+    needed: list[Callable[[], object]] = [require_tensorboard] if config.run.tensorboard else []
     if config.optimizer.name == "adamw8bit":
         needed.append(lambda: bitsandbytes_for("optimizer.name = adamw8bit"))
     if config.model.quantize == "4bit":
         needed.append(lambda: bitsandbytes_for("model.quantize = 4bit"))
-    problems = []
-    for need in needed:
+    return errors(needed)
+
+
+def check_folder(config: Config) -> list[str]:
+    """Notes on why a run could not begin in its folder here: this may be another computer, or the run may be done."""
+    folder = RunFolder(config.run.folder / config.run.name)
+    tries = (folder.require_new, lambda: require_writable(folder.config_file, "run.folder:"))
+    return [message.rstrip(".") for message in errors(tries)]
+
+
+def errors(tries: Iterable[Callable[[], object]]) -> list[str]:
+    """The messages of those that fail."""
+    messages = []
+    for attempt in tries:
         try:
-            need()
+            attempt()
         except ConfigError as error:
-            problems.append(str(error))
-    return problems
+            messages.append(str(error))
+    return messages
 
 
 def check_rewards(config: Config) -> tuple[dict[str, Reward], list[str], list[str]]:

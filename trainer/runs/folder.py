@@ -79,7 +79,7 @@ class RunFolder:
         self.record_file = path / "run.json"  # what the run was made with, and accepted changes
         self.guard_file = path / "guard.safetensors"  # what the guard measured of the base model
         self._used: Config | None = None
-        self._found: list[Path] = []  # files that were there before the run began
+        self._own_log = True  # whether log.txt may be removed with an unstarted run
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -109,16 +109,12 @@ class RunFolder:
 
     def start(self, config: Config) -> None:
         """Write the resolved configuration into a new folder."""
-        self._found = [file for file in self._beginnings() if file.exists()]
+        self._own_log = self.config_file.exists() or not self.log_file.exists()
         self.rewrite_config(config)
-
-    def _beginnings(self) -> list[Path]:
-        """What a run writes before its first update, besides its lock and TensorBoard's events."""
-        return [self.config_file, self.record_file, self.guard_file, self.log_file]
 
     def remove_unstarted(self) -> None:
         """Remove what a run without a finished update has written, and the folder unless it holds anything else."""
-        own = [file for file in self._beginnings() if file not in self._found]
+        own = [self.config_file, self.record_file, self.guard_file, *[self.log_file] * self._own_log]
         with contextlib.suppress(OSError):
             for file in (*self.board.glob("events.out.tfevents.*"), *own, self.path / ".lock"):
                 file.unlink(missing_ok=True)
@@ -127,16 +123,21 @@ class RunFolder:
             self.path.rmdir()
 
     def require_new(self) -> None:
-        """Raise ConfigError if the folder holds a run, or a config.toml that is none of a run."""
+        """Raise ConfigError if the folder holds a run, or a config.toml of something else."""
         if self.metrics_file.exists() or self.checkpoints.exists():
             raise ConfigError(
                 f"{self.path} already holds a run. Continue it with `{program_name()} resume {self.path}`, "
                 "or give this one another name with --run.name."
             )
-        if self.config_file.exists() and not self.config_file.read_bytes().startswith(CONFIG_HEAD.encode()):
+        if self.has_foreign_config():
             raise ConfigError(
-                f"{self.config_file} is no run's, and would be overwritten. Give this run another name with --run.name."
+                f"{self.config_file} was not written by a run and would be overwritten. Give this run another name "
+                "with --run.name."
             )
+
+    def has_foreign_config(self) -> bool:
+        """Whether there is a config.toml that no run of this version has written."""
+        return self.config_file.exists() and not self.config_file.read_bytes().startswith(CONFIG_HEAD.encode())
 
     def config(self) -> Config:
         """The settings in use, or those of config.toml."""

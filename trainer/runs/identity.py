@@ -70,8 +70,10 @@ def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A phrase for everything that is not as it was; settings that the record does not know are new, and left out."""
     changed = [key for key, value in now.items() if key in recorded and not unchanged(key, recorded[key], value)]
     before, after = recorded.get(MODEL_CONTENT), now.get(MODEL_CONTENT)
-    if before is not None and after in (None, before):  # moved; or missing, which loading tells
-        changed = [key for key in changed if key not in ("model.name", MODEL_CONTENT)]
+    if before is not None and after == before:  # moved
+        changed = [key for key in changed if key != "model.name"]
+    elif after is None and "model.name" not in changed:  # missing, which loading tells
+        changed = [key for key in changed if key != MODEL_CONTENT]
     return [describe(key, recorded[key], now[key]) for key in changed]
 
 
@@ -138,13 +140,13 @@ class RunRecord:
         write_durably(self.file, json.dumps({"identity": identity, "changes": list(changes)}, indent=1).encode())
 
     def changes(self, identity: dict[str, Any], required: bool = False) -> list[str]:
-        """What is not as this run was made; with `required`, that it is not known either."""
+        """What is not as this run was made; with `required`, a missing record too."""
         try:
             recorded = self.read()
         except ConfigError as error:
             return [str(error)]
         if recorded is None:
-            return [f"{self.file.name} is missing, so what has changed is not known"] if required else []
+            return [f"{self.file.name}, which records how it was made, is missing"] if required else []
         return differences(recorded["identity"], identity)
 
     def accept(self, identity: dict[str, Any], done: int, changes: Sequence[str]) -> None:
@@ -161,6 +163,6 @@ def require_accepted(run: Path, changes: Sequence[str], accepted: bool) -> None:
     """Raise Changed, which names every change, unless they are accepted."""
     if changes and not accepted:
         raise Changed(
-            f"{run} has changed since it was started: {'; '.join(changes)}.",
+            f"{run} is no longer as it was when it started: {'; '.join(changes)}.",
             f"Undo that, or continue with `{program_name()} resume {run} --accept-changes`, which records it.",
         )
