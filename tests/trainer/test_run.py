@@ -307,7 +307,7 @@ def test_a_full_disk_stops_the_run_and_earlier_checkpoints_are_whole(make_config
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
     try:
-        with pytest.raises(ConfigError, match=r"could not be written.* checkpoints are intact\. Free some disk"):
+        with pytest.raises(ConfigError, match=r"could not be written.* checkpoints are intact\. Use another disk"):
             next(updates)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
