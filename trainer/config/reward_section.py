@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from comfyui_pcpo.method.constraint import scheduled_weight
 
-from .sections import Names, Section
+from .values import Names, Section
 
 RewardWeight = Annotated[float, Field(ge=-1e6, le=1e6)]
 UpdateNumber = Annotated[int, Field(ge=1, le=10_000_000)]

@@ -16,8 +16,8 @@ from .sections import (
     OptimizerConfig,
     PromptsConfig,
     RolloutConfig,
-    Section,
 )
+from .values import Section
 
 
 class Config(Section):

@@ -1,11 +1,10 @@
 """The sections of the configuration. A field's description is also the tooltip of its node input."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.method.credit import CREDITS, LOSS_WEIGHTS
 from comfyui_pcpo.method.ddim_variance import Sigma
 from comfyui_pcpo.method.forward_process import ALL_OBJECTIVES, LIKELIHOODS
@@ -14,7 +13,7 @@ from comfyui_pcpo.method.surrogate import FORMS
 
 from .errors import ConfigError
 from .prompt_files import parse_lines, read_prompt_file
-from .text_files import line_ends
+from .values import Lines, Section
 
 if TYPE_CHECKING:
     MethodName = ObjectiveName = CreditName = FormName = LossWeightName = LikelihoodName = str
@@ -25,50 +24,6 @@ else:  # the choices are the method's own tables, so an addition there needs no 
     FormName = Literal[tuple(FORMS)]
     LossWeightName = Literal[tuple(LOSS_WEIGHTS)]
     LikelihoodName = Literal[tuple(LIKELIHOODS)]
-
-
-def types_in(annotation: Any) -> set[type]:
-    """The types in an annotation: float and NoneType in float | None, str and float in dict[str, float]."""
-    return set[type]([annotation] if isinstance(annotation, type) else []).union(*map(types_in, get_args(annotation)))
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def is_no_switch(cls, value: Any, info: ValidationInfo) -> Any:
-        """true would count as 1, in a table of numbers too."""
-        kinds = types_in(cls.model_fields[str(info.field_name)].annotation)
-        values = value.values() if isinstance(value, dict) else [value]
-        if not kinds.isdisjoint((int, float)) and any(isinstance(one, bool) for one in values):
-            raise ValueError("must be a number, not true or false")
-        return value
-
-
-def one_or_more(value: Any) -> Any:
-    """Accept a single string as a list of one."""
-    return (value,) if isinstance(value, str) and value else value
-
-
-def split_lines(value: Any) -> Any:
-    """Accept texts of several lines as a list of lines; one that is a JSON object stays whole."""
-    texts = one_or_more(value)
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        return texts
-    return tuple(line for text in texts for line in ([text] if is_object(text) else line_ends(text).split("\n")))
-
-
-def is_object(text: str) -> bool:
-    """Whether a text is a JSON object."""
-    try:
-        return isinstance(parse_json(text), dict)
-    except ValueError:
-        return False
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(one_or_more)]
-Lines = Annotated[tuple[str, ...], BeforeValidator(split_lines)]
 
 
 class ModelConfig(Section):
