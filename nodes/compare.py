@@ -6,10 +6,9 @@ from torch import Tensor
 
 from comfyui_pcpo.plotting.grids import before_after
 
-from ..trainer.config.presets import PRESETS
 from .host.checks import check_conditioning, check_training_latent, check_vae
 from .host.ksampler import ImageRequest, empty_latent, with_lora
-from .host.presets import host_preset
+from .host.presets import recipe
 from .images import to_comfy_image
 from .inputs import ZERO_IS_AUTO, cfg_input, checked, seed_input, steps_input
 from .rewards import require_scorable, scored
@@ -58,7 +57,7 @@ class Compare(io.ComfyNode):
         check_vae(model, vae)
         if reward is not None:
             require_scorable(reward, prompts.lines)
-        preset = PRESETS[host_preset(model)]
+        preset = recipe(model)
         request = ImageRequest(vae, prompts, latent_image, seed, steps or preset.steps, cfg or preset.cfg)
         aligned = with_lora(model, lora)
         bar = ProgressBar(2 * len(prompts.lines))

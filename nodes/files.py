@@ -65,27 +65,18 @@ def find_run(name: str) -> Path:
 
 def free_run_name(name: str) -> str:
     """`name` if nothing has it, otherwise name-2, name-3, ...; a run that ended before its first update has no name."""
-    if is_free(runs_folder() / name):
+    if RunFolder(runs_folder() / name).is_free():
         return name
     numbers = [int(found[1]) for found in map(numbered(name).fullmatch, folder_names()) if found]
     highest = max(numbers, default=1)
-    while not is_free(runs_folder() / f"{name}-{highest + 1}"):
+    while not RunFolder(runs_folder() / f"{name}-{highest + 1}").is_free():
         highest += 1
     return f"{name}-{highest + 1}"
 
 
-def is_free(folder: Path) -> bool:
-    """Whether a run may begin here: no folder, an empty one, or the rest of a run that never finished an update."""
-    if not folder.exists():
-        return True
-    rest = {"config.toml", ".lock", "log.txt", "run.json", "guard.safetensors"}
-    only_rest = folder.is_dir() and {path.name for path in folder.iterdir()} <= rest
-    return only_rest and not RunFolder(folder).has_foreign_config()
-
-
 def folder_names() -> list[str]:
     folder = runs_folder()
-    return [path.name for path in folder.iterdir() if not is_free(path)] if folder.is_dir() else []
+    return [path.name for path in folder.iterdir() if not RunFolder(path).is_free()] if folder.is_dir() else []
 
 
 def numbered(name: str) -> re.Pattern[str]:

@@ -8,11 +8,10 @@ from comfyui_pcpo.method.schedule import Grid
 from comfyui_pcpo.method.transition import Transition
 from comfyui_pcpo.plotting.credit import credit_weights
 
-from ..trainer.config.presets import PRESETS
 from ..trainer.config.schema import ConfigError
 from .host.checks import check_conditioning, check_latent
 from .host.ksampler import TRAINING_SCHEDULER, cfg_guider, noise_levels, sample_latent
-from .host.presets import host_preset
+from .host.presets import recipe
 from .host.samplers import PUBLISHED_LEVEL, Recorder, StepChoice, StochasticSampler
 from .host.spaces import space_of, training_grid
 from .images import to_comfy_image
@@ -109,7 +108,7 @@ class PCPOKSampler(io.ComfyNode):
             return io.NodeOutput(latent_image, None)
         check_latent(model, latent_image)
         check_conditioning(model, [positive, negative])
-        guider = cfg_guider(model, positive, negative, cfg or PRESETS[host_preset(model)].cfg)
+        guider = cfg_guider(model, positive, negative, cfg or recipe(model).cfg)
         latent = sample_latent(guider, seed, StochasticSampler(choice, recorder), sigmas, latent_image)
         return io.NodeOutput(latent, recorder.trajectory())
 
@@ -143,7 +142,7 @@ class PlotCredit(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model, steps, method, noise_level, credit) -> io.NodeOutput:
-        preset = PRESETS[host_preset(model)]
+        preset = recipe(model)
         if noise_level == PUBLISHED_LEVEL and preset.noise_level is not None:
             noise_level = preset.noise_level
         steps = steps or preset.steps

@@ -62,7 +62,7 @@ def run_cell(cell: Cell, study: Study, out: Path, say: Say) -> None:
         rows = diverged(read_json(folder.path / JOURNAL, []), evaluation_updates(study, config.run.updates))
     result = cell_result(cell, config, rows)
     write_json(folder.path / "result.json", finite(result))
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    shutil.rmtree(folder.checkpoints.path, ignore_errors=True)
     reached = gain_within_limits(rows, cell.task.reward)
     say(f"{cell.task.name} {cell.name}: {reached:+.2f} std in {time.perf_counter() - start:.0f} s")
 
@@ -105,7 +105,7 @@ def resumable(folder: RunFolder, config: Config) -> list[Row]:
     """Evaluations up to the last checkpoint; a folder that lost some is cleared, so that its run restarts."""
     if folder.config_file.is_file():
         require_same(folder.config(), config, folder.path)
-    done = max(folder.numbers(), default=0)
+    done = max(folder.checkpoints.numbers(), default=0)
     rows = [row for row in read_json(folder.path / JOURNAL, []) if row["update"] <= done]
     if done and (not rows or rows[-1]["update"] != done):
         clear(folder)

@@ -13,11 +13,10 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...trainer.config.presets import PRESETS
 from ...trainer.config.schema import ConfigError
 from ..types import EncodedPrompts
 from .decode import decode_images
-from .presets import host_preset
+from .presets import recipe
 from .samplers import StepChoice, StochasticSampler
 from .spaces import space_of, training_grid
 
@@ -108,7 +107,7 @@ class ImageRequest:
 def empty_latent(model: Any) -> dict[str, Any]:
     """A square latent of the model's own size."""
     latents = model.model.latent_format
-    side = EMBEDDED_SIDE if "pcpo_model" in model.attachments else PRESETS[host_preset(model)].own_side
+    side = EMBEDDED_SIDE if "pcpo_model" in model.attachments else recipe(model).own_side
     size = side // latents.spacial_downscale_ratio
     return {"samples": torch.zeros(1, latents.latent_channels, size, size)}
 

@@ -7,7 +7,7 @@ import comfy.model_management as mm
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from ...trainer.config.presets import Room, preset_name
+from ...trainer.config.presets import PRESETS, Preset, Room, preset_name
 from ...trainer.files import sampled_digest
 from .origin import file_name, loaded_from
 from .spaces import space_of
@@ -32,6 +32,11 @@ def host_preset(model: Any) -> str:
     if family == "flux2" and config.unet_config.get("hidden_size", KLEIN_BELOW) < KLEIN_BELOW:
         name += " klein"
     return preset_name(family, name)
+
+
+def recipe(model: Any) -> Preset:
+    """The settings published for a kind of model, for what a node leaves at 0."""
+    return PRESETS[host_preset(model)]
 
 
 def model_content(model: Any) -> str | None:

@@ -135,7 +135,7 @@ def test_a_cell_with_a_truncated_journal_restarts_from_the_base_model(done, tmp_
     study, out, _ = done
     cell = Cell(TASK, "pcpo", SETTING, 0)
     folder = interrupted(cell, study, tmp_path, monkeypatch)
-    assert folder.numbers() == [1]
+    assert folder.checkpoints.numbers() == [1]
     journal = folder.path / cells.JOURNAL
     journal.write_text(journal.read_text()[:-20])
     evaluating._evaluators.clear()

@@ -441,7 +441,7 @@ def test_interrupt_stops_at_the_next_step_and_saves_finished_updates(flow):
     assert len(calls) == 30
     folder = run_module.RunFolder(job.runs_folder() / "cancelled")
     done = len(folder.records())
-    assert done >= 1 and folder.numbers()[-1] == done and folder.lora_file.is_file()
+    assert done >= 1 and folder.checkpoints.numbers()[-1] == done and folder.lora_file.is_file()
     assert torch.equal(flow.stock(), before)
     again = flow.train("cancelled", updates=done + 1, resume=True)[0]
     whole = flow.train("never-cancelled", updates=done + 1)[0]
@@ -480,7 +480,7 @@ def test_out_of_memory_names_the_inputs_saves_finished_updates_and_the_next_run_
         flow.on(model).train("full", updates=50)
     folder = run_module.RunFolder(job.runs_folder() / "full")
     done = len(folder.records())
-    assert done >= 1 and folder.numbers()[-1] == done
+    assert done >= 1 and folder.checkpoints.numbers()[-1] == done
     assert torch.equal(flow.stock(), before)
     assert flow.train("full", updates=done + 1, resume=True)[2] == done + 1
     assert flow.train("room", updates=1)[2] == 1

@@ -126,7 +126,7 @@ def test_the_demo_ends_with_the_gain_and_what_it_made(tmp_path, capsys):
 def test_resume_goes_on_with_more_updates(run):
     assert main(["resume", str(run.path)]) == 2
     assert main(["resume", str(run.path), "--updates", "2"]) == 0
-    assert run.numbers() == [1, 2]
+    assert run.checkpoints.numbers() == [1, 2]
     assert len(run.records()) == 2
 
 

@@ -123,7 +123,7 @@ def test_an_error_of_the_model_while_a_checkpoint_is_written_is_not_one_of_the_d
         updates = list(align(run.state, run.job))
         monkeypatch.setattr(run.state.policy, "lora", fail)
         run.keep(updates[0])
-    assert run.folder.numbers() == []
+    assert run.folder.checkpoints.numbers() == []
 
 
 def test_a_reward_that_is_out_of_memory_is_told_its_own_settings(tmp_path):

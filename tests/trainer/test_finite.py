@@ -83,7 +83,7 @@ def test_an_optimizer_that_makes_infinite_weights_is_stopped_and_nothing_is_save
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
     with pytest.raises(FloatingPointError, match=r"the optimizer made 1 of the LoRA's \d+ factors NaN or infinite"):
         next(updates)
-    assert folder.numbers() == [1]
+    assert folder.checkpoints.numbers() == [1]
     assert all(t.isfinite().all() for pair in RunFolder(folder.path).lora().values() for t in pair)
 
 

@@ -156,7 +156,7 @@ def test_a_run_whose_best_update_was_not_saved_keeps_another(make_config):
     still = {"optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0}}  # all rewards are equal: the first is kept
     folder = train(make_config(**merge(WARN, still)))
     assert folder.kept_number() == 1
-    shutil.rmtree(folder.checkpoints / "000001")
+    shutil.rmtree(folder.checkpoints.path / "000001")
     resumed(folder, updates=3)
     assert len(folder.records()) == 3
     assert folder.kept_number() == int(folder.checkpoint("final").name) == 2
@@ -211,7 +211,7 @@ def test_a_full_disk_is_named_where_the_update_to_keep_could_not_be_saved(make_c
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert folder.records()[-1]["guard"]["kept"] == 2
-    assert folder.numbers() == [1]
+    assert folder.checkpoints.numbers() == [1]
     assert folder.kept_number() == int(folder.checkpoint("final").name) == 1
     assert folder.kept_number() == int(read_lora(folder.lora_file)[1]["pcpo.updates"])
     resumed(folder)
@@ -436,7 +436,7 @@ def test_a_resumed_guarded_run_equals_an_uninterrupted_one(make_config):
     run = launch_run(make_config(**merge(common, {"run": {"name": "parts", "updates": 4, "save_every": 100}})), stop)
     with pytest.raises(KeyboardInterrupt):
         list(updates_of(run))
-    assert run.state.done == run.folder.numbers()[-1] == len(run.folder.records()) == 2
+    assert run.state.done == run.folder.checkpoints.numbers()[-1] == len(run.folder.records()) == 2
     resumed(run.folder)
     assert rows(run.folder) == rows(whole)
     one, other = whole.checkpoint(), run.folder.checkpoint()

@@ -107,7 +107,7 @@ def test_a_signal_between_an_update_and_its_row_loses_neither(tmp_path, capsys, 
         signal.signal(number, before)
     folder = RunFolder(tmp_path / "run")
     assert [row["update"] for row in folder.records()] == [1, 2]
-    assert folder.numbers() == [2] and folder.intact() == 2
+    assert folder.checkpoints.numbers() == [2] and folder.intact() == 2
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"stopped by {signal.Signals(number).name}: update 2 and all before it are saved in ")
     assert last.endswith(f"resume {folder.path}")
@@ -130,7 +130,7 @@ def test_a_row_that_could_not_be_written_is_written_before_the_checkpoint(make_c
     with pytest.raises(OSError):
         list(updates)
     assert [row["update"] for row in folder.records()] == [1, 2]
-    assert folder.numbers() == [2]
+    assert folder.checkpoints.numbers() == [2]
 
 
 @pytest.mark.slow

@@ -207,7 +207,7 @@ def test_finished_updates_are_saved_when_a_reward_stops_the_run(make_config, mon
     folder, updates = start_run(make_config(run={"updates": 5, "save_every": 100}))
     with pytest.raises(RunError, match="update 3: 100 %"):
         list(updates)
-    assert folder.numbers() == [2]
+    assert folder.checkpoints.numbers() == [2]
     assert [row["update"] for row in folder.records()] == [1, 2]
 
 

@@ -174,7 +174,7 @@ def test_two_processes_that_were_killed_resume_to_the_numbers_of_one(make_config
     config, file = config_file(make_config, tmp_path, "killed", **quiet)
     assert launch(script, file, after=16)[1][0] == 9
     killed = RunFolder(config.run.folder / "killed")
-    assert killed.numbers() == [1]
+    assert killed.checkpoints.numbers() == [1]
     for status, _, errors in launch(script, killed.path, command="resume"):
         assert status == 0, errors
     assert_same(one, killed)
@@ -208,7 +208,7 @@ def test_a_process_that_dies_ends_all_with_one_sentence_and_loses_no_finished_up
     assert status == 2, errors
     lines = [line for line in errors.splitlines() if "loading the model" not in line and "Gloo" not in line]
     assert len(lines) == 1 and lines[0].startswith(f"error: process {1 - dying} ends, because another process"), errors
-    assert RunFolder(config.run.folder / "dying").numbers() == [1]
+    assert RunFolder(config.run.folder / "dying").checkpoints.numbers() == [1]
 
 
 def test_prompts_that_do_not_split_over_the_processes_are_refused(make_config, script, tmp_path):

@@ -61,7 +61,7 @@ def test_a_setting_that_makes_another_run_is_refused_by_name(folder, before, aft
     with pytest.raises(ConfigError) as error:
         resume_run(folder.path, ResumeOptions(updates=3))
     assert named in str(error.value) and "--accept-changes" in str(error.value)
-    assert folder.numbers() == [1, 2]
+    assert folder.checkpoints.numbers() == [1, 2]
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_another_rank_is_refused_even_if_it_is_accepted(folder):
         resume_run(folder.path, ResumeOptions(updates=3, accept_changes=True)),
     ):
         pytest.fail("the run does not begin")
-    assert folder.numbers() == [1, 2]
+    assert folder.checkpoints.numbers() == [1, 2]
 
 
 @pytest.mark.slow
@@ -163,8 +163,8 @@ def test_a_run_of_version_0_1_resumes_without_record_and_manifest(folder):
     text = folder.config_file.read_text().splitlines()
     folder.config_file.write_text("\n".join(line for line in text if not line.startswith(("#", "keep = "))))
     folder.record_file.unlink()
-    for number in folder.numbers():
-        (folder.checkpoints / f"{number:06d}" / "manifest.json").unlink()
+    for number in folder.checkpoints.numbers():
+        (folder.checkpoints.path / f"{number:06d}" / "manifest.json").unlink()
     with resume_run(folder.path, ResumeOptions(updates=3)) as run:
         assert run.state.done == 2
     assert folder.record_file.is_file()

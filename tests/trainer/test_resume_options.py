@@ -71,7 +71,7 @@ def test_a_run_interrupted_among_its_gradient_steps_ends_with_the_same_bits(make
     run = launch.start_run(make_config(**merge(common, {"run": {"name": "parts"}})), stop)
     with pytest.raises(KeyboardInterrupt):
         list(kept(run))
-    assert run.folder.numbers()[-1] == len(run.folder.records()) == 1
+    assert run.folder.checkpoints.numbers()[-1] == len(run.folder.records()) == 1
     resumed = launch.resume_run(run.folder.path)
     list(kept(resumed))
     for mine, other in zip(final_state(whole), final_state(resumed), strict=True):

@@ -88,7 +88,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_config, model, sections)
     with pytest.raises(KeyboardInterrupt):
         train(config, stop)
     parts = RunFolder(config.run.folder / "parts")
-    assert parts.numbers() == [2]
+    assert parts.checkpoints.numbers() == [2]
     assert_same_run(whole, resume(parts))
 
 
@@ -215,7 +215,7 @@ def test_a_second_process_on_the_same_folder_is_refused(make_config):
     with pytest.raises(ConfigError, match=r"is in use by another process"):
         train(config)
     first.close()  # type: ignore[attr-defined]
-    assert RunFolder(config.run.folder / "run").numbers() == [1]
+    assert RunFolder(config.run.folder / "run").checkpoints.numbers() == [1]
 
 
 def damage(file: Path, how: str) -> None:
@@ -233,17 +233,17 @@ def damage(file: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["truncated", "missing", "one bit"])
 def test_a_damaged_file_of_a_checkpoint_is_found_before_anything_is_used(make_config, tmp_path, file, how):
     source = finished(make_config, tmp_path)
-    damage(source.checkpoints / "000002" / file, how)
+    damage(source.checkpoints.path / "000002" / file, how)
     if file == "manifest.json" and how == "missing":  # as in checkpoints of version 0.1, which have none
         assert source.intact() == 2
         return
     if file == "manifest.json" and how == "one bit":
-        damage(source.checkpoints / "000002" / file, "truncated")
+        damage(source.checkpoints.path / "000002" / file, "truncated")
     with pytest.raises(ConfigError, match=r"checkpoint .*000002 is damaged: .* Use --checkpoint 1"):
         source.intact("2")
     with pytest.warns(UserWarning, match=r"000002 is damaged: .* The run goes on from update 1 instead"):
         assert source.intact() == 1
-    damage(source.checkpoints / "000001" / "state.json", "one bit")
+    damage(source.checkpoints.path / "000001" / "state.json", "one bit")
     with pytest.raises(ConfigError, match=r"is damaged: .* No older one is intact"):
         source.intact()
     assert [row["update"] for row in source.records()] == [1, 2]
@@ -253,7 +253,7 @@ def test_a_damaged_file_of_a_checkpoint_is_found_before_anything_is_used(make_co
 def test_a_run_whose_latest_checkpoint_is_damaged_goes_on_from_an_older_one(make_config, tmp_path):
     folder = finished(make_config, tmp_path)
     whole = resume(RunFolder(Path(shutil.copytree(folder.path, tmp_path / "whole"))), updates=3)
-    damage(folder.checkpoints / "000002" / "optimizer.pt", "one bit")
+    damage(folder.checkpoints.path / "000002" / "optimizer.pt", "one bit")
     assert_same_run(whole, resume(folder, updates=3))
 
 
@@ -272,12 +272,12 @@ def finished(make_config, tmp_path) -> RunFolder:
 def test_resuming_from_an_older_checkpoint_puts_newer_ones_aside(make_config, tmp_path):
     folder = finished(make_config, tmp_path)
     whole = resume(RunFolder(Path(shutil.copytree(folder.path, tmp_path / "whole"))), updates=3)
-    (folder.checkpoints / "000002" / "optimizer.pt").write_bytes(b"")
+    (folder.checkpoints.path / "000002" / "optimizer.pt").write_bytes(b"")
     _, _, updates = resume_run(folder.path, "1", 3)
     updates.close()  # type: ignore[attr-defined]
     _, _, updates = resume_run(folder.path, "1", 3)
     assert next(updates).number == 2
-    assert (folder.checkpoints / "000002.old").is_dir()
+    assert (folder.checkpoints.path / "000002.old").is_dir()
     updates.close()  # type: ignore[attr-defined]
     assert_same_run(whole, resume(folder))
 
@@ -311,19 +311,19 @@ def test_a_full_disk_stops_the_run_and_earlier_checkpoints_are_whole(make_config
             next(updates)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert folder.numbers() == [1]
-    assert not list(folder.checkpoints.glob("*.tmp"))
+    assert folder.checkpoints.numbers() == [1]
+    assert not list(folder.checkpoints.path.glob("*.tmp"))
     assert_same_run(whole, resume(folder))
 
 
 def test_a_run_that_was_killed_after_its_last_checkpoint_is_completed_by_resume(make_config, tmp_path):
     folder = finished(make_config, tmp_path)
     folder.curves_file.unlink()
-    (folder.checkpoints / "000001.gone").mkdir()
+    (folder.checkpoints.path / "000001.gone").mkdir()
     with pytest.raises(ConfigError, match="finished: 2 of 2"):
         resume_run(folder.path)
     assert folder.curves_file.is_file()
-    assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["000001", "000002"]
+    assert sorted(p.name for p in folder.checkpoints.path.iterdir()) == ["000001", "000002"]
 
 
 def steps_shown(folder: RunFolder) -> list[int]:

@@ -120,12 +120,12 @@ def say_last(message: str, folder: "RunFolder") -> None:
 
 def stopped_message(folder: "RunFolder", reason: str) -> str:
     """What an interrupted run has saved, and the command that continues it."""
-    if not folder.numbers() and folder.config_file.is_file():  # was killed earlier, and begins again
+    if not folder.checkpoints.numbers() and folder.config_file.is_file():  # was killed earlier, and begins again
         return (
             f"stopped by {reason} before the first update was finished: none is saved; "
             f"begin again with: {program_name()} resume {folder.path}"
         )
-    if not folder.numbers():
+    if not folder.checkpoints.numbers():
         return f"stopped by {reason} before the first update was finished: nothing was kept, start it again"
     saved = folder.checkpoint()
     return (

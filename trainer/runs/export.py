@@ -52,6 +52,6 @@ def check_export_path(path: Path, folder: RunFolder, overwrite: bool) -> Path:
     if path.suffix != ".safetensors" or path.is_dir():
         raise ConfigError(f"--out {path} is not a .safetensors file. Give a file name such as lora.safetensors.")
     target, own = path.resolve(), (folder.lora_file.resolve(), folder.guard_file.resolve())
-    if target in own or folder.checkpoints.resolve() in target.parents:
+    if target in own or folder.checkpoints.path.resolve() in target.parents:
         raise ConfigError(f"--out {path} belongs to the run itself and would be overwritten. Give another file name.")
     return require_writable(path, "--out", overwrite)

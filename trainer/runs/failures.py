@@ -40,7 +40,7 @@ def explained(config: Config, folder: RunFolder) -> Iterator[None]:
 
 def going_on(folder: RunFolder) -> str:
     """What is left of a run that failed, and how to go on."""
-    if folder.numbers():
+    if folder.checkpoints.numbers():
         return f"Finished updates are saved; continue with `{program_name()} resume {folder.path}`."
     return "No update was finished, so the same command starts anew."
 
@@ -51,7 +51,7 @@ def memory_advice(config: Config, folder: RunFolder, error: Exception) -> str:
     where, *kinds = ways(config)
     first, later = ([way for way, unused in kind.items() if unused] for kind in kinds)
     said = f"out of memory with {where}: {error}."
-    if not folder.numbers():
+    if not folder.checkpoints.numbers():
         return f"{said} These need less: {', '.join([*first, *later])}. No update was finished: start again with them."
     resume = f"in {folder.config_file}, then `{program_name()} resume {folder.path}`; finished updates are saved"
     return " ".join(

@@ -6,7 +6,6 @@ run that was killed at any moment goes on to the same numbers as one that was no
 
 import contextlib
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Collection, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import filelock
 import torch
 
-from comfyui_pcpo.durable import flush_folder, safetensors_parts, write_durably
+from comfyui_pcpo.durable import safetensors_parts, write_durably
 from comfyui_pcpo.lora.families import LORA_FAMILIES, Family, detect_family
 from comfyui_pcpo.lora.formats import export_state
 from comfyui_pcpo.plotting.grids import group_grid
@@ -33,13 +32,12 @@ from ..loop.state import TrainingState
 from ..policy.base import LoraPairs
 from ..policy.lora_pairs import folded, load_pairs, read_lora
 from ..program import program_name
-from .checkpoint import EMA, LORA, MANIFEST, STATE, Damaged, read_checkpoint, read_progress, verify, write_checkpoint
+from .checkpoint import EMA, LORA, STATE, Damaged, read_checkpoint, read_progress, verify, write_checkpoint
+from .checkpoints import Checkpoints, is_number
 from .rows import append_record, best_update, read_rows, row_line
 
 CONFIG_HEAD = "# The settings of this run. The last line says that nothing is missing.\n"
 CONFIG_END = "# end"
-LANDMARK = 100
-"""Every so many updates a checkpoint is kept for good."""
 
 
 class NotSaved(ConfigError):
@@ -58,15 +56,6 @@ def writing(file: Path, run: Path) -> Iterator[None]:
         ) from error
 
 
-def discard(folder: Path) -> None:
-    """Remove a folder, if it exists; a crash halfway leaves none under its name."""
-    if folder.is_dir():
-        gone = folder.with_suffix(".gone")
-        shutil.rmtree(gone, ignore_errors=True)
-        folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-
 class RunFolder:
     """Paths and files of one run."""
 
@@ -74,7 +63,8 @@ class RunFolder:
         self.path = path
         self.config_file, self.metrics_file = path / "config.toml", path / "metrics.jsonl"
         self.lora_file, self.curves_file = path / "lora.safetensors", path / "curves.png"
-        self.checkpoints, self.grids, self.log_file = path / "checkpoints", path / "grids", path / "log.txt"
+        self.grids, self.log_file, self.lock_file = path / "grids", path / "log.txt", path / ".lock"
+        self.checkpoints = Checkpoints(path / "checkpoints")
         self.board = path / "tensorboard"
         self.record_file = path / "run.json"  # what the run was made with, and accepted changes
         self.guard_file = path / "guard.safetensors"  # what the guard measured of the base model
@@ -85,7 +75,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Only one process at a time writes here; the lock goes when the process does, however it ends."""
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self.path / ".lock")
+        lock = filelock.FileLock(self.lock_file)
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -112,11 +102,24 @@ class RunFolder:
         self._own_log = self.config_file.exists() or not self.log_file.exists()
         self.rewrite_config(config)
 
+    @property
+    def first_files(self) -> list[Path]:
+        """What a run writes before its first update."""
+        return [self.config_file, self.record_file, self.guard_file, self.log_file, self.lock_file]
+
+    def is_free(self) -> bool:
+        """Whether a run may begin here: no folder, an empty one, or the rest of one without a finished update."""
+        if not self.path.exists():
+            return True
+        return (
+            self.path.is_dir() and set(self.path.iterdir()) <= set(self.first_files) and not self.has_foreign_config()
+        )
+
     def remove_unstarted(self) -> None:
         """Remove what a run without a finished update has written, and the folder unless it holds anything else."""
-        own = [self.config_file, self.record_file, self.guard_file, *[self.log_file] * self._own_log]
+        own = [file for file in self.first_files if self._own_log or file != self.log_file]
         with contextlib.suppress(OSError):
-            for file in (*self.board.glob("events.out.tfevents.*"), *own, self.path / ".lock"):
+            for file in (*self.board.glob("events.out.tfevents.*"), *own):
                 file.unlink(missing_ok=True)
             if self.board.is_dir():
                 self.board.rmdir()
@@ -124,7 +127,7 @@ class RunFolder:
 
     def require_new(self) -> None:
         """Raise ConfigError if the folder holds a run, or a config.toml of something else."""
-        if self.metrics_file.exists() or self.checkpoints.exists():
+        if self.metrics_file.exists() or self.checkpoints.path.exists():
             raise ConfigError(
                 f"{self.path} already holds a run. Continue it with `{program_name()} resume {self.path}`, "
                 "or give this one another name with --run.name."
@@ -176,14 +179,6 @@ class RunFolder:
         kept = {row["update"]: row_line(row) for row in read_rows(self.metrics_file)[0] if row["update"] <= done}
         write_durably(self.metrics_file, "".join(kept[number] for number in sorted(kept)).encode())
 
-    def keep_checkpoints(self, done: int) -> None:
-        """Put checkpoints after update `done` aside as NUMBER.old: the run goes on from there along another path."""
-        for number in self.numbers():
-            if number > done:
-                aside = self.checkpoints / f"{number:06d}.old"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.checkpoints / f"{number:06d}").rename(aside)
-
     def record(self, update: Update) -> None:
         with writing(self.metrics_file, self.path):
             append_record(self.metrics_file, update.metrics)
@@ -212,39 +207,28 @@ class RunFolder:
 
     def save(self, state: TrainingState, config: Config, use: bool = True) -> Path:
         """A checkpoint after the last finished update; `use` makes lora.safetensors its LoRA."""
-        name = f"{state.done:06d}"
-        final, temporary = self.checkpoints / name, self.checkpoints / f"{name}.tmp"
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            pairs = write_checkpoint(state, temporary, config.lora.scale)
-            if use:
-                self.write_lora(folded(pairs, config.lora.scale), state.policy.family, config, state.done)
-            discard(final)
-            temporary.rename(final)
-            flush_folder(self.checkpoints)
+            with self.checkpoints.new(state.done) as folder:
+                pairs = write_checkpoint(state, folder, config.lora.scale)
+                if use:
+                    self.write_lora(folded(pairs, config.lora.scale), state.policy.family, config, state.done)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise NotSaved(
-                f"checkpoint {name} could not be written to {self.checkpoints}: {error}. "
+                f"checkpoint {state.done:06d} could not be written to {self.checkpoints.path}: {error}. "
                 f"Earlier checkpoints are intact. {advice(error)} Then continue with `{program_name()} resume "
                 f"{self.path}`."
             ) from error
-        return final
+        return self.checkpoints.folder(state.done)
 
     def prune(self, last: int, kept: int | None) -> None:
         """Remove all checkpoints but the `last` ones, the best, the guard's and every LANDMARK-th; 0 keeps all."""
-        numbers = self.numbers()
-        if not last or len(numbers) <= last:
-            return
-        spared = {*numbers[-last:], self.best_number(numbers), kept}
-        for number in numbers:
-            if number not in spared and number % LANDMARK:
-                discard(self.checkpoints / f"{number:06d}")
+        numbers = self.checkpoints.numbers()
+        if last and len(numbers) > last:
+            self.checkpoints.prune({*numbers[-last:], self.best_number(numbers), kept})
 
     def remove_leftovers(self) -> None:
         """Remove what a killed process left half written or half removed."""
-        for folder in (*self.checkpoints.glob("*.tmp"), *self.checkpoints.glob("*.gone")):
-            shutil.rmtree(folder, ignore_errors=True)
+        self.checkpoints.remove_leftovers()
         for file in self.path.glob("*.tmp"):
             file.unlink()
 
@@ -275,22 +259,12 @@ class RunFolder:
         named = read_lora(self.lora_file)[1].get("pcpo.family", "") if self.lora_file.is_file() else ""
         return named if named in LORA_FAMILIES else detect_family(self.lora())
 
-    def has_manifest(self) -> bool:
-        """Whether a checkpoint has a manifest, as all have since version 0.2."""
-        return any((self.checkpoints / f"{number:06d}" / MANIFEST).is_file() for number in self.numbers())
-
-    def numbers(self) -> list[int]:
-        """Updates that have a whole checkpoint, oldest first."""
-        if not self.checkpoints.is_dir():
-            return []
-        return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and is_number(p.name))
-
     def checkpoint(self, which: str = "latest") -> Path:
         """Folder of the latest, best (highest mean reward), kept (by the guard) or numbered checkpoint.
 
         `final` is that of lora.safetensors: the kept one, or the latest where nothing was kept.
         """
-        numbers = self.numbers()
+        numbers = self.checkpoints.numbers()
         if not numbers:
             raise ConfigError(
                 f"{self.path} has no checkpoint yet. Wait for its first one (run.save_every), or "
@@ -308,7 +282,7 @@ class RunFolder:
             number = int(which)
         else:
             raise ConfigError(f"checkpoint {which} is not in {self.path}. There are {', '.join(map(str, numbers))}.")
-        return self.checkpoints / f"{number:06d}"
+        return self.checkpoints.folder(number)
 
     def best_number(self, numbers: Collection[int]) -> int:
         """The update with the highest mean reward among `numbers`."""
@@ -317,7 +291,7 @@ class RunFolder:
     def kept(self) -> int | None:
         """The update that the guard keeps, by the limits of config.toml; None where there is none."""
         guard = self.config().guard
-        return replay(self.records(), guard, self.numbers()).kept if guard.every else None
+        return replay(self.records(), guard, self.checkpoints.numbers()).kept if guard.every else None
 
     def kept_number(self) -> int:
         """The update that the guard keeps. Raises ConfigError where there is none."""
@@ -334,8 +308,8 @@ class RunFolder:
         folder = self.checkpoint(which)
         name = EMA if (folder / EMA).is_file() else LORA
         verify(folder, name, STATE)
-        scale = read_progress(folder).get("lora_scale", self.config().lora.scale)  # versions before 0.2 record none
-        return folded(load_pairs(folder / name), scale)
+        scale = read_progress(folder).get("lora_scale")  # versions before 0.2 record none
+        return folded(load_pairs(folder / name), self.config().lora.scale if scale is None else scale)
 
     def lora_modules(self, which: str = "latest") -> list[str]:
         """Names of the modules that a checkpoint's LoRA changes."""
@@ -343,26 +317,8 @@ class RunFolder:
 
     def intact(self, which: str = "latest") -> int:
         """The number of a checkpoint, verified; of an older one, with a warning, if the latest is damaged."""
-        chosen = self.checkpoint(which)
-        older = [n for n in reversed(self.numbers()) if n < int(chosen.name)]
-        try:
-            verify(chosen)
-            return int(chosen.name)
-        except Damaged as error:
-            for number in older:
-                with contextlib.suppress(Damaged):
-                    verify(self.checkpoints / f"{number:06d}")
-                    if which != "latest":
-                        raise ConfigError(f"{error} Use --checkpoint {number}.") from None
-                    warnings.warn(f"{error} The run goes on from update {number} instead", stacklevel=2)
-                    return number
-            raise ConfigError(f"{error} No older one is intact. Start the run again under another name.") from None
+        return self.checkpoints.intact(int(self.checkpoint(which).name), or_older=which == "latest")
 
     def load(self, state: TrainingState, which: str = "latest") -> None:
         """Bring `state` to a checkpoint, or to an older one as `intact` says. Raises ConfigError if it does not fit."""
         read_checkpoint(self.checkpoint(str(self.intact(which)))).restore(state)
-
-
-def is_number(name: str) -> bool:
-    """Whether a checkpoint can be called this: some digits are no numbers, and some numbers are too long."""
-    return name.isascii() and name.isdigit() and len(name) < 20

@@ -152,7 +152,7 @@ class Run:
         """Bring the files beside the checkpoints up to date."""
         if self.board is not None:
             self.board.close()
-        if self.guard is not None and self.folder.numbers():
+        if self.guard is not None and self.folder.checkpoints.numbers():
             self.folder.write_final(self.state.policy.family, self.config)
         self.folder.draw_curves()
 
@@ -167,9 +167,9 @@ def resume_changes(
     identity = identity_of(job.config, job.prompts, job.rewards, job.content, levels)
     if checkpoint is None:
         return [], identity
-    done = int(folder.checkpoint(checkpoint).name) if folder.numbers() else 0
+    done = int(folder.checkpoint(checkpoint).name) if folder.checkpoints.numbers() else 0
     return [
-        *RunRecord(folder.record_file).changes(identity, required=folder.has_manifest()),
+        *RunRecord(folder.record_file).changes(identity, required=folder.checkpoints.has_manifest()),
         *row_problems(folder.metrics_file, done),
     ], identity
 
@@ -180,15 +180,15 @@ def begin(folder: RunFolder, state: TrainingState, config: Config, checkpoint: s
         if write:
             folder.start(config)
         return
-    if folder.numbers():
+    if folder.checkpoints.numbers():
         folder.load(state, checkpoint)
     if write:
         with writing(folder.path, folder.path):
             folder.rewrite_config(config)
             folder.keep_records(state.done)
-            folder.keep_checkpoints(state.done)
+            folder.checkpoints.put_aside(state.done)
             folder.remove_leftovers()
-        if folder.numbers():
+        if folder.checkpoints.numbers():
             folder.write_final(state.policy.family, config)
 
 
@@ -198,7 +198,7 @@ def guard_after(
     """A job's guard, as it was after the recorded updates; `renew` measures the base model anew."""
     probe = Probe(policy, job.config, list(job.prompts), job.rewards, job.processes, job.tick, job.content)
     guard = make_guard(probe, folder.guard_file, renew=renew, write=job.processes.main)
-    guard.verdict = replay(records, job.config.guard, folder.numbers(), probe.digest)
+    guard.verdict = replay(records, job.config.guard, folder.checkpoints.numbers(), probe.digest)
     return guard
 
 
@@ -240,7 +240,7 @@ def resume_run(path: Path, options: ResumeOptions = ResumeOptions(), tick: Calla
     """A run that continues from a checkpoint. Raises ConfigError when it is finished, or is not as it began."""
     folder = RunFolder(path)
     config = with_options(folder.config(), {"run": {"updates": options.updates}})
-    some = bool(folder.numbers()) or options.checkpoint != "latest"
+    some = bool(folder.checkpoints.numbers()) or options.checkpoint != "latest"
     done = folder.intact(options.checkpoint) if some else 0
     join()
     if done >= config.run.updates:
