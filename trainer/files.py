@@ -4,7 +4,6 @@ import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,29 +31,6 @@ def digest_of(path: Path) -> dict[str, Any]:
         while block := file.read(READ_SIZE):
             found.update(block)
     return {"bytes": path.stat().st_size, "sha256": found.hexdigest()}
-
-
-def sampled_digest(path: Path, blocks: int = 16, size: int = 1 << 16) -> str:
-    """A fingerprint of a large file from its size and evenly spaced blocks; it reads at most 1 MiB."""
-    length = path.stat().st_size
-    found = hashlib.sha256(str(length).encode())
-    with path.open("rb") as file:
-        for n in range(blocks):
-            file.seek(max(0, length - size) * n // (blocks - 1))
-            found.update(file.read(size))
-    return found.hexdigest()
-
-
-def fingerprint(model: Path) -> str | None:
-    """A sampled digest of a local model's weights; None for an embedded model or one of the hub."""
-    files = [model] if model.is_file() else sorted(model.rglob("*.safetensors")) if model.is_dir() else []
-    return " ".join(sampled_digest(file)[:16] for file in files) or None
-
-
-def reward_fingerprints(names: Iterable[str]) -> dict[str, str | None]:
-    """The fingerprint of each reward that is a file, by its name; absent ones are left out."""
-    files = {name: Path(name) for name in names if name.endswith(".safetensors")}
-    return {name: fingerprint(file) for name, file in files.items() if file.is_file()}
 
 
 def advice(error: OSError) -> str:

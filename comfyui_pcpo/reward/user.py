@@ -86,6 +86,12 @@ def files_in_folder(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
 
 
+def files_named_by_environment() -> list[Path]:
+    """The .py files of the folder in PCPO_REWARD_FOLDER; none if it is unset or no folder."""
+    text = os.environ.get("PCPO_REWARD_FOLDER", "")
+    return files_in_folder(Path(text)) if text else []
+
+
 def rewards_in_folder(folder: Path) -> list[type[Reward]]:
     """All rewards in the .py files of a folder."""
     return [cls for path in files_in_folder(folder) for cls in rewards_in_file(path)]
@@ -109,9 +115,8 @@ def user_reward_names() -> list[str]:
     """Names of user-defined rewards, installed or in the folder, without running their code."""
     from importlib.metadata import entry_points
 
-    text = os.environ.get("PCPO_REWARD_FOLDER", "")
-    files = files_in_folder(Path(text)) if text else []
-    return [*(point.name for point in entry_points(group=GROUP)), *(n for path in files for n in names_in_file(path))]
+    in_folder = (name for path in files_named_by_environment() for name in names_in_file(path))
+    return [*(point.name for point in entry_points(group=GROUP)), *in_folder]
 
 
 def classes_by_name(classes: Iterable[type[Reward]], taken: Iterable[str]) -> dict[str, type[Reward]]:
@@ -123,6 +128,20 @@ def classes_by_name(classes: Iterable[type[Reward]], taken: Iterable[str]) -> di
             raise RewardError(f"{cls.__module__} defines the reward {cls.name!r}, which already exists. Rename it.")
         by_name[cls.name] = cls
     return by_name
+
+
+def code_of(name: str) -> Path | None:
+    """The file that defines a reward of the user's own, in the folder or as module:Class; None for others.
+
+    Neither the file nor the module is run, but the packages that contain the module are.
+    """
+    if ":" not in name:
+        return next((path for path in files_named_by_environment() if name in names_in_file(path)), None)
+    try:
+        spec = importlib.util.find_spec(name.partition(":")[0])
+    except (Exception, SystemExit):
+        return None  # importing the reward reports it
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 
 def import_reward(spec: str) -> type[Reward]:

@@ -8,7 +8,7 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
 from ...trainer.config.presets import PRESETS, Preset, Room, preset_name
-from ...trainer.files import sampled_digest
+from ...trainer.fingerprints import sampled_digest
 from .origin import file_name, loaded_from
 from .spaces import space_of
 

@@ -15,7 +15,7 @@ from comfyui_pcpo.taste.encoders import tiny_encoder
 from comfyui_pcpo.taste.learned import Taste, TasteReport
 from trainer.config.loading import build, with_options
 from trainer.config.schema import Config, ConfigError
-from trainer.files import fingerprint
+from trainer.fingerprints import fingerprint
 from trainer.loop.align import align
 from trainer.policy.lora_pairs import load_pairs
 from trainer.runs.folder import RunFolder
@@ -320,3 +320,16 @@ def test_lines_that_are_no_rows_are_counted(tmp_path):
     assert [row["update"] for row in rows] == [1, 3]
     assert damaged == [2, 3, 4, 7]
     assert row_problems(file, 3) == ["metrics.jsonl lacks the row of update 2"]
+
+
+@pytest.mark.parametrize("name", ["darkness", "own_rewards:Darkness"])
+def test_an_edited_reward_of_ones_own_is_a_change_and_its_file_is_not_run(make_config, tmp_path, monkeypatch, name):
+    file = tmp_path / "own_rewards.py"
+    file.write_text('raise RuntimeError\nclass Darkness(Reward):\n    name = "darkness"\n')
+    monkeypatch.setenv("PCPO_REWARD_FOLDER", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    config = make_config(reward={"weights": {name: 1.0}})
+    before = identity_of(config, ["a fox"])
+    assert differences(before, identity_of(config, ["a fox"])) == []
+    file.write_text(file.read_text() + "# edited\n")
+    assert differences(before, identity_of(config, ["a fox"])) == [f"the reward {name} has other code"]

@@ -17,7 +17,8 @@ from trainer.cli.main import main
 from trainer.config.loading import build, dump_shareable, tomllib, without_folder
 from trainer.config.schema import ConfigError
 from trainer.evaluation.source import open_source
-from trainer.files import advice, digest, digest_of, require_writable, sampled_digest
+from trainer.files import advice, digest, digest_of, require_writable
+from trainer.fingerprints import sampled_digest
 from trainer.runs.folder import RunFolder
 
 METADATA = {f"key {n}": "value" for n in range(8)}

@@ -18,7 +18,7 @@ from comfyui_pcpo.reward.base import Reward
 from comfyui_pcpo.tiny.pipelines import EMBEDDED
 
 from ..config.schema import Config
-from ..files import fingerprint, reward_fingerprints
+from ..fingerprints import fingerprint, reward_fingerprints
 from ..loop.distributed import Processes
 from ..loop.scoring import ImageGroups, score, unattended
 from ..memory.transfer import upload

@@ -12,7 +12,7 @@ from comfyui_pcpo.method.advantage import PromptWindow
 from comfyui_pcpo.method.constraint import Constraint
 
 from ..config.schema import Config
-from ..files import reward_fingerprints
+from ..fingerprints import reward_fingerprints
 from ..memory.transfer import cloned
 from ..policy.base import Policy
 from .ema import LoraEma

@@ -13,7 +13,7 @@ from comfyui_pcpo.prompt import prompt_line
 from comfyui_pcpo.reward.base import Reward
 
 from ..config.schema import Config, ConfigError
-from ..files import fingerprint, reward_fingerprints
+from ..fingerprints import fingerprint, reward_fingerprints
 from ..program import program_name
 
 FREE = {
@@ -104,7 +104,8 @@ def describe(key: str, before: Any, after: Any) -> str:
     if key == LEVELS:
         return "the model has another noise schedule (such as another shift)"
     if key.startswith(REWARD_CONTENT):
-        return f"the reward {key.removeprefix(REWARD_CONTENT)} has other weights"
+        learned = isinstance(before, list) or key.endswith(".safetensors")
+        return f"the reward {key.removeprefix(REWARD_CONTENT)} has other {'weights' if learned else 'code'}"
     return f"{key} was {before!r} and is {after!r}"
 
 
