@@ -5,7 +5,7 @@ from typing import Any
 
 
 def parse_json(text: str | bytes) -> Any:
-    """As json.loads, but every text that is not JSON is a ValueError, one that is nested too deeply too."""
+    """Like json.loads, but raises ValueError for any invalid JSON, including JSON that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:

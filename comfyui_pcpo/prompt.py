@@ -23,9 +23,19 @@ def metadata_of(prompt: str) -> dict[str, Any]:
 
 
 def prompt_line(prompt: str) -> str:
-    """The line of a prompt list: the text, or a JSON object where there is metadata. `parse_line` reads it."""
+    """The line of a prompt list that is read as this prompt: its text where possible, otherwise a JSON object."""
     metadata = metadata_of(prompt)
-    return json.dumps({"prompt": str(prompt), **metadata}, ensure_ascii=False) if metadata else str(prompt)
+    if metadata or not is_own_line(prompt):
+        return json.dumps({"prompt": str(prompt), **metadata}, ensure_ascii=False)
+    return str(prompt)
+
+
+def is_own_line(text: str) -> bool:
+    """Whether a line of this text is read as the text: not as a comment, an object or several lines."""
+    try:
+        return not text.startswith("#") and len(text.splitlines()) <= 1 and parse_line(text) == text
+    except ValueError:
+        return False
 
 
 def parse_line(line: str) -> str:

@@ -243,7 +243,14 @@ def _join(module: str, tensors: Mapping[str, Tensor]) -> Pair:
     missing = [part for part in ("A", "B") if part not in tensors]
     if missing:
         raise ValueError(f"{module} lacks its LoRA {missing[0]}, but needs both A and B. The file is incomplete.")
-    a, b = tensors["A"], tensors["B"]
+    a, b = (t.float() if t.is_floating_point() and t.element_size() == 1 else t for t in (tensors["A"], tensors["B"]))
+    alpha = tensors.get("alpha")
+    if a.ndim == 0 or len(a) == 0 or (alpha is not None and alpha.numel() != 1):
+        given = "none" if alpha is None else tuple(alpha.shape)
+        raise ValueError(
+            f"{module} has A {tuple(a.shape)} and alpha {given}, but needs at least one row in A, and one number as "
+            "alpha. The file is damaged."
+        )
     _check_pair(module, (a, b), len(a))
-    scale = tensors["alpha"].item() / len(a) if "alpha" in tensors else 1.0
+    scale = 1.0 if alpha is None else alpha.item() / len(a)
     return a, _fold(b, scale)

@@ -101,7 +101,7 @@ def ddim_grid(
     pure noise. The last step goes to t - num_train // steps; below 0 that is alpha_bar_0, or 1 with `set_alpha_to_one`.
     """
     if not 1 <= steps <= num_train:
-        raise ValueError(f"steps is {steps}, but the model knows {num_train} timesteps. Use 1 to {num_train}.")
+        raise ValueError(f"steps is {steps}, but the model has {num_train} timesteps. Use 1 to {num_train}.")
     alphas = (
         scaled_linear_alphas(num_train, beta_start, beta_end) if alphas_cumprod is None else alphas_cumprod.double()
     )
@@ -110,8 +110,7 @@ def ddim_grid(
     times = _ddim_times(steps, num_train, steps_offset, spacing)
     if times[0] >= num_train:
         raise ValueError(
-            f"the first timestep is {int(times[0])}, but the model ends at {num_train - 1}. "
-            "Use fewer steps or steps_offset = 0."
+            f"the first timestep is {int(times[0])}, but the model ends at {num_train - 1}. Use fewer steps."
         )
     if alphas[times[0]] == 0:
         raise ValueError(
@@ -119,6 +118,11 @@ def ddim_grid(
             "Set timestep_spacing = leading in the configuration of the model's scheduler."
         )
     previous = int(times[-1]) - num_train // steps
+    if times[-1] == 0 and not set_alpha_to_one:
+        raise ValueError(
+            f"the last of {steps} timesteps is 0, from which no step leads to alpha_bar_0. Use fewer steps, "
+            "steps_offset = 1 or set_alpha_to_one = true."
+        )
     final = alphas.new_ones(1) if set_alpha_to_one and previous < 0 else alphas[max(previous, 0)].reshape(1)
     return Grid("ddim", torch.cat([alphas[times], final]), times)
 

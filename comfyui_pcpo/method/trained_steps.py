@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class StepSelection:
-    """Which steps a run may train, the ones over which zeta is taken; the defaults leave none out."""
+    """Which steps a run may train, the steps that zeta is computed over; the defaults leave none out."""
 
     first: int = 0  # only the first k trainable ones; 0: no limit
     skip_last: int = 0  # not the last k of the grid
@@ -20,7 +20,7 @@ class StepSelection:
             raise ValueError(f"first is {self.first} and skip_last {self.skip_last}, but both are 0 or more.")
 
     def of_run(self, trainable: Sequence[int], steps: int) -> list[int]:
-        """Those of the trainable steps of a grid of `steps` steps that some update may train."""
+        """The trainable steps that updates may train, of a grid of `steps` steps."""
         able = [i for i in sorted(trainable) if i < steps - self.skip_last]
         able = able[: self.first] if self.first else able
         if not able:

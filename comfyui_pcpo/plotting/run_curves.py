@@ -165,7 +165,7 @@ SPARSE = ("clip", "kl", "guard")
 """Panels that may be flat at 0, or have a single point."""
 
 
-def says_something(panel: Panel) -> bool:
+def has_signal(panel: Panel) -> bool:
     """Whether a panel by update has a line of two points or more that is not 0 everywhere."""
     values = [[v for v in line.y if math.isfinite(v)] for line in panel.all_lines()]
     return any(len(line) > 1 for line in values) and any(any(line) for line in values)
@@ -181,7 +181,7 @@ def curve_panels(records: Sequence[Record], smoothing: float, names: Sequence[st
             raise ValueError(f"panel '{name}' is not one of {', '.join(PANELS)}. Name one of these.")
     drawn = [(name, panel) for name in names for panel in PANELS[name](records, smoothing)]
     every = len(records) == 1
-    seen = [p for name, p in drawn if p.all_lines() and (every or name not in SPARSE or says_something(p))]
+    seen = [p for name, p in drawn if p.all_lines() and (every or name not in SPARSE or has_signal(p))]
     return seen or [panel for _, panel in drawn]
 
 
@@ -221,7 +221,7 @@ def comparison_panels(runs: Mapping[str, Sequence[Record]], smoothing: float) ->
         Panel("Reward", "update", "mean reward", lines("reward_mean", _updates)),
         Panel("Reward by wall clock", "minutes", "mean reward", lines("reward_mean", _minutes)),
         *filter(
-            says_something,
+            has_signal,
             (
                 Panel("Clip fraction", "update", "share of clipped terms", lines("clip_fraction", _updates)),
                 Panel("KL to the reference", "update", "KL per step, mean over latent", lines("kl", _updates)),

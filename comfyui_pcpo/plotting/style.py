@@ -30,7 +30,7 @@ SCALE = 2  # figures are drawn this many times larger and reduced, which smooths
 
 
 def text_look(size: float = TEXT, color: str = MUTED) -> dict[str, Any]:
-    """Text as it is written; a dollar sign in a name starts no formula."""
+    """Literal text; dollar signs are not read as math."""
     return {"fontsize": size, "color": color, "parse_math": False}
 
 

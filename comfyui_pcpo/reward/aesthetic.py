@@ -6,11 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_pcpo.reward.base import Reward, RewardFile
-from comfyui_pcpo.reward.clip import VIT_L_14, ClipShape, open_clip_model
+from comfyui_pcpo.reward.clip import CLIP_FILE, VIT_L_14, ClipShape, vision_tower
 from comfyui_pcpo.reward.weights.checkpoint import load_strict, locate, read_state
 from comfyui_pcpo.reward.weights.preprocess import crop_round
-
-CLIP_FILE = RewardFile("timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors", 1_710_000_000, "MIT")
 
 
 def linear_head(width: int) -> nn.Sequential:
@@ -47,15 +45,11 @@ class Aesthetic(Reward):
     shape: ClassVar[ClipShape] = VIT_L_14
 
     def build(self) -> AestheticModel:
-        head_path, clip_path = (locate(self.settings, file, self.name) for file in self.files)
+        head_path = locate(self.settings, self.files[0], self.name)
         head = linear_head(self.shape.embed)
         state = read_state(head_path, self.files[0])
         load_strict(head, {name.removeprefix("layers."): value for name, value in state.items()}, head_path)
-        visual = open_clip_model(self.shape).visual
-        towers = read_state(clip_path, self.files[1])
-        vision = {name.removeprefix("visual."): v for name, v in towers.items() if name.startswith("visual.")}
-        load_strict(visual, vision, clip_path)
-        return AestheticModel(visual.to(self.settings.dtype), head.float())
+        return AestheticModel(vision_tower(self.shape, self.files[1], self.settings, self.name), head.float())
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         return cast("AestheticModel", self.model)(crop_round(images.to(self.device)).to(self.settings.dtype))

@@ -90,7 +90,7 @@ class Reward:
 
     @property
     def failure_reason(self) -> str:
-        """Why its failed scores are NaN, for a sentence."""
+        """Why scores failed, as a part of a sentence."""
         return self.failure.rstrip(".") or "NaN or infinite"
 
     def build(self) -> nn.Module | None:
@@ -110,10 +110,14 @@ class Reward:
         """Load the weights if they are not loaded yet; `score` calls this."""
         if self.model is None:
             with ordinary_tensors():
-                model = self._own_code(self.build)
+                model = self._own_code(lambda: checked_network(self.build()))
             if model is not None:
                 self.model = model.eval().requires_grad_(False)
-                self.to(self.device)
+                try:
+                    self.to(self.device)
+                except BaseException:
+                    self.model = None  # half of it may have moved: the next call loads it anew
+                    raise
         return self
 
     def unload(self) -> None:
@@ -154,8 +158,9 @@ class Reward:
             self.settings.tick()
             scores = self.measure_batch(images[part], prompts[part])
             values.append(scores.values)
-            for key, entries in scores.extras.items():
-                extras.setdefault(key, [""] * part.start).extend(entries)
+            for key in extras.keys() | scores.extras.keys():
+                absent = [""] * (part.stop - part.start)
+                extras.setdefault(key, [""] * part.start).extend(scores.extras.get(key, absent))
         return Scores(torch.cat(values) if values else torch.zeros(0), extras)
 
     def _own_code(self, work: Callable[[], T]) -> T:
@@ -201,6 +206,15 @@ def on_its_device(reward: Reward, offload: bool = True) -> Iterator[Reward]:
             reward.to("cpu")
 
 
+def checked_network(model: object) -> nn.Module | None:
+    """What `build` returned."""
+    if model is None or isinstance(model, nn.Module):
+        return model
+    raise RewardError(
+        f"build returned a {type(model).__name__}. Return one torch.nn.Module, or None for a reward without a network."
+    )
+
+
 def checked_scores(output: object, count: int) -> Scores:
     """What score_batch returned, its values as float32 on the CPU, (B,)."""
     values, extras = (output.values, output.extras) if isinstance(output, Scores) else (output, {})
@@ -208,6 +222,10 @@ def checked_scores(output: object, count: int) -> Scores:
     if not isinstance(values, Tensor) or values.shape != (count,) or values.is_complex():
         raise RewardError(
             f"score_batch returned scores of {shape} for {count} images. Return one number per image, a tensor (B,)."
+        )
+    if not isinstance(extras, dict) or any(not isinstance(e, list) or len(e) != count for e in extras.values()):
+        raise RewardError(
+            f"score_batch returned extras that are not lists of {count} entries by name. Return one entry per image."
         )
     return Scores(values.detach().to("cpu", torch.float32), extras)
 
@@ -221,7 +239,8 @@ def blamed(reward: Reward) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(f"reward {name}: {error}") from error
     except RewardError as error:
-        raise type(error)(f"reward {name}: {error}") from error
+        own = type(error) if type(error).__module__.startswith("comfyui_pcpo.") else RewardError
+        raise own(f"reward {name}: {error}") from error
     except (Exception, SystemExit) as error:
         cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         cause = " ".join(cause.split()).rstrip(".")
@@ -231,7 +250,11 @@ def blamed(reward: Reward) -> Iterator[None]:
 def place(error: BaseException, cls: type) -> str:
     """File and line of the last call in the file of a class, or of the last call at all."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == inspect.getfile(cls)]
+    try:
+        file = inspect.getfile(cls)
+    except (OSError, TypeError):  # of a class that was typed into a notebook
+        file = ""
+    own = [frame for frame in frames if frame.filename == file]
     frame = (own or frames)[-1]
     return f"{Path(frame.filename).name}, line {frame.lineno}"
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_pcpo.reward.base import RewardError, RewardFile, RewardSettings, Scores
+from comfyui_pcpo.reward.base import RewardFile, RewardSettings, Scores
 from comfyui_pcpo.reward.service.endpoint import EndpointReward, Vlm
-from comfyui_pcpo.reward.weights.checkpoint import file_path
+from comfyui_pcpo.reward.weights.checkpoint import locate
 
 QUESTION = "Answer concisely: what is going on in this image?"
 LAYER = 40
@@ -60,15 +60,10 @@ class BertScore(EndpointReward):
         """DeBERTa from its folder of config, tokenizer and weights; layers above the 40th are removed."""
         from transformers import AutoModel, AutoTokenizer
 
-        if self.settings.folder is None:
-            raise RewardError(
-                f"No weight folder is set, but bertscore needs {HUB_ID}. Set the folder of reward weights."
-            )
-        folder = file_path(self.settings.folder, self.files[0]).parent
-        if not (folder / "config.json").is_file():
-            raise RewardError(f"{folder} has no config.json. Download {HUB_ID} into it.")
+        paths = [locate(self.settings, file, self.name) for file in self.files]
+        folder = paths[0].parent
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=self.settings.dtype)
+        model = AutoModel.from_pretrained(folder, local_files_only=True).to(self.settings.dtype)
         model.encoder.layer = model.encoder.layer[: self.layer]
         return cast("nn.Module", model)
 

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from comfyui_pcpo.reward.base import RewardFile, RewardSettings
+from comfyui_pcpo.reward.weights.checkpoint import load_strict, locate, read_state
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
@@ -30,9 +33,12 @@ class ClipShape:
 
 VIT_H_14 = ClipShape(1024, 1280, 32, 80, 14, 1024, 24, 16)
 VIT_L_14 = ClipShape(768, 1024, 24, 64, 14, 768, 12, 12, quick_gelu=True)  # OpenAI's
+CLIP_FILE = RewardFile("timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors", 1_710_000_000, "MIT")
+"""The weights of VIT_L_14."""
 
 
 def open_clip_model(shape: ClipShape) -> "CLIP":
+    """open_clip's CLIP, its weights random."""
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     vision = CLIPVisionCfg(
@@ -46,6 +52,17 @@ def open_clip_model(shape: ClipShape) -> "CLIP":
         layers=shape.text_layers,
     )
     return CLIP(shape.embed, vision, text, quick_gelu=shape.quick_gelu)
+
+
+def vision_tower(shape: ClipShape, file: RewardFile, settings: RewardSettings, reward: str) -> nn.Module:
+    """The vision tower of a CLIP in open_clip's layout: normalised pixels (B, 3, 224, 224) -> (B, shape.embed).
+
+    Raises RewardError, which names the reward that is to be downloaded, for a missing or damaged file.
+    """
+    path, visual = locate(settings, file, reward), open_clip_model(shape).visual
+    state = read_state(path, file)
+    load_strict(visual, {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}, path)
+    return visual.to(settings.dtype)
 
 
 def transformers_clip(shape: ClipShape) -> "CLIPModel":

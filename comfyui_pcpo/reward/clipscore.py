@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from torch import Tensor
 
-from comfyui_pcpo.reward.aesthetic import CLIP_FILE
 from comfyui_pcpo.reward.base import Reward
-from comfyui_pcpo.reward.clip import VIT_L_14, ClipShape, cosine, open_clip_model
+from comfyui_pcpo.reward.clip import CLIP_FILE, VIT_L_14, ClipShape, cosine, open_clip_model
 from comfyui_pcpo.reward.weights.checkpoint import load_strict, locate, read_state
 from comfyui_pcpo.reward.weights.preprocess import crop_round
 from comfyui_pcpo.reward.weights.tokens import clip_tokens, distinct
@@ -27,6 +26,7 @@ class ClipCosine(Reward):
         path = locate(self.settings, self.files[0], self.name)
         model = open_clip_model(self.shape)
         load_strict(model, read_state(path, self.files[0]), path)
+        self.scale = model.logit_scale.detach().float().exp().item()  # before half precision rounds it
         return model.to(self.settings.dtype)
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -70,4 +70,4 @@ class ClipLogits(ClipCosine):
     typical_range = (10.0, 35.0)
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return cast("CLIP", self.model).logit_scale.float().exp() * super().score_batch(images, prompts)
+        return self.scale * super().score_batch(images, prompts)

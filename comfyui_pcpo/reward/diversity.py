@@ -6,11 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comfyui_pcpo.reward.aesthetic import CLIP_FILE
 from comfyui_pcpo.reward.alignment import encoder_input
-from comfyui_pcpo.reward.clip import VIT_L_14, ClipShape, open_clip_model
-from comfyui_pcpo.reward.group import GroupReward
-from comfyui_pcpo.reward.weights.checkpoint import load_strict, locate, read_state
+from comfyui_pcpo.reward.clip import CLIP_FILE, VIT_L_14, ClipShape, vision_tower
+from comfyui_pcpo.reward.group import ALONE, GroupReward
 from comfyui_pcpo.reward.weights.preprocess import crop_round
 from comfyui_pcpo.tiny.align import load_image_encoder
 
@@ -40,7 +38,7 @@ class DiversityOf(GroupReward):
 
     def score_group(self, images: Tensor, prompt: str) -> Tensor:
         if len(images) == 1:
-            self.failure = "a single image of a prompt has none to differ from; generate two or more"
+            self.failure = ALONE
         parts = images.split(self.settings.images_at_once)
         return mean_distance(torch.cat([self.embed(part.to(self.device)).float() for part in parts]))
 
@@ -54,10 +52,7 @@ class Diversity(DiversityOf):
     shape: ClassVar[ClipShape] = VIT_L_14
 
     def build(self) -> nn.Module:
-        path = locate(self.settings, self.files[0], self.name)
-        state, visual = read_state(path, self.files[0]), open_clip_model(self.shape).visual
-        load_strict(visual, {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}, path)
-        return visual.to(self.settings.dtype)
+        return vision_tower(self.shape, self.files[0], self.settings, self.name)
 
     def embed(self, images: Tensor) -> Tensor:
         return cast("nn.Module", self.model)(crop_round(images).to(self.settings.dtype))

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardError, Scores
 
+ALONE = "a single image of a prompt has none to compare with; generate two or more"
+"""Why a group of one image has no score."""
+
 
 class GroupReward(Reward):
     """Base class of rewards that score a whole group at once. Subclasses define `score_group`.

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from comfyui_pcpo.reward.base import Reward, RewardError, Scores
 
+QUOTES = '"\u201c\u201d\u201e'
 Reader = Callable[[np.ndarray], str]  # uint8 (H, W, 3) RGB -> its text
 
 
 def target_text(prompt: str) -> str | None:
-    """The text in the first double quotes, straight or curly; None without any."""
-    quoted = re.search(r'["\u201c\u201d]([^"\u201c\u201d]+)["\u201c\u201d]', prompt)
+    """The text in the first double quotes, straight, curly or German; None without any."""
+    quoted = re.search(rf"[{QUOTES}]([^{QUOTES}]+)[{QUOTES}]", prompt)
     return plain(quoted.group(1)) or None if quoted else None
 
 
@@ -44,6 +45,7 @@ def text_score(target: str, read: str) -> float:
 
 
 def rapid_reader() -> Reader:
+    """RapidOCR. Raises RewardError where it is not installed."""
     try:
         from rapidocr import RapidOCR  # type: ignore[import-not-found]
     except ImportError as error:

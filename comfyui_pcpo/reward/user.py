@@ -15,8 +15,12 @@ from pathlib import Path
 from types import ModuleType
 
 from comfyui_pcpo.reward.base import Reward, RewardError, RewardSettings
+from comfyui_pcpo.reward.group import GroupReward
+from comfyui_pcpo.reward.service.endpoint import EndpointReward
 
 GROUP = "pcpo.rewards"
+KINDS = (Reward, GroupReward, EndpointReward)
+"""What a reward is derived from; each asks for another method."""
 
 
 def user_reward_folder() -> Path | None:
@@ -32,8 +36,10 @@ def check_class(value: object, source: str) -> type[Reward]:
     """Validate that a value is a Reward class with a name and `score_batch`."""
     if not (inspect.isclass(value) and issubclass(value, Reward)):
         raise RewardError(f"{source} must be a subclass of comfyui_pcpo.reward.Reward, not a {type(value).__name__}.")
-    if not value.name or value.score_batch is Reward.score_batch:
-        raise RewardError(f"{source} must define both `name` and `score_batch`.")
+    owner = next(cls for cls in value.__mro__ if "score_batch" in vars(cls))
+    method = {GroupReward: "score_group", EndpointReward: "score_image"}.get(owner, "score_batch")
+    if not value.name or (owner in KINDS and getattr(value, method) is getattr(owner, method)):
+        raise RewardError(f"{source} must define both `name` and `{method}`.")
     return value
 
 
@@ -54,10 +60,12 @@ def load_file(path: Path) -> ModuleType:
 
 
 def rewards_in_file(path: Path) -> list[type[Reward]]:
-    """The reward classes that a file defines (not those that it imports)."""
+    """The reward classes that a file defines, not those that it imports, nor nameless ones that others derive from."""
     module = load_file(path)
     own = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__]
-    classes = [check_class(cls, f"{path}: {cls.__name__}") for cls in own if issubclass(cls, Reward)]
+    rewards = [cls for cls in own if issubclass(cls, Reward)]
+    shared = {cls for cls in rewards if not cls.name and any(cls in other.__mro__[1:] for other in rewards)}
+    classes = [check_class(cls, f"{path}: {cls.__name__}") for cls in rewards if cls not in shared]
     if not classes:
         raise RewardError(
             f"{path} defines no reward. Add a subclass of comfyui_pcpo.reward.Reward, or remove the file."
@@ -176,6 +184,6 @@ def construct(cls: type[Reward], settings: RewardSettings | None) -> Reward:
         raise
     except Exception as error:
         raise RewardError(
-            f"reward {cls.name} cannot be made ({type(error).__name__}: {error}). Its __init__ gets the settings and "
-            "passes them to super().__init__(settings)."
+            f"reward {cls.name} cannot be constructed ({type(error).__name__}: {error}). Its __init__ gets the "
+            "settings and passes them to super().__init__(settings)."
         ) from error

@@ -1,4 +1,4 @@
-"""Calls a user's own reward in a thread, so that code that never returns can be interrupted, and is named."""
+"""Calls a user's own reward in a thread, so that code that hangs can be interrupted and named."""
 
 import atexit
 import logging
@@ -73,7 +73,7 @@ def serve(calls: "SimpleQueue[Any]") -> None:
 
 
 def answer(call: tuple["Future[Any]", Callable[[], Any]] | None) -> bool:
-    """Do one call, -> whether there was one. A function, so that its end lets go of the images."""
+    """Do one call, -> whether there was one. A function, so that its locals, such as images, are freed on return."""
     if call is None:
         return False
     future, work = call

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEAST_VOTES = 5  # a taste is only learned from as many votes
+LEAST_VOTES = 5  # that a taste is learned from
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,18 @@ Networks are trained to overlook what people often vote on: how bright, colourfu
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_pcpo.reward.base import RewardSettings
+from comfyui_pcpo.reward.clip import CLIP_FILE, VIT_L_14, vision_tower
 from comfyui_pcpo.reward.clipscore import ClipCosine
 from comfyui_pcpo.reward.weights.preprocess import crop_round
 from comfyui_pcpo.taste.votes import VoteError
 from comfyui_pcpo.tiny.align import load_image_encoder
 from comfyui_pcpo.tiny.pipelines import MODELS
-
-if TYPE_CHECKING:
-    from open_clip.model import CLIP
 
 PROBE_SIDE = 96
 COLOR_STATISTICS = 42
@@ -42,7 +39,7 @@ class Encoder:
         return torch.cat([self.encode(images).detach().float().cpu(), color_statistics(images.cpu())], 1)
 
     def probe(self) -> Tensor:
-        """Features of a fixed image, (D,): a taste recognises by them the encoder that it was learned on."""
+        """Features of a fixed image, (D,), which identify the encoder that a taste was learned on."""
         ramp = torch.linspace(0, 255, PROBE_SIDE)
         image = torch.stack([ramp.expand(PROBE_SIDE, -1), ramp[:, None].expand(-1, PROBE_SIDE), ramp.flip(0).expand(
             PROBE_SIDE, -1)], -1)  # fmt: skip
@@ -73,11 +70,13 @@ def tiny_encoder(settings: RewardSettings) -> Encoder:
 
 def clip_encoder(settings: RewardSettings) -> Encoder:
     """The normalised image embedding of OpenAI's CLIP ViT-L/14, whose weights several rewards share."""
-    model = cast("CLIP", ClipCosine(settings).load().model)
+    model = (
+        vision_tower(VIT_L_14, CLIP_FILE, settings, ClipCosine.name).eval().requires_grad_(False).to(settings.device)
+    )
 
     def encode(images: Tensor) -> Tensor:
         pixels = crop_round(images.to(device_of(model))).to(settings.dtype)
-        return F.normalize(model.encode_image(pixels).float(), dim=-1)
+        return F.normalize(model(pixels).float(), dim=-1)
 
     return Encoder("clip-vit-l-14", encode, model)
 

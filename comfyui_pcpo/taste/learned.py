@@ -79,7 +79,7 @@ def load_taste(path: Path) -> Taste:
             if metadata.get("format") != FORMAT:
                 raise VoteError(f"{path} is not a taste. Give a file that `taste train` or Train Taste has written.")
             weight, bias, probe = (file.get_tensor(name) for name in ("weight", "bias", "probe"))
-            report = TasteReport(**parse_json(metadata["report"]))
+            report, encoder = TasteReport(**parse_json(metadata["report"])), metadata["encoder"]
         if weight.ndim != 1 or weight.shape != probe.shape or bias.numel() != 1:
             raise ValueError(f"its weight has shape {tuple(weight.shape)}, its probe {tuple(probe.shape)}")
         if not all(tensor.isfinite().all() for tensor in (weight, bias, probe)):
@@ -88,7 +88,7 @@ def load_taste(path: Path) -> Taste:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise VoteError(f"{path} cannot be read as a taste ({error}). Train it again with `taste train`.") from None
-    return Taste(metadata["encoder"], weight, float(bias), probe, report)
+    return Taste(encoder, weight, float(bias), probe, report)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Learned:
-    """A fit that still knows its uncertainty; `taste` is what is kept of it."""
+    """A fit with its uncertainty, of which only `taste` is saved."""
 
     taste: Taste
     scaled: Scaled
@@ -160,7 +160,7 @@ def learn(features: Tensor, pairs: Comparisons, encoder: Encoder) -> Learned:
 def cross_validate(scaled: Scaled, pairs: Comparisons) -> TasteReport:
     """The ridge that predicts held-out comparisons best, and how well.
 
-    Halving the votes tells what doubling them would do: errors are taken to fall by the same factor again.
+    What doubling the votes would do is extrapolated from half of them: errors are assumed to fall by the same factor.
     """
     held_out, right = hold_out(scaled, pairs)
     if not held_out.votes:

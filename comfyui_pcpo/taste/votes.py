@@ -76,13 +76,17 @@ class VoteFolder:
         if not self.file.is_file():
             return []
         lines = self.file.read_bytes().split(b"\n")  # each is decoded where it can be named
-        return [self._row(line, number) for number, line in enumerate(lines[:-1], 1) if line.strip()]
+        if not self._is_row(lines[-1]):
+            del lines[-1]
+        return [self._row(line, number) for number, line in enumerate(lines, 1) if line.strip()]
 
     def _row(self, line: bytes, number: int) -> Vote:
         try:
             row = parse_json(line)
             vote = Vote(**{**row, "images": tuple(row["images"]), "ranks": tuple(row["ranks"])})
             check_ranks(vote.ranks, len(vote.images))
+            if not all(isinstance(text, str) for text in (vote.group, vote.prompt, *vote.images)):
+                raise ValueError("its group, prompt and images must be texts")
         except (ValueError, TypeError, KeyError) as error:
             raise VoteError(
                 f"{self.file}, line {number} is not a vote ({error}). Remove the line, or the file to start over."
@@ -95,7 +99,7 @@ class VoteFolder:
         return [vote for vote in latest.values() if not vote.undone]
 
     def ranked(self) -> list[Vote]:
-        """The votes that say something: not skipped, and not all images alike."""
+        """The votes that prefer an image to another: not skipped, and not all ties."""
         return [vote for vote in self.votes() if len(set(vote.ranks)) > 1]
 
     def add(self, images: Tensor, prompt: str, ranks: Sequence[int], seconds: float = 0.0) -> Vote:
@@ -117,7 +121,7 @@ class VoteFolder:
         try:
             with Image.open(path) as image:
                 return torch.from_numpy(np.array(image.convert("RGB")))
-        except OSError as error:
+        except (OSError, ValueError, SyntaxError) as error:  # as Pillow raises for a damaged file
             raise VoteError(
                 f"{path}, an image of a vote, cannot be read ({error}). Restore the file, or vote in a new folder."
             ) from None

@@ -17,7 +17,7 @@ def asked(scene: Scene) -> Counter[str]:
 
 
 def judge(reading: Reading, scene: Scene) -> dict[str, bool]:
-    """Verdicts for what the scene says: object, count, and where said relation, size, background, pattern.
+    """Verdicts on object and count, and on relation, size, background and pattern where the scene specifies them.
 
     `object` asks for the right kinds and no others; `count` for the right number of each kind.
     """

@@ -255,3 +255,25 @@ def test_a_family_with_names_of_its_own_is_one_entry(monkeypatch):
     state = export_state(given, 2.0, 2, "kohya", "lumina")
     assert "lora_unet_blocks_0_to_q.lora_up.weight" in state
     assert parse_state(state, given).keys() == given.keys()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_A": torch.zeros(0, 4), "lora_B": torch.zeros(4, 0)},
+        {"lora_A": torch.tensor(1.0)},
+        {"alpha": torch.ones(2)},
+    ],
+)
+def test_a_pair_without_rows_and_an_alpha_of_two_numbers_are_refused(change):
+    parts = {"lora_A": torch.zeros(2, 4), "lora_B": torch.zeros(4, 2), "alpha": torch.tensor(2.0), **change}
+    state = {f"unet.a.{part}" + ".weight" * (part != "alpha"): tensor for part, tensor in parts.items()}
+    with pytest.raises(ValueError, match=r"^a has A .* The file is damaged"):
+        parse_state(state)
+
+
+def test_factors_in_8_bits_are_read_in_32():
+    state = {"unet.a.lora_A.weight": torch.ones(2, 4), "unet.a.lora_B.weight": torch.ones(4, 2)}
+    low = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in state.items()}
+    for read, given in zip(parse_state(low)["a"], parse_state(state)["a"], strict=True):
+        assert torch.equal(read, given)

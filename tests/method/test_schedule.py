@@ -79,9 +79,10 @@ def test_flow_grid_from_sigmas_is_what_diffusers_uses():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ddim_grid(0), "steps is 0, but the model knows 1000"),
+        (lambda: ddim_grid(0), "steps is 0, but the model has 1000"),
         (lambda: ddim_grid(1001), "steps is 1001"),
         (lambda: ddim_grid(1000), "first timestep is 1000"),
+        (lambda: ddim_grid(1000, steps_offset=0), "the last of 1000 timesteps is 0"),
         (lambda: ddim_grid(5, scaled_linear_alphas(10)), "10 entries, but num_train is 1000"),
         (lambda: ddim_grid(4, spacing="linspace"), "spacing is 'linspace', but"),  # type: ignore[arg-type]
         (lambda: flow_grid(0), "at least one step"),

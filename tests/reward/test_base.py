@@ -1,5 +1,7 @@
 """The base place: what it refuses, what it rounds, what it calls failed; and several rewards at once."""
 
+import sys
+
 import pytest
 import torch
 
@@ -96,6 +98,65 @@ def test_a_device_without_room_names_the_reward_that_moves_there():
     reward.model = Full(1, 1)
     with pytest.raises(torch.OutOfMemoryError, match=r"^reward network: no room$"):
         reward.to("meta")
+
+
+def test_a_network_that_did_not_reach_its_device_is_loaded_anew():
+    class Late(Network):
+        networks = iter((Full(1, 1), torch.nn.Linear(1, 1)))
+
+        def build(self):
+            return next(self.networks)
+
+    reward = Late(RewardSettings(device="meta"))
+    with pytest.raises(torch.OutOfMemoryError):
+        reward.load()
+    assert reward.model is None
+    assert reward.load().model.weight.is_meta
+
+
+def test_a_build_that_returns_no_network_is_refused():
+    class Pair(Network):
+        def build(self):
+            return torch.nn.Linear(1, 1), "processor"
+
+    with pytest.raises(RewardError, match=r"reward network: build returned a tuple. Return one torch.nn.Module"):
+        Pair().load()
+
+
+@pytest.mark.parametrize("extras", [None, {"note": ["one"]}, {"note": "ab"}])
+def test_extras_are_one_entry_per_image(extras):
+    class Noted(Given):
+        def score_batch(self, images, prompts):
+            return Scores(torch.zeros(2), extras)
+
+    with pytest.raises(RewardError, match="extras that are not lists of 2 entries"):
+        Noted().measure(images(0.0, 0.0), ["", ""])
+
+
+def test_a_batch_without_an_extra_has_empty_entries():
+    class Some(Given):
+        def score_batch(self, images, prompts):
+            return Scores(torch.zeros(1), {"note": prompts} if prompts[0] else {})
+
+    measured = Some(RewardSettings(images_at_once=1)).measure(images(0.0, 0.0, 0.0), ["", "b", ""])
+    assert measured.extras == {"note": ["", "b", ""]}
+
+
+def test_a_class_without_a_file_and_an_error_with_two_arguments_are_attributed(monkeypatch):
+    class Odd(RewardError):
+        def __init__(self, what, why):
+            super().__init__(f"{what} {why}")
+
+    class Typed(Given):
+        def score_batch(self, images, prompts):
+            raise Odd("too", "dark") if prompts[0] else KeyError("x")
+
+    Typed.__module__ = "__main__"
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    with pytest.raises(RewardError, match=r"reward given raised KeyError: 'x' \(test_base.py, line \d+\)"):
+        Typed().score(images(0.0), [""])
+    with pytest.raises(RewardError, match=r"^reward given: too dark$"):
+        Typed().score(images(0.0), ["a"])
 
 
 def test_a_host_can_stop_the_scoring_between_two_batches():

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from comfyui_pcpo.reward import RewardError, RewardSettings, load_reward
-from comfyui_pcpo.reward.bertscore import BertScore, Embedded, recall
-from comfyui_pcpo.reward.service.endpoint import EndpointReward, Vlm, VlmRating, VlmYes, first_number, yes_share
+from comfyui_pcpo.reward.base import RewardFile
+from comfyui_pcpo.reward.bertscore import HUB_ID, BertScore, Embedded, recall
+from comfyui_pcpo.reward.service.endpoint import EndpointReward, Vlm, VlmRating, VlmYes, only_number, yes_share
 from comfyui_pcpo.reward.service.judges import UnifiedReward, VqaScore, final_score
 from comfyui_pcpo.reward.service.wire import BadAnswer, Peer
 from comfyui_pcpo.reward.weights.checkpoint import file_path
@@ -64,11 +65,13 @@ def test_yes_is_weighed_against_no(model):
     assert set(model.headers) == {"Bearer secret"} and model.asked[-1]["logprobs"] is True
 
 
-def test_a_rating_is_the_first_number(model):
+def test_a_rating_is_the_one_number_of_the_answer(model):
     model.answer = says("8.5 out of 10")
     assert VlmRating(vlm=model.vlm).score(GREY, ["a fox"]).item() == pytest.approx(0.85)
-    for text in ("none", "11", "-1", ""):
-        assert math.isnan(first_number(text, 10))
+    for text, value in {"7": 7, "Rating: 8/10.": 8, "10 / 10": 10, "9 (out of 10)": 9, "**6.5**": 6.5}.items():
+        assert only_number(text, 10) == value
+    for text in ("none", "11", "-1", "", "On a scale of 0 to 10: 7", "0-10: 9", "7,5", "7 or 8"):
+        assert math.isnan(only_number(text, 10))
 
 
 def test_answers_without_probabilities_fail():
@@ -98,7 +101,9 @@ def test_unifiedreward_reads_the_final_score_of_its_own_question(model):
     assert reward.score(GREY, ["a {fox}"]).item() == pytest.approx(0.9)
     text = model.asked[-1]["messages"][0]["content"][1]["text"]
     assert text.endswith("Text Caption: [a {fox}]") and "assign a score from 1 to 5 after 'Final Score:'." in text
-    for answer in ("4", "Final Score: 9", "Final Score: 0.5", ""):
+    for answer in ("Final Score (1-5): 4", "final score: 4/5", "Final Score: 2. No, **Final Score**: 4"):
+        assert final_score(answer, 5) == 4
+    for answer in ("4", "Final Score: 9", "Final Score: 0.5", "Final Score: -3", "Final Score: 4,5", ""):
         assert math.isnan(final_score(answer, 5))
 
 
@@ -159,6 +164,7 @@ def folder(tmp_path_factory):
 
 
 class TinyBertScore(BertScore):
+    files = tuple(RewardFile(HUB_ID, name, 1000, "none") for name in ("model.safetensors", "config.json"))
     layer = 2
 
 
@@ -178,5 +184,5 @@ def test_the_same_words_have_full_recall_and_others_less(folder, model):
 def test_bertscore_says_which_files_it_needs(tmp_path, model):
     with pytest.raises(RewardError, match="No weight folder"):
         BertScore(vlm=model.vlm).load()
-    with pytest.raises(RewardError, match="has no config"):
+    with pytest.raises(RewardError, match=r"pytorch_model.bin does not exist.*pcpo download bertscore"):
         BertScore(RewardSettings(folder=tmp_path), model.vlm).load()

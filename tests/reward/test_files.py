@@ -37,6 +37,13 @@ def test_a_file_that_is_cut_off_is_named(name, share, tmp_path):
         read_state(path, FILE)
 
 
+@pytest.mark.parametrize("content", [b"Repository not found", b"\x80\x02]q\x00e.", b"\x80\x02K"])
+def test_a_file_that_is_no_pickle_at_all_is_named(content, tmp_path):
+    (tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(RewardError, match=r"weights.pt has \d+ bytes of about 1000.*delete it"):
+        read_state(tmp_path / "weights.pt", FILE)
+
+
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -151,6 +151,20 @@ def test_an_outage_is_waited_out_with_a_line_that_tells_it(play, caplog, monkeyp
     assert told == {f"{url}/compute answers with status 503: starting. Waiting up to 10 s for it."}
 
 
+def test_after_an_outage_a_request_may_take_longer_than_the_patience(play):
+    broken = reply("starting", "503 Service Unavailable")
+
+    def slow(connection, number):
+        connection.recv(1 << 16)
+        if number == 1:
+            connection.sendall(broken)
+        else:
+            time.sleep(1.5)
+            connection.sendall(GOOD)
+
+    assert ask(Peer(play(slow), patience=0.5, pause=0.01), "/info") == {"rewards": [0.5]}
+
+
 def test_a_server_is_tried_once_before_the_first_image_and_without_patience(play):
     start = time.monotonic()
     with pytest.raises(ConfigError, match=r"reward remote: http://127.0.0.1:1 does not answer .* Start the server"):

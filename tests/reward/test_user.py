@@ -61,6 +61,18 @@ def test_a_reward_of_which_less_is_better_is_told_to_turn_its_sign(tmp_path):
         load_reward("darkness", user_folder=write(tmp_path, "dark.py", text))
 
 
+def test_a_reward_lacks_the_method_that_its_kind_asks_for(tmp_path):
+    for base, method in (("GroupReward", "score_group"), ("EndpointReward", "score_image")):
+        text = f"from comfyui_pcpo.reward.user import {base}\nclass Mine({base}):\n    name = 'mine'\n"
+        with pytest.raises(RewardError, match=f"Mine must define both `name` and `{method}`"):
+            available(write(tmp_path, "mine.py", text))
+
+
+def test_a_nameless_class_that_rewards_of_the_file_share_is_none_of_them(tmp_path):
+    text = GOOD.format(name="").replace("Darkness", "Shared") + "\nclass Mine(Shared):\n    name = 'mine'\n"
+    assert set(available(write(tmp_path, "mine.py", text))) == {*REWARDS, "mine"}
+
+
 def test_a_file_that_is_not_python_is_refused(tmp_path):
     with pytest.raises(RewardError, match="not a Python file"):
         load_file(write(tmp_path, "mine.txt", "x") / "mine.txt")

@@ -6,6 +6,8 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from voters import Preference, Voter
 
 from comfyui_pcpo.reward import RewardError, RewardSettings, load_reward
@@ -234,6 +236,18 @@ def test_an_unknown_encoder_and_a_file_that_is_no_taste_are_refused(tmp_path):
             load_taste(tmp_path / "bad.safetensors")
     with pytest.raises(VoteError, match="cannot be read as a taste"):
         load_taste(tmp_path / "missing.safetensors")
+
+
+def test_a_taste_that_names_no_encoder_is_refused(drawings, encoder, tmp_path):
+    path = tmp_path / "taste.safetensors"
+    voted(drawings, Voter(preference("redness")), VoteFolder(tmp_path / "votes"), 5)
+    learned_from(VoteFolder(tmp_path / "votes"), encoder).taste.save(path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    del metadata["encoder"]
+    save_file(tensors, path, metadata)
+    with pytest.raises(VoteError, match=r"cannot be read as a taste \('encoder'\)"):
+        load_taste(path)
 
 
 def test_color_statistics_of_a_plain_image():

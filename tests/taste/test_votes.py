@@ -84,6 +84,22 @@ def test_a_row_that_only_lacks_its_line_end_counts(tmp_path):
     assert [vote.ranks for vote in folder.votes()] == [(0, 1, 2), (0, 2, 1)]
 
 
+def test_the_last_row_counts_before_anything_is_added_too(tmp_path):
+    folder = VoteFolder(tmp_path)
+    folder.add(images(seed=1), "a fox", (0, 1, 2))
+    folder.file.write_bytes(folder.file.read_bytes().rstrip(b"\n"))
+    assert len(folder.votes()) == 1
+
+
+@pytest.mark.parametrize("change", [{"group": ["a"]}, {"images": [1, 2, 3]}, {"prompt": None}])
+def test_a_row_of_other_types_is_no_vote(tmp_path, change):
+    folder = VoteFolder(tmp_path)
+    row = {**vars(folder.add(images(), "a fox", (0, 1, 2))), **change}
+    folder.file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(VoteError, match=r"line 1 is not a vote \(its group, prompt and images must be texts\)"):
+        folder.votes()
+
+
 def test_a_damaged_row_is_named_by_its_line(tmp_path):
     folder = VoteFolder(tmp_path)
     vote = folder.add(images(), "a fox", (0, 1, 2))

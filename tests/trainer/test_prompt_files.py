@@ -115,7 +115,13 @@ def test_metadata_survives_copies_and_a_line_of_text():
     prompt = Prompt("two foxes", WANTED)
     for same in (copy.deepcopy(prompt), pickle.loads(pickle.dumps(prompt)), parse_line(prompt_line(prompt))):
         assert (same, metadata_of(same)) == (prompt, WANTED)
-    assert prompt_line("a fox") == "a fox"
+    assert prompt_line("a fox") == "a fox" and prompt_line("{red|blue} fox") == "{red|blue} fox"
+
+
+@pytest.mark.parametrize("text", ["# 1 dog", '{"a": 1}', '{"prompt": "a fox"}', "a fox\nin snow", "a fox\x85in snow"])
+def test_a_text_that_would_be_read_as_something_else_is_an_object_in_a_list(text):
+    line = prompt_line(text)
+    assert line.startswith('{"prompt"') and parse_line(line) == text
 
 
 def test_rewards_are_handed_metadata_also_if_the_host_rewrites_prompts():

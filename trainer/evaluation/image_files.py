@@ -42,7 +42,7 @@ def read_image(file: Path) -> Tensor:
         raise ConfigError(f"{file} does not exist. Give an image file or a folder of images.")
     try:
         with Image.open(file) as image:
-            pixels = np.asarray(as_eight_bit(ImageOps.exif_transpose(image)).convert("RGB"), np.float32)
+            pixels = np.asarray(as_eight_bit(ImageOps.exif_transpose(image), image.format).convert("RGB"), np.float32)
     except Exception as error:  # Pillow raises a different error for each way in which a file can be broken
         raise ConfigError(
             f"{file} cannot be read as an image ({type(error).__name__}: {error}). "

@@ -51,6 +51,7 @@ class Vlm:
 
 
 def vlm_from_environment(settings: RewardSettings | None = None) -> Vlm:
+    """The model that the environment variables name. Raises RewardError if they do not."""
     model = os.environ.get("PCPO_VLM_MODEL", "")
     if not model:
         raise RewardError("PCPO_VLM_MODEL is not set, but endpoints serve models by name. Set it to the model's name.")
@@ -78,11 +79,15 @@ def yes_share(logprobs: Any) -> float:
     return first_token_share(logprobs, "yes", "no")
 
 
-def first_number(text: str, maximum: float) -> float:
-    """The first number in an answer; NaN unless it is between 0 and `maximum`."""
-    number = re.search(r"-?\d+(?:\.\d+)?", text)
-    value = float(number.group()) if number else float("nan")
-    return value if 0 <= value <= maximum else float("nan")
+def only_number(text: str, maximum: float) -> float:
+    """The number in an answer such as 7, 7/10 or 7 out of 10; NaN unless there is one, between 0 and `maximum`."""
+    rest = re.sub(rf"(?:/|\bout of)\s*{maximum:g}\b", " ", text)
+    numbers = re.findall(r"-?\d+(?:[.,]\d+)*", rest)
+    try:
+        (value,) = map(float, numbers)
+    except ValueError:  # several numbers, none, or one such as 7,5
+        return math.nan
+    return value if 0 <= value <= maximum else math.nan
 
 
 class EndpointReward(Reward):
@@ -99,10 +104,10 @@ class EndpointReward(Reward):
         """As for any reward; the endpoint is tried once, without patience, before the first image."""
         super().load()
         if not self.tried:
-            hasty = Vlm(replace(self.vlm.peer, patience=0), self.vlm.model)
+            impatient = Vlm(replace(self.vlm.peer, patience=0), self.vlm.model)
             with blamed(self):
                 question = "Is this image grey? Answer yes or no."
-                hasty.chat([TRIAL[0].numpy()], question, {"max_tokens": 1}, self.settings.tick)
+                impatient.chat([TRIAL[0].numpy()], question, {"max_tokens": 1}, self.settings.tick)
             self.tried = True
         return self
 
@@ -121,6 +126,7 @@ class EndpointReward(Reward):
         return Scores(torch.tensor([score for score, _ in rows]), {"answer": [answer for _, answer in rows]})
 
     def score_or_nan(self, image: np.ndarray, prompt: str) -> tuple[float, str]:
+        """`score_image`, with NaN for an answer in another format."""
         try:
             return self.score_image(image, prompt)
         except BadAnswer as error:
@@ -155,4 +161,4 @@ class VlmRating(EndpointReward):
     def score_image(self, image: np.ndarray, prompt: str) -> tuple[float, str]:
         question = f'Rate from 0 to 10 how well this image shows "{prompt}". Answer with the number only.'
         answer = self.chat(image, question, {"max_tokens": 8})
-        return self.known(first_number(answer["text"], 10) / 10, answer["text"], "a number from 0 to 10")
+        return self.known(only_number(answer["text"], 10) / 10, answer["text"], "a number from 0 to 10")

@@ -7,7 +7,8 @@ import numpy as np
 
 from comfyui_pcpo.reward.service.endpoint import TOP, EndpointReward, first_token
 
-FINAL_SCORE = re.compile(r"final score\W*?(\d+(?:\.\d+)?)", re.IGNORECASE)
+FINAL_SCORE = re.compile(r"final score[\s*_]*(?:\([^)]*\))?[\s*_]*:[\s*_]*(-?\d+(?:\.\d+)?)(?![.,]?\d)", re.IGNORECASE)
+"""Such as `**Final Score (1-5):** 4.5`; not a number with a comma, which may be a decimal or a list."""
 
 
 class VqaScore(EndpointReward):

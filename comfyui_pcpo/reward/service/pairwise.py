@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from comfyui_pcpo.reward.base import Scores
-from comfyui_pcpo.reward.group import GroupReward
+from comfyui_pcpo.reward.group import ALONE, GroupReward
 from comfyui_pcpo.reward.service.endpoint import TOP, EndpointReward, first_token_share
 from comfyui_pcpo.reward.service.wire import BadAnswer
 
@@ -25,6 +25,8 @@ class PairwiseVlm(GroupReward, EndpointReward):
 
     def score_group(self, images: Tensor, prompt: str) -> Scores:
         """Win rates, uint8 (G, H, W, 3) -> (G,); pairs without an answer are left out."""
+        if len(images) == 1:
+            self.failure = ALONE
         arrays, wins = images.cpu().numpy(), torch.full((len(images), len(images)), math.nan, dtype=torch.float64)
         for i, j in combinations(range(len(arrays)), 2):
             wins[i, j] = (self.first(arrays[i], arrays[j], prompt) + 1 - self.first(arrays[j], arrays[i], prompt)) / 2

@@ -35,7 +35,10 @@ def decode_scores(answer: Any, count: int) -> Tensor:
         raise BadAnswer(f"the server answered with {given} for {count} images. It must send one number or null each.")
     if not all(value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in scores):
         raise BadAnswer("the server answered with rewards that are not numbers. It must send a number or null each.")
-    return torch.tensor([float("nan") if value is None else float(value) for value in scores])
+    try:
+        return torch.tensor([float("nan") if value is None else float(value) for value in scores])
+    except OverflowError:
+        raise BadAnswer("the server answered with a reward too large for a number of 64 bits.") from None
 
 
 class Remote(Reward):

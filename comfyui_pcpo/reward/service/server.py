@@ -11,7 +11,6 @@ import math
 import os
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from comfyui_pcpo.json_text import parse_json
 from comfyui_pcpo.prompt import Prompt
 from comfyui_pcpo.reward.base import Reward, RewardError
 from comfyui_pcpo.reward.group import GroupReward
+from comfyui_pcpo.reward.service.connections import Strangers, TimedReader, outer_address
 from comfyui_pcpo.reward.service.images import decode_png, png_size
 from comfyui_pcpo.reward.service.wire import ServerUnavailable, is_plain
 
@@ -184,46 +184,6 @@ def with_metadata(prompts: list[str], metadata: Any) -> list[str]:
     return [Prompt(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)]
 
 
-class Strangers:
-    """Connections that have not shown the token; beyond the limit, the oldest is closed for the newest."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.lock = threading.Lock()
-        self.waiting: dict[socket.socket, None] = {}  # oldest first
-
-    def admit(self, connection: socket.socket) -> None:
-        with self.lock:
-            self.waiting[connection] = None
-            extra = list(self.waiting)[: -self.limit]
-            for oldest in extra:
-                del self.waiting[oldest]
-        for oldest in extra:
-            with suppress(OSError):
-                oldest.shutdown(socket.SHUT_RDWR)  # its thread wakes up and closes it
-
-    def release(self, connection: socket.socket) -> None:
-        with self.lock:
-            self.waiting.pop(connection, None)
-
-
-class TimedReader(io.RawIOBase):
-    """Reads from a connection until a deadline, however slowly the bytes arrive."""
-
-    def __init__(self, connection: socket.socket, seconds: float):
-        self.connection, self.end = connection, time.monotonic() + seconds
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self.end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the request did not arrive in time")
-        self.connection.settimeout(left)
-        return self.connection.recv_into(buffer)
-
-
 def micro_batches(sizes: list[Size], batch_size: int) -> Iterator[list[int]]:
     """Indices of up to `batch_size` images of equal size."""
     for size in sorted(set(sizes)):
@@ -231,17 +191,9 @@ def micro_batches(sizes: list[Size], batch_size: int) -> Iterator[list[int]]:
         yield from (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
 
 
-def outer_address() -> str:
-    """Address of the default network route; the host name without one."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # looks up the route and sends nothing; RFC 5737 reserves this address
-            return probe.getsockname()[0]
-        except OSError:
-            return socket.gethostname()
-
-
 class Handler(BaseHTTPRequestHandler):
+    """One request to a RewardServer."""
+
     server: RewardServer  # type: ignore[assignment]
 
     def setup(self) -> None:

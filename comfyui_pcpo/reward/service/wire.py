@@ -41,7 +41,10 @@ class BadAnswer(RewardError):
 
 @dataclass(frozen=True)
 class Peer:
-    """A server: base URL, bearer token, and seconds: of one request, to wait out an outage, of the first pause."""
+    """A server: base URL, bearer token, and in seconds the deadline of a request, the patience and the first pause.
+
+    After a first failure, requests are repeated as long as they begin within the patience.
+    """
 
     url: str
     token: str = field(default="", repr=False)
@@ -71,15 +74,15 @@ def is_plain(text: str) -> bool:
 def ask(peer: Peer, path: str, payload: dict[str, Any] | None = None, tick: Callable[[], None] = lambda: None) -> Any:
     """The JSON answer to a GET, or to a POST if there is a payload; `tick` is called while waiting and may raise.
 
-    An outage is waited out for `peer.patience` seconds; redirects are not followed. Raises ServerUnavailable after an
-    outage, BadAnswer for an answer that is not JSON, RewardError if the server rejects the request.
+    Each request has `peer.timeout` seconds, and an outage is waited out as Peer says; redirects are not followed.
+    Raises ServerUnavailable after an outage, BadAnswer for an answer that is not JSON, RewardError if the server
+    rejects the request.
     """
     body = None if payload is None else json.dumps(payload).encode()
     end: float | None = None  # of the patience
     for pause in pauses(peer.pause):
-        seconds = peer.timeout if end is None else max(POLL, min(peer.timeout, end - time.monotonic()))
         try:
-            return read_answer(peer, path, exchange(peer, path, body, seconds, tick))
+            return read_answer(peer, path, exchange(peer, path, body, tick))
         except ServerUnavailable as error:
             now = time.monotonic()
             if end is None:
@@ -121,11 +124,11 @@ class Answer:
         return " ".join(self.body[:300].decode("utf-8", "replace").split())
 
 
-def exchange(peer: Peer, path: str, body: bytes | None, seconds: float, tick: Callable[[], None]) -> Answer:
-    """One request on a new connection, in a thread, so that it ends after `seconds` and whenever `tick` raises."""
+def exchange(peer: Peer, path: str, body: bytes | None, tick: Callable[[], None]) -> Answer:
+    """One request on a new connection, in a thread, so that it ends at its deadline and whenever `tick` raises."""
     parts = urlsplit(peer.url)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=2 * seconds)  # the deadline below is earlier
+    connection = kind(parts.hostname or "", parts.port, timeout=2 * peer.timeout)  # the deadline below is earlier
     headers = {"Authorization": f"Bearer {peer.token}"} if peer.token else {}
     result: list[Answer | Exception] = []
 
@@ -135,7 +138,7 @@ def exchange(peer: Peer, path: str, body: bytes | None, seconds: float, tick: Ca
         except (OSError, HTTPException, UnicodeError) as error:  # UnicodeError: a host name that cannot exist
             result.append(error)
 
-    thread, end = threading.Thread(target=work, daemon=True), time.monotonic() + seconds
+    thread, end = threading.Thread(target=work, daemon=True), time.monotonic() + peer.timeout
     thread.start()
     try:
         while not result and thread.is_alive() and time.monotonic() < end:
@@ -144,7 +147,7 @@ def exchange(peer: Peer, path: str, body: bytes | None, seconds: float, tick: Ca
     finally:
         hang_up(connection)
     if not result:
-        raise ServerUnavailable(f"{peer.url} gave no complete answer within {seconds:.3g} s.")
+        raise ServerUnavailable(f"{peer.url} gave no complete answer within {peer.timeout:g} s.")
     if isinstance(result[0], Exception):
         raise ServerUnavailable(f"{peer.url} does not answer ({type(result[0]).__name__}: {result[0]}).")
     return result[0]
@@ -199,6 +202,7 @@ def read_answer(peer: Peer, path: str, answer: Answer) -> Any:
 
 
 def decode_json(body: bytes) -> Any:
+    """The JSON of an answer's body. Raises BadAnswer for anything else."""
     try:
         return parse_json(body)
     except ValueError as error:

@@ -1,11 +1,9 @@
 """Weight files: located in one folder, read without unpickling code, and loaded with strict keys."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -32,12 +30,14 @@ def locate(settings: RewardSettings, file: RewardFile, reward: str) -> Path:
 
 
 def read_state(path: Path, file: RewardFile) -> dict[str, Tensor]:
-    """Tensors of a .safetensors or pickled state dict, bare or in {"state_dict": ...}."""
+    """Tensors of a .safetensors or pickled state dict, bare or in {"state_dict": ...}. Raises RewardError otherwise."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its first wrong byte asks for
         raise RewardError(
             f"{path} has {path.stat().st_size} bytes of about {file.bytes} and cannot be read as weights. "
             f"It is truncated or another file: delete it and download {file.filename} from {file.hub_id} again."

@@ -105,7 +105,7 @@ def receive(request: Request, part: Path, size: int | None, tick: Callable[[int]
         try:
             stream(request, part, before, tick)
         except OSError:
-            if not part.is_file() or part.stat().st_size == before:
+            if not part.is_file() or part.stat().st_size <= before:
                 raise
             continue
         done = part.stat().st_size
