@@ -28,6 +28,7 @@ OriginalNames = dict[str, OriginalPart]
 
 
 def same_names(modules: Sequence[str]) -> OriginalNames:
+    """The names of a family whose checkpoints have those of diffusers."""
     return {module: OriginalPart(module) for module in modules}
 
 
@@ -52,6 +53,7 @@ def attention(diffusers: str, original: str, added: bool = False) -> OriginalNam
 
 
 def linears(names: Mapping[str, str]) -> OriginalNames:
+    """The original names of modules that are not parts of a fused one."""
     return {module: OriginalPart(original) for module, original in names.items()}
 
 
@@ -72,6 +74,7 @@ NO_MARK = r"(?!)"  # a mark that matches no name
 
 
 def krea2_names(modules: Sequence[str]) -> OriginalNames:
+    """Krea 2's names, which differ in some words of a module's path."""
     names = {}
     for module in modules:
         names[module] = module

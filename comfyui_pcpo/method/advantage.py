@@ -39,10 +39,11 @@ class ScoredGroups:
 def score_groups(
     scores: Tensor, weights: Sequence[float], rule: AdvantageRule, prompts: Sequence[str], window: PromptWindow
 ) -> ScoredGroups:
-    """Scores of K rewards to advantages, (K, P, G) -> (P, G), float32 or wider; `window` takes in the rewards.
+    """Scores of K rewards to one and its advantages, (K, P, G) -> two of (P, G), float32 or wider.
 
-    A single reward (weights of 0 do not count) enters as it is: a z-score within its group would make spread = batch
-    and kind = window do nothing. Several are standardised, if at all, over the advantage's own population:
+    `window` takes in the rewards. A single reward (weights of 0 do not count) enters as it is: a z-score within its
+    group would make spread = batch and kind = window do nothing. Several are standardised, if at all, over the
+    advantage's own population:
 
         group           z_k = (r_k - group mean) / (group std + eps)      DanceGRPO (arXiv 2505.07818)
         group, batch    z_k = (r_k - batch mean) / (batch std + eps)      Flow-GRPO (arXiv 2505.05470), code

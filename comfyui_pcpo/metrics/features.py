@@ -112,6 +112,7 @@ class Tiny(nn.Module):
 
 
 def load_tiny_features() -> Tiny:
+    """The features of the embedded encoder."""
     return Tiny(load_image_encoder())
 
 

@@ -12,6 +12,8 @@ def frechet(a: Tensor, b: Tensor) -> float:
     for name, x in (("first", a), ("second", b)):
         if x.ndim != 2 or len(x) < 2:
             raise ValueError(f"the {name} set has shape {tuple(x.shape)}, but must be (N, D) with 2 or more rows.")
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"the sets have {a.shape[1]} and {b.shape[1]} features. Use one network for both.")
     a, b = a.double(), b.double()
     x, y = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (a, b))  # S_a = x^T x
     cross = cross_few(x, y) if min(len(x), len(y)) < x.shape[1] else cross_many(x.T @ x, y.T @ y)

@@ -74,6 +74,7 @@ class QwenBackbone(nn.Module):
 
 
 def model_config(shape: QwenShape, vocabulary: int) -> Any:
+    """transformers' configuration of a Qwen2-VL of these sizes."""
     from transformers import Qwen2VLConfig
 
     text = {

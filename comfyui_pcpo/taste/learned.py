@@ -37,6 +37,7 @@ class TasteReport:
     ridge: float
 
     def sentence(self) -> str:
+        """The report in words."""
         if math.isnan(self.agreement):
             return f"{self.votes} votes: too many share images to hold some out and measure the agreement."
         agreement, error = 100 * self.agreement, 100 * self.error
@@ -104,6 +105,7 @@ class Scaled:
 
     @classmethod
     def of(cls, features: Tensor) -> "Scaled":
+        """Scale features, (N, D)."""
         wide = features.double()
         mean, std = wide.mean(0), wide.std(0, correction=0)
         std = std.masked_fill(std < 1e-6, 1.0)
@@ -113,9 +115,11 @@ class Scaled:
         return cls((wide - mean) / std, mean, std)
 
     def apply(self, features: Tensor) -> Tensor:
+        """Other features in the same scale, (..., D) -> (..., D)."""
         return (features.double() - self.mean) / self.std
 
     def differences(self, pairs: Comparisons) -> Tensor:
+        """The better minus the worse image of C comparisons, -> (C, D)."""
         return self.values[pairs.better] - self.values[pairs.worse]
 
 

@@ -81,6 +81,7 @@ def suite() -> dict[str, tuple[str, ...]]:
 
 
 def is_new(scene: Scene) -> bool:
+    """Whether a scene can be drawn and no embedded model was trained on it."""
     return is_valid(scene) and is_held_out(scene)
 
 

@@ -41,6 +41,11 @@ def test_one_image_has_no_spread():
         frechet(features(1, 4, 0), features(4, 4, 0))
 
 
+def test_sets_of_different_networks_are_refused():
+    with pytest.raises(ValueError, match="the sets have 4 and 3 features"):
+        frechet(features(5, 4, 0), features(5, 3, 0))
+
+
 def test_diversity_is_zero_for_equal_images_and_one_for_orthogonal_ones():
     assert diversity(torch.ones(4, 3), 2) == pytest.approx(0, abs=1e-12)
     assert diversity(torch.eye(4), 2) == pytest.approx(1)

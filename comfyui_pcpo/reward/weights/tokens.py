@@ -36,6 +36,7 @@ def plain_tokenizer() -> "SimpleTokenizer":
 
 @lru_cache(maxsize=1)
 def bert_tokenizer() -> "BertWordPieceTokenizer":
+    """The tokenizer of BERT without case, padded and truncated to BERT_LENGTH."""
     from tokenizers import BertWordPieceTokenizer
 
     tokenizer = BertWordPieceTokenizer(str(BERT_VOCABULARY), lowercase=True)
@@ -45,6 +46,7 @@ def bert_tokenizer() -> "BertWordPieceTokenizer":
 
 
 def plain_clean(x: str) -> str:
+    """Lower case and single spaces, the cleaning of transformers without ftfy."""
     return re.sub(r"\s+", " ", unicodedata.normalize("NFC", x)).strip().lower()
 
 
