@@ -535,7 +535,7 @@ def test_compare_tells_why_scores_failed(flow):
     lora = comfy_models.random_lora(flow, 1)
     reward = call("PCPOLoadReward", "tiny_diversity")[0]
     report = call("PCPOCompare", flow.model, lora, flow.vae, flow.prompts, 0, 4, 1.0, reward)[3].splitlines()
-    reason = "2 of 2 tiny_diversity scores failed (a single image of a prompt has none to differ from"
+    reason = "2 of 2 tiny_diversity scores failed (a single image of a prompt has none to compare with"
     assert [line.split("; ")[0] for line in report[1:]] == [f"{side}: {reason}" for side in ("before", "after")]
 
 
