@@ -24,11 +24,11 @@ diversity. A gain's price is what is spent until the gain ({format_list(GOALS)})
 whose gradient overflows counts as having lost all diversity from there on.
 
 **Settings.** Learning rate and KL weight are tuned for each method and task over the same sweep, and beyond an edge
-of it where a method's best settings lie on one, on seeds that are not reported, by the outcome above. The clip range
-is {CLIP_RANGE:g} for every method that clips: the trainer's default on the embedded models, wider than the published
-1e-4 because their latents are smaller. GRPO-Guard's credit is not rescaled, so the same number clips more of it. A
-seed sets the order of the prompts for all methods of a task, and the noise where their rollouts are alike. No
-guidance; LoRA of rank 8; two optimizer steps per update; the last denoising step is never trained.
+of it as long as a method's best settings lie on one, on seeds that are not reported, by the outcome above. The clip
+range is {CLIP_RANGE:g} for every method that clips: the trainer's default on the embedded models, wider than the
+published 1e-4 because their latents are smaller. GRPO-Guard's credit is not rescaled, so the same number clips more
+of it. A seed sets the order of the prompts for all methods of a task, and the noise where their rollouts are alike.
+No guidance; LoRA of rank 8; two optimizer steps per update; the last denoising step is never trained.
 
 **Methods.** Methods that are named so, PCPO as recommended and TempFlow-GRPO branch: they share the first noise of a
 group. TempFlow-GRPO's branch has one stochastic step. "PCPO as recommended" has a branch of one step among the first
@@ -61,6 +61,8 @@ def study_paragraph(name: str, study: Study) -> str:
     sweeps = "; ".join(f"{kind}: {_sweep(settings)}" for kind, settings in study.sweep.items())
     rungs = format_list([f"{rung.settings or 'all'} on seed {rung.seed}" for rung in study.tuning])
     tuning = f"settings on the tuning seeds: {rungs}" if study.tuning else "no tuning"
+    if study.tuned_once:
+        tuning += f" ({format_list(study.tuned_once)}, whose runs are long: on seed {study.tuning_seeds[0]} alone)"
     evaluation = f"evaluated {study.evaluations} times with {study.images} images, distance to {study.reference_images}"
     seeds = f"reported seeds {format_list(study.seeds)}"
     wave = ""

@@ -10,9 +10,9 @@ from .collect import StudyResults, TaskResults
 
 TUNING_INTRO = """Gain within the limits of diversity and distance, by KL weight and learning rate (columns), on the
 tuning seeds only, which are not reported. All settings are run on the first seed, and the next values beyond the
-sweep where a method's best settings lie on an edge of it; the best settings then, on all tuning seeds. In brackets:
-the number of seeds, if fewer than the chosen setting's. The chosen setting is bold; of those that were run on all
-tuning seeds it has the highest mean."""
+sweep where a method's best settings lie on an edge of it; the best settings then, on all tuning seeds; and further
+values as long as the choice lies on an edge. In brackets: the number of seeds, if fewer than the chosen setting's. The
+chosen setting is bold; of those that were run on all tuning seeds it has the highest mean."""
 
 
 def tuning_page(studies: Sequence[StudyResults]) -> str:

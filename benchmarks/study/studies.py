@@ -25,11 +25,14 @@ class Setting:
 
 
 class Beyond(NamedTuple):
-    """The next values beyond a sweep, tried where a method's best settings lie on its edge."""
+    """The next values beyond a sweep, tried where a method's best settings lie on its edge.
+
+    KL weights after the first are tried where even the choice has the largest one.
+    """
 
     lower_rate: float
     higher_rate: float
-    kl_weight: float
+    kl_weights: tuple[float, ...]
 
 
 class Rung(NamedTuple):
@@ -57,6 +60,7 @@ class Study:
     tinyeval_prompts: int = 20  # of each of TinyEval's hard tasks, in an evaluation of a reported run
     later: tuple[str, ...] = ()  # methods that are run once the others are finished in every task
     tuning: tuple[Rung, ...] = ()  # empty: the first setting of the sweep
+    tuned_once: tuple[str, ...] = ()  # recipes whose runs are long: the first tuning seed alone chooses
     beyond: dict[str, Beyond] = field(default_factory=dict)  # by kind of model
     budgets: dict[str, int] = field(default_factory=dict)  # reward -> model evaluations of a run, in place of `updates`
     baseline: str = "ppo"  # that the others are compared with
@@ -92,8 +96,9 @@ SWEEPS = {  # coarser for ddim, whose runs take longer: on flow, which was run f
     "ddim": settings(DDIM_RATES, (0.0, 0.1)),
 }
 RATES = {"flow": settings((1e-3, 3e-3, 1e-2)), "ddim": settings(DDIM_RATES)}
-BEYOND_SWEEPS = {"flow": Beyond(3e-4, 1e-1, 3.0), "ddim": Beyond(2e-4, 2e-2, 1.0)}
-BEYOND_RATES = {**BEYOND_SWEEPS, "flow": Beyond(3e-4, 3e-2, 3.0)}
+LARGER_KL = {"flow": (3.0, 30.0, 300.0), "ddim": (1.0, 10.0, 100.0)}
+BEYOND_SWEEPS = {"flow": Beyond(3e-4, 1e-1, LARGER_KL["flow"]), "ddim": Beyond(2e-4, 2e-2, LARGER_KL["ddim"])}
+BEYOND_RATES = {**BEYOND_SWEEPS, "flow": Beyond(3e-4, 3e-2, ())}
 
 STUDIES = {
     "quick": Study(
@@ -146,6 +151,7 @@ STUDIES = {
         later=tuple(f"{name}-branch-1" for name in CREDIT_METHODS),
         sweep=RATES,
         tuning=(Rung(100), Rung(101, 2), Rung(102, 2)),
+        tuned_once=("dance-ddim-50",),
         beyond=BEYOND_RATES,
         baseline="native",
         seeds=(0, 1, 2, 3, 4),

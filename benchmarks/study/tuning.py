@@ -56,8 +56,10 @@ def tune(study: Study, task: StudyTask, method: str, out: Path) -> Tuning:
     """In stages over the tuning seeds, by gain within limits.
 
     The first seed is run with the whole sweep, and with the next values beyond it where the best settings lie on an
-    edge; each further seed with the best settings so far only. Chosen is the best mean over all tuning seeds.
+    edge; each further seed with the best settings so far only. Chosen is the best mean over all tuning seeds; where it
+    lies on an edge of all that was tried, the next value is run on all of them.
     """
+    rungs = study.tuning[:1] if task.recipe in study.tuned_once else study.tuning
     options, beyond = task_sweep(study, task), study.beyond.get(RECIPES[task.recipe].kind)
     gains: dict[Setting, list[float]] = {setting: [] for setting in options}
 
@@ -79,13 +81,20 @@ def tune(study: Study, task: StudyTask, method: str, out: Path) -> Tuning:
         planned = sum(map(len, gains.values())) + len(due) + sum(len(best(rung.settings)) for rung in later)
         return Tuning(gains, due, planned, None if due else best(1)[0])
 
-    for number, rung in enumerate(study.tuning):
-        later = study.tuning[number + 1 :]
+    for number, rung in enumerate(rungs):
+        later = rungs[number + 1 :]
         due = measure(rung.seed, best(rung.settings))
         if not due and number == 0 and later and beyond is not None:
             due = measure(rung.seed, next_settings(best(later[0].settings), options, beyond))
         if due:
             return tuning(due, later)
+    while rungs and beyond is not None:
+        further = [one for one in next_settings(best(1), list(gains), beyond) if one not in gains]
+        due = [cell for rung in rungs for cell in measure(rung.seed, further)]
+        if due:
+            return tuning(due, ())
+        if not further:
+            break
     return tuning([], ())
 
 
@@ -107,10 +116,14 @@ def edges(setting: Setting, tried: Iterable[Setting]) -> list[str]:
 
 
 def next_settings(settings: Sequence[Setting], sweep: Sequence[Setting], beyond: Beyond) -> list[Setting]:
-    """The settings one value beyond the edges that `settings` lie on."""
-    further = {
-        LOWEST: {"learning_rate": beyond.lower_rate},
-        HIGHEST: {"learning_rate": beyond.higher_rate},
-        LARGEST: {"kl_weight": beyond.kl_weight},
-    }
-    return [replace(setting, **further[edge]) for setting in settings for edge in edges(setting, sweep)]
+    """The settings one value beyond the edges that `settings` lie on, where there is such a value."""
+    found = []
+    for setting in settings:
+        larger = [weight for weight in beyond.kl_weights if weight > setting.kl_weight]
+        further = {
+            LOWEST: [replace(setting, learning_rate=beyond.lower_rate)],
+            HIGHEST: [replace(setting, learning_rate=beyond.higher_rate)],
+            LARGEST: [replace(setting, kl_weight=weight) for weight in larger[:1]],
+        }
+        found += [one for edge in edges(setting, sweep) for one in further[edge]]
+    return found

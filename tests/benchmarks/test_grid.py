@@ -196,7 +196,7 @@ def test_each_further_tuning_seed_is_run_with_the_best_settings_so_far(tmp_path)
 
 
 def test_beyond_an_edge_with_a_methods_best_settings_the_next_values_are_tried(tmp_path):
-    study = small(sweep=NINE, tuning=(Rung(100, 9), Rung(101, 2)), beyond={"flow": Beyond(1e-4, 1.0, 10.0)})
+    study = small(sweep=NINE, tuning=(Rung(100, 9), Rung(101, 2)), beyond={"flow": Beyond(1e-4, 1.0, (10.0,))})
     inner, corner, further = Setting(1e-2, 0.1), Setting(1e-3, 1.0), Setting(1e-3, 10.0)
     for one in tune(study, TASK, "ppo", tmp_path).due:
         write(one, study, tmp_path, {inner: 0.8, corner: 1.0}.get(one.setting, 0.1))
@@ -211,6 +211,34 @@ def test_beyond_an_edge_with_a_methods_best_settings_the_next_values_are_tried(t
         write(one, study, tmp_path, 1.0)
     assert tune(study, TASK, "ppo", tmp_path).chosen == further
     assert "Chosen at the largest KL weight tried: native PPO." in edge_note(collect("quick", study, tmp_path).tasks[0])
+
+
+def test_a_choice_with_the_largest_kl_weight_is_tuned_further_on_every_seed(tmp_path):
+    beyond = {"flow": Beyond(1e-4, 1.0, (10.0, 100.0))}
+    study = small(sweep=NINE, tuning=(Rung(100, 9), Rung(101, 2)), beyond=beyond)
+    last, further = Setting(1e-2, 10.0), Setting(1e-2, 100.0)
+    gain = {Setting(1e-2, 1.0): 1.0, last: 1.5, further: 1.2}
+    while not (found := tune(study, TASK, "ppo", tmp_path)).chosen:
+        for one in found.due:
+            write(one, study, tmp_path, gain.get(one.setting, 0.1))
+    assert [(one.setting, one.seed) for one in found.due] == [] and found.chosen == last
+    assert [len(found.gains[one]) for one in (last, further)] == [2, 2]
+    assert found.done == found.planned == 9 + 2 + 2 + 2
+
+
+def test_long_runs_are_tuned_on_the_first_seed_alone_and_beyond_an_edge(tmp_path):
+    study = small(
+        sweep=NINE,
+        tuning=(Rung(100, 9), Rung(101, 2)),
+        beyond={"flow": Beyond(1e-4, 1.0, ())},
+        tuned_once=(TASK.recipe,),
+    )
+    for one in tune(study, TASK, "ppo", tmp_path).due:
+        write(one, study, tmp_path, 1.0 if one.setting == Setting(1e-1, 0.0) else 0.1)
+    (more,) = tune(study, TASK, "ppo", tmp_path).due
+    assert (more.setting, more.seed) == (Setting(1.0, 0.0), 100)
+    write(more, study, tmp_path, 0.5)
+    assert tune(study, TASK, "ppo", tmp_path).chosen == Setting(1e-1, 0.0)
 
 
 def test_a_setting_is_not_chosen_for_gains_that_lose_the_diversity(tmp_path):
