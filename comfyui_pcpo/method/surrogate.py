@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # the configuration reads this module's names without loading
     from torch import Tensor
 
 Form = str
+FAR = 80.0
+"""A log-ratio beyond every clip range, whose exponential is finite in float32."""
 Weight: TypeAlias = "float | Tensor"
 
 
@@ -53,7 +55,8 @@ def ppo(log_ratio: Tensor, advantage: Tensor, xi: float) -> Tensor:
 
     PPO (arXiv 1707.06347), Equation 7:  max(-A rho, -A clip(rho, 1 - xi, 1 + xi))
     """
-    rho, advantage = wide(log_ratio).exp(), wide(advantage)
+    log_ratio, advantage = wide(log_ratio), wide(advantage)
+    rho = log_ratio.where(advantage < 0, log_ratio.clamp(max=FAR)).exp()  # inf beyond the clip has a gradient of NaN
     return (-advantage * rho).maximum(-advantage * rho.clamp(1 - xi, 1 + xi))
 
 

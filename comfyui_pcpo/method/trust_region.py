@@ -22,6 +22,6 @@ def kl_mask(divergence: Tensor, log_ratio: Tensor, advantage: Tensor, bound: flo
     return (divergence.detach() >= bound) & outward
 
 
-def kl_masked(losses: Tensor, masked: Tensor) -> Tensor:
-    """Losses with the masked terms at 0 and without gradient, (B,), (B,) bool -> (B,)."""
-    return losses.masked_fill(masked, 0.0)
+def kl_masked(values: Tensor, masked: Tensor) -> Tensor:
+    """Losses or log-ratios with the masked ones at 0 and without gradient, (B,), (B,) bool -> (B,)."""
+    return values.masked_fill(masked, 0.0)

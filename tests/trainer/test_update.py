@@ -4,17 +4,12 @@ import math
 
 import pytest
 import torch
+from update_problem import UpdateProblem
 
-from comfyui_pcpo.method.branching import branch_rollout
-from comfyui_pcpo.method.rollout import GroupNoise, rollout
 from trainer.config.loading import with_options
 from trainer.evaluation.demo import demo_config
 from trainer.loop.align import Job, align
-from trainer.loop.distributed import Processes
-from trainer.loop.objectives import make_objective
-from trainer.loop.plan import make_plan
-from trainer.loop.state import TrainingState, make_training_state
-from trainer.loop.update import UpdateBatch, improve
+from trainer.loop.state import make_training_state
 from trainer.policy.loading import make_policy
 from trainer.runs.rewards import make_rewards
 
@@ -54,67 +49,11 @@ def test_ratio_leaves_one_after_the_first_optimizer_step(make_config, learn, mod
     assert metrics["log_ratio_abs_max"] > 100 * max(metrics["first_log_ratio_abs_max"], 1e-12)
 
 
-class Problem:
-    """One update's loss as a function of the LoRA, on a stored rollout, at a LoRA that differs from the rollout's."""
-
-    def __init__(self, config):
-        self.config, self.policy = config, make_policy(config)
-        self.state = make_training_state(self.policy, config)
-        self.generator = torch.Generator().manual_seed(0)
-        self.move([0.05 * d for d in self.direction()])
-        self.objective = make_objective(config)
-        self.plan = make_plan(self.policy, config, self.objective, ["a fox"], 1)
-        condition = self.policy.encode(["a fox", "a fox"])
-        self.predict = lambda x, t, rows: self.policy.predict(x, t, condition.rows(rows.tolist()))
-        noise = GroupNoise([1], 2, self.policy.latent_shape, shared_first=self.plan.branches is not None)
-        if self.plan.branches is None:
-            path = rollout(self.predict, self.plan.grid, self.plan.transitions, noise, self.plan.minibatches[0])
-        else:
-            path = branch_rollout(self.predict, self.plan.grid, self.plan.branches, noise, self.plan.minibatches[0])
-        self.path = self.objective.prepare(path, self.plan, noise, self.predict)
-        self.move([0.02 * d for d in self.direction()])
-
-    def direction(self):
-        return [torch.randn(p.shape, generator=self.generator) for p in self.policy.trainable()]
-
-    @torch.no_grad()
-    def move(self, direction):
-        for p, d in zip(self.policy.trainable(), direction, strict=True):
-            p += d
-
-    def run(self, learning_rate, advantage=(1.0, -0.5), failed=None):
-        """Plain gradient descent in the optimizer's place: the parameters move by exactly -gradient x rate."""
-        sgd = torch.optim.SGD(self.policy.trainable(), lr=learning_rate)
-        state = TrainingState(self.policy, sgd, self.state.window)
-        failed = None if failed is None else torch.tensor(failed)
-        scored = torch.tensor(advantage)
-        batch = UpdateBatch(self.plan, self.objective, self.path, scored, self.predict, self.config, failed)
-        return improve(state, batch, Processes())
-
-    def gradient(self, *scored):
-        before = [p.detach().clone() for p in self.policy.trainable()]
-        self.run(1.0, *scored)
-        gradient = [old - p.detach() for p, old in zip(self.policy.trainable(), before, strict=True)]
-        with torch.no_grad():
-            for p, old in zip(self.policy.trainable(), before, strict=True):
-                p.copy_(old)
-        return gradient
-
-    def slope(self, direction, h):
-        """Central difference of fourth order of the loss along `direction`."""
-        total = 0.0
-        for place, factor in ((-2, 1), (-1, -8), (1, 8), (2, -1)):
-            self.move([place * h * d for d in direction])
-            total += factor * self.run(0.0).loss
-            self.move([-place * h * d for d in direction])
-        return total / (12 * h)
-
-
 @pytest.mark.parametrize("name", ["log_hinge", "ppo", "awm", "nft"])
 def test_the_loss_leaves_out_an_image_without_a_score(make_config, name):
     """nft pulls an image of advantage 0 towards the old model; the others have no gradient there anyway."""
     config = make_config(objective={"name": name, "clip_range": 0.9}, optimizer={"max_grad_norm": 1e6})
-    problem = Problem(config)
+    problem = UpdateProblem(config)
 
     def gradient(*scored):
         return torch.cat([g.flatten() for g in problem.gradient(*scored)])
@@ -138,7 +77,7 @@ def test_gradient_of_the_update_is_the_slope_of_its_loss(make_config, model, obj
         objective={"name": objective, "clip_range": 0.9, "kl_weight": kl_weight},
         optimizer={"max_grad_norm": 1e6},
     )
-    problem = Problem(config)
+    problem = UpdateProblem(config)
     gradient = problem.gradient()
     size = math.sqrt(sum(g.square().sum().item() for g in gradient))
     noise = problem.direction()

@@ -111,7 +111,8 @@ class OnTrajectory:
         if not o.kl_mask:
             return Terms(log_ratio, loss, surrogate.clipped(log_ratio.detach(), advantage, o.clip_range))
         dropped = kl_mask(kl(out.detach() - old, plan.transitions[i]), log_ratio, advantage, o.kl_mask)
-        return Terms(log_ratio, kl_masked(surrogate.unclipped(log_ratio, advantage, o.clip_range), dropped), dropped)
+        kept = kl_masked(log_ratio, dropped)  # before the exponential too: that of a far one has a gradient of NaN
+        return Terms(log_ratio, kl_masked(surrogate.unclipped(kept, advantage, o.clip_range), dropped), dropped)
 
     def divergence(self, d_ref: Tensor, plan: Plan, i: int) -> Tensor:
         return kl(d_ref, plan.transitions[i])
