@@ -78,10 +78,10 @@ def test_prompts_share_a_call_where_comfyui_can_concatenate_them(case):
     def work(policy):
         x = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
         t, both = policy.grid(3).timesteps.tolist()[1], policy.encode(host_models.LINES)
-        together = policy.predict(x, t, both.rows([0, 1, 0]))
+        together = policy.predict(x, t, both.rows([1, 0, 0]))
         number = len(seen)
         together.sum().backward()
-        apart = [policy.predict(x[i : i + 1], t, both.rows([p])) for i, p in enumerate([0, 1, 0])]
+        apart = [policy.predict(x[i : i + 1], t, both.rows([p])) for i, p in enumerate([1, 0, 0])]
         return together.detach(), torch.cat(apart).detach(), number
 
     together, apart, number = inside(family, host_models.config(cfg=1.0), work)

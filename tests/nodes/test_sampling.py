@@ -21,6 +21,7 @@ from comfyui_pcpo.tiny import pipelines  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
+presets = comfy_host.pack_module("nodes.host.presets")
 ConfigError = comfy_host.pack_module("trainer.config.schema").ConfigError
 
 
@@ -230,6 +231,20 @@ def test_plot_credit_shows_by_default_what_train_lora_trains(family, title):
 def test_more_steps_than_the_model_has_timesteps_are_refused_by_name():
     with pytest.raises(ConfigError, match=r"20 steps at denoise 0.01 are the last of 2000, but the model has 1000"):
         comfy_models.Tiny("emoji-eps").ksample(steps=20, denoise=0.01)
+
+
+def test_guidance_0_is_that_of_the_recipe_of_another_model():
+    family = comfy_families.make("sdxl")
+    assert presets.recipe(family.model).cfg == 5.0
+    latent = {"samples": torch.zeros(1, 4, 8, 8)}
+    positive, negative = family.prompts.positive[0], family.prompts.negative
+    zero, five, one = (
+        comfy_host.execute(
+            *("PCPOKSampler", family.model, 3, 4, cfg, "training", positive, negative, latent, 1.0, "auto", -1.0)
+        )[0]["samples"]
+        for cfg in (0.0, 5.0, 1.0)
+    )
+    assert torch.equal(zero, five) and not torch.equal(zero, one)
 
 
 def test_guidance_0_is_that_of_the_recipe():

@@ -96,7 +96,16 @@ def test_a_lora_file_is_its_run_and_a_checkpoint_is_not(run, report):
     assert metric(first, "colorfulness").after != metric(report, "colorfulness").after
 
 
-def test_noise_is_that_of_the_seed_and_the_prompts_place(run, report):
+def test_the_same_prompt_twice_is_two_images_and_each_is_shown_with_its_own_score(prompts):
+    prompts.write_text("a fox\na fox\n")
+    shown = evaluate("emoji-flow", small(prompts=prompts, seeds=1, rewards=("redness",))).shown["before"]
+    first, second = shown.images
+    assert not torch.equal(first, second)
+    reward = load_reward("redness")
+    assert shown.scores == pytest.approx([float(reward.score(images, [""])[0]) for images in (first, second)], abs=1e-5)
+
+
+def test_noise_is_that_of_the_seed_alone(run, report):
     second = evaluate(str(run.path), small(seeds=1, first_seed=1))
     for m in second.metrics:
         assert (m.before, m.after) == (metric(report, m.name).before[1:], metric(report, m.name).after[1:])

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,8 @@ from trainer.config.loading import build, load, merge, with_options
 from trainer.config.schema import ConfigError
 from trainer.evaluation.demo import DEMO_RECIPES, demo_config
 from trainer.guard.guard import read_measures
-from trainer.guard.limits import GuardVerdict, lost_deviations, next_verdict, replay, violation
-from trainer.guard.probe import Probe
+from trainer.guard.limits import GuardVerdict, guard_row, lost_deviations, next_verdict, replay, violation
+from trainer.guard.probe import ImageMeasures, Probe
 from trainer.loop.distributed import Processes
 from trainer.policy.loading import make_policy
 from trainer.policy.lora_pairs import read_lora
@@ -293,6 +294,45 @@ def test_one_wrong_image_is_no_infinite_loss_where_all_of_the_base_models_were_r
     assert lost_deviations(right, right) == 0.0
     assert lost_deviations(torch.zeros(16), right) == pytest.approx(2.0)  # 1 of deviation 1/2, that of both together
     assert violation({"tinyeval": lost_deviations(torch.zeros(16), right)}, GuardConfig())  # none right any more
+
+
+def test_what_was_lost_by_hand(make_config):
+    """Features in two groups: the base model's differ at right angles (diversity 1), the present ones by 60 degrees."""
+    base = torch.eye(2).repeat(2, 1)
+    now = torch.tensor([[1.0, 0.0], [0.5, 0.75**0.5]]).repeat(2, 1)
+    measures = ImageMeasures({"alignment": torch.tensor([0.0, 2.0, 0.0, 2.0]), "colorfulness": torch.zeros(4)}, base)
+    later = ImageMeasures({"alignment": torch.full((4,), 0.5), "colorfulness": torch.ones(4)}, now)
+    config = make_config(**merge(WARN, HELD_OUT))
+    row = guard_row(later, measures, config)
+    assert row["lost"] == pytest.approx({"alignment": 0.5, "diversity": 0.5})
+    assert (row["reward"], row["held_out"], row["diversity"]) == (1.0, {"alignment": 0.5}, pytest.approx(0.5))
+    assert row["distance"] == pytest.approx((1 - 0.75**0.5) / 2)
+    assert guard_row(measures, later, config)["lost"]["diversity"] == pytest.approx(-1.0)  # gained
+
+
+def test_the_guards_prompts_are_evenly_spaced_over_the_runs(make_config):
+    config = make_config(guard={"every": 1, "prompts": 4, "images": 2})
+    lines = [f"a fox {n}" for n in range(8)]
+    probe = Probe(make_policy(config), config, lines, {}, Processes(), lambda: None)
+    assert probe.texts[::2] == probe.texts[1::2] == [lines[k] for k in (0, 2, 4, 6)]
+
+
+def test_the_guards_noise_is_that_of_the_seed(make_config):
+    images = []
+    for seed in (0, 1):
+        config = make_config(guard={"every": 1, "prompts": 1, "images": 2}, run={"seed": seed})
+        images.append(Probe(make_policy(config), config, ["a fox"], {}, Processes(), lambda: None).images())
+    assert not torch.equal(*images)
+
+
+def test_the_guard_measures_the_average_of_a_run_that_keeps_one(make_config):
+    fast = {"optimizer": {"learning_rate": 0.05}, "run": {"updates": 3}}
+    still = {"optimizer": {"ema_decay": 0.5, "ema_every": 1000}, "run": {"name": "still"}}  # not updated in this run
+
+    def distance(*sections):
+        return train(make_config(**reduce(merge, sections, WARN))).records()[-1]["guard"]["distance"]
+
+    assert distance(fast, still) < 0.01 * distance(fast)
 
 
 def test_a_violation_names_all_that_is_beyond_its_tolerance():

@@ -76,7 +76,8 @@ def load_pairs(path: Path) -> LoraPairs:
 def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a LoRA file. Raises ConfigError for a missing or damaged file."""
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist. Give a LoRA file, such as a run's lora.safetensors.")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigError(f"{path} {what}. Give a LoRA file, such as a run's lora.safetensors.")
     try:
         with safe_open(path, "pt") as file:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118

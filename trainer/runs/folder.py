@@ -266,6 +266,7 @@ class RunFolder:
         """
         numbers = self.checkpoints.numbers()
         if not numbers:
+            self.config()  # names a folder that is no run
             raise ConfigError(
                 f"{self.path} has no checkpoint yet. Wait for its first one (run.save_every), or "
                 "resume it if it is no longer training."
