@@ -98,7 +98,7 @@ def test_the_published_pages_are_those_of_the_archived_runs(made):
         assert not differing(ours, published), page
 
 
-def test_the_published_figures_are_those_of_the_report(made):
+def test_every_figure_of_the_report_is_published_and_no_other(made):
     figures, published = ({path.name for path in (folder / "images" / "results").glob("*")} for folder in (made, DOCS))
     assert figures == published
 

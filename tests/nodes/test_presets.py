@@ -51,6 +51,41 @@ def configured(model, side, monkeypatch, **widgets):
     return job.make_config(inputs, training.config_sections({**defaults(), **widgets}))
 
 
+WIDGETS = {  # widget -> (the option that it fills, a value that is not its default)
+    "gradient_checkpointing": ("model.gradient_checkpointing", True),
+    "prompts_per_update": ("rollout.prompts_per_update", 3),
+    "group_size": ("rollout.group_size", 6),
+    "steps": ("rollout.steps", 7),
+    "cfg": ("rollout.cfg", 2.5),
+    "method": ("rollout.method", "cps"),
+    "noise_level": ("rollout.noise_level", 0.4),
+    "images_at_once": ("rollout.images_at_once", 5),
+    "branch": ("rollout.branch", 2),
+    "branch_first": ("rollout.branch_first", 4),
+    "branch_points": ("rollout.branch_points", 9),
+    "objective": ("objective.name", "ppo"),
+    "credit": ("objective.credit", "native"),
+    "clip_range": ("objective.clip_range", 0.03),
+    "kl_weight": ("objective.kl_weight", 0.2),
+    "train_steps": ("objective.train_steps", 0.5),
+    "rank": ("lora.rank", 12),
+    "learning_rate": ("optimizer.learning_rate", 2e-4),
+    "name": ("run.name", "mine"),
+    "updates": ("run.updates", 13),
+    "seed": ("run.seed", 17),
+    "preview_every": ("run.preview_every", 2),
+    "save_every": ("run.save_every", 11),
+    "guard_every": ("guard.every", 8),
+}
+
+
+def test_every_widget_fills_its_option():
+    assert set(WIDGETS) == set(defaults()) and all(WIDGETS[key][1] != value for key, value in defaults().items())
+    tree = training.config_sections({widget: value for widget, (_, value) in WIDGETS.items()})
+    filled = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
+    assert filled == {**dict(WIDGETS.values()), "optimizer.minibatches": 2}
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_family_has_a_preset(name):
     assert host_presets.host_preset(host_models.make(name).model) == EXPECTED[name]

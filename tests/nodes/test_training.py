@@ -531,6 +531,15 @@ def test_compare_shows_the_same_noise_on_both_sides(flow):
     assert "before" in report
 
 
+def test_compare_draws_each_prompt_from_noise_of_its_own(flow):
+    prompts = types.EncodedPrompts(
+        ("a red fox",) * 2, (flow.prompts.positive[0],) * 2, flow.prompts.negative_text, flow.prompts.negative
+    )
+    still = {k: torch.zeros_like(v) for k, v in comfy_models.random_lora(flow, 1).items()}
+    first, later = (call("PCPOCompare", flow.model, still, flow.vae, prompts, seed, 2, 1.0)[0] for seed in (5, 6))
+    assert not torch.equal(first[0], first[1]) and torch.equal(first[1], later[0])
+
+
 def test_compare_tells_why_scores_failed(flow):
     lora = comfy_models.random_lora(flow, 1)
     reward = call("PCPOLoadReward", "tiny_diversity")[0]

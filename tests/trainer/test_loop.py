@@ -8,6 +8,7 @@ import pytest
 import torch
 from running import start_run
 
+from comfyui_pcpo.method.advantage import group_advantage
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed
 from comfyui_pcpo.reward.color import Colorfulness
 from trainer.config.schema import ConfigError
@@ -148,11 +149,14 @@ def test_several_rewards_train_together(make_config, learn):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_failed_samples_train_nothing(make_config, learn, value):
-    """One group, whose fourth image failed: the others are trained as if that image had scored as their mean does."""
+    """One group, whose fourth image failed: it has no part in the gradient, and none in the others' advantages."""
     sections = {"rollout": {"group_size": 4}, "run": {"updates": 1}}
     state, updates = learn(make_config(**sections), rewards={"colorfulness": Failing({3}, value)})
     metrics = next(updates).metrics
-    assert metrics["failed"] == 1
+    assert metrics["failed"] == 1 and metrics["advantage_mean"] == pytest.approx(0, abs=1e-6)
+    scores = Colorfulness().score(next(learn(make_config(**sections))[1]).images[:3], [""] * 3)
+    assert metrics["reward_mean"] == pytest.approx(float(scores.mean()), rel=1e-4)
+    assert metrics["advantage_abs_max"] == pytest.approx(float(group_advantage(scores[None]).abs().max()), rel=1e-3)
     assert all(p.isfinite().all() for p in parameters(state))
     assert math.isfinite(metrics["reward_mean"])
 

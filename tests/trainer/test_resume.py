@@ -14,6 +14,7 @@ from comfyui_pcpo.reward.color import Colorfulness
 from comfyui_pcpo.taste.encoders import tiny_encoder
 from comfyui_pcpo.taste.learned import Taste, TasteReport
 from trainer.config.loading import build, with_options
+from trainer.config.options import known_keys
 from trainer.config.schema import Config, ConfigError
 from trainer.fingerprints import fingerprint
 from trainer.loop.align import align
@@ -241,6 +242,25 @@ def test_a_window_of_other_rewards_is_left_out_when_the_change_is_accepted(make_
     learn_taste(Path(taste), 2)
     assert sizes({taste: 2.0, "colorfulness": 1.0}, 5) == [2]
     assert sizes({"colorfulness": 1.0, taste: 2.0}, 6) == [2]
+
+
+def test_what_may_change_on_resume_and_nothing_else(make_config):
+    """A list by hand: every other setting is compared."""
+    free = {
+        *("model.device", "model.offload", "model.gradient_checkpointing", "model.compile", "model.shard"),
+        *("prompts.lines", "prompts.file", "rollout.images_at_once", "rollout.batch_cfg"),
+        *("objective.kl_images", "objective.kl_every", "lora.start"),
+        *("reward.folder", "reward.device", "reward.images_at_once", "reward.offload", "reward.overlap"),
+        *("reward.max_failed", "reward.patience"),
+        *("guard.every", "guard.prompts", "guard.images", "guard.tolerance", "guard.diversity_tolerance"),
+        *("guard.patience", "guard.action"),
+        *("run.name", "run.folder", "run.updates", "run.preview_every", "run.save_every", "run.keep"),
+        "run.tensorboard",
+    }
+    compared = identity_of(make_config(), ["a fox"]).keys()
+    assert {key for key in known_keys() if key not in compared} == free
+    for key in compared & set(known_keys()):
+        assert differences({key: "before"}, {key: "after"}) == [f"{key} was 'before' and is 'after'"]
 
 
 def test_a_damaged_record_is_named(tmp_path, make_config):

@@ -7,13 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from running import resume_run, start_run
 from safetensors.torch import load_file
 
 from trainer.config.loading import merge
 from trainer.config.schema import ConfigError
+from trainer.loop.align import Update
 from trainer.policy.lora_pairs import read_lora
 from trainer.runs.folder import RunFolder
 
@@ -353,3 +356,37 @@ def test_a_run_without_a_finished_update_leaves_no_folder(make_config):
     with pytest.raises(KeyboardInterrupt):
         train(config, stop)
     assert not (config.run.folder / "run").exists()
+
+
+def test_the_last_the_best_and_landmark_checkpoints_stay(tmp_path, make_config):
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.rewrite_config(make_config(run={"save_every": 1}))
+    rewards = {98: 0.0, 99: 9.0, 100: 1.0, 101: 0.0, 102: 0.0, 103: 0.0}  # a row rates the LoRA of the update before
+    folder.metrics_file.write_text("".join(
+        json.dumps({"update": n, "rewards": {"colorfulness": reward}}) + "\n" for n, reward in rewards.items()
+    ))  # fmt: skip
+    for number in (97, 98, 99, 100, 101, 102, 103):
+        folder.checkpoints.folder(number).mkdir(parents=True)
+    folder.prune(2, 97)
+    assert folder.checkpoints.numbers() == [97, 98, 100, 102, 103]  # the guard's, the best, a landmark, the last two
+    folder.prune(0, None)
+    assert len(folder.checkpoints.numbers()) == 5
+
+
+@pytest.mark.slow
+def test_images_are_drawn_of_the_first_update_and_every_few(make_config):
+    run = start_run(make_config(run={"updates": 5, "preview_every": 2}))
+    list(run[1])
+    assert sorted(file.stem for file in run[0].grids.iterdir()) == ["000001", "000002", "000004"]
+
+
+def test_a_groups_images_are_drawn_from_the_best_to_the_worst(tmp_path):
+    values = torch.tensor([0.2, 0.8, 0.5])
+    images = values[:, None, None, None].expand(-1, 64, 64, 3).contiguous()
+    folder = RunFolder(tmp_path)
+    drawn = np.asarray(Image.open(folder.draw(Update(1, {}, images, ["a fox"] * 3, values), 3)).convert("L"), float)
+    row = drawn[drawn.shape[0] // 2]
+    shades = [255 * v for v in (0.8, 0.5, 0.2)]
+    places = [np.flatnonzero(np.abs(row - shade) < 4).mean() for shade in shades]
+    assert places == sorted(places)
