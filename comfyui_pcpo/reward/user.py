@@ -19,7 +19,7 @@ from comfyui_pcpo.reward.group import GroupReward
 from comfyui_pcpo.reward.service.endpoint import EndpointReward
 
 GROUP = "pcpo.rewards"
-KINDS = (Reward, GroupReward, EndpointReward)
+REWARD_BASES = (Reward, GroupReward, EndpointReward)
 """What a reward is derived from; each asks for another method."""
 
 
@@ -38,7 +38,7 @@ def check_class(value: object, source: str) -> type[Reward]:
         raise RewardError(f"{source} must be a subclass of comfyui_pcpo.reward.Reward, not a {type(value).__name__}.")
     owner = next(cls for cls in value.__mro__ if "score_batch" in vars(cls))
     method = {GroupReward: "score_group", EndpointReward: "score_image"}.get(owner, "score_batch")
-    if not value.name or (owner in KINDS and getattr(value, method) is getattr(owner, method)):
+    if not value.name or (owner in REWARD_BASES and getattr(value, method) is getattr(owner, method)):
         raise RewardError(f"{source} must define both `name` and `{method}`.")
     return value
 

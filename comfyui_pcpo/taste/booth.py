@@ -16,7 +16,7 @@ from PIL import Image
 from comfyui_pcpo.taste.human import Question, Reply
 from comfyui_pcpo.taste.votes import VoteError, check_ranks
 
-POLL = 0.1  # seconds between two checks whether the user has cancelled
+CANCEL_POLL = 0.1  # seconds between two checks whether the user has cancelled
 
 
 class NotOpen(LookupError):
@@ -87,7 +87,7 @@ class Booth:
             while ballot.reply is None:
                 self.tick()
                 with self.replied:
-                    self.replied.wait_for(lambda: ballot.reply is not None, POLL)
+                    self.replied.wait_for(lambda: ballot.reply is not None, CANCEL_POLL)
             return ballot.reply
         finally:
             self._show(None)

@@ -6,14 +6,7 @@ from torch import distributed as dist
 
 from trainer.config.schema import ConfigError
 from trainer.loop.distributed import is_lost
-from trainer.policy.device import pick_device
-
-
-@pytest.fixture
-def gpus(monkeypatch):
-    """Two GPUs, as far as PyTorch's counter goes."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+from trainer.policy.device import NoGpuError, pick_device
 
 
 @pytest.mark.parametrize("name", ["meta", "mps", "xpu", "toaster"])
@@ -23,16 +16,25 @@ def test_only_a_cpu_and_cuda_are_devices(name):
 
 
 @pytest.mark.parametrize(("name", "device"), [("auto", "cuda"), ("cuda:1", "cuda:1"), ("cpu", "cpu")])
-def test_one_process_may_take_any_gpu(name, device, gpus, monkeypatch):
+def test_one_process_may_take_any_gpu(name, device, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert pick_device(name) == torch.device(device)
+    assert pick_device(name, gpus=2) == torch.device(device)
+    with pytest.raises(ConfigError, match=r"model.device is cuda:2, but PyTorch finds only cuda:0, cuda:1\."):
+        pick_device("cuda:2", gpus=2)
 
 
-def test_several_processes_do_not_share_a_named_gpu(gpus, monkeypatch):
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_without_a_gpu_only_the_cpu_is_left(name):
+    assert pick_device("auto", gpus=0) == torch.device("cpu")
+    with pytest.raises(NoGpuError, match=f"model.device is {name}, but PyTorch finds no GPU"):
+        pick_device(name, gpus=0)
+
+
+def test_several_processes_do_not_share_a_named_gpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert pick_device("cuda") == pick_device("auto") == torch.device("cuda")
+    assert pick_device("cuda", gpus=2) == pick_device("auto", gpus=2) == torch.device("cuda")
     with pytest.raises(ConfigError, match=r"reward.device is cuda:1, but 2 processes were started.* Use cuda or auto"):
-        pick_device("cuda:1", "reward.device")
+        pick_device("cuda:1", "reward.device", gpus=2)
 
 
 @pytest.mark.parametrize(
