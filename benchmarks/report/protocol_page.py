@@ -7,7 +7,7 @@ from ..study.grid import study_tasks, task_methods
 from ..study.methods import CLIP_RANGE, STUDY_METHODS
 from ..study.outcome import GOALS, LIMITS
 from ..study.recipes import RECIPES
-from ..study.studies import Setting, Study
+from ..study.studies import LARGER_KL, Setting, Study
 from .collect import StudyResults
 
 EVALUATION = f"""**Evaluation.** Before training and every few updates, the model generates images of its training
@@ -24,14 +24,15 @@ diversity. A gain's price is what is spent until the gain ({format_list(GOALS)})
 whose gradient overflows counts as having lost all diversity from there on.
 
 **Settings.** Learning rate and KL weight are tuned for each method and task over the same sweep, and beyond an edge
-of it as long as a method's best settings lie on one, on seeds that are not reported, by the outcome above. The clip
-range is {CLIP_RANGE:g} for every method that clips: the trainer's default on the embedded models, wider than the
-published 1e-4 because their latents are smaller. GRPO-Guard's credit is not rescaled, so the same number clips more
-of it. A seed sets the order of the prompts for all methods of a task, and the noise where their rollouts are alike.
-No guidance; LoRA of rank 8; two optimizer steps per update; the last denoising step is never trained.
+of it as long as a method's best settings lie on one (up to a KL weight of {LARGER_KL["flow"][-1]:g}, on ddim
+{LARGER_KL["ddim"][-1]:g}), on seeds that are not reported, by the outcome above. The clip range is {CLIP_RANGE:g} for
+every method that clips: the trainer's default on the embedded models, wider than the published 1e-4 because their
+latents are smaller. GRPO-Guard's credit is not rescaled, so the same number clips more of it. A seed sets the order
+of the prompts for all methods of a task, and the noise where their rollouts are alike. No guidance; LoRA of rank 8;
+two optimizer steps per update; the last denoising step is never trained.
 
-**Methods.** Methods that are named so, PCPO as recommended and TempFlow-GRPO branch: they share the first noise of a
-group. TempFlow-GRPO's branch has one stochastic step. "PCPO as recommended" has a branch of one step among the first
+**Methods.** Methods that are named so, "PCPO, early branch" and TempFlow-GRPO branch: they share the first noise of a
+group. TempFlow-GRPO's branch has one stochastic step. "PCPO, early branch" has a branch of one step among the first
 three, and groups of 16 images, which cost fewer model evaluations than the 8 images of methods without branches. AWM
 and DiffusionNFT sample without noise and never share the first noise. "One step less": the last trained step is
 dropped too. "With options": their images share the noise that is added to them, and 4 stratified noise levels are

@@ -48,7 +48,7 @@ TEMPFLOW = StudyMethod("TempFlow-GRPO", published("tempflow_grpo"), model_kind="
 PPO = StudyMethod("native PPO", {"name": "ppo", "credit": "native"})
 NATIVE: Tree = {"name": "log_hinge", "credit": "native"}
 # what branches save is spent on larger groups
-RECOMMENDED = branched(replace(PCPO, rollout={"branch_first": 3, "group_size": 16}), 1, "PCPO as recommended")
+RECOMMENDED = branched(replace(PCPO, rollout={"branch_first": 3, "group_size": 16}), 1, "PCPO, early branch")
 
 # one objective, the log-hinge, under every credit; the last step is never trained, as in all published recipes
 CREDIT_METHODS = {
