@@ -292,8 +292,11 @@ def test_checkpoints_are_found_by_number_latest_and_best(make_config, tmp_path):
     assert folder.checkpoint("best").name == "000001"  # the latest is not rated yet
     with pytest.raises(ConfigError, match=r"checkpoint 7 is not in .* There are 1, 2"):
         folder.checkpoint("7")
-    with pytest.raises(ConfigError, match="has no checkpoint yet"):
+    with pytest.raises(ConfigError, match=r"empty is not a run: it has no config.toml"):
         RunFolder(tmp_path / "empty").checkpoint()
+    shutil.rmtree(folder.checkpoints.path)
+    with pytest.raises(ConfigError, match="has no checkpoint yet"):
+        folder.checkpoint()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on file sizes")
