@@ -13,9 +13,8 @@ def as_eight_bit(image: Image.Image, file_format: str | None = None) -> Image.Im
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image, np.float64)
-    sixteen = image.mode.startswith("I;16") or (
-        image.mode == "I" and (file_format or image.format) == "PNG"
-    )  # by Pillow's version
+    png = (file_format or image.format) == "PNG"  # older versions of Pillow read its 16 bits as "I"
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and png)
     most = 255 if values.max(initial=0) <= 255 and not sixteen else 65535
     most = 1 if image.mode == "F" and values.max(initial=0) <= 1 else most
     if not (np.isfinite(values).all() and values.min(initial=0) >= 0 and values.max(initial=0) <= most):

@@ -158,7 +158,7 @@ class Reward:
             self.settings.tick()
             scores = self.measure_batch(images[part], prompts[part])
             values.append(scores.values)
-            for key in extras.keys() | scores.extras.keys():
+            for key in {**extras, **scores.extras}:
                 absent = [""] * (part.stop - part.start)
                 extras.setdefault(key, [""] * part.start).extend(scores.extras.get(key, absent))
         return Scores(torch.cat(values) if values else torch.zeros(0), extras)

@@ -5,14 +5,14 @@ Networks are trained to overlook what people often vote on: how bright, colourfu
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_pcpo.reward.base import RewardSettings
-from comfyui_pcpo.reward.clip import CLIP_FILE, VIT_L_14, vision_tower
-from comfyui_pcpo.reward.clipscore import ClipCosine
+from comfyui_pcpo.reward.diversity import Diversity
 from comfyui_pcpo.reward.weights.preprocess import crop_round
 from comfyui_pcpo.taste.votes import VoteError
 from comfyui_pcpo.tiny.align import load_image_encoder
@@ -70,9 +70,7 @@ def tiny_encoder(settings: RewardSettings) -> Encoder:
 
 def clip_encoder(settings: RewardSettings) -> Encoder:
     """The normalised image embedding of OpenAI's CLIP ViT-L/14, whose weights several rewards share."""
-    model = (
-        vision_tower(VIT_L_14, CLIP_FILE, settings, ClipCosine.name).eval().requires_grad_(False).to(settings.device)
-    )
+    model = cast("nn.Module", Diversity(settings).load().model)  # whose network is the vision tower alone
 
     def encode(images: Tensor) -> Tensor:
         pixels = crop_round(images.to(device_of(model))).to(settings.dtype)
