@@ -1,31 +1,23 @@
-"""The frontier's figures: reward gained per model evaluation, of the summary; against diversity lost, task by task."""
+"""The frontier's figures: reward gained per model evaluation, and by task against diversity and distance."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from comfyui_pcpo.plotting.panels import Line, Panel, draw_panels
-
-from ..study.methods import STUDY_METHODS
-from ..study.outcome import lost_diversity
+from ..study.outcome import LIMITS, EvaluationRows, distance, lost_diversity
 from ..study.recipes import RECIPES
 from .collect import CellRun, StudyResults, TaskResults
-from .looks import GAIN_LABEL, LOOKS
+from .labelled_figure import LabelledPanel, labelled_figure, method_line
 from .progress_figure import ProgressLine, ProgressPanel, progress_figure
-
-
-def mean_path(runs: Sequence[CellRun]) -> tuple[list[float], list[float]]:
-    """Diversity lost in per cent and reward gained, evaluation by evaluation, means over runs."""
-    lost = np.array([lost_diversity(run.rows) for run in runs]).mean(0)
-    return (100 * lost).tolist(), np.array([run.gains for run in runs]).mean(0).tolist()
 
 
 def summary_figure(results: StudyResults) -> Image.Image:
     """One panel per task, with a labelled line for each method of the first wave: means over seeds."""
     panels = []
     for task in shown_tasks(results):
-        lines = [ProgressLine(name, STUDY_METHODS[name].title) for name in results.study.methods]
+        lines = [ProgressLine(name) for name in results.study.methods]
         panels.append(ProgressPanel(f"{RECIPES[task.task.recipe].model}, reward {task.task.reward}", task, lines))
     return progress_figure(panels)
 
@@ -35,19 +27,61 @@ def shown_tasks(results: StudyResults) -> list[TaskResults]:
     return [task for task in results.tasks if results.is_whole(task)] or results.measured[:1]
 
 
-def task_figure(results: StudyResults) -> Image.Image:
+def lost_percent(rows: EvaluationRows) -> list[float]:
+    return [100 * lost for lost in lost_diversity(rows)]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a gain is paid with, up to twice the limit's change: further out, images are spoilt."""
+
+    name: str
+    label: str  # of the axis
+    of: Callable[[EvaluationRows], Sequence[float]]
+    none: float  # before training
+    limit: float
+
+    @property
+    def edge(self) -> float:
+        return self.none + 2 * (self.limit - self.none)
+
+
+LOST_DIVERSITY = Cost("lost diversity", "diversity lost, %", lost_percent, 0.0, 100 * LIMITS.lost_diversity)
+DISTANCE = Cost("distance", "distance from the base model; 1: as its own images", distance, 1.0, LIMITS.far)
+COSTS = (LOST_DIVERSITY, DISTANCE)
+COST_TITLE = "More reward for less {}: up and to the left is better"
+COST_NOTE = """Means over seeds, evaluation by evaluation. The dashed line is the limit within which gains count;
+lines end with the training or at twice the limit."""
+
+
+def cost_figure(results: StudyResults, cost: Cost) -> Image.Image:
+    """The panels of a cost as an image."""
+    return labelled_figure(cost_panels(results, cost), COST_TITLE.format(cost.name), COST_NOTE)
+
+
+def cost_panels(results: StudyResults, cost: Cost) -> list[LabelledPanel]:
     """A panel per task for the methods of the first wave, one for the later ones and the baseline: means over seeds."""
     study, panels = results.study, []
     for task in results.measured:
         for wave, addition in ((study.methods, ""), ((study.baseline, *study.later), ", further methods")):
             shown = [name for name in wave if name in task.measured]
             if set(shown) - {study.baseline}:
-                title = f"{task.task.recipe}, {task.task.reward}{addition}"
-                paths = [_path(name, task.runs[name]) for name in shown]
-                panels.append(Panel(title, "diversity lost, %", GAIN_LABEL, paths))
-    return draw_panels(panels, columns=2)
+                title = f"{RECIPES[task.task.recipe].model}, reward {task.task.reward}{addition}"
+                lines = [method_line(name, *up_to(cost.edge, *mean_path(task.runs[name], cost))) for name in shown]
+                panels.append(LabelledPanel(title, cost.label, lines, cost.limit, task.task.name))
+    return panels
 
 
-def _path(name: str, runs: Sequence[CellRun]) -> Line:
-    color, look = LOOKS[name]
-    return Line(STUDY_METHODS[name].title, *mean_path(runs), style=look, color=color)
+def mean_path(runs: Sequence[CellRun], cost: Cost) -> tuple[list[float], list[float]]:
+    """The cost and reward gained, evaluation by evaluation, means over runs."""
+    spent = np.array([cost.of(run.rows) for run in runs]).mean(0)
+    return spent.tolist(), np.array([run.gains for run in runs]).mean(0).tolist()
+
+
+def up_to(edge: float, x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The path until its x first passes `edge`, where it ends."""
+    beyond = next((place for place, value in enumerate(x) if value > edge), None)
+    if not beyond:
+        return list(x), list(y)
+    share = (edge - x[beyond - 1]) / (x[beyond] - x[beyond - 1])
+    return [*x[:beyond], edge], [*y[:beyond], y[beyond - 1] + share * (y[beyond] - y[beyond - 1])]

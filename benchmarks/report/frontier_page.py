@@ -29,7 +29,7 @@ from .comparison import (
     mixed_model,
     paired_difference,
 )
-from .frontier_figure import task_figure
+from .frontier_figure import COSTS, cost_figure
 from .one_price import UNITS, cheapest_run
 
 FRONTIER_INTRO = f"""Every method has the setting that the tuning seeds chose for it ([tuning](tuning.md)). Compared
@@ -76,8 +76,12 @@ Columns = dict[str, tuple[Callable[[CellRun], float], int]]  # title of a column
 
 
 def frontier_page(results: StudyResults, images: Path, where: str) -> str:
-    """The page as Markdown; its figure is saved in `images`, which the page refers to as `where`."""
-    task_figure(results).save(images / f"{results.name}-tasks.png")
+    """The page as Markdown; its figures are saved in `images`, which the page refers to as `where`."""
+    figures = []
+    for cost in COSTS:
+        file = f"{results.name}-{cost.name.split()[-1]}.png"
+        cost_figure(results, cost).save(images / file)
+        figures.append(f"![Reward gained against {cost.name}, by task]({where}/{file})")
     tables = [
         part
         for task in results.measured
@@ -93,7 +97,7 @@ def frontier_page(results: StudyResults, images: Path, where: str) -> str:
         [
             "# Who gains most at the same price?",
             FRONTIER_INTRO,
-            f"![Reward gained against diversity lost, by task]({where}/{results.name}-tasks.png)",
+            *figures,
             "## Over the tasks",
             *comparison_tables(results),
             COMPARED,

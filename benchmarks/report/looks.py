@@ -20,7 +20,6 @@ LOOKS: dict[str, tuple[int, LineStyle]] = {
     "nft-options": (1, "dashed"),
     "awm": (4, "line"),
     "awm-options": (4, "dashed"),
-    **{name: (color, "line") for name, color in _CREDIT_COLORS.items()},
-    **{f"{name}-branch-1": (color, "dashed") for name, color in _CREDIT_COLORS.items()},
+    **{name + end: (color, "line") for name, color in _CREDIT_COLORS.items() for end in ("", "-branch-1")},
 }
 GAIN_LABEL = "reward gain, base model's std"  # of an axis

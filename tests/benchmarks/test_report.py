@@ -10,7 +10,16 @@ from PIL import Image
 from benchmarks.report import frontier_page, guard_page, prompts_page
 from benchmarks.report.collect import collect
 from benchmarks.report.comparison import corrected_by_wave, paired_difference
-from benchmarks.report.frontier_figure import mean_path, shown_tasks, summary_figure, task_figure
+from benchmarks.report.frontier_figure import (
+    DISTANCE,
+    LOST_DIVERSITY,
+    cost_figure,
+    cost_panels,
+    mean_path,
+    shown_tasks,
+    summary_figure,
+    up_to,
+)
 from benchmarks.report.looks import LOOKS
 from benchmarks.report.one_price import cheapest_run
 from benchmarks.report.pages import BEGIN, END, NOTHING_MEASURED, write_report
@@ -67,7 +76,8 @@ def test_the_report_shows_the_measurements_and_keeps_handwritten_text(tmp_path):
         "| DiffusionNFT | 0.30 [0.30, 0.30] | < 0.001 | 5/5 | 1 | 0.30 [0.30, 0.30] | 0.30 [0.30, 0.30] | < 0.001 |"
         in text
     )
-    assert {f.name for f in (tmp_path / "images" / "results").iterdir()} == {"frontier.png", "quick-tasks.png"}
+    images = {f.name for f in (tmp_path / "images" / "results").iterdir()}
+    assert images == {"frontier.png", "quick-diversity.png", "quick-distance.png"}
 
 
 def test_without_any_run_the_report_says_so(tmp_path):
@@ -226,7 +236,7 @@ def test_the_figure_has_the_mean_path_of_every_method(tmp_path):
     study = small(seeds=(0, 1), methods=tuple(SLOPES))
     fill(study, tmp_path, lambda cell: 1.0 + cell.seed, diversity=0.8)
     results = collect("quick", study, tmp_path)
-    lost, gained = mean_path(results.tasks[0].runs["pcpo"])
+    lost, gained = mean_path(results.tasks[0].runs["pcpo"], LOST_DIVERSITY)
     assert (lost, gained) == (pytest.approx([0, 10, 20]), pytest.approx([0, 0.75, 1.5]))
     spent, kept = mean_progress(results.tasks[0].runs["pcpo"])
     assert (spent, kept) == (pytest.approx([0, 1, 2]), pytest.approx([0, 0.75, 0.75]))
@@ -237,14 +247,25 @@ def test_the_figure_has_the_mean_path_of_every_method(tmp_path):
 
 def test_later_methods_have_their_own_panels(tmp_path):
     study = small(methods=("ppo", "pcpo"), later=("awm",))
-    for method in ("ppo", "pcpo"):
+    for method, gained in (("ppo", 0.5), ("pcpo", 1.0)):
         for cell in reported(study, tmp_path, method=method):
-            write(cell, study, tmp_path, 1.0)
-    one = task_figure(collect("quick", study, tmp_path)).size
+            write(cell, study, tmp_path, gained)
+    (first,) = cost_panels(collect("quick", study, tmp_path), LOST_DIVERSITY)
+    ends = {line.title: line.y[-1] for line in first.lines}
+    assert first.limit == 10 and ends == pytest.approx({"native PPO": 0.5, "PCPO": 1.0})
     for cell in reported(study, tmp_path, method="awm"):
-        write(cell, study, tmp_path, 1.0)
-    two = task_figure(collect("quick", study, tmp_path)).size
-    assert two[0] * two[1] > 1.5 * one[0] * one[1]
+        write(cell, study, tmp_path, 2.0)
+    results = collect("quick", study, tmp_path)
+    first, later = cost_panels(results, DISTANCE)
+    assert [line.title for line in later.lines] == ["native PPO", "AWM"] and first.scale == later.scale
+    assert first.limit == 1.5 and [line.x[0] for line in (*first.lines, *later.lines)] == [1.0] * 4
+    width, height = cost_figure(results, DISTANCE).size
+    assert width > 2 * height > 600  # beside each other
+
+
+def test_a_path_ends_where_it_first_passes_the_edge():
+    assert up_to(2, [0, 1, 3, 1], [0, 1, 2, 5]) == ([0, 1, 2], [0, 1, 1.5])
+    assert up_to(2, [0, 2, 1], [0, 4, 5]) == ([0, 2, 1], [0, 4, 5])
 
 
 def test_prompt_following_is_compared_before_and_after_where_diversity_is_left(tmp_path):
