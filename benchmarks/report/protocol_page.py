@@ -14,8 +14,8 @@ EVALUATION = f"""**Evaluation.** Before training and every few updates, the mode
 prompts without noise (ODE), from the same initial noise each time. Gains are in standard deviations of the base
 model's rewards in this evaluation. Diversity is the mean cosine distance between images of a prompt, distance the
 Frechet distance to images of the base model (tiny FD), both in emoji-align's features. "Distance, x" is relative to
-what images of the base model themselves have. Runs that are reported, not those of the tuning, are also evaluated on
-TinyEval's hard tasks, whose prompts are never trained.
+what images of the base model themselves have. The reported runs of the studies on the frontier and on the guard, not
+those of the tuning, are also evaluated on TinyEval's hard tasks, whose prompts are never trained.
 
 **Outcome.** The gain within limits: where {LIMITS.lost_share} of the diversity is lost or the distance
 reaches {LIMITS.far:g} x, whichever comes first, interpolated between evaluations; the last gain of a run that reaches

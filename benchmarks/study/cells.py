@@ -56,7 +56,7 @@ def run_cell(cell: Cell, study: Study, out: Path, say: Say) -> None:
     folder = RunFolder(cell.folder(out))
     config = cell_config(cell, study, out)
     try:
-        rows = run_evaluated(config, folder, study, out, tinyeval=cell.seed not in study.tuning_seeds)
+        rows = run_evaluated(config, folder, study, out, study.reads_tinyeval(cell.seed))
     except (FloatingPointError, Diverged) as error:
         say(f"{cell.task.name} {cell.name}: {error}")
         rows = diverged(read_json(folder.path / JOURNAL, []), evaluation_updates(study, config.run.updates))

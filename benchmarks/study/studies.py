@@ -57,7 +57,7 @@ class Study:
     evaluate_every: int  # updates between evaluations; a run of more or fewer updates has as many evaluations
     images: int  # of the training prompts, in an evaluation
     reference_images: int  # that the Frechet distance is computed against
-    tinyeval_prompts: int = 20  # of each of TinyEval's hard tasks, in an evaluation of a reported run
+    tinyeval_prompts: int = 20  # of each of TinyEval's hard tasks, in an evaluation of a reported run; 0: none
     later: tuple[str, ...] = ()  # methods that are run once the others are finished in every task
     tuning: tuple[Rung, ...] = ()  # empty: the first setting of the sweep
     tuned_once: tuple[str, ...] = ()  # recipes whose runs are long: the first tuning seed alone chooses
@@ -70,6 +70,10 @@ class Study:
     @property
     def tuning_seeds(self) -> tuple[int, ...]:
         return tuple(rung.seed for rung in self.tuning)
+
+    def reads_tinyeval(self, seed: int) -> bool:
+        """Whether the evaluations of a seed's runs have images of prompts that are never trained."""
+        return self.tinyeval_prompts > 0 and seed not in self.tuning_seeds
 
     @property
     def evaluations(self) -> int:
@@ -162,6 +166,7 @@ STUDIES = {
         evaluate_every=4,
         images=64,
         reference_images=256,
+        tinyeval_prompts=0,
     ),
     "guard": Study(  # whether the guard stays within its limits, on rewards that are easily hacked
         tasks=tuple(("flow-grpo", reward) for reward in HACKED),

@@ -137,6 +137,8 @@ def test_no_training_prompt_is_one_of_tinyeval_or_has_a_combination_that_it_hold
 def test_settings_are_never_chosen_on_reported_seeds_and_the_first_rung_has_the_whole_sweep(name):
     study = STUDIES[name]
     assert not set(study.tuning_seeds) & set(study.seeds)
+    assert not any(map(study.reads_tinyeval, study.tuning_seeds))
+    assert all(study.reads_tinyeval(seed) == (name != "proportionality") for seed in study.seeds)
     assert not study.tuning or study.tuning[0].settings is None
     for sweep in study.sweep.values():
         assert len(set(sweep)) == len(sweep) and (study.tuning or len(sweep) == 1)
