@@ -1,5 +1,6 @@
 """Finished cells of a study, collected by task, method and seed."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,12 @@ class CellRun:
 
     def price(self, goal: float, of: Price = "model_evaluations") -> float:
         return outcome.price(self.rows, self.task.reward, goal, of)
+
+    @property
+    def without_signal(self) -> float:
+        """Share of updates in which every image has an advantage of 0; NaN of a run without records."""
+        records = RunFolder(self.folder).records()
+        return sum(record["advantage_abs_max"] == 0 for record in records) / len(records) if records else math.nan
 
     def per_step(self, key: str) -> tuple[list[int], np.ndarray]:
         """Every step that was trained, and its metric, (updates, steps); NaN in updates that did not train it."""

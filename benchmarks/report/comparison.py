@@ -1,12 +1,11 @@
 """Two methods compared over tasks and seeds, and all comparisons of a page corrected together."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from ..study.mixed_model import MixedModel, Observation, fit_mixed_model
 from ..study.statistics import Interval, holm, t_interval, t_test
-from ..study.studies import Study
 from .collect import RunMeasure, StudyResults, TaskResults, run_gain
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -63,19 +62,9 @@ def means_by_seed(results: StudyResults, name: str, reward: str, of: RunMeasure 
     return [sum(own) / len(own) for own in zip(*(map(of, task.runs[name]) for task in tasks), strict=True)]
 
 
-def corrected_p_values(differences: Iterable[tuple[_Key, Sequence[float]]]) -> dict[_Key, float]:
+def corrected_p_values(differences: Mapping[_Key, Sequence[float]]) -> dict[_Key, float]:
     """p-values of zero means by Student's t, corrected by Holm's method as one family."""
-    named = list(differences)
-    return dict(zip([key for key, _ in named], holm([t_test(values) for _, values in named]), strict=True))
-
-
-def corrected_by_wave(
-    study: Study, differences: Mapping[_Key, Sequence[float]], methods: Callable[[_Key], Iterable[str]]
-) -> dict[_Key, float]:
-    """The same in two families: the comparisons between `methods` of the first wave, and all others."""
-    first = {key: own for key, own in differences.items() if set(methods(key)) <= set(study.methods)}
-    others = {key: own for key, own in differences.items() if key not in first}
-    return corrected_p_values(first.items()) | corrected_p_values(others.items())
+    return dict(zip(differences, holm([t_test(values) for values in differences.values()]), strict=True))
 
 
 def mixed_model(results: StudyResults, reference: str) -> MixedModel:

@@ -1,5 +1,6 @@
 """The page on who gains most at the same price."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ..study.statistics import bootstrap, median, t_interval
 from .collect import CellRun, StudyResults, TaskResults, by_step
 from .comparison import (
     PairedDifference,
-    corrected_by_wave,
+    corrected_p_values,
     difference_within,
     means_by_seed,
     mixed_model,
@@ -38,15 +39,14 @@ is the gain within limits, in standard deviations of the base model's rewards: t
 whichever comes first. A run that reaches neither counts with its last gain."""
 COMPARED = """\
 "Difference": the mean over the tasks that both methods and the whole first wave have finished, with Student's t over
-seeds. Its p-values are corrected by Holm's method in two families: the comparisons of the first wave, and all others.
-"At one price": the same difference when both have made as many model evaluations as the task's cheapest run of the
-first wave. "Mixed model": an effect of each method and of each task, random intercepts for each seed of each task,
-REML, all finished runs; it assumes that a method gains the same in every task and varies as much as any other, which
-they do not, and its p-values are not corrected. All of them generalise to new seeds, not to other tasks."""
+seeds. The p-values of the three tables are corrected by Holm's method as one family. "At one price": the same
+difference when both have made as many model evaluations as the task's cheapest run of the first wave. "Mixed model":
+an effect of each method and of each task, random intercepts for each seed of each task, REML, all finished runs; it
+assumes that a method gains the same in every task and varies as much as any other, which they do not, and its p-values
+are not corrected. All of them generalise to new seeds, not to other tasks."""
 BY_REWARD = """\
 Gain over the tasks of each reward, and the difference to DiffusionNFT, of the methods that exist on both models and
-have finished every task that the first wave has. p-values are corrected by Holm's method over this table, in two
-families as above."""
+have finished every task that the first wave has. p-values are corrected by Holm's method over this table."""
 BY_TASK = """\
 Gain within limits of every finished run; GRPO-Guard and TempFlow-GRPO exist on the flow model only."""
 PARTS = """\
@@ -64,6 +64,9 @@ CLIPPED = """\
 Terms of the objective that are clipped, %: means over updates, seeds and steps, and in brackets the step with the
 most. At most 50 %, since the first of the two optimizer steps of an update starts from a ratio of 1. DiffusionNFT
 clips nothing."""
+WITHOUT_SIGNAL = """\
+Updates in which every image has an advantage of 0, %, because the images of each group score alike: means over runs.
+Such an update costs as much as any other and teaches nothing, but for the KL."""
 STRONGEST = "nft"
 ADDITIONS = {  # title of a column -> the method that has the part, and the one without it
     "PCPO - native PPO": ("pcpo", "ppo"),
@@ -117,21 +120,23 @@ def frontier_page(results: StudyResults, images: Path, where: str) -> str:
             "## Clipped terms",
             CLIPPED,
             clip_table(results),
+            "## Updates without a signal",
+            WITHOUT_SIGNAL,
+            signal_table(results),
         ]
     )
 
 
 def frontier_family(results: StudyResults) -> dict[tuple[str, str], tuple[PairedDifference, float]]:
-    """Every method against native PPO, PCPO and DiffusionNFT, with p-values corrected by wave."""
-    study = results.study
-    references = [study.baseline, *REFERENCES]
+    """Every method against native PPO, PCPO and DiffusionNFT, with p-values of one family."""
+    references = [results.study.baseline, *REFERENCES]
     compared = {
         (name, reference): paired_difference(results, name, reference)
         for number, reference in enumerate(references)
         for name in results.methods
         if name not in references[: number + 1] and reference in results.methods
     }
-    p = corrected_by_wave(study, {key: one.differences for key, one in compared.items()}, tuple)
+    p = corrected_p_values({key: one.differences for key, one in compared.items()})
     return {key: (one, p[key]) for key, one in compared.items()}
 
 
@@ -165,7 +170,7 @@ def reward_table(results: StudyResults) -> str:
         for reward in rewards
         if name != STRONGEST
     }
-    p = corrected_by_wave(results.study, {key: one.differences for key, one in against.items()}, lambda key: key[:1])
+    p = corrected_p_values({key: one.differences for key, one in against.items()})
     rows = []
     for name in names:
         row = [STUDY_METHODS[name].title]
@@ -267,6 +272,16 @@ def clip_table(results: StudyResults) -> str:
         cells = (f"{100 * np.nanmean(own):.1f} ({100 * np.nanmax(own):.1f})" if len(own) else "-" for own in shares)
         rows.append([task.task.name, *cells])
     return markdown_table(["", *(STUDY_METHODS[name].title for name in names)], rows)
+
+
+def signal_table(results: StudyResults) -> str:
+    """The share of updates without an advantage, by task and method; a dash without runs."""
+    rows = []
+    for name in results.methods:
+        every = ([run.without_signal for run in task.runs.get(name, ())] for task in results.measured)
+        means = (100 * sum(shares) / len(shares) if shares else math.nan for shares in every)
+        rows.append([STUDY_METHODS[name].title, *("-" if math.isnan(mean) else f"{mean:.0f}" for mean in means)])
+    return markdown_table(["", *(task.task.name for task in results.measured)], rows)
 
 
 def price_table(task: TaskResults) -> str:

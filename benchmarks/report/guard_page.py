@@ -133,9 +133,11 @@ def guard_page(results: StudyResults) -> str:
     )
     every = guarded_runs(results)
     p = corrected_p_values(
-        ((group.task, group.method, limits), [one.change for one in side])
-        for group in every
-        for limits, side in group.sides.items()
+        {
+            (group.task, group.method, limits): [one.change for one in side]
+            for group in every
+            for limits, side in group.sides.items()
+        }
     )
     promises = [
         f"## {GUARD_TITLE.format(name, one.tolerance, 100 * one.diversity_tolerance)}\n\n{promise_table(every, name)}"

@@ -8,14 +8,13 @@ from ..study.outcome import Row, at_limits, tinyeval_curve
 from ..study.recipes import FOLLOWING
 from ..study.statistics import t_interval
 from .collect import CellRun, StudyResults, TaskResults
-from .comparison import corrected_by_wave, means_by_seed
+from .comparison import corrected_p_values, means_by_seed
 
 PROMPTS_INTRO = f"""TinyEval's hard tasks: {", ".join(HARD)}; 20 prompts each, one image per prompt from fixed noise,
 none of their combinations trained. Numbers are per cent of correct images, means over seeds with Student's 95 %
 interval. "Change" is that from before training to its end, "within the limits" that to the point where either limit is
-reached. p-values test a change of 0, over the tasks of a reward, and are corrected by Holm's method over the page, the
-methods of the first wave and later ones apart. The first tables have the methods that exist on both models and have
-finished every task that the first wave has."""
+reached. p-values test a change of 0, over the tasks of a reward, and are corrected by Holm's method over the page. The
+first tables have the methods that exist on both models and have finished every task that the first wave has."""
 
 
 def prompts_page(results: StudyResults) -> str:
@@ -25,7 +24,7 @@ def prompts_page(results: StudyResults) -> str:
     changes = {
         (reward, name): means_by_seed(results, name, reward, change) for reward in rewards for name in results.general
     }
-    p = corrected_by_wave(results.study, changes, lambda key: key[1:])
+    p = corrected_p_values(changes)
     parts = ["# Does it follow prompts better?", PROMPTS_INTRO]
     for reward in rewards:
         parts += [f"## Trained on {reward}", change_table(results, reward, p)]

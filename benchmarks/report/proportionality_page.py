@@ -41,8 +41,8 @@ def credit_comparisons(results: StudyResults) -> dict[tuple[str, str], tuple[Pai
         for first, second in ((one + end, other + end) for one, other in pairs):
             if first in results.methods and second in results.methods:
                 compared[first, second] = paired_difference(results, first, second)
-    family = [key for key in compared if key[0].startswith(PROPORTIONATE)]
-    p = corrected_p_values((key, compared[key].differences) for key in family)
+    family = {key: one.differences for key, one in compared.items() if key[0].startswith(PROPORTIONATE)}
+    p = corrected_p_values(family)
     return {key: (one, p.get(key, math.nan)) for key, one in compared.items()}
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from benchmarks.report import frontier_page, guard_page, prompts_page
 from benchmarks.report.collect import collect
-from benchmarks.report.comparison import corrected_by_wave, paired_difference
+from benchmarks.report.comparison import corrected_p_values, paired_difference
 from benchmarks.report.frontier_figure import (
     DISTANCE,
     LOST_DIVERSITY,
@@ -182,13 +182,11 @@ def test_objective_and_branches_are_told_apart_where_all_four_combinations_are_f
     assert frontier_page.additions_section(collect("quick", small(seeds=SEEDS), tmp_path)) == []
 
 
-def test_the_first_waves_p_values_stay_when_later_methods_are_compared(tmp_path):
-    differences = {("ppo",): (0.1, 0.2, 0.4), ("pcpo",): (0.2, 0.3, 0.5), ("awm",): (0.1, 0.3, 0.3)}
-    first = {key: differences[key] for key in (("ppo",), ("pcpo",))}
-    study = small(methods=("ppo", "pcpo"), later=("awm",))
-    p = corrected_by_wave(study, differences, tuple)
-    assert p == {**corrected_by_wave(study, first, tuple), ("awm",): t_test(differences["awm",])}
-    assert [p[key] for key in first] == pytest.approx(holm([t_test(own) for own in first.values()]))
+def test_all_comparisons_are_corrected_as_one_family():
+    differences = {"ppo": (0.1, 0.2, 0.4), "pcpo": (0.2, 0.3, 0.5), "awm": (0.1, 0.3, 0.3)}
+    assert corrected_p_values(differences) == dict(
+        zip(differences, holm([t_test(own) for own in differences.values()]), strict=True)
+    )
 
 
 def test_a_gains_price_is_that_within_the_limits(tmp_path):
@@ -227,9 +225,20 @@ def test_differences_are_averaged_over_whole_tasks_before_seeds_are_compared(tmp
     first = [("pcpo", "ppo"), ("nft", "ppo"), ("nft", "pcpo")]
     later = [("awm", "ppo"), ("awm", "pcpo"), ("awm", "nft")]
     assert set(family) == {*first, *later}
-    for keys in (first, later):  # two families
-        p = [t_test(paired_difference(results, *key).differences) for key in keys]
-        assert [family[key][1] for key in keys] == pytest.approx(holm(p))
+    keys = [*first, *later]
+    p = [t_test(paired_difference(results, *key).differences) for key in keys]
+    assert [family[key][1] for key in keys] == pytest.approx(holm(p))
+
+
+def test_updates_are_without_signal_where_every_advantage_is_0(tmp_path):
+    study = small(seeds=(0, 1), methods=("ppo", "pcpo"))
+    fill(study, tmp_path, lambda cell: 1.0)
+    for cell in reported(study, tmp_path, method="pcpo"):
+        sizes = (0.0, 1.3, 0.0, 0.5) if cell.seed == 0 else (0.0, 1e-9, 1.0, 1.0)
+        lines = [json.dumps({"update": k, "advantage_abs_max": size}) + "\n" for k, size in enumerate(sizes, 1)]
+        (cell.folder(tmp_path) / "metrics.jsonl").write_text("".join(lines))
+    table = frontier_page.signal_table(collect("quick", study, tmp_path))
+    assert "| native PPO | 0 |" in table and "| PCPO | 38 |" in table
 
 
 def test_the_figure_has_the_mean_path_of_every_method(tmp_path):

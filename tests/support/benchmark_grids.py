@@ -56,7 +56,7 @@ def write(cell: Cell, study: Study, out, gain: float, **ends: float) -> None:
     }
     (folder / "result.json").write_text(json.dumps(result))
     step = {"steps": [0, 1], "clip_fraction": [0.1, 0.3], "grad_norm": [1.0, 2.0]}
-    lines = [{"update": u, "per_step": step} for u in range(1, 11)]
+    lines = [{"update": u, "advantage_abs_max": 1.0, "per_step": step} for u in range(1, 11)]
     for line in lines[4::5]:  # what the guard measured, on the same straight lines
         lost = {"polish": -0.1, "diversity": line["update"] / 10 * (1 - ends.get("diversity", 1.0))}
         line["guard"] = {"reward": gain * line["update"], "lost": lost, "model_evaluations": 250}
