@@ -58,14 +58,14 @@ PRICES = """\
 Spent until the gain is reached, if it is reached within the limits: median over seeds [95 %, bootstrap], and how many
 seeds reach it. Model evaluations are predictions of the model, counted per latent, in rollouts and in gradient steps,
 the KL's included; a gradient step's counts as one although it takes longer. CPU seconds are CPU time of the process,
-in rollouts, rewards and updates; equal runs at other times differ in them by up to a fifth. Between evaluations, and
+in rollouts, rewards and updates; equal runs at other times differ in them by up to a third. Between evaluations, and
 before the first one, a straight line is assumed."""
 CLIPPED = """\
 Terms of the objective that are clipped, %: means over updates, seeds and steps, and in brackets the step with the
 most. At most 50 %, since the first of the two optimizer steps of an update starts from a ratio of 1. DiffusionNFT
 clips nothing."""
 WITHOUT_SIGNAL = """\
-Updates in which every image has an advantage of 0, %, because the images of each group score alike: means over runs.
+Updates in which every image has an advantage of 0 because the images of each group score alike: means over runs.
 Such an update costs as much as any other and teaches nothing, but for the KL."""
 STRONGEST = "nft"
 ADDITIONS = {  # title of a column -> the method that has the part, and the one without it
@@ -280,7 +280,7 @@ def signal_table(results: StudyResults) -> str:
     for name in results.methods:
         every = ([run.without_signal for run in task.runs.get(name, ())] for task in results.measured)
         means = (100 * sum(shares) / len(shares) if shares else math.nan for shares in every)
-        rows.append([STUDY_METHODS[name].title, *("-" if math.isnan(mean) else f"{mean:.0f}" for mean in means)])
+        rows.append([STUDY_METHODS[name].title, *("-" if math.isnan(mean) else f"{mean:.0f} %" for mean in means)])
     return markdown_table(["", *(task.task.name for task in results.measured)], rows)
 
 

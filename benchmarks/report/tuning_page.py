@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
-from ..markdown import format_number, markdown_table
+from ..markdown import format_interval, format_number, markdown_table
+from ..study.files import read_json
 from ..study.methods import STUDY_METHODS
+from ..study.outcome import gain_within_limits
+from ..study.statistics import t_interval
 from ..study.studies import Setting
 from ..study.tuning import Tuning, edges
 from .collect import StudyResults, TaskResults
@@ -14,6 +17,10 @@ sweep where a method's best settings lie on an edge of it; the best settings the
 values as long as the choice lies on an edge. In brackets: the number of seeds, if fewer than the chosen setting's. The
 chosen setting is bold; of those that were run on all tuning seeds it has the highest mean."""
 
+LEFT_OUT = """\
+Finished under earlier rules for the values beyond a sweep; under the present rule other settings are chosen, or these
+are not tried."""
+
 
 def tuning_page(studies: Sequence[StudyResults]) -> str:
     """Every task with a finished tuning run; empty without any."""
@@ -23,7 +30,13 @@ def tuning_page(studies: Sequence[StudyResults]) -> str:
         for task in tasks:
             parts.append(f"## {results.name}: {task.task.title}")
             parts += [tuning_table(task), edge_note(task)]
-    return "\n\n".join(["# Tuning", TUNING_INTRO, *(part for part in parts if part)]) if parts else ""
+    if not parts:
+        return ""
+    left_out = [row for results in studies for row in left_out_rows(results)]
+    if left_out:
+        head = ["study", "task", "method", "learning rate, KL weight", "seeds", "gain within the limits"]
+        parts += ["## Runs that nothing else reports", LEFT_OUT, markdown_table(head, left_out)]
+    return "\n\n".join(["# Tuning", TUNING_INTRO, *parts])
 
 
 def tuning_table(task: TaskResults) -> str:
@@ -61,3 +74,24 @@ def edge_note(task: TaskResults) -> str:
     if open_:
         lines.append(f"Tuning not finished: {'; '.join(open_)}.")
     return " ".join(lines) or "No choice lies on an edge of what was tried."
+
+
+def left_out_rows(results: StudyResults) -> list[list[str]]:
+    """The finished runs that are neither of the tuning nor reported, by task, method and setting."""
+    rows = []
+    for task in results.tasks:
+        for name, tuning in task.tuning.items():
+            folder = results.out / "cells" / task.task.recipe / task.task.reward / name
+            found: dict[Setting, list[tuple[int, float]]] = {}
+            for file in sorted(folder.glob("*/result.json")):
+                result = read_json(file, {})
+                setting, seed = Setting(**result["setting"]), result["cell"]["seed"]
+                if setting not in tuning.gains if seed in results.study.tuning_seeds else setting != tuning.chosen:
+                    gain = gain_within_limits(result["rows"], task.task.reward)
+                    found.setdefault(setting, []).append((seed, gain))
+            for setting, own in found.items():
+                seeds = ", ".join(str(seed) for seed, _ in own)
+                gain = format_interval(t_interval([gain for _, gain in own]))
+                title = STUDY_METHODS[name].title
+                rows.append([results.name, task.task.name, title, setting.title, seeds, gain])
+    return rows

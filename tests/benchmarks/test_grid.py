@@ -4,11 +4,11 @@ import dataclasses
 import functools
 
 import pytest
-from benchmark_grids import NINE, ONE_SEED, TASK, small, write
+from benchmark_grids import NINE, ONE_SEED, TASK, fill, small, write
 
 from benchmarks.report.collect import collect
 from benchmarks.report.protocol_page import study_paragraph
-from benchmarks.report.tuning_page import edge_note, tuning_table
+from benchmarks.report.tuning_page import edge_note, left_out_rows, tuning_table
 from benchmarks.study.budget import evaluations_per_update
 from benchmarks.study.cell_config import cell_config
 from benchmarks.study.grid import Cell, StudyTask, evaluation_updates, study_tasks, task_methods, task_sweep
@@ -271,6 +271,18 @@ def test_the_report_names_choices_on_an_edge_and_methods_that_are_still_tuned(tm
     assert "Chosen at the highest learning rate tried: native PPO." in note
     assert "Chosen at the lowest learning rate tried: PCPO." in note
     assert note.endswith("Tuning not finished: DiffusionNFT.")
+
+
+def test_finished_runs_that_nothing_else_reports_are_listed(tmp_path):
+    study = small(sweep=NINE, tuning=ONE_SEED, seeds=(0, 1, 2))
+    fill(study, tmp_path, lambda cell: cell.setting.learning_rate + cell.seed)
+    assert left_out_rows(collect("quick", study, tmp_path)) == []
+    for seed in study.seeds:
+        write(Cell(TASK, "pcpo", Setting(1e-2, 0.1), seed), study, tmp_path, float(seed))
+    write(Cell(TASK, "ppo", Setting(5e-4, 0.0), 100), study, tmp_path, 0.5)
+    first, second = left_out_rows(collect("quick", study, tmp_path))
+    assert first == ["quick", "flow-grpo/colorfulness", "native PPO", "0.0005, 0", "100", "0.50"]
+    assert second[2:5] == ["PCPO", "0.01, 0.1", "0, 1, 2"] and second[5].startswith("1.00 [")
 
 
 def test_methods_of_the_first_wave_come_first_and_a_method_is_reported_once_it_is_tuned(tmp_path):

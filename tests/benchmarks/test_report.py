@@ -238,7 +238,7 @@ def test_updates_are_without_signal_where_every_advantage_is_0(tmp_path):
         lines = [json.dumps({"update": k, "advantage_abs_max": size}) + "\n" for k, size in enumerate(sizes, 1)]
         (cell.folder(tmp_path) / "metrics.jsonl").write_text("".join(lines))
     table = frontier_page.signal_table(collect("quick", study, tmp_path))
-    assert "| native PPO | 0 |" in table and "| PCPO | 38 |" in table
+    assert "| native PPO | 0 % |" in table and "| PCPO | 38 % |" in table
 
 
 def test_the_figure_has_the_mean_path_of_every_method(tmp_path):

@@ -50,6 +50,8 @@ def write(cell: Cell, study: Study, out, gain: float, **ends: float) -> None:
     folder = cell.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     result = {
+        "cell": {"task": cell.task.name, "method": cell.method, "seed": cell.seed},
+        "setting": dataclasses.asdict(cell.setting),
         "rows": evaluations(gain, **ends),
         "commit": "c",
         "config": identity(cell_config(cell, study, out)),
