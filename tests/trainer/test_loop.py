@@ -11,6 +11,7 @@ from running import start_run
 from comfyui_pcpo.method.advantage import group_advantage
 from comfyui_pcpo.method.rollout import GroupNoise, derive_seed
 from comfyui_pcpo.reward.color import Colorfulness
+from trainer.cli.progress import NO_SIGNAL, update_line
 from trainer.config.schema import ConfigError
 from trainer.loop.objectives import make_objective
 from trainer.loop.plan import choose_prompts, chunked, make_plan
@@ -159,6 +160,20 @@ def test_failed_samples_train_nothing(make_config, learn, value):
     assert metrics["advantage_abs_max"] == pytest.approx(float(group_advantage(scores[None]).abs().max()), rel=1e-3)
     assert all(p.isfinite().all() for p in parameters(state))
     assert math.isfinite(metrics["reward_mean"])
+
+
+class Flat(Colorfulness):
+    """Scores every image alike."""
+
+    def score_batch(self, images, prompts):
+        return torch.full((len(images),), 0.5)
+
+
+def test_the_line_of_an_update_says_when_there_was_nothing_to_learn(make_config, learn):
+    flat = next(learn(make_config(), rewards={"colorfulness": Flat()})[1])
+    assert flat.metrics["advantage_abs_max"] == 0 == flat.metrics["grad_norm"]
+    assert NO_SIGNAL in update_line(flat)
+    assert NO_SIGNAL not in update_line(next(learn(make_config())[1]))
 
 
 @pytest.mark.parametrize("name", ["log_hinge", "nft"])

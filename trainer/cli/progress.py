@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FIRST_REPORT = 10.0
 """Seconds until the first line about an unfinished update where there is no terminal; each later one takes twice as
 long, so that a log file stays short."""
+NO_SIGNAL = "no signal: the images of every group score alike"
 
 
 class Stopped(Exception):
@@ -149,6 +150,8 @@ def update_line(update: "Update") -> str:
     parts += [f"{name} {value:.3f} (held out)" for name, value in m["held_out"].items()]
     kl = [f"KL {m['kl']:.1e}"] if math.isfinite(m["kl"]) else []  # measured in some updates only
     parts += [f"clip {100 * m['clip_fraction']:.0f} %", *kl, f"grad {m['grad_norm']:.1e}"]
+    if m["advantage_abs_max"] == 0:
+        parts.append(NO_SIGNAL)
     if "guard" in m:
         parts.append(guard_summary(m["guard"]))
     return "  ".join([*parts, f"{seconds:.1f} s"])
