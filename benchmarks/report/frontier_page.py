@@ -36,14 +36,19 @@ from .one_price import UNITS, cheapest_run
 FRONTIER_INTRO = f"""Every method has the setting that the tuning seeds chose for it ([tuning](tuning.md)). Compared
 is the gain within limits, in standard deviations of the base model's rewards: the gain when diversity has fallen by
 {LIMITS.lost_share} or the distance to the base model is {LIMITS.far:g} times that of the base model's own images,
-whichever comes first. A run that reaches neither counts with its last gain."""
+whichever comes first. A run that reaches neither counts with its last gain. Trained on colorfulness, all methods make
+equally many updates, which cost them up to six times as many model evaluations; trained on tinyeval, as many updates as
+cost about the same. Comparisons at one price are given beside those of whole runs."""
 COMPARED = """\
 "Difference": the mean over the tasks that both methods and the whole first wave have finished, with Student's t over
 seeds. The p-values of the three tables are corrected by Holm's method as one family. "At one price": the same
-difference when both have made as many model evaluations as the task's cheapest run of the first wave. "Mixed model":
+difference when both have made as many model evaluations as the task's cheapest run of the first wave; a method whose
+first evaluation comes later is on a straight line from the base model to it there. "Mixed model":
 an effect of each method and of each task, random intercepts for each seed of each task, REML, all finished runs; it
 assumes that a method gains the same in every task and varies as much as any other, which they do not, and its p-values
 are not corrected. All of them generalise to new seeds, not to other tasks."""
+RUN_COSTS = """\
+Model evaluations of a run, means over seeds; in brackets, those before its first evaluation."""
 BY_REWARD = """\
 Gain over the tasks of each reward, and the difference to DiffusionNFT, of the methods that exist on both models and
 have finished every task that the first wave has. p-values are corrected by Holm's method over this table."""
@@ -104,6 +109,9 @@ def frontier_page(results: StudyResults, images: Path, where: str) -> str:
             "## Over the tasks",
             *comparison_tables(results),
             COMPARED,
+            "## What a run costs",
+            RUN_COSTS,
+            run_cost_table(results),
             "## By reward",
             BY_REWARD,
             reward_table(results),
@@ -158,6 +166,17 @@ def comparison_tables(results: StudyResults) -> list[str]:
         head = ["difference", "p (Holm)", "better in", "tasks", "at one price", "mixed model", "p"]
         tables.append(markdown_table([f"against {STUDY_METHODS[reference].title}", *head], rows))
     return tables
+
+
+def run_cost_table(results: StudyResults) -> str:
+    """Model evaluations of a whole run and up to its first evaluation, by task."""
+    rows = []
+    for name in results.methods:
+        every = (task.runs.get(name, ()) for task in results.measured)
+        spent = ([[run.rows[k]["model_evaluations"] for run in runs] for k in (-1, 1)] for runs in every)
+        cells = (f"{np.mean(whole):.0f} ({np.mean(first):.0f})" if whole else "-" for whole, first in spent)
+        rows.append([STUDY_METHODS[name].title, *cells])
+    return markdown_table(["", *(task.task.name for task in results.measured)], rows)
 
 
 def reward_table(results: StudyResults) -> str:

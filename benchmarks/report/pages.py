@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from comfyui_pcpo.durable import write_durably
+from trainer.config.schema import ConfigError
+
 from ..study.studies import Study
 from .collect import StudyResults, collect
 from .frontier_figure import summary_figure
@@ -58,11 +61,19 @@ def write_report(studies: Mapping[str, Study], out: Path, folder: Path) -> Path:
 
 
 def write_summary(studies: list[StudyResults], images: Path, file: Path) -> Path:
-    """Replace the generated part of results.md; the text around it, written by hand, is kept."""
+    """Replace the generated part of results.md; the text around it, written by hand, is kept.
+
+    Raises ConfigError, before anything is written, for a file without exactly one generated part.
+    """
     text = file.read_text(encoding="utf-8") if file.is_file() else f"# Results\n\n{BEGIN}\n{END}\n"
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    file.write_text(f"{before}{BEGIN}\n\n{summary_part(studies, images)}\n\n{END}{after}", encoding="utf-8")
+    before, began, rest = text.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not (began and ended) or BEGIN in rest or END in before + after:
+        raise ConfigError(
+            f"{file} does not have the two lines that enclose its generated part, once and in this order:\n{BEGIN}\n"
+            f"{END}\nPut them back, or move the file away."
+        )
+    write_durably(file, f"{before}{BEGIN}\n\n{summary_part(studies, images)}\n\n{END}{after}".encode())
     return file
 
 

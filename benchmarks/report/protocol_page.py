@@ -23,9 +23,10 @@ neither. Both limits are needed: images that are all alike have lost diversity, 
 diversity. A gain's price is what is spent until the gain ({format_list(GOALS)}) is reached within the limits. A run
 whose gradient overflows counts as having lost all diversity from there on.
 
-**Settings.** Learning rate and KL weight are tuned for each method and task over the same sweep, and beyond an edge
-of it as long as a method's best settings lie on one (up to a KL weight of {LARGER_KL["flow"][-1]:g}, on ddim
-{LARGER_KL["ddim"][-1]:g}), on seeds that are not reported, by the outcome above. The clip range is {CLIP_RANGE:g} for
+**Settings.** Learning rate and KL weight are tuned for each method and task over the same sweep, on seeds that are not
+reported, by the outcome above; where a method's best settings lie on an edge of it, by one more learning rate, and by
+larger KL weights as long as the largest is the best (up to {LARGER_KL["flow"][-1]:g}, on ddim
+{LARGER_KL["ddim"][-1]:g}). The clip range is {CLIP_RANGE:g} for
 every method that clips: the trainer's default on the embedded models, wider than the published 1e-4 because their
 latents are smaller. GRPO-Guard's credit is not rescaled, so the same number clips more of it. A seed sets the order
 of the prompts for all methods of a task, and the noise where their rollouts are alike. No guidance; LoRA of rank 8;

@@ -1,9 +1,9 @@
 """The page on tuning: the gain of every setting on the tuning seeds, and which choices lie on an edge of the sweep."""
 
+import json
 from collections.abc import Sequence
 
 from ..markdown import format_interval, format_number, markdown_table
-from ..study.files import read_json
 from ..study.methods import STUDY_METHODS
 from ..study.outcome import gain_within_limits
 from ..study.statistics import t_interval
@@ -12,9 +12,10 @@ from ..study.tuning import Tuning, edges
 from .collect import StudyResults, TaskResults
 
 TUNING_INTRO = """Gain within the limits of diversity and distance, by KL weight and learning rate (columns), on the
-tuning seeds only, which are not reported. All settings are run on the first seed, and the next values beyond the
-sweep where a method's best settings lie on an edge of it; the best settings then, on all tuning seeds; and further
-values as long as the choice lies on an edge. In brackets: the number of seeds, if fewer than the chosen setting's. The
+tuning seeds only, which are not reported. All settings are run on the first seed, and the next value beyond the
+sweep where a method's best settings lie on an edge of it; the best settings then, on all tuning seeds. Where the choice
+lies on an edge of what was tried, the next value is run on all of them, too: one more learning rate on either side, and
+KL weights as long as the largest is chosen. In brackets: the number of seeds, if fewer than the chosen setting's. The
 chosen setting is bold; of those that were run on all tuning seeds it has the highest mean."""
 
 LEFT_OUT = """\
@@ -84,7 +85,7 @@ def left_out_rows(results: StudyResults) -> list[list[str]]:
             folder = results.out / "cells" / task.task.recipe / task.task.reward / name
             found: dict[Setting, list[tuple[int, float]]] = {}
             for file in sorted(folder.glob("*/result.json")):
-                result = read_json(file, {})
+                result = json.loads(file.read_text(encoding="utf-8"))
                 setting, seed = Setting(**result["setting"]), result["cell"]["seed"]
                 if setting not in tuning.gains if seed in results.study.tuning_seeds else setting != tuning.chosen:
                     gain = gain_within_limits(result["rows"], task.task.reward)

@@ -7,9 +7,10 @@ import pytest
 from benchmark_grids import NINE, ONE_SEED, TASK, fill, reported, small, write
 from PIL import Image
 
+from benchmarks.markdown import format_p_value
 from benchmarks.report import frontier_page, guard_page, prompts_page
 from benchmarks.report.collect import collect
-from benchmarks.report.comparison import corrected_p_values, paired_difference
+from benchmarks.report.comparison import corrected_p_values, mixed_model, paired_difference
 from benchmarks.report.frontier_figure import (
     DISTANCE,
     LOST_DIVERSITY,
@@ -26,10 +27,11 @@ from benchmarks.report.pages import BEGIN, END, NOTHING_MEASURED, write_report
 from benchmarks.report.progress_figure import mean_progress
 from benchmarks.report.proportionality_page import credit_comparisons, proportionality_page
 from benchmarks.report.summary_table import summary_table
-from benchmarks.study.grid import StudyTask
+from benchmarks.study.grid import StudyTask, study_tasks
 from benchmarks.study.methods import STUDY_METHODS
 from benchmarks.study.statistics import holm, t_test
 from benchmarks.study.tuning import tune
+from trainer.config.schema import ConfigError
 
 SEEDS = (0, 1, 2, 3, 4)
 SLOPES = {"ppo": 0.4, "pcpo": 0.6, "nft": 0.9}
@@ -239,6 +241,73 @@ def test_updates_are_without_signal_where_every_advantage_is_0(tmp_path):
         (cell.folder(tmp_path) / "metrics.jsonl").write_text("".join(lines))
     table = frontier_page.signal_table(collect("quick", study, tmp_path))
     assert "| native PPO | 0 % |" in table and "| PCPO | 38 % |" in table
+
+
+def test_the_frontiers_tables_have_the_numbers_of_their_columns(tmp_path):
+    """Two tasks of different rewards; PCPO spends 0.4 times the model evaluations and twice the CPU seconds."""
+    study = small(
+        seeds=(0, 1, 2),
+        tasks=(("flow-grpo", "colorfulness"), ("flow-grpo", "tinyeval")),
+        methods=("ppo", "pcpo", "nft"),
+    )
+    slopes = {
+        "colorfulness": {"ppo": 0.5, "pcpo": 1.0, "nft": 0.7},
+        "tinyeval": {"ppo": 1.0, "pcpo": 3.0, "nft": 2.0},
+    }
+    fill(study, tmp_path, lambda c: slopes[c.task.reward][c.method] * (0.8, 1.0, 1.2)[c.seed], distance=1.4)
+    for task in study_tasks(study):
+        for cell in reported(study, tmp_path, task, "pcpo"):
+            file = cell.folder(tmp_path) / "result.json"
+            result = json.loads(file.read_text())
+            for row, right in zip(result["rows"], (1.0, 0.9, 0.5), strict=True):
+                row |= {"right": right, "model_evaluations": 0.4 * row["model_evaluations"]}
+                row["cpu_seconds"] *= 2
+            file.write_text(json.dumps(result))
+    results = collect("quick", study, tmp_path)
+    colour = results.tasks[0]
+    table = frontier_page.price_gain_table(results, colour).splitlines()
+    assert "800 model evaluations | gain after 160 images | gain after 20 CPU seconds" in table[0]
+    assert [row.split("|")[2:5] for row in table[2:4]] == [
+        [" 0.20 [0.10, 0.30] ", " 0.50 [0.25, 0.75] ", " 0.50 [0.25, 0.75] "],
+        [" 1.00 [0.50, 1.50] ", " 1.00 [0.50, 1.50] ", " 0.50 [0.25, 0.75] "],
+    ]
+    assert "| PCPO | 100 [100, 100] | 1.4 [1.4, 1.4] | 50 [50, 50] |" in frontier_page.ending_table(colour)
+    assert "| PCPO | 800 (400) | 800 (400) |" in frontier_page.run_cost_table(results)
+    (row,) = (row for row in frontier_page.comparison_tables(results)[0].splitlines() if row.startswith("| PCPO |"))
+    whole, early = row.split("|")[2].split()[0], row.split("|")[6].split()[0]
+    assert (whole, early) == ("1.25", "1.70")
+    effect = mixed_model(results, "ppo").p["pcpo"]
+    assert row.split("|")[8].strip() == format_p_value(effect) != row.split("|")[3].strip()
+    (row,) = (row for row in frontier_page.reward_table(results).splitlines() if row.startswith("| PCPO |"))
+    assert [row.split("|")[k].split()[0] for k in (2, 3, 5, 6)] == ["1.00", "0.30", "3.00", "1.00"]
+    (row,) = (row for row in summary_table(results).splitlines() if row.startswith("| PCPO |"))
+    assert [cell.strip() for cell in row.split("|")[3:7]] == ["2.00", "2.00", "2.00", "1.00"]
+
+
+def test_a_held_out_reward_alone_is_a_violation_in_the_study_too(tmp_path):
+    study = small(methods=("ppo",), guard={"every": 5}, held_out=("polish",))
+    fill(study, tmp_path, lambda cell: 1.0)
+    (cell,) = reported(study, tmp_path)
+    file = cell.folder(tmp_path) / "result.json"
+    result = json.loads(file.read_text())
+    result["rows"][1]["polish"] -= 0.9 * result["rows"][0]["polish_std"]
+    file.write_text(json.dumps(result))
+    (run,) = collect("guard", study, tmp_path).tasks[0].runs["ppo"]
+    (default,) = guard_page.under_guard([run], "default")
+    assert [default.is_within(k) for k in range(3)] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "text", ["", f"# Results\n\n{BEGIN}\n\nLimits\n", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{END}\n" * 2]
+)
+def test_a_summary_without_one_generated_part_is_left_alone(tmp_path, text):
+    study = small()
+    fill(study, tmp_path / "quick", by_slope)
+    file = tmp_path / "results.md"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="two lines that enclose its generated part"):
+        write_report({"quick": study}, tmp_path, tmp_path)
+    assert file.read_text() == text
 
 
 def test_the_figure_has_the_mean_path_of_every_method(tmp_path):
