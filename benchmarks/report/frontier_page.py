@@ -71,15 +71,15 @@ most. At most 50 %, since the first of the two optimizer steps of an update star
 clips nothing."""
 WITHOUT_SIGNAL = """\
 Updates in which every image has an advantage of 0 because the images of each group score alike: means over runs.
-Such an update costs as much as any other and teaches nothing, but for the KL."""
-STRONGEST = "nft"
+Such an update costs as much as any other and has no gradient but that of the KL."""
+NFT = "nft"
 ADDITIONS = {  # title of a column -> the method that has the part, and the one without it
     "PCPO - native PPO": ("pcpo", "ppo"),
     "the same, both with a branch": ("pcpo-branch-1", "ppo-branch-1"),
     "native PPO: branch - none": ("ppo-branch-1", "ppo"),
     "PCPO: branch - none": ("pcpo-branch-1", "pcpo"),
 }
-REFERENCES = (OURS, STRONGEST)  # that further tables compare with
+REFERENCES = (OURS, NFT)  # that further tables compare with
 Columns = dict[str, tuple[Callable[[CellRun], float], int]]  # title of a column -> (of a run, digits)
 
 
@@ -184,10 +184,10 @@ def reward_table(results: StudyResults) -> str:
     rewards = list(dict.fromkeys(task.task.reward for task in results.measured))
     names = [name for name in results.general if results.comparable(name)]
     against = {
-        (name, reward): paired_difference(results, name, STRONGEST, reward=reward)
+        (name, reward): paired_difference(results, name, NFT, reward=reward)
         for name in names
         for reward in rewards
-        if name != STRONGEST
+        if name != NFT
     }
     p = corrected_p_values({key: one.differences for key, one in against.items()})
     rows = []
@@ -263,7 +263,7 @@ def price_gain_table(results: StudyResults, task: TaskResults) -> str:
 
 
 def ending_table(task: TaskResults) -> str:
-    """What is left of the images at the end of training."""
+    """Diversity, distance and correct images at the end of training."""
     columns: Columns = {
         "diversity left at the end, %": (lambda run: 100 * (1 - lost_diversity(run.rows)[-1]), 0),
         "distance, x": (lambda run: distance(run.rows)[-1], 1),

@@ -25,7 +25,7 @@ would have done, and what no guard does. A loss is that of a held-out reward ({h
 the base model's scores, or of diversity, as a share. The guard keeps the update with the highest reward within its
 limits; where there is none, a run ends with its last one. It stops a run after {patience} measurements in a row
 beyond the limits. "At one update" is the control: all runs of a row end with the evaluation nearest to the mean of
-the updates that the guard keeps, which nobody knows beforehand. The guard measures {images} images of {prompts} of
+the updates that the guard keeps, known only in hindsight. The guard measures {images} images of {prompts} of
 the training prompts, the tables {evaluated} images of all {of_prompts} from other noise, so an update that the guard
 found within its limits may be beyond them here. On these prompts nearly all of the base model's images are right, so
 few wrong ones are many standard deviations of tinyeval. Both methods train at a learning rate of {rate:g}, which was

@@ -6,14 +6,15 @@ models of the same classes.
 """
 
 import json
-import multiprocessing
 import statistics
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from comfyui_pcpo.durable import write_durably
 from trainer.config.loading import build
 from trainer.config.schema import Config, ConfigError
 from trainer.loop.align import Job, align
@@ -24,10 +25,11 @@ from trainer.policy.diffusers_policy import DiffusersPolicy
 from trainer.runs.rewards import make_rewards
 from trainer.runs.rows import finite
 
-from ..markdown import markdown_table
+from ..markdown import format_list, markdown_table
 from ..study.cells import Say
+from ..study.files import write_json
 from .full_size_models import PIPELINES
-from .measuring import device_clock
+from .measuring import device_clock, in_new_process
 from .reference_loop import reference_seconds
 
 TWO_PROMPTS = ("a fox", "a castle on a hill")
@@ -124,17 +126,29 @@ def timed_run(
     }
 
 
-def append_row(name: str, options: FullSizeOptions, file: Path) -> None:
-    """Entry point of a child process, whose peak memory is that of one model; an error becomes its row."""
+def write_row(name: str, options: FullSizeOptions, file: Path) -> None:
+    """Entry point of a child process; an error becomes its row."""
     try:
         if options.estimate:
             row = estimate_model(name, options.tiny)
         else:
             row = measure_model(name, options.device, options.tiny)
     except (RuntimeError, ValueError) as error:
-        row = {"name": name, "kind": "failed", "error": str(error)[:300]}
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(row) + "\n")
+        row = failed_row(name, str(error)[:300])
+    write_json(file, row)
+
+
+def failed_row(name: str, error: str) -> dict[str, Any]:
+    return {"name": name, "kind": "failed", "error": error}
+
+
+def spawn(name: str, options: FullSizeOptions) -> dict[str, Any]:
+    """The row of one model, from a new process."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "row.json"
+        if status := in_new_process(write_row, name, options, file):
+            return failed_row(name, f"exited with status {status}")
+        return json.loads(file.read_text(encoding="utf-8"))
 
 
 def full_size_table(rows: list[dict[str, Any]]) -> str:
@@ -155,17 +169,21 @@ def full_size_table(rows: list[dict[str, Any]]) -> str:
 
 
 def run_full_size(options: FullSizeOptions, out: Path, say: Say) -> None:
-    """Measure or estimate the models, one process each, -> JSON lines in `out`, and print a table."""
-    if not options.estimate and options.device == "cuda" and not torch.cuda.is_available():
+    """Measure or estimate the models, one process each, and print a table; `out` keeps the rows of other models.
+
+    Raises ConfigError after the table if a model failed.
+    """
+    if not options.estimate and options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
-            "device is cuda, but PyTorch finds no GPU. Use --estimate, or --tiny --device cpu to try the command."
+            f"device is {options.device}, but PyTorch finds no GPU. "
+            "Use --estimate, or --tiny --device cpu to try the command."
         )
-    out.unlink(missing_ok=True)
-    for name in [options.only] if options.only else FULL_SIZE:
-        process = multiprocessing.get_context("spawn").Process(target=append_row, args=(name, options, out))
-        process.start()
-        process.join()
-        if process.exitcode:
-            say(f"{name} exited with status {process.exitcode}.")
-    rows = out.read_text(encoding="utf-8").splitlines() if out.is_file() else []
-    say(full_size_table([json.loads(line) for line in rows]))
+    lines = out.read_text(encoding="utf-8").splitlines() if out.is_file() else []
+    rows = {row["name"]: row for row in map(json.loads, lines)}
+    names = [options.only] if options.only else list(FULL_SIZE)
+    for name in names:
+        rows[name] = spawn(name, options)
+        write_durably(out, "".join(json.dumps(row) + "\n" for row in rows.values()).encode())
+    say(full_size_table(list(rows.values())))
+    if failed := [name for name in names if rows[name]["kind"] == "failed"]:
+        raise ConfigError(f"{format_list(failed)} failed. Remove the cause in the table; --only repeats one model.")

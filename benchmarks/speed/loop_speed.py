@@ -1,6 +1,5 @@
 """Seconds and memory of the training loop compared with the reference loop, and how they grow."""
 
-import multiprocessing
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from comfyui_pcpo.tiny.align import PIXELS
 from trainer.cli.libraries import quiet_libraries
 from trainer.config.loading import build, merge
-from trainer.config.schema import Config
+from trainer.config.schema import Config, ConfigError
 from trainer.loop.align import Job, Update, align
 from trainer.loop.plan import make_plan
 from trainer.loop.state import make_training_state
@@ -21,17 +20,17 @@ from ..study.cells import Say
 from ..study.files import commit, write_json
 from ..study.recipes import STUDY_PROMPTS
 from ..study.work import if_free, share
-from .measuring import device_clock, peak_megabytes
+from .measuring import device_clock, in_new_process, peak_megabytes
 from .reference_loop import reference_seconds
 
 Point = tuple[str, str, int]  # model, axis, value on the axis
 SPEED_MODELS = ("emoji-flow", "emoji-eps")
 REPEATS = 9
-BASE = {"prompts_per_update": 2, "group_size": 8, "steps": 8, "images_at_once": 16, "height": PIXELS, "width": PIXELS}
+BASE = {"prompts_per_update": 2, "group_size": 8, "steps": 8, "images_at_once": 8, "height": PIXELS, "width": PIXELS}
 AXES: dict[str, tuple[int, ...]] = {
     "steps": (4, 8, 16),
     "group_size": (4, 8, 16),
-    "images_at_once": (4, 8, 16),
+    "images_at_once": (2, 4, 8),  # a minibatch of the base has 8 images
     "pixels": (64, 128, 192),
 }
 LABELS = {
@@ -40,6 +39,21 @@ LABELS = {
     "images_at_once": "images per model call",
     "pixels": "pixels per side",
 }
+
+
+def speed_points(models: tuple[str, ...] = SPEED_MODELS) -> list[Point]:
+    """Every setting; the base, which is on all axes, once per model."""
+    first = next(iter(AXES))
+    points = [(model, axis, value) for model in models for axis, values in AXES.items() for value in values]
+    return [(model, axis, value) for model, axis, value in points if axis == first or not is_base(axis, value)]
+
+
+def base_value(axis: str) -> int:
+    return BASE["height" if axis == "pixels" else axis]
+
+
+def is_base(axis: str, value: int) -> bool:
+    return value == base_value(axis)
 
 
 def point_config(model: str, axis: str, value: int) -> Config:
@@ -76,22 +90,22 @@ def measure_loop(config: Config) -> dict[str, float]:
 
 
 def timed_update(updates: Iterator[Update], device: torch.device) -> dict[str, float]:
-    """Seconds of one update, divided into rollout and update by their shares of the wall-clock time."""
+    """Seconds of one update, divided into its parts by their shares of the wall-clock time."""
     start = device_clock(device)
     metrics = next(updates).metrics
     whole = device_clock(device) - start
     parts = {name: metrics[f"seconds_{name}"] for name in ("rollout", "reward", "update")}
     total = sum(parts.values())
-    return {"whole": whole, "rollout": whole * parts["rollout"] / total, "update": whole * parts["update"] / total}
+    return {"whole": whole, **{name: whole * seconds / total for name, seconds in parts.items()}}
 
 
 def measure_point(model: str, axis: str, value: int, file: Path) -> None:
-    """Entry point of a child process, whose peak memory is that of one measurement."""
+    """Entry point of a child process: one row, with the commit that it measures."""
     quiet_libraries()
     torch.set_num_threads(1)
     config = point_config(model, axis, value)
-    row = {"model": model, "axis": axis, "value": value, "pixels": config.rollout.height, **measure_loop(config)}
-    write_json(file, row)
+    point = {"model": model, "axis": axis, "value": value, "pixels": config.rollout.height, "commit": commit()}
+    write_json(file, point | measure_loop(config))
 
 
 def run_speed(out: Path, say: Say, models: tuple[str, ...] = SPEED_MODELS) -> None:
@@ -99,8 +113,7 @@ def run_speed(out: Path, say: Say, models: tuple[str, ...] = SPEED_MODELS) -> No
     folder = out / "speed"
 
     def missing() -> list[Point]:
-        points = [(model, axis, value) for model in models for axis, values in AXES.items() for value in values]
-        return [point for point in points if not point_file(folder, point).is_file()]
+        return [point for point in speed_points(models) if not point_file(folder, point).is_file()]
 
     def job() -> None:
         for point in missing():
@@ -115,13 +128,8 @@ def point_file(folder: Path, point: Point) -> Path:
 
 
 def spawn_measurement(folder: Path, point: Point) -> None:
-    """Measure one point in a new process, and record the commit."""
-    (folder / "commit.txt").write_text(commit(), encoding="utf-8")
+    """Measure one point in a new process. Raises ConfigError if it fails."""
     file = point_file(folder, point)
-    process = multiprocessing.get_context("spawn").Process(target=measure_point, args=(*point, file))
-    process.start()
-    process.join()
+    status = in_new_process(measure_point, *point, file)
     if not file.is_file():
-        raise RuntimeError(
-            "The speed measurement of {} with {} {} exited with status {}.".format(*point, process.exitcode)
-        )
+        raise ConfigError("{} with {} {} could not be measured: it exited with status {}".format(*point, status))

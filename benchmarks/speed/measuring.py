@@ -1,7 +1,10 @@
-"""Clock and peak memory of a measurement."""
+"""Clock, peak memory and process of a measurement."""
 
+import multiprocessing
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -23,3 +26,11 @@ def peak_megabytes(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1e-6 if sys.platform == "darwin" else 1.024e-3)
+
+
+def in_new_process(target: Callable[..., None], *args: Any) -> int | None:
+    """Call `target` in a process whose peak memory is that of one measurement, -> its exit status."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=args)
+    process.start()
+    process.join()
+    return process.exitcode

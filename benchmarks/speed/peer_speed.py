@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import statistics
 import tempfile
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..markdown import format_number, markdown_table
 from ..study.cells import Say
 from ..study.files import commit, read_json, write_json
 from ..study.recipes import STUDY_PROMPTS
+from .measuring import in_new_process
 from .peer_scripts import PEERS, Finished, PeerSettings, SpeedMeter
 
 PEER_RECIPES: dict[str, dict[str, Any]] = {  # our side of each peer's settings
@@ -87,12 +87,10 @@ def spawn(name: str, clone: Path | None, settings: PeerSettings) -> dict[str, fl
     """Measure in a new process. Raises ConfigError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        process = multiprocessing.get_context("spawn").Process(target=measure, args=(name, clone, settings, file))
-        process.start()
-        process.join()
+        status = in_new_process(measure, name, clone, settings, file)
         result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if "images_per_second" not in result:
-        why = result.get("error", f"it exited with status {process.exitcode}")
+        why = result.get("error", f"it exited with status {status}")
         raise ConfigError(f"{name} could not be measured: {why}")
     return result
 
@@ -126,7 +124,7 @@ def write_peers(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
 
 
 def on_gpu(row: dict[str, Any]) -> str:
-    return ", on a GPU" if row.get("device") == "cuda" else ""
+    return ", on a GPU" if row.get("device", "cpu").startswith("cuda") else ""
 
 
 def peer_table(rows: list[dict[str, Any]]) -> str:

@@ -1,12 +1,22 @@
 """The full-size measurements, on small models of the same classes."""
 
+import json
+
 import pytest
+import torch
 
 from benchmarks.pretend.full_size import CASES, SHOWN_PHASES, beyond_target, case_config, memory_table
 from benchmarks.pretend.full_size import CONFIGS as READY
-from benchmarks.speed.full_size import estimate_model, full_size_table, measure_model
+from benchmarks.speed.full_size import (
+    FullSizeOptions,
+    estimate_model,
+    full_size_table,
+    measure_model,
+    run_full_size,
+)
 from benchmarks.speed.full_size_models import PIPELINES
 from trainer.config.loading import load
+from trainer.config.schema import ConfigError
 
 pytestmark = pytest.mark.slow
 CONFIGS = {"sd15-ddpo", "sdxl", "sd35-flow-grpo", "flux-dance-24gb", "qwen-image", "z-image", "flux2-klein", "chroma"}
@@ -24,6 +34,34 @@ def test_the_estimate_from_shapes_alone_equals_that_of_the_model():
     assert measured["estimate"] == estimate_model("flux-512", tiny=True)["peak"]
     assert measured["repeats"] and measured["first_log_ratio"] < 1e-5
     assert measured["seconds"] > 0 and measured["transitions"] == 4 * 3
+
+
+def test_measuring_one_model_keeps_the_rows_of_others(tmp_path):
+    out, said = tmp_path / "rows.jsonl", []
+    earlier = [{"name": name, "kind": "measured", "peak": 7e9} for name in ("sd15-512", "flux-512")]
+    out.write_text("".join(json.dumps(row) + "\n" for row in earlier))
+    run_full_size(FullSizeOptions(tiny=True, device="cpu", only="sd15-512"), out, said.append)
+    new, kept = map(json.loads, out.read_text().splitlines())
+    assert kept == earlier[1]
+    assert new["name"] == "sd15-512" and new["kind"] == "measured" and new["estimate"] > 0 and new["repeats"]
+    assert said == [full_size_table([new, kept])]
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("sd15-512", "device"), ("no-model", "exited with status 1")], ids=["error", "crash"]
+)
+def test_a_model_that_fails_is_an_error_after_the_table(tmp_path, name, error):
+    out, said = tmp_path / "rows.jsonl", []
+    with pytest.raises(ConfigError, match=f"{name} failed"):
+        run_full_size(FullSizeOptions(tiny=True, device="no-device", only=name), out, said.append)
+    failed = json.loads(out.read_text())
+    assert failed["kind"] == "failed" and error in failed["error"] and error in said[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for computers without a GPU")
+def test_any_gpu_is_refused_where_there_is_none(tmp_path):
+    with pytest.raises(ConfigError, match="device is cuda:1, but PyTorch finds no GPU"):
+        run_full_size(FullSizeOptions(device="cuda:1"), tmp_path / "rows.jsonl", print)
 
 
 def test_a_full_size_sd15_has_its_published_number_of_weights():

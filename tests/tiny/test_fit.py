@@ -1,11 +1,16 @@
 """The training loop of the embedded models, its optimizer, and the layers that make it fast."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
+from tools.tiny import train_text
+from tools.tiny.__main__ import main
 from tools.tiny.codec import CHANNELS
 from tools.tiny.fast import with_linear_patches
-from tools.tiny.fit import StageSettings, batch_indices, make_optimizers, start
+from tools.tiny.fit import StageSettings, batch_indices, make_optimizers, numpy_generator, start
 from tools.tiny.generators import LATENT, make_flow
 from tools.tiny.muon import Muon, orthogonal
 
@@ -18,6 +23,40 @@ def test_a_batch_larger_than_the_drawings_is_refused():
 def test_resuming_without_a_state_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"flow.pt. Leave out --resume for a first run"):
         start(torch.nn.Linear(2, 2), tmp_path / "flow.pt", StageSettings(tmp_path, resume=True))
+
+
+@pytest.mark.parametrize("minutes", [0, -1, math.nan])
+def test_a_stage_needs_time(tmp_path, minutes):
+    with pytest.raises(ValueError, match=r"minutes is .*, but a stage trains for a time. Use --minutes above 0"):
+        StageSettings(tmp_path, minutes=minutes)
+
+
+def test_one_seed_decides_the_numbers_of_numpy_too():
+    def numbers(seed: int) -> list[int]:
+        torch.manual_seed(seed)
+        return [int(numpy_generator().integers(2**40)) for _ in range(2)]
+
+    assert numbers(1) == numbers(1) != numbers(2)
+    assert len(set(numbers(1))) == 2
+
+
+def test_a_resumed_stage_sees_other_captions(tmp_path, monkeypatch):
+    seen = []
+
+    def recorded(number: int, rng: np.random.Generator) -> list:
+        seen.append(sample(number, rng))
+        return seen[-1]
+
+    sample = train_text.captions
+    monkeypatch.setattr(train_text, "captions", recorded)
+    common = ["text", "--work", str(tmp_path), "--models", str(tmp_path / "models"), "--batch", "8", "--threads", "1",
+              "--minutes", "0.0001"]  # fmt: skip
+    starts = []
+    for more in ([], [], ["--resume"]):
+        starts.append(len(seen))
+        main([*common, *more])
+    first, again, resumed = (seen[start] for start in starts)
+    assert first == again != resumed
 
 
 def test_muon_steps_along_the_nearest_orthogonal_matrix_for_tall_and_wide_ones():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import tools.tiny.draw
 import tools.tiny.latents
 import tools.tiny.train_codec
 from comfyui_pcpo.reward import load_reward
@@ -170,6 +171,53 @@ def test_latents_are_encoded_anew_where_drawings_change(tmp_path, monkeypatch):
         monkeypatch.setattr(tools.tiny.latents, "drawing_code", lambda code=code: code)
         assert len(tools.tiny.latents.latents(settings, Folders(MODELS)).scenes) == 4
     assert sorted(path.name[-8:] for path in tmp_path.iterdir()) == ["00000001", "00000002"]
+
+
+def test_other_glyphs_are_other_drawings(tmp_path, monkeypatch):
+    before = tools.tiny.latents.drawing_code()
+    sheet = tmp_path / "glyphs.png"
+    sheet.write_bytes(tools.tiny.draw.SHEET.read_bytes() + b"0")
+    monkeypatch.setattr(tools.tiny.draw, "SHEET", sheet)
+    assert tools.tiny.latents.drawing_code() != before
+
+
+class Interruption:
+    """Does something while it is being written to a file; read back, it is a text."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __reduce__(self):
+        self.act()
+        return str, ("a scene",)
+
+
+def write_drawings(folder, monkeypatch, act):
+    """Encode and write one shard; `act` is called in the middle of writing."""
+    encoded = tools.tiny.latents.Latents(torch.ones(1), [Interruption(act)])
+    monkeypatch.setattr(tools.tiny.latents, "encode_drawings", lambda *_: encoded)
+    return tools.tiny.latents._part(None, folder, 0)
+
+
+def test_latents_that_were_interrupted_are_encoded_again(tmp_path, monkeypatch):
+    def interrupt():
+        assert not (tmp_path / "0.pt").exists()  # nor would another stage read it
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_drawings(tmp_path, monkeypatch, interrupt)
+    assert list(tmp_path.iterdir()) == []
+    assert write_drawings(tmp_path, monkeypatch, lambda: None).scenes == ["a scene"]
+
+
+def test_two_stages_may_encode_the_same_drawings(tmp_path, monkeypatch):
+    def other_stage():
+        with monkeypatch.context() as context:
+            context.setattr(tools.tiny.latents.os, "getpid", lambda: -1)
+            write_drawings(tmp_path, monkeypatch, lambda: None)
+
+    assert write_drawings(tmp_path, monkeypatch, other_stage).values == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["0.pt"]
 
 
 def test_heat_is_one_at_each_centre_and_nowhere_else(drawings):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +31,10 @@ class StageSettings:
     half: bool = True  # bfloat16 autocast
     muon: bool = False
     compiled: bool = False  # torch.compile
+
+    def __post_init__(self) -> None:
+        if not self.minutes > 0:
+            raise ValueError(f"minutes is {self.minutes:g}, but a stage trains for a time. Use --minutes above 0.")
 
     def at_most(self, number: int) -> int:
         """Of `number` drawings to measure with, as many as there are drawings to train on."""
@@ -100,7 +105,7 @@ def start(model: nn.Module, path: Path, settings: StageSettings) -> Training:
         if not path.is_file():
             raise FileNotFoundError(f"No training state at {path}. Leave out --resume for a first run.")
         training.load(path)
-        torch.manual_seed(training.step)  # other batches and noise than before
+        torch.manual_seed(training.step)  # other batches, captions and noise than before
         logger.info("resuming at step %d after %.1f minutes", training.step, training.minutes)
     return training
 
@@ -129,6 +134,11 @@ def fit(
             pace, note = spent / (training.step - first), report(training.average)
             progress = 100 * done, training.step, running_loss, pace, note
             logger.info("%5.1f %%  step %d  loss %.4f  %.2f s/step  %s", *progress)
+
+
+def numpy_generator() -> np.random.Generator:
+    """A generator seeded by PyTorch's, so that one seed decides captions, batches and noise."""
+    return np.random.default_rng(int(torch.randint(2**63 - 1, ())))
 
 
 def batch_indices(count: int, batch: int) -> Iterator[Tensor]:

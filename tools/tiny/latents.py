@@ -1,5 +1,6 @@
 """The latents of the drawings, encoded once and kept in the work folder."""
 
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,9 @@ def encode_drawings(vae: Any, number: int, seed: int) -> Latents:
 
 
 def drawing_code() -> int:
-    """CRC of the modules that decide what is drawn."""
-    return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in (captions, data, draw)))
+    """CRC of the modules and the glyphs that decide what is drawn."""
+    files = [*(Path(str(module.__file__)) for module in (captions, data, draw)), draw.SHEET]
+    return zlib.crc32(b"".join(file.read_bytes() for file in files))
 
 
 def latents(settings: StageSettings, folders: Folders) -> Latents:
@@ -63,5 +65,10 @@ def _part(vae: Any, folder: Path, seed: int) -> Latents:
     path = folder / f"{seed}.pt"
     if not path.exists():
         part = encode_drawings(vae, SHARD, seed)
-        torch.save([part.values, part.scenes], path)
+        unfinished = folder / f"{seed}-{os.getpid()}.new"  # other stages may encode the same drawings now
+        try:
+            torch.save([part.values, part.scenes], unfinished)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
     return Latents(*torch.load(path, weights_only=False))  # our own file: scenes are dataclasses

@@ -14,7 +14,7 @@ from comfyui_pcpo.tiny.judge import judge
 from tools.tiny.codec import encode
 from tools.tiny.data import Drawings, draw_scenes, random_scene
 from tools.tiny.draw import Box
-from tools.tiny.fit import StageSettings, batch_indices, fit
+from tools.tiny.fit import StageSettings, batch_indices, fit, numpy_generator
 from tools.tiny.folders import Folders
 from tools.tiny.labels import matches
 from tools.tiny.latents import load_autoencoder
@@ -87,7 +87,6 @@ class AlignLoss:
         self.drawings, self.vae = drawings, load_autoencoder(folders).to(memory_format=torch.channels_last)
         self.tokenizer, self.text = load_text(folders.shared)
         self.order = batch_indices(len(drawings.scenes), settings.batch)
-        self.rng = np.random.default_rng(2)
 
     @torch.no_grad()
     def augment(self, images: Tensor) -> Tensor:
@@ -102,12 +101,12 @@ class AlignLoss:
         return images + 0.15 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)
 
     def __call__(self, model: AlignImageEncoder) -> Tensor:
-        index = next(self.order)
+        index, rng = next(self.order), numpy_generator()
         scenes, boxes = ([part[i] for i in index.tolist()] for part in (self.drawings.scenes, self.drawings.boxes))
         images = self.drawings.images(index).to(memory_format=torch.channels_last)
         cells = model.trunk(self.augment(images))
         features = model.summarize(cells)
-        said = [sample_caption(scene, self.rng) for scene in scenes] + [near_miss(scene, self.rng) for scene in scenes]
+        said = [sample_caption(scene, rng) for scene in scenes] + [near_miss(scene, rng) for scene in scenes]
         with torch.no_grad():
             texts = self.text(tokens(self.tokenizer, [caption(scene) for scene in said])).text_embeds
         texts = F.normalize(texts.float(), dim=-1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from comfyui_pcpo.tiny.captions import Scene, caption
 from tools.tiny.fast import plain_attention, with_linear_patches
-from tools.tiny.fit import StageSettings, batch_indices, fit
+from tools.tiny.fit import StageSettings, batch_indices, fit, numpy_generator
 from tools.tiny.folders import Folders
 from tools.tiny.generators import SD15, eps_loss, flow_loss, make_eps, make_flow
 from tools.tiny.latents import encode_drawings, latents, load_autoencoder
@@ -39,7 +39,7 @@ def train_eps(settings: StageSettings, folders: Folders) -> None:
 
 
 def train_generator(name: str, model: Any, settings: StageSettings, folders: Folders) -> None:
-    known, rng = latents(settings, folders), np.random.default_rng()
+    known = latents(settings, folders)
     tokenizer, text = load_text(folders.shared)
     objective: Any = flow_loss(text) if name == "flow" else eps_loss(text)
     order = batch_indices(len(known.scenes), settings.batch)
@@ -48,7 +48,7 @@ def train_generator(name: str, model: Any, settings: StageSettings, folders: Fol
 
     def loss() -> Tensor:
         index = next(order)
-        said = words([known.scenes[i] for i in index.tolist()], rng)
+        said = words([known.scenes[i] for i in index.tolist()], numpy_generator())
         return objective(model, known.values[index].float(), tokens(tokenizer, said))
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from comfyui_pcpo.tiny.captions import Scene, caption
 from tools.tiny.data import random_scene, trained
-from tools.tiny.fit import StageSettings, fit
+from tools.tiny.fit import StageSettings, fit, numpy_generator
 from tools.tiny.folders import Folders
 from tools.tiny.labels import SLOTS, slots
 from tools.tiny.text import WIDTH, make_text_encoder, make_tokenizer, tokens
@@ -26,14 +26,13 @@ def captions(number: int, rng: np.random.Generator) -> list[Scene]:
 
 
 def train_text(settings: StageSettings, folders: Folders) -> None:
-    rng = np.random.default_rng(1)
     tokenizer = make_tokenizer(folders.shared / "tokenizer")
     heads = nn.ModuleDict({name: nn.Linear(WIDTH, size) for name, size in SLOTS.items()})
     model = nn.ModuleList([make_text_encoder(tokenizer), heads])
     right = {"share": 0.0}
 
     def loss() -> Tensor:
-        said = captions(settings.batch, rng)
+        said = captions(settings.batch, numpy_generator())
         ids = tokens(tokenizer, [caption(scene) for scene in said])
         pooled = F.normalize(model[0](ids).text_embeds.float(), dim=-1) * WIDTH**0.5
         found, target = {name: heads[name](pooled) for name in SLOTS}, slots(said)
