@@ -27,8 +27,8 @@ def without_driver() -> Iterator[None]:
         return
     if sys.platform != "linux":
         raise ConfigError(
-            "PyTorch is built for CUDA and finds no GPU. The pretended GPU runs with such a build on Linux only: use a CPU "
-            "build of PyTorch."
+            "PyTorch is built for CUDA and finds no GPU. The pretended GPU runs with such a build on Linux only: use a "
+            "CPU build of PyTorch."
         )
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     hooks = library._ZN2at6detail12getCUDAHooksEv
