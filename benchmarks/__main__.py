@@ -9,11 +9,13 @@ from cyclopts import App, CycloptsError, Parameter
 from tqdm import tqdm
 
 from trainer.cli.libraries import share_cores
-from trainer.cli.main import library_errors, report
+from trainer.cli.main import discard_output, library_errors, report, version
 from trainer.config.errors import ConfigError
+from trainer.files import advice
 
 benchmark_app = App(
     name="python -m benchmarks",
+    version=version,
     default_parameter=Parameter(negative=()),
     suppress_keyboard_interrupt=False,  # handled by `run_command`
     help="Compare PCPO with its baselines on the embedded models, and measure speed and memory.",
@@ -52,7 +54,7 @@ def benchmark(
 
     from .report.pages import REPORTED, write_report
     from .speed.loop_speed import run_speed
-    from .study.files import commit
+    from .study.files import commit, source_checksum
     from .study.studies import STUDIES
     from .study.two_rewards import run_two_rewards
     from .study.work import progress, work
@@ -61,6 +63,7 @@ def benchmark(
     design, folder = STUDIES[study], out.resolve() / study
     folder.mkdir(parents=True, exist_ok=True)
     commit()  # cached before the checkout can change
+    source_checksum()
     if part in ("all", "runs"):
         done, total = progress(design, folder)
         tqdm.write(f"{done} of {total} cells in {folder} are finished")
@@ -207,14 +210,17 @@ def peers(
 
 
 def run_command(tokens: list[str] | None = None) -> int:
-    """Run one command, -> exit status: 0 done, 2 error, 130 interrupted."""
+    """Run one command, -> exit status: 0 done, 2 error, 130 interrupted, 141 output closed."""
     share_cores()
     try:
         benchmark_app(tokens, result_action="return_value", exit_on_error=False)
+        sys.stdout.flush()
     except ConfigError as error:
         return report(str(error))
+    except BrokenPipeError:
+        return discard_output()
     except OSError as error:
-        return report(f"{error}. Check the path and the free space; finished cells are intact.")
+        return report(f"{error}. {advice(error)} Finished cells are intact.")
     except CycloptsError:  # already printed
         return 2
     except KeyboardInterrupt:

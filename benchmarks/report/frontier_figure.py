@@ -73,9 +73,10 @@ def cost_panels(results: StudyResults, cost: Cost) -> list[LabelledPanel]:
 
 
 def mean_path(runs: Sequence[CellRun], cost: Cost) -> tuple[list[float], list[float]]:
-    """The cost and reward gained, evaluation by evaluation, means over runs."""
-    spent = np.array([cost.of(run.rows) for run in runs]).mean(0)
-    return spent.tolist(), np.array([run.gains for run in runs]).mean(0).tolist()
+    """The cost and reward gained, evaluation by evaluation, means over runs, until one of these diverges."""
+    path = np.array([(cost.of(run.rows), run.gains) for run in runs]).mean(0)
+    spent, gained = path[:, np.isfinite(path).all(0)].tolist()
+    return spent, gained
 
 
 def up_to(edge: float, x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -21,7 +21,8 @@ those of the tuning, are also evaluated on TinyEval's hard tasks, whose prompts 
 reaches {LIMITS.far:g} x, whichever comes first, interpolated between evaluations; the last gain of a run that reaches
 neither. Both limits are needed: images that are all alike have lost diversity, destroyed ones may even have gained
 diversity. A gain's price is what is spent until the gain ({format_list(GOALS)}) is reached within the limits. A run
-whose gradient overflows counts as having lost all diversity from there on.
+whose gradient or images overflow has lost all diversity from there on; its distance, correct images and TinyEval are
+missing, and so are means over it.
 
 **Settings.** Learning rate and KL weight are tuned for each method and task over the same sweep, on seeds that are not
 reported, by the outcome above; where a method's best settings lie on an edge of it, by one more learning rate, and by

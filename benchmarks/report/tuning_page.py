@@ -1,6 +1,5 @@
 """The page on tuning: the gain of every setting on the tuning seeds, and which choices lie on an edge of the sweep."""
 
-import json
 from collections.abc import Sequence
 
 from ..markdown import format_interval, format_number, markdown_table
@@ -8,7 +7,7 @@ from ..study.methods import STUDY_METHODS
 from ..study.outcome import gain_within_limits
 from ..study.statistics import t_interval
 from ..study.studies import Setting
-from ..study.tuning import Tuning, edges
+from ..study.tuning import Tuning, edges, load_result
 from .collect import StudyResults, TaskResults
 
 TUNING_INTRO = """Gain within the limits of diversity and distance, by KL weight and learning rate (columns), on the
@@ -85,7 +84,7 @@ def left_out_rows(results: StudyResults) -> list[list[str]]:
             folder = results.out / "cells" / task.task.recipe / task.task.reward / name
             found: dict[Setting, list[tuple[int, float]]] = {}
             for file in sorted(folder.glob("*/result.json")):
-                result = json.loads(file.read_text(encoding="utf-8"))
+                result = load_result(file)
                 setting, seed = Setting(**result["setting"]), result["cell"]["seed"]
                 if setting not in tuning.gains if seed in results.study.tuning_seeds else setting != tuning.chosen:
                     gain = gain_within_limits(result["rows"], task.task.reward)

@@ -10,6 +10,7 @@ from comfyui_pcpo.plotting.panels import Line, LineStyle, Panel, draw_panels
 from trainer.config.schema import ConfigError
 
 from ..markdown import format_interval, markdown_table
+from ..study.files import with_nan
 from ..study.methods import OURS, STUDY_METHODS
 from ..study.outcome import Row, gain
 from ..study.recipes import RECIPES
@@ -92,7 +93,7 @@ def two_rewards_page(out: Path, images: Path, where: str) -> str:
     file = out / "guidance.json"
     if not file.is_file():
         return ""
-    front = json.loads(file.read_text(encoding="utf-8"))
+    front = with_nan(json.loads(file.read_text(encoding="utf-8")))
     if front.get("rewards") != [FIRST, SECOND]:
         raise ConfigError(
             f"{file} is about {front.get('rewards')}, not {FIRST} and {SECOND}. "

@@ -142,7 +142,7 @@ def failed_row(name: str, error: str) -> dict[str, Any]:
     return {"name": name, "kind": "failed", "error": error}
 
 
-def spawn(name: str, options: FullSizeOptions) -> dict[str, Any]:
+def measured_row(name: str, options: FullSizeOptions) -> dict[str, Any]:
     """The row of one model, from a new process."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
@@ -182,7 +182,7 @@ def run_full_size(options: FullSizeOptions, out: Path, say: Say) -> None:
     rows = {row["name"]: row for row in map(json.loads, lines)}
     names = [options.only] if options.only else list(FULL_SIZE)
     for name in names:
-        rows[name] = spawn(name, options)
+        rows[name] = measured_row(name, options)
         write_durably(out, "".join(json.dumps(row) + "\n" for row in rows.values()).encode())
     say(full_size_table(list(rows.values())))
     if failed := [name for name in names if rows[name]["kind"] == "failed"]:

@@ -38,7 +38,8 @@ def write_archive(study: Study, out: Path, file: Path) -> int:
 
 
 def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    """The entry without owner and time."""
+    """The entry without owner, time and umask."""
     entry.uid = entry.gid = entry.mtime = 0
     entry.uname = entry.gname = ""
+    entry.mode = 0o644
     return entry

@@ -8,8 +8,11 @@ from trainer.loop.calls import AVERAGED, count_model_calls
 from trainer.policy.base import Policy
 from trainer.policy.loading import make_policy
 
+COUNTED_BY = {"model": True, "rollout": True, "objective": True, "optimizer": {"epochs", "minibatches"}}
+"""The parts of the configuration that decide the model evaluations of an update."""
+
 COUNTED: dict[str, float] = {}
-"""Model evaluations of an update, by the parts of the configuration that decide them."""
+"""Model evaluations of an update, by these parts."""
 
 
 def evaluations_per_update(config: Config) -> float:
@@ -17,7 +20,7 @@ def evaluations_per_update(config: Config) -> float:
 
     The same for every seed; of branching rollouts the mean over some updates, whose branches start at other steps.
     """
-    key = config.model_dump_json(include={"model", "rollout", "objective"})
+    key = config.model_dump_json(include=COUNTED_BY)
     if key not in COUNTED:
         counted = with_options(config, {"run": {"updates": AVERAGED, "seed": 0}})
         calls = count_model_calls(policy_of(config.model.name), counted, 1)

@@ -9,7 +9,7 @@ from trainer.config.schema import Config, ConfigError
 from .budget import updates_within
 from .grid import Cell, StudyTask
 from .methods import CLIP_RANGE, STUDY_METHODS, StudyMethod, Tree
-from .recipes import RECIPES, Recipe, training_prompts
+from .recipes import RECIPES, STUDY_REWARDS, Recipe, training_prompts
 from .studies import Study
 
 
@@ -31,7 +31,7 @@ def cell_config(cell: Cell, study: Study, out: Path) -> Config:
     recipe, method, folder = RECIPES[cell.task.recipe], STUDY_METHODS[cell.method], cell.folder(out)
     rollout = rollout_section(study, cell.task, method)
     tree = {
-        "model": {"name": recipe.model},
+        "model": {"name": recipe.model, "device": "cpu"},  # prices are CPU seconds
         "prompts": {"lines": list(training_prompts(cell.task.reward))},
         "rollout": rollout,
         "reward": {
@@ -58,8 +58,15 @@ def cell_config(cell: Cell, study: Study, out: Path) -> Config:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """Everything that a result depends on: the configuration without the run's location."""
-    return config.model_dump(mode="json", exclude={"run": {"folder"}})
+    """What the training of a result depends on: the configuration without its location and the device, a CPU."""
+    return config.model_dump(mode="json", exclude={"run": {"folder"}, "model": {"device"}})
+
+
+def evaluation_identity(study: Study, tinyeval: bool) -> dict[str, Any]:
+    """What the evaluations of a result depend on: the sampled images and the rewards; TinyEval's where it is read."""
+    sampled = {"images": study.images, "reference_images": study.reference_images, "steps": study.steps}
+    held_out = {"tinyeval_prompts": study.tinyeval_prompts} if tinyeval else {}
+    return {**sampled, **held_out, "rewards": list(STUDY_REWARDS)}
 
 
 def require_same(existing: Config, requested: Config, folder: Path) -> None:
@@ -71,8 +78,21 @@ def require_same(existing: Config, requested: Config, folder: Path) -> None:
         for key, value in values.items()
         if old[section][key] != value
     ]
+    _refuse(changed, "configuration", folder)
+
+
+def require_same_evaluation(existing: dict[str, Any] | None, requested: dict[str, Any], folder: Path) -> None:
+    """The same for the evaluations; without an entry, as in older runs, they are the present ones."""
+    old = requested if existing is None else existing
+    changed = [
+        f"{key} is {old.get(key)}, requested {value}" for key, value in requested.items() if old.get(key) != value
+    ]
+    _refuse(changed, "evaluation", folder)
+
+
+def _refuse(changed: list[str], what: str, folder: Path) -> None:
     if changed:
         raise ConfigError(
-            f"{folder} holds a run with another configuration ({'; '.join(changed)}). A result is only valid for the "
-            "configuration that produced it. Use another --out, or remove the folder."
+            f"{folder} holds a run with another {what} ({'; '.join(changed)}). A result is only valid for the {what} "
+            "that produced it. Use another --out, or remove the folder."
         )

@@ -1,5 +1,6 @@
 """One cell of the grid: an ordinary training run with evaluations; it resumes, and its result is written at once."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -7,8 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from comfyui_pcpo.tiny.align import PIXELS
-from trainer.config.schema import Config
+from trainer.config.schema import Config, ConfigError
 from trainer.loop.align import Job, Update, align
 from trainer.loop.finite import Diverged
 from trainer.loop.state import TrainingState, make_training_state
@@ -18,15 +21,16 @@ from trainer.runs.launch import begin, guard_after
 from trainer.runs.rewards import make_rewards
 from trainer.runs.rows import finite
 
-from .cell_config import cell_config, identity, require_same
+from .cell_config import cell_config, evaluation_identity, identity, require_same, require_same_evaluation
 from .evaluator import shared_evaluator, study_evaluation
-from .files import commit, read_json, write_json
+from .files import commit, read_json, source_checksum, write_json
 from .grid import Cell, evaluation_updates
 from .outcome import Row, gain_within_limits
 from .studies import Study
 
 Say = Callable[[str], None]
 JOURNAL = "evaluations.json"
+EVALUATION_FILE = "evaluation_settings.json"
 
 
 @dataclass
@@ -53,27 +57,44 @@ class Spent:
 def run_cell(cell: Cell, study: Study, out: Path, say: Say) -> None:
     """Run what is left of a cell; the caller holds the lock of its folder."""
     start = time.perf_counter()
-    folder = RunFolder(cell.folder(out))
-    config = cell_config(cell, study, out)
-    try:
-        rows = run_evaluated(config, folder, study, out, study.reads_tinyeval(cell.seed))
-    except (FloatingPointError, Diverged) as error:
-        say(f"{cell.task.name} {cell.name}: {error}")
-        rows = diverged(read_json(folder.path / JOURNAL, []), evaluation_updates(study, config.run.updates))
-    result = cell_result(cell, config, rows)
+    config, tinyeval = cell_config(cell, study, out), study.reads_tinyeval(cell.seed)
+    folder, title = run_folder(config), f"{cell.task.name} {cell.name}"
+    rows = rows_to_the_end(config, study, out, lambda why: say(f"{title}: {why}"), tinyeval)
+    result = cell_result(cell, config, evaluation_identity(study, tinyeval), rows)
     write_json(folder.path / "result.json", finite(result))
     shutil.rmtree(folder.checkpoints.path, ignore_errors=True)
     reached = gain_within_limits(rows, cell.task.reward)
-    say(f"{cell.task.name} {cell.name}: {reached:+.2f} std in {time.perf_counter() - start:.0f} s")
+    say(f"{title}: {reached:+.2f} std in {time.perf_counter() - start:.0f} s")
+
+
+def run_folder(config: Config) -> RunFolder:
+    return RunFolder(config.run.folder / config.run.name)
+
+
+def rows_to_the_end(config: Config, study: Study, out: Path, say: Say, tinyeval: bool = False) -> list[Row]:
+    """The evaluations of a run, also of one that diverges."""
+    folder = run_folder(config)
+    try:
+        return run_evaluated(config, folder, study, out, tinyeval)
+    except (FloatingPointError, Diverged) as error:
+        rows = read_json(folder.path / JOURNAL, [])
+        if not rows:
+            name = config.model.name
+            raise ConfigError(f"{name}, before any update: {error} Check the model's weights.") from error
+        say(str(error))
+        return diverged(rows, evaluation_updates(study, config.run.updates))
 
 
 def run_evaluated(config: Config, folder: RunFolder, study: Study, out: Path, tinyeval: bool = False) -> list[Row]:
     """Run, or resume from the last checkpoint, -> one row per evaluation, the first before any update."""
+    torch.set_num_threads(1)  # prices are seconds of one core
     policy = make_policy(config)
     evaluation = study_evaluation(study, config.prompts.lines)
     evaluator, state = shared_evaluator(policy, evaluation, out / "reference"), make_training_state(policy, config)
-    rows = resumable(folder, config)
+    made_with = evaluation_identity(study, tinyeval)
+    rows = resumable(folder, config, made_with)
     begin(folder, state, config, "latest" if folder.config_file.is_file() else None)
+    write_json(folder.path / EVALUATION_FILE, made_with)
     if not rows:
         rows = [{"update": 0, **asdict(Spent()), **evaluator.evaluate_base(policy, tinyeval)}]
         write_json(folder.path / JOURNAL, rows)
@@ -96,15 +117,26 @@ def cell_job(state: TrainingState, config: Config, folder: RunFolder) -> Job:
 
 
 def diverged(rows: list[Row], updates: list[int]) -> list[Row]:
-    """Evaluations of a run that overflowed: after its last one, no diversity is left, and nothing more was spent."""
+    """Evaluations of a run that diverged: after its last one everything is lost, and nothing more was spent."""
     later = [update for update in updates if update > rows[-1]["update"]]
-    return rows + [{**rows[-1], "update": update, "diversity": 0.0, "diverged": True} for update in later]
+    return rows + [{**lost(rows[-1]), "update": update} for update in later]
 
 
-def resumable(folder: RunFolder, config: Config) -> list[Row]:
+def lost(row: Row) -> Row:
+    """An evaluation of a diverged model in place of `row`: no diversity, and NaN for all other measures."""
+    kept = {key: row[key] for key in ("update", *asdict(Spent())) if key in row}
+    measures = {key: value for key, value in row.items() if key not in kept}
+    nan = {
+        key: dict.fromkeys(value, math.nan) if isinstance(value, dict) else math.nan for key, value in measures.items()
+    }
+    return {**kept, **nan, "diversity": 0.0, "diverged": True}
+
+
+def resumable(folder: RunFolder, config: Config, evaluation: dict[str, Any]) -> list[Row]:
     """Evaluations up to the last checkpoint; a folder that lost some is cleared, so that its run restarts."""
     if folder.config_file.is_file():
         require_same(folder.config(), config, folder.path)
+        require_same_evaluation(read_json(folder.path / EVALUATION_FILE, None), evaluation, folder.path)
     done = max(folder.checkpoints.numbers(), default=0)
     rows = [row for row in read_json(folder.path / JOURNAL, []) if row["update"] <= done]
     if done and (not rows or rows[-1]["update"] != done):
@@ -122,13 +154,15 @@ def clear(folder: RunFolder) -> None:
             entry.unlink()
 
 
-def cell_result(cell: Cell, config: Config, rows: list[Row]) -> dict[str, Any]:
+def cell_result(cell: Cell, config: Config, evaluation: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
     """Content of result.json."""
     return {
         "cell": {"task": cell.task.name, "method": cell.method, "seed": cell.seed},
         "setting": asdict(cell.setting),
         "rows": rows,
         "commit": commit(),
+        "sources": source_checksum(),
         "pixels": PIXELS,
         "config": identity(config),
+        "evaluation": evaluation,
     }

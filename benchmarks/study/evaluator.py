@@ -17,9 +17,9 @@ from comfyui_pcpo.metrics.features import extract, load_tiny_features
 from comfyui_pcpo.metrics.frechet import diversity, frechet
 from comfyui_pcpo.reward import load_reward
 from comfyui_pcpo.tiny.pipelines import MODELS, SHARED
-from comfyui_pcpo.tiny.tinyeval import HARD, PROMPTS_PER_TASK, shares, suite_prompts
-from tools.tiny.measure import drawn
+from comfyui_pcpo.tiny.tinyeval import HARD, PROMPTS_PER_TASK, shares, suite
 from trainer.evaluation.metrics import judged
+from trainer.loop.finite import Diverged
 from trainer.policy.base import Policy
 
 from .recipes import STUDY_REWARDS
@@ -31,7 +31,10 @@ EVALUATED_AT_ONCE = 32
 
 @torch.no_grad()
 def ode_images(policy: Policy, per_prompt: int, seed: int, steps: int, prompts: Sequence[str]) -> Tensor:
-    """`per_prompt` images of each prompt by the ODE, -> (B, H, W, 3); the noise depends on seed and prompt only."""
+    """`per_prompt` images of each prompt by the ODE, -> (B, H, W, 3); the noise depends on seed and prompt only.
+
+    Raises Diverged for latents that are not finite.
+    """
     grid = policy.grid(steps)
     condition = policy.encode(list(prompts)).rows([p for p in range(len(prompts)) for _ in range(per_prompt)])
     noise = GroupNoise([derive_seed(seed, p) for p in range(len(prompts))], per_prompt, policy.latent_shape)
@@ -41,7 +44,19 @@ def ode_images(policy: Policy, per_prompt: int, seed: int, steps: int, prompts: 
 
     chunks = list(torch.arange(len(prompts) * per_prompt).split(EVALUATED_AT_ONCE))
     final = rollout(predict, grid, deterministic(grid), noise, chunks).final
+    require_finite(final, "the latents")
     return torch.cat([policy.decode(x) for x in final.split(EVALUATED_AT_ONCE)])
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Raise Diverged if an image's values are not all finite, (B, ...)."""
+    if broken := int((~values.flatten(1).isfinite().all(1)).sum()):
+        raise Diverged(f"{what} of {broken} of {len(values)} evaluated images are NaN or infinite.")
+
+
+def tinyeval_prompts(count: int) -> tuple[str, ...]:
+    """`count` prompts of each hard task, evenly spaced over its prompts."""
+    return tuple(suite()[task][k * PROMPTS_PER_TASK // count] for task in HARD for k in range(count))
 
 
 @dataclass(frozen=True)
@@ -70,11 +85,10 @@ def study_evaluation(study: Study, prompts: tuple[str, ...]) -> Evaluation:
 
 @dataclass
 class Evaluator:
-    """Evaluates policies and images; `base` and `drawn` are features of the reference images, (N, 128) each."""
+    """Evaluates policies and images; `base` has the features of the base model's reference images, (N, 128)."""
 
     evaluation: Evaluation
     base: Tensor
-    drawn: Tensor
     before: dict[bool, dict[str, Any]] = field(default_factory=dict)  # of the model without LoRA, by `tinyeval`
 
     def __post_init__(self) -> None:
@@ -95,21 +109,27 @@ class Evaluator:
         return {**row, "tinyeval_shares": self.tinyeval_shares(policy)} if tinyeval else row
 
     def evaluate_images(self, images: Tensor) -> dict[str, Any]:
-        """Mean and standard deviation of every reward, tiny FD, diversity, share of right images, (B, H, W, 3)."""
+        """Mean and standard deviation of every reward, tiny FD, diversity, share of right images, (B, H, W, 3).
+
+        Raises Diverged for images and rewards that are not finite.
+        """
+        require_finite(images, "the pixels")
         row: dict[str, Any] = {}
         for name, reward in self.rewards.items():
             scores = reward.score(images, self.evaluation.texts)
+            require_finite(scores[:, None], f"the scores in {name}")
             row[name], row[f"{name}_std"] = float(scores.mean()), float(scores.std(correction=0))
         (embedded,) = extract(self.network, images)
-        row["fd_base"], row["fd_drawn"] = frechet(embedded, self.base), frechet(embedded, self.drawn)
+        row["fd_base"] = frechet(embedded, self.base)
         row["diversity"] = diversity(embedded, self.evaluation.per_prompt)
         right = judged(self.network.encoder, images, self.evaluation.texts)
         return {**row, "right": sum(right) / len(right)}
 
     def tinyeval_shares(self, policy: Policy) -> dict[str, float]:
         """TinyEval's hard tasks and their mean, one image per prompt."""
-        prompts = suite_prompts(HARD)[:: PROMPTS_PER_TASK // self.evaluation.tinyeval_prompts]
+        prompts = tinyeval_prompts(self.evaluation.tinyeval_prompts)
         images = ode_images(policy, 1, TINYEVAL_SEED, self.evaluation.steps, prompts)
+        require_finite(images, "the pixels")
         return shares(judged(self.network.encoder, images, prompts), prompts)
 
 
@@ -130,15 +150,12 @@ def make_evaluator(policy: Any, evaluation: Evaluation, cache: Path) -> Evaluato
         per_prompt = count // len(evaluation.prompts)
         with policy.reference():
             base = ode_images(policy, per_prompt, REFERENCE_SEED, evaluation.steps, evaluation.prompts)
-        drawings = drawn([prompt for prompt in evaluation.prompts for _ in range(per_prompt)], REFERENCE_SEED)
-        network = load_tiny_features()
-        state = {"base": extract(network, base)[0], "drawn": extract(network, drawings)[0]}
+        state = {"base": extract(load_tiny_features(), base)[0]}
         cache.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         save_file(state, temporary)
         temporary.replace(file)
-    state = load_file(file)
-    return Evaluator(evaluation, state["base"], state["drawn"])
+    return Evaluator(evaluation, load_file(file)["base"])
 
 
 _evaluators: dict[tuple[str, Evaluation], Evaluator] = {}

@@ -1,11 +1,14 @@
-"""JSON files of the results, and the commit that they were made at."""
+"""JSON files of the results, and the code that they were made with: its commit, and a checksum of its sources."""
 
 import json
+import math
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+SOURCES = ("trainer/**/*.py", "comfyui_pcpo/**/*.py", "benchmarks/study/*.py")  # that decide a run
 
 
 @cache
@@ -28,11 +31,31 @@ def commit(root: Path = REPOSITORY) -> str:
     return next((line[:12] for line in lines if line.endswith(head[5:])), "unknown")
 
 
+@cache
+def source_checksum(root: Path = REPOSITORY) -> str:
+    """Checksum of the sources in use, which a modified checkout changes; cached before the code can change."""
+    crc = 0
+    for name in sorted({file.relative_to(root).as_posix() for pattern in SOURCES for file in root.glob(pattern)}):
+        text = (root / name).read_text(encoding="utf-8")  # the same for either kind of line end
+        crc = zlib.crc32(f"{name}\n{text}".encode(), crc)
+    return f"{crc:08x}"
+
+
 def write_json(file: Path, value: Any) -> None:
-    """Write atomically: a killed process leaves the previous content."""
+    """Write atomically, and make the folder: a killed process leaves the previous content."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(value), encoding="utf-8")
     temporary.replace(file)
+
+
+def with_nan(value: Any) -> Any:
+    """`value` with NaN for null, as which JSON has it."""
+    if isinstance(value, dict):
+        return {key: with_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return list(map(with_nan, value))
+    return math.nan if value is None else value
 
 
 def read_json(file: Path, default: Any) -> Any:

@@ -5,7 +5,7 @@ all images alike, which costs diversity, or by destroying them, which costs dist
 """
 
 from collections.abc import Sequence
-from math import inf
+from math import inf, isfinite
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -109,7 +109,9 @@ def _place(curve: Sequence[float], level: float) -> float:
 
 
 def _at(place: float, values: Sequence[float]) -> float:
-    return float(np.interp(place, range(len(values)), values))
+    """A curve at a place between evaluations; of a run that diverged, at most at its last one before that."""
+    known = [value for value in values if isfinite(value)]
+    return float(np.interp(place, range(len(known)), known))
 
 
 def tinyeval_curve(rows: EvaluationRows, task: str = "hard tasks") -> list[float]:

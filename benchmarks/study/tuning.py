@@ -9,7 +9,8 @@ from typing import Any
 from trainer.config.loading import build
 from trainer.config.schema import ConfigError
 
-from .cell_config import cell_config, require_same
+from .cell_config import cell_config, evaluation_identity, require_same, require_same_evaluation
+from .files import with_nan
 from .grid import Cell, StudyTask, task_sweep
 from .outcome import gain_within_limits
 from .recipes import RECIPES
@@ -22,11 +23,19 @@ def read_result(cell: Cell, study: Study, out: Path) -> dict[str, Any] | None:
     file = folder / "result.json"
     if not file.is_file():
         return None
-    result = json.loads(file.read_text(encoding="utf-8"))
+    result = load_result(file)
     if "config" not in result:
         raise ConfigError(f"{file} has no configuration. Remove {folder}, or use another --out.")
     require_same(build(result["config"], str(file)), cell_config(cell, study, out), folder)
+    evaluation = evaluation_identity(study, study.reads_tinyeval(cell.seed))
+    require_same_evaluation(result.get("evaluation"), evaluation, folder)
     return result
+
+
+def load_result(file: Path) -> dict[str, Any]:
+    """Content of a result.json; measures that a diverged run does not have are NaN."""
+    result = json.loads(file.read_text(encoding="utf-8"))
+    return {**result, "rows": with_nan(result.get("rows", []))}
 
 
 def finished(cells: Sequence[Cell], study: Study, out: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
@@ -52,50 +61,77 @@ class Tuning:
         return sum(map(len, self.gains.values()))
 
 
-def tune(study: Study, task: StudyTask, method: str, out: Path) -> Tuning:
-    """In stages over the tuning seeds, by gain within limits.
+@dataclass
+class TuningRuns:
+    """A method's tuning runs in a task, and the gains of those that have been read."""
 
-    The first seed is run with the whole sweep, and with the next values beyond it where the best settings lie on an
-    edge; each further seed with the best settings so far only. Chosen is the best mean over all tuning seeds; where it
-    lies on an edge of all that was tried, the next value is run on all of them.
-    """
-    rungs = study.tuning[:1] if task.recipe in study.tuned_once else study.tuning
-    options, beyond = task_sweep(study, task), study.beyond.get(RECIPES[task.recipe].kind)
-    gains: dict[Setting, list[float]] = {setting: [] for setting in options}
+    study: Study
+    task: StudyTask
+    method: str
+    out: Path
+    gains: dict[Setting, list[float]]  # in the order in which settings come to be tried
 
-    def best(count: int | None) -> list[Setting]:
-        return sorted(gains, key=lambda one: (len(gains[one]), sum(gains[one])), reverse=True)[:count]
+    def best(self, count: int | None) -> list[Setting]:
+        """The settings with the most seeds, of these the ones with the highest mean gain; all of them for None."""
+        return sorted(self.gains, key=lambda one: (len(self.gains[one]), sum(self.gains[one])), reverse=True)[:count]
 
-    def measure(seed: int, settings: Sequence[Setting]) -> list[Cell]:
-        """Collect the gains on a seed, -> the runs that it still needs."""
+    def read(self, seed: int, settings: Sequence[Setting]) -> list[Cell]:
+        """Add the gains of the settings on a seed, -> the runs that are not finished."""
         due = []
-        for cell in [Cell(task, method, setting, seed) for setting in settings]:
-            result = read_result(cell, study, out)
+        for cell in [Cell(self.task, self.method, setting, seed) for setting in settings]:
+            result = read_result(cell, self.study, self.out)
             if result is None:
                 due.append(cell)
             else:
-                gains.setdefault(cell.setting, []).append(gain_within_limits(result["rows"], task.reward))
+                gain = gain_within_limits(result["rows"], self.task.reward)
+                self.gains.setdefault(cell.setting, []).append(gain)
         return due
 
-    def tuning(due: list[Cell], later: Sequence[Rung]) -> Tuning:
-        planned = sum(map(len, gains.values())) + len(due) + sum(len(best(rung.settings)) for rung in later)
-        return Tuning(gains, due, planned, None if due else best(1)[0])
 
+def tune(study: Study, task: StudyTask, method: str, out: Path) -> Tuning:
+    """How far a method is tuned, by gain within limits: successive halving, then an extension beyond the edges.
+
+    Chosen is the best mean over all tuning seeds.
+    """
+    rungs = study.tuning[:1] if task.recipe in study.tuned_once else study.tuning
+    beyond = study.beyond.get(RECIPES[task.recipe].kind)
+    runs = TuningRuns(study, task, method, out, {setting: [] for setting in task_sweep(study, task)})
+    due, later = halve(runs, rungs, beyond)
+    if not due and beyond is not None:
+        due = extend(runs, rungs, beyond)
+    planned = sum(map(len, runs.gains.values())) + len(due) + sum(len(runs.best(rung.settings)) for rung in later)
+    return Tuning(runs.gains, due, planned, None if due else runs.best(1)[0])
+
+
+def halve(runs: TuningRuns, rungs: Sequence[Rung], beyond: Beyond | None) -> tuple[list[Cell], Sequence[Rung]]:
+    """The runs that come next, and the rungs after theirs: each rung is run with the best settings of those before.
+
+    Successive halving, Jamieson and Talwalkar 2016 (arXiv 1502.07943), with seeds as the resource. The first rung has
+    the whole sweep, and the next values beyond it where the settings that it passes on lie on an edge.
+    """
+    sweep = list(runs.gains)
     for number, rung in enumerate(rungs):
         later = rungs[number + 1 :]
-        due = measure(rung.seed, best(rung.settings))
+        due = runs.read(rung.seed, runs.best(rung.settings))
         if not due and number == 0 and later and beyond is not None:
-            due = measure(rung.seed, next_settings(best(later[0].settings), options, beyond))
+            due = runs.read(rung.seed, next_settings(runs.best(later[0].settings), sweep, beyond))
         if due:
-            return tuning(due, later)
-    while rungs and beyond is not None:
-        further = [one for one in next_settings(best(1), list(gains), beyond) if one not in gains]
-        due = [cell for rung in rungs for cell in measure(rung.seed, further)]
+            return due, later
+    return [], ()
+
+
+def extend(runs: TuningRuns, rungs: Sequence[Rung], beyond: Beyond) -> list[Cell]:
+    """The runs that come next on every rung's seed, beyond the edges of what was tried that the best one lies on."""
+    while rungs and (further := new_settings(runs, beyond)):
+        due = [cell for rung in rungs for cell in runs.read(rung.seed, further)]
         if due:
-            return tuning(due, ())
-        if not further:
-            break
-    return tuning([], ())
+            return due
+    return []
+
+
+def new_settings(runs: TuningRuns, beyond: Beyond) -> list[Setting]:
+    """The settings beyond the best one that have not been tried."""
+    return [one for one in next_settings(runs.best(1), list(runs.gains), beyond) if one not in runs.gains]
 
 
 LOWEST, HIGHEST, LARGEST = "the lowest learning rate", "the highest learning rate", "the largest KL weight"

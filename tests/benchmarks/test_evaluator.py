@@ -1,5 +1,6 @@
 """The evaluation of a model, two LoRAs composed, and the reference loop of the speed measurements."""
 
+import numpy as np
 import pytest
 import torch
 from benchmark_grids import SETTING, TASK, small
@@ -7,15 +8,18 @@ from benchmark_grids import SETTING, TASK, small
 from benchmarks.speed.reference_loop import bare_rollout, bare_update
 from benchmarks.study import two_rewards
 from benchmarks.study.cell_config import cell_config
-from benchmarks.study.evaluator import EVALUATION_SEED, Evaluation, make_evaluator, ode_images
+from benchmarks.study.evaluator import EVALUATION_SEED, Evaluation, make_evaluator, ode_images, tinyeval_prompts
 from benchmarks.study.grid import Cell
 from benchmarks.study.recipes import STUDY_PROMPTS
 from comfyui_pcpo.method.guidance import ImplicitReward
+from comfyui_pcpo.metrics.features import extract, load_tiny_features
+from comfyui_pcpo.reward import load_reward
 from comfyui_pcpo.tiny.align import load_image_encoder
-from comfyui_pcpo.tiny.tinyeval import HARD, suite_prompts
+from comfyui_pcpo.tiny.tinyeval import HARD, suite, suite_prompts
 from tools.tiny.measure import attribute_shares, drawn, verdicts
 from trainer.evaluation.metrics import judged
 from trainer.evaluation.sampling import Draw, Guide, sample, sampling_policy
+from trainer.loop.finite import Diverged
 from trainer.policy.loading import make_policy
 
 pytestmark = pytest.mark.slow
@@ -40,6 +44,52 @@ def test_the_evaluation_finds_the_base_model_near_itself_and_far_from_noise(tmp_
     assert own["fd_base"] < 0.2 * noise["fd_base"]
     assert own["right"] > 0.5 > noise["right"]
     assert own == make_evaluator(policy, evaluation, tmp_path).evaluate_policy(policy)
+
+
+def test_an_evaluation_by_hand(tmp_path):
+    """The Frechet distance by numpy, from unbiased covariances; a reward's deviation is that of the images."""
+    evaluation = Evaluation(images=32, reference_images=64, steps=3, prompts=STUDY_PROMPTS)
+    policy = make_policy(cell_config(Cell(TASK, "ppo", SETTING, 0), small(), tmp_path))
+    evaluator = make_evaluator(policy, evaluation, tmp_path)
+    images = ode_images(policy, 4, EVALUATION_SEED, 3, STUDY_PROMPTS)
+    row = evaluator.evaluate_images(images)
+    own, base = extract(load_tiny_features(), images)[0].double().numpy(), evaluator.base.double().numpy()
+    s_own, s_base = np.cov(own.T), np.cov(base.T)
+    roots = np.sqrt(np.linalg.eigvals(s_own @ s_base).real.clip(0)).sum()
+    distance = ((own.mean(0) - base.mean(0)) ** 2).sum() + np.trace(s_own) + np.trace(s_base) - 2 * roots
+    assert row["fd_base"] == pytest.approx(distance, rel=1e-3)
+    scores = load_reward("colorfulness").score(images, evaluation.texts).double().numpy()
+    assert (row["colorfulness"], row["colorfulness_std"]) == pytest.approx((scores.mean(), scores.std()), rel=1e-5)
+
+
+def test_the_reference_is_of_other_noise_and_of_all_its_images(tmp_path):
+    evaluation = Evaluation(images=32, reference_images=64, steps=3, prompts=STUDY_PROMPTS)
+    policy = make_policy(cell_config(Cell(TASK, "ppo", SETTING, 0), small(), tmp_path))
+    base = make_evaluator(policy, evaluation, tmp_path).base
+    assert len(base) == evaluation.reference_images
+    (evaluated,) = extract(load_tiny_features(), ode_images(policy, 8, EVALUATION_SEED, 3, STUDY_PROMPTS))
+    assert (base - evaluated).norm(dim=1).min() > 0.01 * base.norm(dim=1).mean()
+
+
+def test_images_that_are_not_finite_are_a_diverged_run(tmp_path):
+    policy = make_policy(cell_config(Cell(TASK, "ppo", SETTING, 0), small(), tmp_path))
+    evaluator = make_evaluator(policy, Evaluation(16, 16, 2, STUDY_PROMPTS, tinyeval_prompts=1), tmp_path)
+    images = torch.full((16, 128, 128, 3), 0.5)
+    images[3, 0, 0, 0] = float("nan")
+    with pytest.raises(Diverged, match="the pixels of 1 of 16 evaluated images are NaN or infinite"):
+        evaluator.evaluate_images(images)
+    policy.load_lora({name: (down, up + float("inf")) for name, (down, up) in policy.lora().items()})
+    for evaluate in (evaluator.evaluate_policy, evaluator.tinyeval_shares):
+        with pytest.raises(Diverged, match=r"the latents of .* are NaN or infinite"):
+            evaluate(policy)
+    assert evaluator.evaluate_base(policy)["fd_base"] > 0
+
+
+def test_tinyeval_prompts_are_evenly_spaced_over_each_hard_task():
+    assert tinyeval_prompts(20) == suite_prompts(HARD)
+    assert tinyeval_prompts(2) == suite_prompts(HARD)[::10]
+    assert tinyeval_prompts(12)[:12] == tuple(suite()[HARD[0]][k] for k in (0, 1, 3, 5, 6, 8, 10, 11, 13, 15, 16, 18))
+    assert [len(tinyeval_prompts(count)) for count in (1, 12, 15, 40)] == [4, 48, 60, 160]
 
 
 def test_tinyeval_reads_one_image_of_each_hard_prompt(tmp_path):

@@ -12,18 +12,94 @@ from benchmarks.report.tuning_page import edge_note, left_out_rows, tuning_table
 from benchmarks.study.budget import evaluations_per_update
 from benchmarks.study.cell_config import cell_config
 from benchmarks.study.grid import Cell, StudyTask, evaluation_updates, study_tasks, task_methods, task_sweep
-from benchmarks.study.methods import CLIP_RANGE, CREDIT_METHODS, STUDY_METHODS
+from benchmarks.study.methods import CLIP_RANGE, CREDIT_METHODS, STUDY_METHODS, Tree
 from benchmarks.study.recipes import FOLLOWING, RECIPES, STUDY_REWARDS, training_prompts
 from benchmarks.study.studies import STUDIES, Beyond, Rung, Setting
 from benchmarks.study.tuning import edges, read_result, tune
 from benchmarks.study.work import due_cells, progress, run_if_free
 from comfyui_pcpo.tiny.captions import is_held_out
 from comfyui_pcpo.tiny.tinyeval import HARD, known_scene, suite_prompts, task_of
-from trainer.config.loading import build
+from trainer.config.loading import build, with_options
 from trainer.config.presets import PRESETS
 from trainer.loop.objectives import make_objective
 from trainer.loop.plan import make_plan
 from trainer.policy.loading import make_policy
+
+EVERY_RUN = {"lora.rank": 8, "optimizer.minibatches": 2, "optimizer.epochs": 1, "objective.clip_range": 1e-3}
+RECIPE_SETTINGS = (
+    *("model.name", "rollout.method", "rollout.noise_level", "rollout.shared_noise", "rollout.steps"),
+    *("advantage.kind", "advantage.spread", "objective.train_steps", "lora.targets"),
+)
+AS_PUBLISHED = {  # a column for each of these settings
+    "flow-grpo": ("emoji-flow", "flow_sde", 0.7, False, 10, "group", "batch", 1.0, "linear"),
+    "dance-sde": ("emoji-flow", "dance_sde", 0.3, True, 10, "group", "group", 1.0, "linear"),
+    "dance-ddim": ("emoji-eps", "ddim", 1.0, True, 10, "group", "group", 1.0, "all"),
+    "dance-ddim-50": ("emoji-eps", "ddim", 1.0, True, 50, "group", "group", 0.2, "all"),
+}
+NATIVE_PPO = {
+    **{
+        "objective.name": "ppo",
+        "objective.credit": "native",
+        "objective.form": "exact",
+        "objective.loss_weight": "none",
+    },
+    **{"objective.skip_last": None, "objective.last_step": False, "objective.first_steps": 0, "rollout.branch": 0},
+    **{"rollout.group_size": 2, "rollout.policy": "latest", "optimizer.ema_decay": 0.0},
+}
+HINGE: Tree = {"objective.name": "log_hinge"}
+PROPORTIONATE: Tree = {"objective.name": "log_hinge", "objective.credit": "proportionate"}
+BRANCH: Tree = {"rollout.branch": 1, "rollout.shared_noise": True}
+NO_NOISE: Tree = {"rollout.noise_level": 0.0, "objective.credit": "proportionate"}
+OPTIONS: Tree = {"objective.shared_noise": True, "objective.levels": 4}
+CHANGES: dict[str, Tree] = {  # all that a method's run has other than native PPO's, in 10 steps of the flow model
+    "ppo": {},
+    "ppo-branch-1": BRANCH,
+    "ppo-early": {"objective.skip_last": 2},
+    "pcpo": PROPORTIONATE,
+    "pcpo-branch-1": {**PROPORTIONATE, **BRANCH},
+    "pcpo-branch-2": {**PROPORTIONATE, **BRANCH, "rollout.branch": 2},
+    "pcpo-branch-3": {**PROPORTIONATE, **BRANCH, "rollout.branch": 3},
+    "pcpo-recommended": {**PROPORTIONATE, **BRANCH, "rollout.branch_first": 3, "rollout.group_size": 16},
+    "tempflow-grpo": {**BRANCH, "objective.loss_weight": "tempflow"},
+    "grpo-guard": {"objective.credit": "guard_dt", "objective.form": "linear", "objective.rescale_credit": False},
+    "nft": {**NO_NOISE, "objective.name": "nft"},
+    "nft-options": {
+        **{**NO_NOISE, **OPTIONS, "objective.name": "nft", "rollout.policy": "ema"},
+        **{"optimizer.ema_decay": 0.5, "optimizer.ema_every": 2},
+    },
+    "awm": {**NO_NOISE, "objective.name": "awm"},
+    "awm-options": {**NO_NOISE, **OPTIONS, "objective.name": "awm", "objective.likelihood": "adaptive"},
+    "native": HINGE,
+    "proportionate": PROPORTIONATE,
+    "uniform": {**HINGE, "objective.credit": "uniform"},
+    "first-steps": {**HINGE, "objective.first_steps": 4},
+    "early": {**HINGE, "objective.skip_last": 2},
+    "native-branch-1": {**HINGE, **BRANCH},
+    "proportionate-branch-1": {**PROPORTIONATE, **BRANCH},
+    "uniform-branch-1": {**HINGE, **BRANCH, "objective.credit": "uniform"},
+    "first-steps-branch-1": {**HINGE, **BRANCH, "objective.first_steps": 4},
+    "early-branch-1": {**HINGE, **BRANCH, "objective.skip_last": 2},
+}
+
+
+def settings_of(recipe: str, method: str, tmp_path) -> Tree:
+    """The dotted settings of a run of 10 steps."""
+    config = cell_config(cell(method, StudyTask(recipe, "colorfulness")), small(steps=10), tmp_path)
+    sections = ("model", "rollout", "objective", "advantage", "optimizer", "lora")
+    return {f"{section}.{key}": value for section in sections for key, value in getattr(config, section)}
+
+
+def test_recipes_run_as_published(tmp_path):
+    found = {recipe: settings_of(recipe, "ppo", tmp_path) for recipe in RECIPES}
+    assert {recipe: tuple(own[key] for key in RECIPE_SETTINGS) for recipe, own in found.items()} == AS_PUBLISHED
+    assert all(own.items() >= EVERY_RUN.items() for own in found.values())
+
+
+def test_methods_run_as_published(tmp_path):
+    base = settings_of("flow-grpo", "ppo", tmp_path)
+    assert base.items() >= NATIVE_PPO.items()
+    found = {name: settings_of("flow-grpo", name, tmp_path) for name in STUDY_METHODS}
+    assert {name: {k: v for k, v in own.items() if v != base[k]} for name, own in found.items()} == CHANGES
 
 
 @functools.cache
@@ -64,18 +140,6 @@ def test_methods_differ_only_in_their_objective_and_rollout(tmp_path):
             same = getattr(base, section)
             changed = {k for k, v in getattr(config, section) if v != getattr(same, k)}
             assert changed <= set(getattr(STUDY_METHODS[name], section))
-
-
-def test_published_methods_run_as_published(tmp_path):
-    study = small(methods=tuple(STUDY_METHODS))
-    configs = {name: cell_config(cell(name), study, tmp_path) for name in ("pcpo", "tempflow-grpo", "grpo-guard")}
-    objectives = {name: config.objective for name, config in configs.items()}
-    assert (objectives["pcpo"].credit, objectives["pcpo"].form) == ("proportionate", "exact")
-    tempflow = objectives["tempflow-grpo"]
-    assert (tempflow.credit, tempflow.loss_weight) == ("native", "tempflow")  # outside the clip
-    assert configs["tempflow-grpo"].rollout.branch == 1  # trajectory branching
-    guard = objectives["grpo-guard"]
-    assert (guard.credit, guard.form, guard.rescale_credit) == ("guard_dt", "linear", False)
 
 
 def test_a_setting_is_the_learning_rate_and_the_kl_weight_and_the_clip_range_is_the_trainers(tmp_path):
@@ -167,6 +231,14 @@ def test_runs_for_a_budget_make_as_many_model_evaluations_with_every_method(tmp_
             assert configs[0].run.updates == configs[1].run.updates
             made[method, setting] = configs[0].run.updates * evaluations_per_update(configs[0])
     assert all(abs(evaluations / study.budgets[FOLLOWING] - 1) < 0.05 for evaluations in made.values()), made
+
+
+def test_the_model_evaluations_of_an_update_by_hand(tmp_path):
+    """2 images in 3 steps, of which 2 are trained: 6 in the rollout, 4 per epoch, and 4 for the KL, measured once."""
+    config = cell_config(Cell(TASK, "ppo", Setting(1e-3), 0), small(), tmp_path)
+    assert evaluations_per_update(config) == 6 + 4
+    assert evaluations_per_update(with_options(config, {"objective": {"kl_weight": 0.1}})) == 6 + 4 + 4
+    assert evaluations_per_update(with_options(config, {"optimizer": {"epochs": 3}})) == 6 + 3 * 4
 
 
 @pytest.mark.slow

@@ -5,11 +5,13 @@ import math
 import pytest
 from benchmark_grids import evaluations
 
+from benchmarks.study.cells import diverged
 from benchmarks.study.guarded import GuardOutcome, guard_outcome
 from benchmarks.study.outcome import (
     at_distance,
     at_limits,
     at_lost_diversity,
+    distance,
     gain,
     gain_at_price,
     gain_within_limits,
@@ -55,6 +57,23 @@ def test_the_curve_within_limits_is_level_from_the_limit_on():
 def test_a_run_that_keeps_its_diversity_counts_with_its_last_gain():
     assert gain_within_limits(with_diversity(1, 1.1, 0.91), REWARD) == pytest.approx(2)
     assert gain_within_limits(evaluations(-0.3), REWARD) == pytest.approx(-0.3)
+
+
+def test_a_run_that_diverged_counts_with_its_last_gain_and_has_lost_everything_else():
+    """Gains 0 and 1 at 0 and 1,000 model evaluations, then NaN: nothing is read beyond the last evaluation."""
+    sound = evaluations(2.0, distance=1.2, hard=0.6)[:2]
+    rows = diverged(sound, [5, 10, 15])
+    assert [row["update"] for row in rows] == [0, 5, 10, 15]
+    assert lost_diversity(rows) == pytest.approx([0, 0, 1, 1])
+    for curve in (distance(rows), gains(rows, REWARD), tinyeval_curve(rows), [row["right"] for row in rows]):
+        assert all(map(math.isfinite, curve[:2])) and all(map(math.isnan, curve[2:]))
+    assert gain_within_limits(rows, REWARD) == at_distance(rows, gains(rows, REWARD)) == pytest.approx(1)
+    assert at_lost_diversity(rows, gains(rows, REWARD)) == pytest.approx(1)
+    assert at_limits(rows, tinyeval_curve(rows)) == pytest.approx(0.55)
+    assert gains_within_limits(rows, REWARD) == pytest.approx([0, 1, 1, 1])
+    assert [gain_at_price(rows, REWARD, spent) for spent in (500, 9000)] == pytest.approx([0.5, 1])
+    assert price(rows, REWARD, 0.5, "model_evaluations") == pytest.approx(500)
+    assert price(rows, REWARD, 1.5, "model_evaluations") == math.inf
 
 
 def test_diversity_that_returns_does_not_undo_its_loss():

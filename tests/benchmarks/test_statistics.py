@@ -8,9 +8,10 @@ import pytest
 from benchmark_grids import TASK
 from scipy import stats
 
+from benchmarks.markdown import format_interval
 from benchmarks.report.collect import CellRun, by_step
 from benchmarks.study.mixed_model import Observation, fit_mixed_model
-from benchmarks.study.statistics import bootstrap, first_reach, holm, median, t_interval, t_test
+from benchmarks.study.statistics import bootstrap, first_reach, holm, median, t_interval, t_test, value_range
 
 
 def test_a_target_is_reached_on_the_straight_line_between_two_evaluations():
@@ -37,6 +38,14 @@ def test_a_test_of_differences_equals_scipys_and_all_zeros_are_no_difference():
     assert t_test(d.tolist()) == pytest.approx(stats.ttest_1samp(d, 0).pvalue)
     assert t_test([0.0, 0.0, 0.0]) == 1
     assert math.isnan(t_test([1.0]))
+
+
+def test_the_mean_with_a_run_that_diverged_is_nan_and_so_is_its_test():
+    values = [1.0, 2.0, math.nan]
+    for interval in (t_interval(values), value_range(values)):
+        assert all(map(math.isnan, (interval.value, interval.low, interval.high)))
+        assert format_interval(interval) == "-"
+    assert math.isnan(t_test(values)) and holm([0.01, t_test(values)])[0] == pytest.approx(0.01)
 
 
 def test_bootstrap_of_the_median_covers_it_and_narrows_with_the_number_of_seeds():

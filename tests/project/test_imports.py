@@ -15,7 +15,7 @@ BELOW = {
     "comfyui_pcpo": set(),
     "trainer": {"comfyui_pcpo"},
     "nodes": {"comfyui_pcpo", "trainer"},
-    "benchmarks": {"comfyui_pcpo", "trainer", "tools"},  # tools.tiny draws the reference images
+    "benchmarks": {"comfyui_pcpo", "trainer"},
     "tools": {"comfyui_pcpo", "trainer"},
 }
 """Each package with those that it may import besides itself. benchmarks and tools are not shipped."""

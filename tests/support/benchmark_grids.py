@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks.study.cell_config import cell_config, identity
+from benchmarks.study.cell_config import cell_config, evaluation_identity, identity
 from benchmarks.study.grid import Cell, StudyTask, reported_cells, study_tasks, task_methods
 from benchmarks.study.recipes import STUDY_REWARDS
 from benchmarks.study.studies import STUDIES, Rung, Setting, Study, settings
@@ -39,9 +39,7 @@ def evaluations(gain: float, diversity: float = 1.0, distance: float = 1.0, hard
         images = {"fd_base": 100 * (1 + part * (distance - 1)), "diversity": 0.2 * (1 + part * (diversity - 1))}
         shares = dict.fromkeys((*HARD, "hard tasks"), 0.5 + part * (hard - 0.5))
         spent = {"model_evaluations": 200 * update, "images": 16 * update, "cpu_seconds": 2.0 * update}
-        rows.append(
-            {"update": update, **spent, **rewards, **images, "fd_drawn": 200.0, "right": 1.0, "tinyeval_shares": shares}
-        )
+        rows.append({"update": update, **spent, **rewards, **images, "right": 1.0, "tinyeval_shares": shares})
     return rows
 
 
@@ -55,6 +53,7 @@ def write(cell: Cell, study: Study, out, gain: float, **ends: float) -> None:
         "rows": evaluations(gain, **ends),
         "commit": "c",
         "config": identity(cell_config(cell, study, out)),
+        "evaluation": evaluation_identity(study, study.reads_tinyeval(cell.seed)),
     }
     (folder / "result.json").write_text(json.dumps(result))
     step = {"steps": [0, 1], "clip_fraction": [0.1, 0.3], "grad_norm": [1.0, 2.0]}
