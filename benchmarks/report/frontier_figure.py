@@ -1,7 +1,7 @@
 """The frontier's figures: reward gained per model evaluation, and by task against diversity and distance."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -12,12 +12,15 @@ from .collect import CellRun, StudyResults, TaskResults
 from .labelled_figure import LabelledPanel, labelled_figure, method_line
 from .progress_figure import ProgressLine, ProgressPanel, progress_figure
 
+SUMMARISED = ("ppo", "ppo-branch-1", "pcpo", "pcpo-branch-1", "pcpo-recommended", "nft")
+"""Methods that the summary's figure shows: what wins somewhere, and what it is compared with."""
+
 
 def summary_figure(results: StudyResults) -> Image.Image:
-    """One panel per task, with a labelled line for each method of the first wave: means over seeds."""
+    """One panel per task, with a labelled line for each of a few methods: means over seeds."""
     panels = []
     for task in shown_tasks(results):
-        lines = [ProgressLine(name) for name in results.study.methods]
+        lines = [ProgressLine(name) for name in SUMMARISED]
         panels.append(ProgressPanel(f"{RECIPES[task.task.recipe].model}, reward {task.task.reward}", task, lines))
     return progress_figure(panels)
 
@@ -50,8 +53,8 @@ LOST_DIVERSITY = Cost("lost diversity", "diversity lost, %", lost_percent, 0.0, 
 DISTANCE = Cost("distance", "distance from the base model; 1: as its own images", distance, 1.0, LIMITS.far)
 COSTS = (LOST_DIVERSITY, DISTANCE)
 COST_TITLE = "More reward for less {}: up and to the left is better"
-COST_NOTE = """Means over seeds, evaluation by evaluation. The dashed line is the limit within which gains count;
-lines end with the training or at twice the limit."""
+COST_NOTE = """Means over seeds; a dot is the end of training, or where the path leaves the figure at twice the limit.
+The dashed line is the limit within which gains count."""
 
 
 def cost_figure(results: StudyResults, cost: Cost) -> Image.Image:
@@ -60,15 +63,13 @@ def cost_figure(results: StudyResults, cost: Cost) -> Image.Image:
 
 
 def cost_panels(results: StudyResults, cost: Cost) -> list[LabelledPanel]:
-    """A panel per task for the methods of the first wave, one for the later ones and the baseline: means over seeds."""
-    study, panels = results.study, []
+    """A panel per task: the path of every method, evaluation by evaluation, means over seeds."""
+    panels = []
     for task in results.measured:
-        for wave, addition in ((study.methods, ""), ((study.baseline, *study.later), ", further methods")):
-            shown = [name for name in wave if name in task.measured]
-            if set(shown) - {study.baseline}:
-                title = f"{RECIPES[task.task.recipe].model}, reward {task.task.reward}{addition}"
-                lines = [method_line(name, *up_to(cost.edge, *mean_path(task.runs[name], cost))) for name in shown]
-                panels.append(LabelledPanel(title, cost.label, lines, cost.limit, task.task.name))
+        title = f"{RECIPES[task.task.recipe].model}, reward {task.task.reward}"
+        paths = {name: up_to(cost.edge, *mean_path(task.runs[name], cost)) for name in task.measured}
+        lines = [replace(method_line(name, *path), style="faint") for name, path in paths.items()]
+        panels.append(LabelledPanel(title, cost.label, lines, cost.limit))
     return panels
 
 

@@ -17,6 +17,7 @@ from .looks import GAIN_LABEL, LOOKS
 
 PANEL, LEFT, TOP, ROW_TOP, BOTTOM, LABELS = (400, 300), 66, 76, 34, 52, 150  # pixels; LABELS beside each panel
 LABEL_ROW = 16  # between two labels
+NEAR = 0.8  # of the limit
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,12 @@ class LabelledLine:
 
 
 class LabelledPanel(NamedTuple):
-    """One pair of axes; `limit` is an x that a dashed line marks. Panels of the same `scale` have the same ranges."""
+    """One pair of axes; `limit` is an x that a dashed line marks if any line comes near it."""
 
     title: str
     x_label: str
     lines: Sequence[LabelledLine]
     limit: float | None = None
-    scale: str | None = None
 
 
 def method_line(
@@ -58,36 +58,31 @@ def labelled_figure(panels: Sequence[LabelledPanel], title: str, note: str) -> I
     look = {"x": 0.01, "ha": "left", "va": "top"}
     figure.suptitle(title, y=1 - 9 / total, **look, **text_look(TITLE, INK))
     figure.text(y=1 - 42 / total, s=note, **look, **text_look())
-    every_axes, scales = [], {}
     for place, panel in enumerate(panels):
         row, column = divmod(place, columns)
-        axes: Any = style.add_axes(figure, column * width + LEFT, TOP + row * height + ROW_TOP, *PANEL)
-        if panel.scale in scales:
-            axes.sharex(scales[panel.scale])
-            axes.sharey(scales[panel.scale])
-        elif panel.scale is not None:
-            scales[panel.scale] = axes
-        _draw_lines(axes, panel)
-        every_axes.append(axes)
-    for axes, panel in zip(every_axes, panels, strict=True):
-        _label_ends(axes, panel.lines)
+        _draw_panel(style.add_axes(figure, column * width + LEFT, TOP + row * height + ROW_TOP, *PANEL), panel)
     return style.render(figure)
 
 
-def _draw_lines(axes: Any, panel: LabelledPanel) -> None:
+def _draw_panel(axes: Any, panel: LabelledPanel) -> None:
     axes.set_title(panel.title, loc="left", **text_look(HEADING, INK))
     axes.grid(axis="x", color=GRID)
     dashes = (0, (4, 3))
-    if panel.limit is not None:
+    if panel.limit is not None and max(x for line in panel.lines for x in line.x) > NEAR * panel.limit:
         axes.axvline(panel.limit, color=MUTED, linewidth=style.THIN, linestyle=dashes)
     for line in panel.lines:
-        look = {"linestyle": dashes if line.style == "dashed" else "-", "marker": "o", "markersize": style.SMALL_DOT}
-        axes.plot(line.x, line.y, color=line.color, linewidth=style.LINE, **look)
+        if line.style == "faint":
+            axes.plot(line.x, line.y, color=line.color, linewidth=style.THIN, alpha=style.FAINT)
+            axes.plot(line.x[-1:], line.y[-1:], "o", color=line.color, markersize=style.DOT)
+        else:
+            look = {"linestyle": dashes if line.style == "dashed" else "-", "marker": "o"}
+            axes.plot(line.x, line.y, color=line.color, linewidth=style.LINE, markersize=style.SMALL_DOT, **look)
         if line.reach is not None:
             bar = {"color": line.color, "alpha": 0.6, "linewidth": style.THIN}
             axes.vlines(line.x[-1], line.reach.low, line.reach.high, **bar)
     axes.set_xlabel(panel.x_label, **text_look(TEXT))
     axes.set_ylabel(GAIN_LABEL, **text_look(TEXT))
+    _label_ends(axes, panel.lines)
 
 
 def _label_ends(axes: Any, lines: Sequence[LabelledLine]) -> None:

@@ -4,7 +4,7 @@ from comfyui_pcpo.plotting.panels import LineStyle
 
 from ..study.methods import CREDIT_METHODS
 
-_CREDIT_COLORS = dict(zip(CREDIT_METHODS, (6, 0, 2, 1, 4), strict=True))
+_CREDIT_COLORS = dict(zip(CREDIT_METHODS, (6, 0, 2, 1, 3), strict=True))
 LOOKS: dict[str, tuple[int, LineStyle]] = {
     "ppo": (6, "line"),
     "ppo-early": (6, "dashed"),

@@ -37,9 +37,9 @@ class ProgressPanel(NamedTuple):
     lines: Sequence[ProgressLine]
 
 
-def progress_figure(panels: Sequence[ProgressPanel]) -> Image.Image:
+def progress_figure(panels: Sequence[ProgressPanel], title: str = TITLE) -> Image.Image:
     """Gain within the limits by model evaluations, two panels to a row."""
-    return labelled_figure([_labelled(panel) for panel in panels], TITLE, NOTE)
+    return labelled_figure([_labelled(panel) for panel in panels], title, NOTE)
 
 
 def _labelled(panel: ProgressPanel) -> LabelledPanel:

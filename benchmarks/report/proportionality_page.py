@@ -58,15 +58,17 @@ def proportionality_page(results: StudyResults, images: Path, where: str) -> str
 
 
 def credit_figure(results: StudyResults) -> Image.Image:
-    """For each task a panel with branches and one without, as far as they have finished runs."""
+    """For each task a panel without branches and one with, of the credits whose every seed is finished."""
     panels = []
     for task in results.measured:
-        for end, rollouts in ((BRANCHED, "branch of 1"), ("", "no branches")):
-            if any(task.runs.get(name + end) for name in CREDIT_METHODS):
-                lines = [ProgressLine(name + end, method.title) for name, method in CREDIT_METHODS.items()]
+        for end, rollouts in (("", "no branches"), (BRANCHED, "branch of 1")):
+            shown = [name for name in CREDIT_METHODS if results.has_every_seed(task, name + end)]
+            if shown:
+                lines = [ProgressLine(name + end, CREDIT_METHODS[name].title) for name in shown]
                 recipe = RECIPES[task.task.recipe]
-                panels.append(ProgressPanel(f"{recipe.model}, {recipe.sampler}, {rollouts}", task, lines))
-    return progress_figure(panels)
+                title = f"{recipe.model}, {recipe.sampler}, {rollouts}"
+                panels.append(ProgressPanel(title, task, lines))
+    return progress_figure(panels, "Which credit gains more? Up and to the left is better")
 
 
 def overall_table(results: StudyResults) -> str:

@@ -323,22 +323,19 @@ def test_the_figure_has_the_mean_path_of_every_method(tmp_path):
     assert set(STUDY_METHODS) == set(LOOKS)  # every method has its line in the figures
 
 
-def test_later_methods_have_their_own_panels(tmp_path):
+def test_a_panel_has_the_path_of_every_method(tmp_path):
     study = small(methods=("ppo", "pcpo"), later=("awm",))
-    for method, gained in (("ppo", 0.5), ("pcpo", 1.0)):
-        for cell in reported(study, tmp_path, method=method):
-            write(cell, study, tmp_path, gained)
-    (first,) = cost_panels(collect("quick", study, tmp_path), LOST_DIVERSITY)
-    ends = {line.title: line.y[-1] for line in first.lines}
-    assert first.limit == 10 and ends == pytest.approx({"native PPO": 0.5, "PCPO": 1.0})
-    for cell in reported(study, tmp_path, method="awm"):
-        write(cell, study, tmp_path, 2.0)
+    fill(study, tmp_path, lambda cell: {"ppo": 0.5, "pcpo": 1.0, "awm": 2.0}[cell.method], diversity=0.95, distance=1.8)
     results = collect("quick", study, tmp_path)
-    first, later = cost_panels(results, DISTANCE)
-    assert [line.title for line in later.lines] == ["native PPO", "AWM"] and first.scale == later.scale
-    assert first.limit == 1.5 and [line.x[0] for line in (*first.lines, *later.lines)] == [1.0] * 4
+    (lost,), (far,) = (cost_panels(results, cost) for cost in (LOST_DIVERSITY, DISTANCE))
+    assert {line.title: line.y[-1] for line in lost.lines} == pytest.approx(
+        {"native PPO": 0.5, "PCPO": 1.0, "AWM": 2.0}
+    )
+    assert (lost.limit, far.limit) == (10, 1.5)
+    assert [line.x for line in lost.lines] == [pytest.approx([0, 2.5, 5])] * 3
+    assert [line.x for line in far.lines] == [pytest.approx([1, 1.4, 1.8])] * 3
     width, height = cost_figure(results, DISTANCE).size
-    assert width > 2 * height > 600  # beside each other
+    assert width > 600 and height > 400
 
 
 def test_a_path_ends_where_it_first_passes_the_edge():

@@ -16,6 +16,7 @@ ARCHIVES = sorted((DOCS.parent / "benchmarks" / "results").glob("*.tar.xz"))
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 MEASURED = re.compile(r"-?\b\d+\.\d+\b|\b\d+ %|\b\d+ of \d+\b")  # results as they are printed in a sentence
 CELL = re.compile(r"(?<=\| )\d+(?= )")
+ARXIV = re.compile(r"arxiv\.org/abs/\d{4}\.\d{5}")
 DECIMAL = r"-?\d+\.\d+"
 INTERVAL = re.compile(rf"{DECIMAL} \[{DECIMAL}, {DECIMAL}\]")
 PAIR = re.compile(rf"({DECIMAL}) (?:against|to) ({DECIMAL})")
@@ -50,7 +51,7 @@ def unfounded(handwritten: str, tables: str) -> list[str]:
     """Results that a text states and no table has: numbers, a mean with its interval, and two that it compares."""
     per_cent = "\n".join(line for line in tables.splitlines() if ", % |" in line)  # rows whose title has the unit
     printed = set(MEASURED.findall(tables)) | {f"{number} %" for number in CELL.findall(per_cent)} | LIMITS
-    text, lines = " ".join(handwritten.split()), number_lines(tables)
+    text, lines = " ".join(ARXIV.sub("", handwritten).split()), number_lines(tables)
     numbers = [number for number in MEASURED.findall(text) if number not in printed]
     intervals = [found for found in INTERVAL.findall(text) if f"| {found} |" not in tables]
     pairs = [match[0] for match in PAIR.finditer(text) if not any({match[1], match[2]} <= line for line in lines)]
