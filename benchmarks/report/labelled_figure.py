@@ -15,7 +15,8 @@ from ..study.methods import STUDY_METHODS
 from ..study.statistics import Interval
 from .looks import GAIN_LABEL, LOOKS
 
-PANEL, LEFT, TOP, ROW_TOP, BOTTOM, LABELS = (400, 300), 66, 76, 34, 52, 150  # pixels; LABELS beside each panel
+PANEL, LEFT, TOP, ROW_TOP, BOTTOM = (400, 300), 66, 76, 34, 52  # pixels
+LABEL_GAP = 8  # before a label
 LABEL_ROW = 16  # between two labels
 NEAR = 0.8  # of the limit
 
@@ -52,7 +53,9 @@ def method_line(
 def labelled_figure(panels: Sequence[LabelledPanel], title: str, note: str) -> Image.Image:
     """Panels of reward gained, two to a row, under a title and a note of up to two lines."""
     columns = min(2, len(panels))
-    width, height = LEFT + PANEL[0] + LABELS, ROW_TOP + PANEL[1] + BOTTOM
+    longest = max(len(line.title) for panel in panels for line in panel.lines)
+    width = LEFT + PANEL[0] + 2 * LABEL_GAP + style.CHARACTER * TEXT * longest
+    height = ROW_TOP + PANEL[1] + BOTTOM
     total = TOP + height * -(-len(panels) // columns)
     figure = style.new_figure(width * columns, total)
     look = {"x": 0.01, "ha": "left", "va": "top"}
@@ -96,4 +99,4 @@ def _label_ends(axes: Any, lines: Sequence[LabelledLine]) -> None:
         placed.append((x, stop, height))
         halo = {"path_effects": [withStroke(linewidth=4, foreground="white")]}
         look = text_look(TEXT, line.color) | halo | {"va": "center"}
-        axes.annotate(line.title, (x, height), (8, 0), textcoords="offset points", zorder=5, **look)
+        axes.annotate(line.title, (x, height), (LABEL_GAP, 0), textcoords="offset points", zorder=5, **look)
