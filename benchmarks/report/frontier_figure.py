@@ -39,6 +39,7 @@ class Cost:
     """What a gain is paid with, up to twice the limit's change: further out, images are spoilt."""
 
     name: str
+    file: str  # name of the figure's file ends with it
     label: str  # of the axis
     of: Callable[[EvaluationRows], Sequence[float]]
     none: float  # before training
@@ -49,8 +50,10 @@ class Cost:
         return self.none + 2 * (self.limit - self.none)
 
 
-LOST_DIVERSITY = Cost("lost diversity", "diversity lost, %", lost_percent, 0.0, 100 * LIMITS.lost_diversity)
-DISTANCE = Cost("distance", "distance from the base model; 1: as its own images", distance, 1.0, LIMITS.far)
+LOST_DIVERSITY = Cost(
+    "lost diversity", "diversity", "diversity lost, %", lost_percent, 0.0, 100 * LIMITS.lost_diversity
+)
+DISTANCE = Cost("distance", "distance", "distance from the base model; 1: as its own images", distance, 1.0, LIMITS.far)
 COSTS = (LOST_DIVERSITY, DISTANCE)
 COST_TITLE = "More reward for less {}: up and to the left is better"
 COST_NOTE = """Means over seeds; a dot is the end of training, or where the path leaves the figure at twice the limit.
@@ -76,8 +79,8 @@ def cost_panels(results: StudyResults, cost: Cost) -> list[LabelledPanel]:
 def mean_path(runs: Sequence[CellRun], cost: Cost) -> tuple[list[float], list[float]]:
     """The cost and reward gained, evaluation by evaluation, means over runs, until one of these diverges."""
     path = np.array([(cost.of(run.rows), run.gains) for run in runs]).mean(0)
-    spent, gained = path[:, np.isfinite(path).all(0)].tolist()
-    return spent, gained
+    spent, gained = path[:, np.isfinite(path).all(0)]
+    return spent.tolist(), gained.tolist()
 
 
 def up_to(edge: float, x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -87,7 +87,7 @@ def frontier_page(results: StudyResults, images: Path, where: str) -> str:
     """The page as Markdown; its figures are saved in `images`, which the page refers to as `where`."""
     figures = []
     for cost in COSTS:
-        file = f"{results.name}-{cost.name.split()[-1]}.png"
+        file = f"{results.name}-{cost.file}.png"
         cost_figure(results, cost).save(images / file)
         figures.append(f"![Reward gained against {cost.name}, by task]({where}/{file})")
     tables = [

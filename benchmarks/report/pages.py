@@ -63,7 +63,7 @@ def write_report(studies: Mapping[str, Study], out: Path, folder: Path) -> Path:
 def write_summary(studies: list[StudyResults], images: Path, file: Path) -> Path:
     """Replace the generated part of results.md; the text around it, written by hand, is kept.
 
-    Raises ConfigError, before anything is written, for a file without exactly one generated part.
+    Raises ConfigError for a file without exactly one generated part, which is left as it is.
     """
     text = file.read_text(encoding="utf-8") if file.is_file() else f"# Results\n\n{BEGIN}\n{END}\n"
     before, began, rest = text.partition(BEGIN)
